@@ -1,0 +1,89 @@
+"""Four CPU devices, strict numerics and one BLAS thread, set before any backend starts; small matrices; a compile counter."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # implicit warns, and runs slowly, otherwise
+
+import hypothesis
+import jax
+import pytest
+from matrices import planted_groups, random_counts
+from scipy import sparse
+
+jax.config.update("jax_num_cpu_devices", 4)
+# global, not by context manager: those are local to a thread, and the engine may run its programs in several
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("dev", deadline=None, max_examples=20)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=20, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_compile_seconds: list[float] = []
+
+
+def _record_compile(event: str, duration: float, **_: object) -> None:
+    if event == _COMPILE_EVENT:
+        _compile_seconds.append(duration)
+
+
+jax.monitoring.register_event_duration_secs_listener(_record_compile)
+
+
+class Count:
+    """How many programs XLA compiled inside a ``with`` block."""
+
+    programs: int = 0
+
+
+@contextlib.contextmanager
+def counted_compilations() -> Iterator[Count]:
+    """Count from cold caches: ``with counted_compilations() as count: ...``, then read ``count.programs``."""
+    jax.clear_caches()
+    before, count = len(_compile_seconds), Count()
+    yield count
+    count.programs = len(_compile_seconds) - before
+
+
+@contextlib.contextmanager
+def counted_warm() -> Iterator[Count]:
+    """The same with the caches left as they are: what a further call compiles."""
+    before, count = len(_compile_seconds), Count()
+    yield count
+    count.programs = len(_compile_seconds) - before
+
+
+@pytest.fixture(scope="session")
+def counts() -> sparse.csr_matrix:
+    """30 users by 20 items, positive counts."""
+    return random_counts(30, 20)
+
+
+@pytest.fixture(scope="session")
+def signed_counts() -> sparse.csr_matrix:
+    """30 users by 20 items, a quarter of the entries negative."""
+    return random_counts(30, 20, negatives=True, seed=1)
+
+
+@pytest.fixture(scope="session")
+def groups() -> sparse.csr_matrix:
+    """24 users by 18 items in three groups; user u lacks one item of its group."""
+    return planted_groups()
+
+
+@pytest.fixture
+def compilations() -> object:
+    """``with compilations() as count:`` counts the programs compiled from cold caches."""
+    return counted_compilations
+
+
+@pytest.fixture
+def new_compilations() -> object:
+    """``with new_compilations() as count:`` counts the programs compiled beyond those in the caches."""
+    return counted_warm

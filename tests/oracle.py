@@ -1,0 +1,167 @@
+"""An independent dense float64 reference, written from equations (1) and (2) alone.
+
+It shares no code with the package and takes no short cut: every normal matrix is built cell by cell from its definition.
+For a target row u with stored entries S_u, source table Y (N x K) and G = Y^T Y::
+
+    (a0 G + lam_u I + sum_i w_ui y_i y_i^T) z_u = sum_i v_ui y_i                        (1)
+    lam_u = lam * (n_u + a0 N)^nu                                                       (2)
+
+With c = alpha x, a stored cell has target 1 where c > 0 and 0 elsewhere (a negative x is a disliked item), and
+
+* ``"implicit"``: weight |c| in place of the unobserved weight, so w = |c| - a0, v = max(c, 0), nu = 0;
+* ``"ials"``: weight |c| on top of the unobserved weight, so w = |c|, v = max(c, 0), nu = 1.
+
+A stored zero is a stored entry: it counts in n_u, and for "implicit" it takes the cell's weight away.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import sparse
+
+
+class Objective(NamedTuple):
+    """What is minimised. ``exponent`` None means the objective's own nu."""
+
+    name: str = "implicit"
+    regularization: float = 0.01
+    alpha: float = 1.0
+    unobserved_weight: float = 1.0
+    exponent: float | None = None
+
+    @property
+    def nu(self) -> float:
+        """The exponent of (2)."""
+        if self.exponent is not None:
+            return self.exponent
+        return {"implicit": 0.0, "ials": 1.0}[self.name]
+
+
+def _dense(matrix: sparse.spmatrix) -> tuple[np.ndarray, np.ndarray]:
+    """Values and stored mask, both dense; duplicate entries are summed."""
+    coo = sparse.coo_matrix(matrix)
+    values, stored = np.zeros(coo.shape), np.zeros(coo.shape, dtype=bool)
+    np.add.at(values, (coo.row, coo.col), coo.data.astype(np.float64))
+    stored[coo.row, coo.col] = True
+    return values, stored
+
+
+def ridge(n_entries: np.ndarray, n_source: int, objective: Objective) -> np.ndarray:
+    """lam_u of (2) for rows with ``n_entries`` stored entries against a table of ``n_source`` rows."""
+    observed = np.asarray(n_entries, dtype=np.float64)
+    return (
+        objective.regularization
+        * (observed + objective.unobserved_weight * n_source) ** objective.nu
+    )
+
+
+def _cell_weights(
+    matrix: sparse.spmatrix, objective: Objective
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per cell: total weight, target, and the stored mask."""
+    values, stored = _dense(matrix)
+    confidence = objective.alpha * values
+    observed = np.abs(confidence)
+    if objective.name == "ials":
+        # an observed cell is paid once as unobserved (target 0) and once as observed (target 1 or 0)
+        total = np.where(
+            stored, objective.unobserved_weight + observed, objective.unobserved_weight
+        )
+    else:
+        total = np.where(stored, observed, objective.unobserved_weight)
+    return total, np.maximum(confidence, 0.0), stored
+
+
+def half_epoch(
+    matrix: sparse.spmatrix, source: np.ndarray, objective: Objective = Objective()
+) -> np.ndarray:
+    """Solve (1) exactly for every row of ``matrix`` (M x N) against ``source`` (N x K): a new (M, K) table."""
+    source = np.asarray(source, dtype=np.float64)
+    total, positive, stored = _cell_weights(matrix, objective)
+    lam = ridge(stored.sum(axis=1), len(source), objective)
+    target = np.zeros((matrix.shape[0], source.shape[1]))
+    for row in range(matrix.shape[0]):
+        if not stored[row].any():
+            continue  # the right side is zero
+        normal = (source.T * total[row]) @ source + lam[row] * np.eye(source.shape[1])
+        right = source.T @ positive[row]
+        target[row] = np.linalg.lstsq(normal, right, rcond=None)[0]
+    return target
+
+
+def fold_in(
+    rows: sparse.spmatrix, source: np.ndarray, objective: Objective = Objective()
+) -> np.ndarray:
+    """Factors of new rows against a fixed table: the same equation, under the name used for serving."""
+    return half_epoch(rows, source, objective)
+
+
+def epoch(
+    matrix: sparse.spmatrix,
+    user_factors: np.ndarray,
+    item_factors: np.ndarray,
+    objective: Objective = Objective(),
+) -> tuple[np.ndarray, np.ndarray]:
+    """One full iteration, users first. ``user_factors`` is not read: an exact solve forgets its start."""
+    del user_factors
+    users = half_epoch(matrix, item_factors, objective)
+    return users, half_epoch(sparse.csr_matrix(matrix).T, users, objective)
+
+
+def fit(
+    matrix: sparse.spmatrix,
+    user_factors: np.ndarray,
+    item_factors: np.ndarray,
+    iterations: int,
+    objective: Objective = Objective(),
+) -> tuple[np.ndarray, np.ndarray]:
+    """``iterations`` exact epochs from the given tables."""
+    for _ in range(iterations):
+        user_factors, item_factors = epoch(matrix, user_factors, item_factors, objective)
+    return user_factors, item_factors
+
+
+def total_loss(
+    matrix: sparse.spmatrix,
+    user_factors: np.ndarray,
+    item_factors: np.ndarray,
+    objective: Objective = Objective(),
+) -> float:
+    """The sum over all cells plus both ridge terms: what the exact half-epochs of (1) and (2) minimise."""
+    users = np.asarray(user_factors, dtype=np.float64)
+    items = np.asarray(item_factors, dtype=np.float64)
+    values, stored = _dense(matrix)
+    confidence = objective.alpha * values
+    predicted = users @ items.T
+    observed = np.abs(confidence) * ((confidence > 0) - predicted) ** 2
+    # implicit adds |c| for a disliked cell, a constant, and we keep its number
+    observed += np.where(confidence < 0, np.abs(confidence), 0.0)
+    unobserved = objective.unobserved_weight * predicted**2
+    both = observed + unobserved if objective.name == "ials" else observed
+    cells = np.where(stored, both, unobserved).sum()
+    for table, axis, other in ((users, 1, items), (items, 0, users)):
+        cells += ridge(stored.sum(axis=axis), len(other), objective) @ (table**2).sum(axis=1)
+    return float(cells)
+
+
+def loss(
+    matrix: sparse.spmatrix,
+    user_factors: np.ndarray,
+    item_factors: np.ndarray,
+    objective: Objective = Objective(),
+) -> float:
+    """``total_loss`` over implicit's normaliser: the sum of |c| plus the number of unstored cells."""
+    values, stored = _dense(matrix)
+    weight = np.abs(objective.alpha * values).sum() + (~stored).sum()
+    return total_loss(matrix, user_factors, item_factors, objective) / float(weight)
+
+
+def initial_tables(
+    n_users: int, n_items: int, factors: int, seed: int, dtype: type = np.float32
+) -> tuple[np.ndarray, np.ndarray]:
+    """implicit's initial tables for an integer seed: users first, then items, uniform in [0, 0.01)."""
+    rng = np.random.default_rng(seed)
+    users = rng.random((n_users, factors), dtype=dtype) * 0.01
+    return users, rng.random((n_items, factors), dtype=dtype) * 0.01
