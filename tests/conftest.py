@@ -1,4 +1,7 @@
-"""Four CPU devices, strict numerics and one BLAS thread, set before any backend starts; small matrices; a compile counter."""
+"""Four CPU devices, strict numerics, one BLAS thread; small matrices; a counter of compilations.
+
+All of it is set before any JAX backend starts.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from matrices import planted_groups, random_counts
 from scipy import sparse
 
 jax.config.update("jax_num_cpu_devices", 4)
-# global, not by context manager: those are local to a thread, and the engine may run its programs in several
+# global, not by context manager: those are local to a thread, and the engine may use several
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -44,7 +47,7 @@ class Count:
 
 @contextlib.contextmanager
 def counted_compilations() -> Iterator[Count]:
-    """Count from cold caches: ``with counted_compilations() as count: ...``, then read ``count.programs``."""
+    """Count from cold caches; read ``count.programs`` after the block."""
     jax.clear_caches()
     before, count = len(_compile_seconds), Count()
     yield count
@@ -85,5 +88,5 @@ def compilations() -> object:
 
 @pytest.fixture
 def new_compilations() -> object:
-    """``with new_compilations() as count:`` counts the programs compiled beyond those in the caches."""
+    """``with new_compilations() as count:`` counts the programs that the caches did not have."""
     return counted_warm

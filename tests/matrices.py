@@ -19,7 +19,7 @@ def random_counts(
 
 
 def planted_groups(n_groups: int = 3, users: int = 8, items: int = 6) -> sparse.csr_matrix:
-    """Users and items in groups: user u likes every item of its group but one, item (u mod items) of the group."""
+    """Users and items in groups: a user likes its whole group but one item, (u mod items) in it."""
     n_users, n_items = n_groups * users, n_groups * items
     dense = np.zeros((n_users, n_items), dtype=np.float32)
     for u in range(n_users):

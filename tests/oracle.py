@@ -1,17 +1,19 @@
 """An independent dense float64 reference, written from equations (1) and (2) alone.
 
-It shares no code with the package and takes no short cut: every normal matrix is built cell by cell from its definition.
+It shares no code with the package and takes no short cut: every normal matrix is built from all
+cells of its row, stored or not.
 For a target row u with stored entries S_u, source table Y (N x K) and G = Y^T Y::
 
     (a0 G + lam_u I + sum_i w_ui y_i y_i^T) z_u = sum_i v_ui y_i                        (1)
     lam_u = lam * (n_u + a0 N)^nu                                                       (2)
 
-With c = alpha x, a stored cell has target 1 where c > 0 and 0 elsewhere (a negative x is a disliked item), and
+With c = alpha x, a stored cell has target 1 where c > 0 and 0 elsewhere (a negative x is a disliked
+item), and
 
-* ``"implicit"``: weight |c| in place of the unobserved weight, so w = |c| - a0, v = max(c, 0), nu = 0;
-* ``"ials"``: weight |c| on top of the unobserved weight, so w = |c|, v = max(c, 0), nu = 1.
+* ``"implicit"``: weight |c| in place of the unobserved one: w = |c| - a0, v = max(c, 0), nu = 0;
+* ``"ials"``: weight |c| on top of the unobserved one: w = |c|, v = max(c, 0), nu = 1.
 
-A stored zero is a stored entry: it counts in n_u, and for "implicit" it takes the cell's weight away.
+A stored zero is a stored entry: it counts in n_u, and for "implicit" its cell has no weight.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ class Objective(NamedTuple):
         return {"implicit": 0.0, "ials": 1.0}[self.name]
 
 
+IMPLICIT = Objective()
+
+
 def _dense(matrix: sparse.spmatrix) -> tuple[np.ndarray, np.ndarray]:
     """Values and stored mask, both dense; duplicate entries are summed."""
     coo = sparse.coo_matrix(matrix)
@@ -49,12 +54,9 @@ def _dense(matrix: sparse.spmatrix) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ridge(n_entries: np.ndarray, n_source: int, objective: Objective) -> np.ndarray:
-    """lam_u of (2) for rows with ``n_entries`` stored entries against a table of ``n_source`` rows."""
-    observed = np.asarray(n_entries, dtype=np.float64)
-    return (
-        objective.regularization
-        * (observed + objective.unobserved_weight * n_source) ** objective.nu
-    )
+    """lam_u of (2) for rows with so many stored entries, against a table of ``n_source`` rows."""
+    cells = np.asarray(n_entries, dtype=np.float64) + objective.unobserved_weight * n_source
+    return objective.regularization * cells**objective.nu
 
 
 def _cell_weights(
@@ -65,19 +67,17 @@ def _cell_weights(
     confidence = objective.alpha * values
     observed = np.abs(confidence)
     if objective.name == "ials":
-        # an observed cell is paid once as unobserved (target 0) and once as observed (target 1 or 0)
-        total = np.where(
-            stored, objective.unobserved_weight + observed, objective.unobserved_weight
-        )
+        # an observed cell pays twice: once as unobserved (target 0), once as observed
+        total = objective.unobserved_weight + np.where(stored, observed, 0.0)
     else:
         total = np.where(stored, observed, objective.unobserved_weight)
     return total, np.maximum(confidence, 0.0), stored
 
 
 def half_epoch(
-    matrix: sparse.spmatrix, source: np.ndarray, objective: Objective = Objective()
+    matrix: sparse.spmatrix, source: np.ndarray, objective: Objective = IMPLICIT
 ) -> np.ndarray:
-    """Solve (1) exactly for every row of ``matrix`` (M x N) against ``source`` (N x K): a new (M, K) table."""
+    """Solve (1) exactly for every row of ``matrix`` (M, N) against ``source`` (N, K): (M, K)."""
     source = np.asarray(source, dtype=np.float64)
     total, positive, stored = _cell_weights(matrix, objective)
     lam = ridge(stored.sum(axis=1), len(source), objective)
@@ -92,9 +92,9 @@ def half_epoch(
 
 
 def fold_in(
-    rows: sparse.spmatrix, source: np.ndarray, objective: Objective = Objective()
+    rows: sparse.spmatrix, source: np.ndarray, objective: Objective = IMPLICIT
 ) -> np.ndarray:
-    """Factors of new rows against a fixed table: the same equation, under the name used for serving."""
+    """Factors of new rows against a fixed table: the same equation, under serving's name."""
     return half_epoch(rows, source, objective)
 
 
@@ -102,9 +102,9 @@ def epoch(
     matrix: sparse.spmatrix,
     user_factors: np.ndarray,
     item_factors: np.ndarray,
-    objective: Objective = Objective(),
+    objective: Objective = IMPLICIT,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One full iteration, users first. ``user_factors`` is not read: an exact solve forgets its start."""
+    """One full iteration, users first. An exact solve forgets its start: users are not read."""
     del user_factors
     users = half_epoch(matrix, item_factors, objective)
     return users, half_epoch(sparse.csr_matrix(matrix).T, users, objective)
@@ -115,7 +115,7 @@ def fit(
     user_factors: np.ndarray,
     item_factors: np.ndarray,
     iterations: int,
-    objective: Objective = Objective(),
+    objective: Objective = IMPLICIT,
 ) -> tuple[np.ndarray, np.ndarray]:
     """``iterations`` exact epochs from the given tables."""
     for _ in range(iterations):
@@ -127,9 +127,9 @@ def total_loss(
     matrix: sparse.spmatrix,
     user_factors: np.ndarray,
     item_factors: np.ndarray,
-    objective: Objective = Objective(),
+    objective: Objective = IMPLICIT,
 ) -> float:
-    """The sum over all cells plus both ridge terms: what the exact half-epochs of (1) and (2) minimise."""
+    """The sum over all cells plus both ridge terms: what the half-epochs of (1) minimise."""
     users = np.asarray(user_factors, dtype=np.float64)
     items = np.asarray(item_factors, dtype=np.float64)
     values, stored = _dense(matrix)
@@ -150,9 +150,9 @@ def loss(
     matrix: sparse.spmatrix,
     user_factors: np.ndarray,
     item_factors: np.ndarray,
-    objective: Objective = Objective(),
+    objective: Objective = IMPLICIT,
 ) -> float:
-    """``total_loss`` over implicit's normaliser: the sum of |c| plus the number of unstored cells."""
+    """``total_loss`` over implicit's normaliser: the sum of |c| plus the number of other cells."""
     values, stored = _dense(matrix)
     weight = np.abs(objective.alpha * values).sum() + (~stored).sum()
     return total_loss(matrix, user_factors, item_factors, objective) / float(weight)
@@ -161,7 +161,7 @@ def loss(
 def initial_tables(
     n_users: int, n_items: int, factors: int, seed: int, dtype: type = np.float32
 ) -> tuple[np.ndarray, np.ndarray]:
-    """implicit's initial tables for an integer seed: users first, then items, uniform in [0, 0.01)."""
+    """implicit's initial tables for an integer seed: users, then items, uniform in [0, 0.01)."""
     rng = np.random.default_rng(seed)
     users = rng.random((n_users, factors), dtype=dtype) * 0.01
     return users, rng.random((n_items, factors), dtype=dtype) * 0.01
