@@ -6,8 +6,10 @@ All of it is set before any JAX backend starts.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # implicit warns, and runs slowly, otherwise
@@ -16,6 +18,7 @@ import hypothesis
 import jax
 import pytest
 from matrices import planted_groups, random_counts
+from models import load_class, make
 from scipy import sparse
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -90,3 +93,23 @@ def compilations() -> object:
 def new_compilations() -> object:
     """``with new_compilations() as count:`` counts the programs that the caches did not have."""
     return counted_warm
+
+
+@pytest.fixture(scope="module", params=["implicit", "tpu_als"])
+def cls(request: pytest.FixtureRequest) -> Any:
+    """The class under test."""
+    return load_class(request.param)
+
+
+@pytest.fixture(scope="module")
+def fitted(cls: Any, groups: sparse.csr_matrix) -> Any:
+    """A model fitted to the planted groups; tests that change it take a copy."""
+    model = make(cls)
+    model.fit(groups, show_progress=False)
+    return model
+
+
+@pytest.fixture
+def own(fitted: Any) -> Any:
+    """A copy that a test may change."""
+    return copy.deepcopy(fitted)

@@ -19,11 +19,13 @@ def random_counts(
 
 
 def planted_groups(n_groups: int = 3, users: int = 8, items: int = 6) -> sparse.csr_matrix:
-    """Users and items in groups: a user likes its whole group but one item, (u mod items) in it."""
-    n_users, n_items = n_groups * users, n_groups * items
-    dense = np.zeros((n_users, n_items), dtype=np.float32)
-    for u in range(n_users):
-        group = u // users
-        dense[u, group * items : (group + 1) * items] = 1.0
-        dense[u, group * items + u % items] = 0.0
-    return sparse.csr_matrix(dense)
+    """Users and items in groups: a user likes its whole group but the one item of ``withheld``."""
+    membership = np.kron(np.eye(n_groups, dtype=np.float32), np.ones((users, items), np.float32))
+    everyone = np.arange(n_groups * users)
+    membership[everyone, withheld(everyone, users, items)] = 0
+    return sparse.csr_matrix(membership)
+
+
+def withheld(userids: np.ndarray, users: int = 8, items: int = 6) -> np.ndarray:
+    """The one item of its group that each user of ``planted_groups`` has not met."""
+    return userids // users * items + userids % users % items
