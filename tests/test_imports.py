@@ -1,0 +1,162 @@
+"""The house rules that a machine can check: what imports what, and that importing does nothing."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "tpu_als"
+FILES = sorted(PACKAGE.glob("**/*.py"))
+# A file may import only what stands below it.
+FLOORS = [
+    ["__init__"],
+    ["estimator"],
+    ["early_stopping"],
+    ["_tables"],
+    ["checkpoint"],
+    ["evaluation", "weighting", "datasets"],
+    ["ranking"],
+    ["als"],
+    ["sweep"],
+    ["exchange"],
+    ["solve"],
+    ["mesh"],
+    ["layout"],
+    ["validation"],
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+HOST_ONLY = ["layout", "validation", "evaluation", "weighting", "datasets"]
+
+
+def tree(path: Path) -> ast.Module:
+    """The file's syntax tree."""
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imported(node: ast.AST) -> list[str]:
+    """Dotted names that an import statement asks for, names after ``from`` included."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        module = "." * node.level + (node.module or "")
+        return [f"{module}.{alias.name}" for alias in node.names]
+    return []
+
+
+def own_imports(path: Path) -> Iterator[str]:
+    """Files of the package that a file imports."""
+    for node in ast.walk(tree(path)):
+        for name in imported(node):
+            assert not name.startswith("."), f"{path.name}: relative import {name}"
+            parts = name.split(".")
+            if parts[0] == "tpu_als" and len(parts) > 1 and parts[1] in FLOOR:
+                yield parts[1]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_imports_go_down(path: Path) -> None:
+    assert path.stem in FLOOR, f"{path.name} has no floor: give it a place in FLOORS"
+    for name in own_imports(path):
+        assert FLOOR[name] > FLOOR[path.stem], f"{path.stem} imports {name}, which is not below it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_no_late_or_private_imports(path: Path) -> None:
+    module = tree(path)
+    top = {id(node) for node in module.body}
+    for node in ast.walk(module):
+        for name in imported(node):
+            parts = name.split(".")
+            if parts[0] == "tpu_als":
+                assert id(node) in top, f"{path.name}: {name} is imported late"
+            elif parts[0] != "__future__":
+                private = [part for part in parts if re.match(r"_(?!_)", part)]
+                assert not private, f"{path.name}: {name} is private to another package"
+            assert parts[0] not in ("benchmarks", "tests", "examples")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_no_print(path: Path) -> None:
+    calls = [node.func for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    assert not [f for f in calls if isinstance(f, ast.Name) and f.id == "print"]
+
+
+def test_some_files_know_no_jax_and_one_knows_of_processes() -> None:
+    assert not (PACKAGE / "utils.py").exists()
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        roots = {name.split(".")[0] for node in ast.walk(tree(path)) for name in imported(node)}
+        if path.stem in HOST_ONLY:
+            assert not roots & {"jax", "jaxlib"}, f"{path.name} imports jax"
+        if path.stem != "mesh":
+            assert "process_index" not in text and "process_count" not in text, path.name
+
+
+def run(code: str) -> str:
+    """Standard output of a fresh interpreter that starts from the repository root."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", done.stderr
+    return done.stdout
+
+
+def test_importing_starts_no_backend() -> None:
+    # the number of CPU devices can be set only until a backend starts
+    code = """
+import tpu_als
+import jax
+from sklearn.base import clone
+model = clone(tpu_als.TPUAlternatingLeastSquares(factors=3, iterations=1))
+jax.config.update("jax_num_cpu_devices", 2)
+import numpy as np
+model.fit(np.eye(4, 3), show_progress=False)
+print(jax.device_count(), model.item_factors.shape)
+"""
+    assert run(code).split("\n")[0] == "2 (3, 3)"
+
+
+def test_works_without_implicit() -> None:
+    code = """
+import sys
+sys.modules["implicit"] = None
+from tpu_als import TPUAlternatingLeastSquares
+import numpy as np
+model = TPUAlternatingLeastSquares(2, iterations=2).fit(np.eye(4, 3), show_progress=False)
+print(len(model.similar_items(0, 3)[0]), "implicit.cpu" in sys.modules)
+"""
+    assert run(code).split("\n")[0] == "3 False"
+
+
+def test_public_names() -> None:
+    import tpu_als
+
+    assert tpu_als.__version__
+    assert "TPUAlternatingLeastSquares" in tpu_als.__all__
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_readme_begins_with_a_doctest() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    first = re.search(r"```(?:python|pycon)\n(.*?)```", readme, flags=re.DOTALL)
+    assert first is not None and ">>>" in first.group(1)
+    assert len(first.group(1).strip().splitlines()) <= 12
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    test = doctest.DocTestParser().get_doctest(first.group(1), {}, "README.md", "README.md", 0)
+    results = doctest.DocTestRunner(optionflags=flags).run(test)
+    assert results.failed == 0 and results.attempted > 2
