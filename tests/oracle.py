@@ -152,9 +152,8 @@ def loss(
     item_factors: np.ndarray,
     objective: Objective = IMPLICIT,
 ) -> float:
-    """``total_loss`` over implicit's normaliser: the sum of |c| plus the number of other cells."""
-    values, stored = _dense(matrix)
-    weight = np.abs(objective.alpha * values).sum() + (~stored).sum()
+    """``total_loss`` over the sum of all cells' weights, which is implicit's normaliser."""
+    weight = _cell_weights(matrix, objective)[0].sum()
     return total_loss(matrix, user_factors, item_factors, objective) / float(weight)
 
 
