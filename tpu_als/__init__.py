@@ -1,0 +1,14 @@
+"""Alternating least squares for implicit feedback on one or many devices.
+
+`TPUAlternatingLeastSquares` has the surface of ``implicit.als.AlternatingLeastSquares``, is a
+scikit-learn estimator, and runs on a sharded, jitted JAX engine. Importing the package starts no
+backend. The engine (`mesh`, `layout`, `als`, `ranking`) works without the estimator, too.
+"""
+
+from __future__ import annotations
+
+from .estimator import TPUAlternatingLeastSquares
+from .validation import ModelFitError, ParameterWarning
+
+__version__ = "0.1.0"
+__all__ = ["ModelFitError", "ParameterWarning", "TPUAlternatingLeastSquares", "__version__"]

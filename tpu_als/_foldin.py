@@ -1,0 +1,252 @@
+"""Solving rows against fitted tables: fold-in, partial fits, explanations, the callable solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy import linalg, sparse
+
+from . import als, mesh, solve, validation
+from ._tables import FactorTables
+
+
+class FoldIn(FactorTables):
+    """What an estimator does with new rows. Every fold-in is exact, whatever solver `fit` uses."""
+
+    regularization: float
+    alpha: float
+    objective: str
+    unobserved_weight: float
+    regularization_exponent: float | None
+    use_cg: bool
+    linear_solver: str | None
+    cg_steps: int
+    block_size: int
+
+    def recalculate_user(self, userid: Any, user_items: Any) -> np.ndarray:
+        """Compute factors of users from their items, without storing them.
+
+        Parameters
+        ----------
+        userid : int or array-like of int
+            Only their number matters here; the users need not be in the model.
+        user_items : csr_matrix or csr_array of shape (n, n_items)
+            One row for each user. Other sparse formats are converted, with a ParameterWarning.
+
+        Returns
+        -------
+        ndarray of shape (factors,), or (n, factors) for several users
+
+        Raises
+        ------
+        ValueError
+            Where the numbers of rows and users differ, or an entry lies beyond the items.
+        """
+        validation.warn_if_converted(user_items)
+        return self._recalculate(userid, user_items, "user_items", "item")
+
+    def recalculate_item(self, itemid: Any, item_users: Any) -> np.ndarray:
+        """Compute factors of items from their users, without storing them.
+
+        Parameters
+        ----------
+        itemid : int or array-like of int
+            Only their number matters here; the items need not be in the model.
+        item_users : csr_matrix or csr_array of shape (n, n_users)
+            One row for each item. Other sparse formats are converted, with a ParameterWarning.
+
+        Returns
+        -------
+        ndarray of shape (factors,), or (n, factors) for several items
+
+        Raises
+        ------
+        ValueError
+            Where the numbers of rows and items differ, or an entry lies beyond the users.
+        """
+        validation.warn_if_converted(item_users)
+        return self._recalculate(itemid, item_users, "item_users", "user")
+
+    def partial_fit_users(self, userids: Any, user_items: Any) -> None:
+        """Recompute and store the factors of some users; new ids grow the table.
+
+        Parameters
+        ----------
+        userids : array-like of int
+            Users to update. Ids past the end are added; rows in between are zero.
+        user_items : csr_matrix or csr_array of shape (n, n_items)
+            One row for each user.
+
+        Raises
+        ------
+        ValueError
+            Where the numbers of rows and users differ.
+        IndexError
+            For negative ids.
+        """
+        self._store_rows("user", userids, self.recalculate_user(userids, user_items))
+
+    def partial_fit_items(self, itemids: Any, item_users: Any) -> None:
+        """Recompute and store the factors of some items; new ids grow the table.
+
+        Parameters
+        ----------
+        itemids : array-like of int
+            Items to update. Ids past the end are added; rows in between are zero.
+        item_users : csr_matrix or csr_array of shape (n, n_users)
+            One row for each item.
+
+        Raises
+        ------
+        ValueError
+            Where the numbers of rows and items differ.
+        IndexError
+            For negative ids.
+        """
+        self._store_rows("item", itemids, self.recalculate_item(itemids, item_users))
+
+    def explain(
+        self,
+        userid: int,
+        user_items: Any,
+        itemid: int,
+        user_weights: tuple[np.ndarray, bool] | None = None,
+        N: int = 10,
+    ) -> tuple[float, list[tuple[int, float]], tuple[np.ndarray, bool]]:
+        """Split a user's score of an item into contributions of the user's own items.
+
+        Parameters
+        ----------
+        userid : int
+            The user.
+        user_items : csr_matrix or csr_array of shape (n_users, n_items)
+            The whole matrix, unlike in `recommend`: its row `userid` is used.
+        itemid : int
+            The item whose score is to be explained.
+        user_weights : tuple, optional
+            What an earlier call for this user returned; saves the factorisation.
+        N : int, default=10
+            Number of contributions.
+
+        Returns
+        -------
+        total_score : float
+            Score of the item from the user's exact factors.
+        top_contributions : list of (itemid, score)
+            Largest first. Disliked items (negative entries) contribute nothing and are left out.
+        user_weights : tuple
+            Cholesky factor of the user's system, as `scipy.linalg.cho_factor` gives it.
+        """
+        table, n = self._fitted_table("item"), validation.result_count(N)
+        validation.warn_if_converted(user_items)
+        rows = validation.rows_for(user_items, None, len(table), strict=False)
+        user = validation.ids_of(userid, rows.shape[0], "userid (a row of the whole user_items)")
+        item = validation.ids_of(itemid, len(table), "itemid")
+        row = rows[user[0][0]]
+        w, v = solve.confidence(self._objective(), row.data.astype(np.float64))
+        if user_weights is None:
+            user_weights = self._factorize(table, row.indices, w)
+        weighted = linalg.cho_solve(user_weights, table[item[0][0]].astype(np.float64))
+        scores = (table[row.indices] @ weighted) * v
+        order = [i for i in np.argsort(-scores, kind="stable") if row.data[i] >= 0][:n]
+        top = [(int(row.indices[i]), float(scores[i])) for i in order]
+        return np.float64(scores.sum()), top, user_weights
+
+    @property
+    def solver(self) -> Callable[..., None]:
+        """Callable `(Cui, X, Y, regularization, num_threads=0)` that solves X in place, given Y.
+
+        As in implicit, `Cui` already holds confidences: `alpha` is not applied. The solver is that
+        of the parameters `linear_solver`, `use_cg` and `cg_steps`, with X as the start of "cg".
+        """
+        return self._solve_in_place
+
+    def _solve_in_place(
+        self,
+        Cui: Any,
+        X: np.ndarray,
+        Y: np.ndarray,
+        regularization: float,
+        num_threads: int | None = 0,
+    ) -> None:
+        rows = validation.rows_for(Cui, len(X), len(Y), "Cui", strict=False)
+        objective = self._objective()._replace(alpha=1.0, regularization=regularization)
+        params = self._params(Y, self._linear_solver())
+        # The caller's tables come and go, so nothing is kept of them.
+        place = mesh.workplace(
+            self.devices, num_threads or self.num_threads, self.use_gpu, self.table_layout
+        )
+        source = als.source(np.asarray(Y), params, place)
+        X[...] = als.solve_rows(rows, source, objective, params, start=np.asarray(X))
+
+    def _recalculate(self, ids: Any, matrix: Any, name: str, source: str) -> np.ndarray:
+        which = "userid" if source == "item" else "itemid"
+        ids, is_scalar, mask = validation.ids_of(ids, None, which)
+        n_columns = len(self._fitted_table(source))
+        rows = validation.rows_for(matrix, len(ids), n_columns, name, strict=False, mask=mask)
+        solved = self._fold_in(rows, source)
+        return solved[0] if is_scalar else solved
+
+    def _fold_in(self, rows: sparse.csr_matrix, side: str) -> np.ndarray:
+        """Solve equation (1) exactly for canonical rows against the table of a side."""
+        table, place = self._fitted_table(side), self._place()
+        params = self._params(table, "cholesky")
+        source = self._kept(
+            f"{side} source",
+            (self._stamp(side), place, params),
+            lambda: als.source(table, params, place),
+        )
+        # Only one that was assigned: a result must not depend on what was computed before it.
+        gramian = self._YtY if side == "item" else self._XtX
+        solved = als.solve_rows(rows, source, self._objective(), params, gramian=gramian)
+        return validation.finite_rows(solved.astype(table.dtype, copy=False), "the given rows")
+
+    def _store_rows(self, side: str, ids: Any, rows: np.ndarray) -> None:
+        table = self._fitted_table(side)
+        ids = validation.ids_of(ids, None, f"{side}ids")[0]
+        if ids.size and ids.min() < 0:
+            raise IndexError(f"{side}ids must not be negative, got {ids.min()}")
+        grown = np.zeros((max(len(table), ids.max(initial=-1) + 1), table.shape[1]), table.dtype)
+        grown[: len(table)] = table
+        grown[ids] = rows
+        self._store(side, grown)
+
+    def _factorize(
+        self, table: np.ndarray, ids: np.ndarray, w: np.ndarray
+    ) -> tuple[np.ndarray, bool]:
+        """Cholesky factor of the matrix of equation (1) for one user, in float64."""
+        objective, rows = self._objective(), table[ids].astype(np.float64)
+        lam = solve.ridge(objective, float(len(ids)), float(len(table)))
+        matrix = objective.unobserved_weight * self.YtY.astype(np.float64)
+        matrix = matrix + lam * np.eye(table.shape[1]) + (rows.T * w) @ rows
+        try:
+            return linalg.cho_factor(matrix)
+        except linalg.LinAlgError:
+            # Rank-deficient and no ridge: a few rounding errors of the diagonal, as in `fit`.
+            jitter = np.finfo(np.float32).eps * np.trace(matrix) / len(matrix)
+            return linalg.cho_factor(matrix + jitter * np.eye(len(matrix)))
+
+    def _objective(self) -> solve.Objective:
+        return solve.objective(
+            self.objective,
+            self.regularization,
+            self.alpha,
+            self.unobserved_weight,
+            self.regularization_exponent,
+        )
+
+    def _linear_solver(self) -> str:
+        return self.linear_solver or ("cg" if self.use_cg else "cholesky")
+
+    def _params(self, table: np.ndarray, linear_solver: str) -> als.AlsParams:
+        """Engine parameters for solves against a table as it is: its own width and dtype."""
+        # bfloat16 is how tables are stored in `fit`; a fold-in does not round its results to it.
+        return als.AlsParams(
+            factors=table.shape[1],
+            dtype="float64" if table.dtype == np.float64 else "float32",
+            linear_solver=linear_solver,
+            cg_steps=self.cg_steps,
+            block_size=self.block_size,
+        )

@@ -1,0 +1,326 @@
+"""Recommendations, neighbours and scores from fitted tables."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from . import ranking, validation
+from ._foldin import FoldIn
+from ._tables import norms
+
+# What a place without a result holds: implicit's own convention for batches.
+NO_ID = -1
+NO_SCORE = np.finfo(np.float32).min
+
+
+class Serving(FoldIn):
+    """implicit's ranking surface."""
+
+    def recommend(
+        self,
+        userid: Any,
+        user_items: Any,
+        N: int = 10,
+        filter_already_liked_items: bool = True,
+        filter_items: Any = None,
+        recalculate_user: bool = False,
+        items: Any = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Recommend the best items for a user or for several.
+
+        Parameters
+        ----------
+        userid : int or array-like of int
+            A user or users; also a mask, a range, or any sequence.
+        user_items : csr_matrix, csr_array or None
+            One row for each user in `userid`, of shape (n, n_items): `user_items[userid]`. None
+            is fine where neither filtering nor recalculation needs it.
+        N : int, default=10
+            Number of results.
+        filter_already_liked_items : bool, default=True
+            Leave out the items stored in the user's row, whatever their value.
+        filter_items : array-like of int, optional
+            Further items to leave out, for all users.
+        recalculate_user : bool, default=False
+            Solve the users' factors from `user_items` rather than use the stored ones.
+        items : array-like of int, optional
+            Rank these items only; N is then at most their number. Excludes `filter_items`.
+
+        Returns
+        -------
+        ids : ndarray of int32 and shape (N,), or (n, N) for several users
+            Best first. Where a user has fewer than N candidates, items that were left out follow
+            with score -3.4e38, and where there are fewer than N items, -1 with the same score.
+            Among equal scores the order is not defined.
+        scores : ndarray of the factors' dtype and the same shape
+
+        Raises
+        ------
+        ValueError
+            For a matrix that is not CSR, has not one row per user, or has entries beyond the items.
+        IndexError
+            For ids that are not in the model.
+        """
+        n, table = validation.result_count(N), self._fitted_table("item")
+        users = None if recalculate_user else self._fitted_table("user")
+        ids, is_scalar, mask = validation.ids_of(userid, None if users is None else len(users))
+        rows = None
+        if filter_already_liked_items or recalculate_user:
+            rows = validation.rows_for(user_items, len(ids), len(table), mask=mask)
+        names = ("items", "filter_items")
+        chosen, excluded = validation.selection(items, filter_items, len(table), names)
+        queries = self._fold_in(rows, "item") if users is None else users[ids]
+        seen = rows if filter_already_liked_items else None
+        found = self._rank(queries, "item", n, seen=seen, chosen=chosen, excluded=excluded)
+        return _unwrapped(found, is_scalar)
+
+    def similar_items(
+        self,
+        itemid: Any,
+        N: int = 10,
+        recalculate_item: bool = False,
+        item_users: Any = None,
+        filter_items: Any = None,
+        items: Any = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Find the items whose factors point most nearly the same way (cosine).
+
+        Parameters
+        ----------
+        itemid : int or array-like of int
+            An item or items.
+        N : int, default=10
+            Number of results; an item itself is the first of them.
+        recalculate_item : bool, default=False
+            Solve the items' factors from `item_users` rather than use the stored ones.
+        item_users : csr_matrix or csr_array, optional
+            With `recalculate_item`, one row for each item, of shape (n, n_users).
+        filter_items : array-like of int, optional
+            Items to leave out.
+        items : array-like of int, optional
+            Rank these items only. Excludes `filter_items`.
+
+        Returns
+        -------
+        ids : ndarray of int32 and shape (N,), or (n, N) for several items
+            Best first; places without a result as in `recommend`.
+        scores : ndarray of the factors' dtype and the same shape
+            Cosines.
+        """
+        n = validation.result_count(N)
+        factors = self._item_factor(itemid, item_users, recalculate_item)
+        lengths = norms(factors) if recalculate_item else None
+        names = ("items", "filter_items")
+        return self._similar(itemid, "item", n, factors, lengths, items, filter_items, names)
+
+    def similar_users(
+        self, userid: Any, N: int = 10, filter_users: Any = None, users: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Find the users whose factors point most nearly the same way (cosine).
+
+        Parameters
+        ----------
+        userid : int or array-like of int
+            A user or users.
+        N : int, default=10
+            Number of results; a user itself is the first of them.
+        filter_users : array-like of int, optional
+            Users to leave out.
+        users : array-like of int, optional
+            Rank these users only. Excludes `filter_users`.
+
+        Returns
+        -------
+        ids : ndarray of int32 and shape (N,), or (n, N) for several users
+            Best first; places without a result as in `recommend`.
+        scores : ndarray of the factors' dtype and the same shape
+            Cosines.
+        """
+        n, factors = validation.result_count(N), self._user_factor(userid, None)
+        names = ("users", "filter_users")
+        return self._similar(userid, "user", n, factors, None, users, filter_users, names)
+
+    def score_pairs(self, userids: Any, itemids: Any) -> np.ndarray:
+        """Score given pairs of a user and an item.
+
+        Parameters
+        ----------
+        userids, itemids : array-like of int, of equal length
+            Either may be a single id, which then goes with all of the other.
+
+        Returns
+        -------
+        ndarray of the factors' dtype and shape (n,)
+            Inner products, the scores that `recommend` ranks by; 0-d for two single ids.
+        """
+        users, items = self._fitted_table("user"), self._fitted_table("item")
+        users_at, one_user, _ = validation.ids_of(userids, len(users), "userids")
+        items_at, one_item, _ = validation.ids_of(itemids, len(items), "itemids")
+        if len(users_at) != len(items_at) and not (one_user or one_item):
+            raise ValueError(
+                f"userids and itemids must be of equal length, got {len(users_at)} and "
+                f"{len(items_at)}: pairs are scored, not every combination"
+            )
+        scores = np.einsum("...k,...k->...", users[users_at], items[items_at])
+        return scores[0] if one_user and one_item else scores
+
+    def recommend_all(
+        self,
+        user_items: Any,
+        N: int = 10,
+        recalculate_user: bool = False,
+        filter_already_liked_items: bool = True,
+        filter_items: Any = None,
+        users_items_offset: int = 0,
+    ) -> np.ndarray:
+        """Recommend items for all rows of a matrix; deprecated, use `recommend` with many users.
+
+        Returns
+        -------
+        ids : ndarray of int32 and shape (n, N)
+        """
+        warnings.warn(
+            "recommend_all is deprecated. Use recommend with an array of userids instead",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.recommend(
+            np.arange(user_items.shape[0]) + users_items_offset,
+            user_items,
+            N=N,
+            filter_already_liked_items=filter_already_liked_items,
+            filter_items=filter_items,
+            recalculate_user=recalculate_user,
+        )[0]
+
+    def rank_items(
+        self, userid: Any, user_items: Any, selected_items: Any, recalculate_user: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rank given items for a user; deprecated, use `recommend` with `items`."""
+        warnings.warn(
+            "rank_items is deprecated. Use recommend with the 'items' parameter instead",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.recommend(
+            userid,
+            user_items,
+            recalculate_user=recalculate_user,
+            items=selected_items,
+            filter_already_liked_items=False,
+        )
+
+    # Names that implicit's approximate-neighbour wrappers call. They normalise what they get in
+    # place, so it is always a copy.
+    def _user_factor(
+        self, userid: Any, user_items: Any, recalculate_user: bool = False
+    ) -> np.ndarray:
+        if recalculate_user:
+            return self.recalculate_user(userid, user_items)
+        return _rows_of(self._fitted_table("user"), userid, "userid")
+
+    def _item_factor(
+        self, itemid: Any, item_users: Any, recalculate_item: bool = False
+    ) -> np.ndarray:
+        if recalculate_item:
+            return self.recalculate_item(itemid, item_users)
+        return _rows_of(self._fitted_table("item"), itemid, "itemid")
+
+    def _similar(
+        self,
+        ids: Any,
+        side: str,
+        n: int,
+        factors: np.ndarray,
+        lengths: np.ndarray | None,
+        chosen: Any,
+        dropped: Any,
+        names: tuple[str, str],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        table_norms = self.item_norms if side == "item" else self.user_norms
+        chosen, excluded = validation.selection(chosen, dropped, len(table_norms), names)
+        if lengths is None:
+            at, is_scalar, _ = validation.ids_of(ids, len(table_norms))
+            lengths = table_norms[at[0] if is_scalar else at]
+        queries = np.atleast_2d(factors) / np.reshape(lengths, (-1, 1))
+        queries = queries.astype(factors.dtype, copy=False)
+        found = self._rank(queries, side, n, chosen=chosen, excluded=excluded, lengths=table_norms)
+        return _unwrapped(found, factors.ndim == 1)
+
+    def _rank(
+        self,
+        queries: np.ndarray,
+        side: str,
+        n: int,
+        *,
+        seen: sparse.csr_matrix | None = None,
+        chosen: np.ndarray | None = None,
+        excluded: np.ndarray | None = None,
+        lengths: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The n best rows of a table for each query, by product, over `lengths` where given."""
+        table = self._fitted_table(side)
+        n = n if chosen is None else min(n, len(chosen))
+        k = min(n, len(table))
+        ids = np.full((len(queries), n), NO_ID, np.int32)
+        scores = np.full((len(queries), n), NO_SCORE, table.dtype)
+        if k and len(queries):
+            catalog = self._catalog(side, lengths)
+            best = ranking.top_k(queries, catalog, k, seen=seen, excluded=excluded)
+            ids[:, :k], scores[:, :k] = best
+            left_out = excluded if chosen is None else None
+            _fill(ids[:, :k], seen, left_out, chosen)
+        return ids, scores
+
+    def _catalog(self, side: str, lengths: np.ndarray | None) -> Any:
+        table, place = self._fitted_table(side), self._place()
+        if lengths is None:
+            stamp = (self._stamp(side), place)
+            return self._kept(f"{side} catalog", stamp, lambda: ranking.catalog(table, place))
+
+        def make() -> tuple[Any, np.ndarray]:
+            scaled = (table / lengths[:, None]).astype(table.dtype, copy=False)
+            return ranking.catalog(scaled, place), lengths
+
+        # The kept pair holds the lengths, so that their identity cannot be taken by another array.
+        stamp = (self._stamp(side), place, id(lengths))
+        return self._kept(f"{side} directions", stamp, make)[0]
+
+
+def _fill(
+    ids: np.ndarray,
+    seen: sparse.csr_matrix | None,
+    excluded: np.ndarray | None,
+    chosen: np.ndarray | None,
+) -> None:
+    """Put what was left out into the places without a result, larger ids first like implicit.
+
+    implicit's callers count on a whitelist coming back whole, with filtered items last.
+    """
+    for row in np.flatnonzero(ids[:, -1] == NO_ID):
+        out = np.empty(0, np.int64) if excluded is None else excluded
+        if seen is not None:
+            liked = seen.indices[seen.indptr[row] : seen.indptr[row + 1]]
+            out = np.union1d(out, liked)
+        if chosen is not None:
+            out = np.intersect1d(out, chosen)
+        places = np.flatnonzero(ids[row] == NO_ID)
+        tail = out[::-1][: len(places)]
+        ids[row, places[: len(tail)]] = tail
+
+
+def _rows_of(table: np.ndarray, ids: Any, name: str) -> np.ndarray:
+    at, is_scalar, _ = validation.ids_of(ids, len(table), name)
+    rows = np.array(table[at])
+    return rows[0] if is_scalar else rows
+
+
+def _unwrapped(
+    found: tuple[np.ndarray, np.ndarray], is_scalar: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    ids, scores = found
+    return (ids[0], scores[0]) if is_scalar else (ids, scores)

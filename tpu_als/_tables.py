@@ -1,0 +1,268 @@
+"""The fitted tables of an estimator, and what is kept of them on devices.
+
+An estimator's `__dict__` holds parameters and NumPy arrays only, so that it pickles, copies and
+compares plainly. Device-resident things hang on it from outside, in a weak dictionary, and are
+dropped as soon as the table they were made from changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from sklearn.exceptions import NotFittedError
+
+from . import als, mesh, validation
+
+Kept = TypeVar("Kept")
+
+_DERIVED = {"user": ("_XtX", "_user_norms"), "item": ("_YtY", "_item_norms")}
+_FETCH = {"user": als.user_factors, "item": als.item_factors}
+_FITTED = ("_user_factors", "_item_factors", "_assigned", "_YtY", "_XtX", "_user_norms")
+
+
+@dataclass
+class _Runtime:
+    """What an estimator has on devices, or has computed of its tables.
+
+    Attributes
+    ----------
+    pending : dict
+        By side, the engine's state and data that hold a newer table than the estimator does.
+    kept : dict
+        By name, a stamp of what a value was made from, and the value.
+    stamps : dict
+        By side, a fingerprint of the table.
+    exposed : set
+        Sides whose array has been handed out, so that it may have been written into.
+    """
+
+    pending: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    kept: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    stamps: dict[str, int] = field(default_factory=dict)
+    exposed: set[str] = field(default_factory=set)
+
+
+_RUNTIMES: WeakKeyDictionary[FactorTables, _Runtime] = WeakKeyDictionary()
+
+
+class FactorTables:
+    """Base of the estimator: both tables, and values derived of them."""
+
+    # Class attributes, because a scikit-learn constructor may set parameters only.
+    _user_factors: np.ndarray | None = None
+    _item_factors: np.ndarray | None = None
+    # Sides assigned since the last fit, from which the next fit starts.
+    _assigned: tuple[str, ...] = ()
+    # Assignable as in implicit; None means "compute". Computed values are not stored here.
+    _YtY: np.ndarray | None = None
+    _XtX: np.ndarray | None = None
+    _user_norms: np.ndarray | None = None
+    _item_norms: np.ndarray | None = None
+
+    devices: Any
+    num_threads: int
+    use_gpu: bool | None
+    table_layout: str
+
+    @property
+    def user_factors(self) -> np.ndarray | None:
+        """User table, ndarray of shape (n_users, factors); None before fit. Assignable."""
+        return self._exposed("user")
+
+    @user_factors.setter
+    def user_factors(self, table: Any) -> None:
+        self._assign("user", table)
+
+    @property
+    def item_factors(self) -> np.ndarray | None:
+        """Item table, ndarray of shape (n_items, factors); None before fit. Assignable."""
+        return self._exposed("item")
+
+    @item_factors.setter
+    def item_factors(self, table: Any) -> None:
+        self._assign("item", table)
+
+    @property
+    def YtY(self) -> np.ndarray:
+        """Gramian of the item table, ndarray of shape (factors, factors), no regularization."""
+        return self._derived("_YtY", "item", _gramian)
+
+    @property
+    def XtX(self) -> np.ndarray:
+        """Gramian of the user table, ndarray of shape (factors, factors), no regularization."""
+        return self._derived("_XtX", "user", _gramian)
+
+    @property
+    def user_norms(self) -> np.ndarray:
+        """Lengths of the user vectors, ndarray of shape (n_users,); 1e-10 in place of 0."""
+        return self._derived("_user_norms", "user", norms)
+
+    @property
+    def item_norms(self) -> np.ndarray:
+        """Lengths of the item vectors, ndarray of shape (n_items,); 1e-10 in place of 0."""
+        return self._derived("_item_norms", "item", norms)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return self._table("user") is not None and self._table("item") is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        state = dict(super().__getstate__())  # type: ignore[arg-type, call-overload]
+        # Device handles cannot be pickled and mean nothing elsewhere; their number does.
+        state["devices"] = _device_count(self.devices)
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(twin.__dict__, memo))
+        twin.devices = self.devices
+        return twin
+
+    def __sklearn_clone__(self) -> Any:
+        # jax devices cannot be deep-copied, as scikit-learn's clone would.
+        twin = super(FactorTables, copy.copy(self)).__sklearn_clone__()  # type: ignore[misc]
+        twin.devices = self.devices
+        return twin
+
+    def _runtime(self) -> _Runtime:
+        return _RUNTIMES.setdefault(self, _Runtime())
+
+    def _table(self, side: str) -> np.ndarray | None:
+        """The current table of a side, fetched from the devices where a newer one is there."""
+        runtime = _RUNTIMES.get(self)
+        if runtime is not None and side in runtime.pending:
+            setattr(self, f"_{side}_factors", _FETCH[side](*runtime.pending[side]))
+            del runtime.pending[side]
+        return getattr(self, f"_{side}_factors")
+
+    def _fitted_table(self, side: str) -> np.ndarray:
+        table = self._table(side)
+        if table is None:
+            raise NotFittedError(
+                f"This {type(self).__name__} has no {side} factors yet. Call 'fit', or assign "
+                f"'{side}_factors', before using it"
+            )
+        return table
+
+    def _exposed(self, side: str) -> np.ndarray | None:
+        self._runtime().exposed.add(side)
+        return self._table(side)
+
+    def _assign(self, side: str, table: Any) -> None:
+        self._store(side, validation.factor_table(table, f"{side}_factors"))
+        self._runtime().exposed.add(side)
+        self._assigned = tuple(s for s in ("user", "item") if s in (*self._assigned, side))
+
+    def _store(self, side: str, table: np.ndarray | None) -> None:
+        """Replace a table, and drop all that was derived from the old one."""
+        self._forget(side)
+        self._runtime().pending.pop(side, None)
+        setattr(self, f"_{side}_factors", table)
+        if side == "item":
+            self._count_features(None if table is None else len(table))
+
+    def _count_features(self, n_items: int | None) -> None:
+        if n_items != getattr(self, "n_features_in_", None):
+            self.__dict__.pop("feature_names_in_", None)
+            self.__dict__.pop("n_features_in_", None)
+            if n_items is not None:
+                self.n_features_in_ = n_items
+
+    def _forget(self, side: str) -> None:
+        self._runtime().stamps.pop(side, None)
+        for name in _DERIVED[side]:
+            self.__dict__.pop(name, None)
+
+    def _publish(self, state: Any, data: Any) -> None:
+        """Make the engine's tables the current ones, fetched only when somebody reads them."""
+        for side in ("user", "item"):
+            self._forget(side)
+            self._runtime().pending[side] = (state, data)
+        self.__dict__.pop("_assigned", None)
+
+    def _settle(self) -> None:
+        """Fetch what is pending, so that no engine state is needed any more."""
+        for side in ("user", "item"):
+            self._table(side)
+
+    def _fitted_state(self) -> dict[str, Any]:
+        self._settle()
+        names = (*_FITTED, "_item_norms")
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name in names or (name.endswith("_") and not name.startswith("_"))
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Return to a state that `_fitted_state` gave."""
+        self._runtime().pending.clear()
+        self._runtime().stamps.clear()
+        for name in self._fitted_state():
+            del self.__dict__[name]
+        self.__dict__.update(state)
+
+    def _stamp(self, side: str) -> int:
+        """Fingerprint of a table's content.
+
+        Users write into `item_factors`, as implicit lets them; a stale copy on a device would
+        then answer. So the content is looked at again while somebody holds the array.
+        """
+        runtime, table = self._runtime(), self._fitted_table(side)
+        if side not in runtime.stamps or side in runtime.exposed:
+            runtime.stamps[side] = _fingerprint(table)
+            # Our own attribute, the name `table` and the argument: nobody else holds it now.
+            if sys.getrefcount(table) <= 3:
+                runtime.exposed.discard(side)
+        return runtime.stamps[side]
+
+    def _kept(self, name: str, stamp: Any, make: Callable[[], Kept]) -> Kept:
+        """A value kept from an earlier call where `stamp` is still the same, else made anew."""
+        runtime = self._runtime()
+        held = runtime.kept.get(name)
+        if held is None or held[0] != stamp:
+            held = runtime.kept[name] = (stamp, make())
+        return held[1]
+
+    def _derived(
+        self, name: str, side: str, compute: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        assigned = getattr(self, name)
+        if assigned is not None:
+            return assigned
+        return self._kept(name, self._stamp(side), lambda: compute(self._fitted_table(side)))
+
+    def _place(self) -> mesh.Workplace:
+        where = (self.devices, self.num_threads, self.use_gpu, self.table_layout)
+        return self._kept("place", where, lambda: mesh.workplace(*where))
+
+
+def norms(table: np.ndarray) -> np.ndarray:
+    """Lengths (n,) of the rows of a table (n, K); 1e-10 in place of 0, so that one may divide."""
+    lengths = np.linalg.norm(table, axis=-1)
+    return np.where(lengths == 0, table.dtype.type(1e-10), lengths)
+
+
+def _gramian(table: np.ndarray) -> np.ndarray:
+    return np.asarray(table.T @ table)
+
+
+def _fingerprint(table: np.ndarray) -> int:
+    # Sums of the raw words by row and by column, then hashed: one fast pass that sees any single
+    # change, and rows or columns changing places.
+    words = np.ascontiguousarray(table).view(np.uint32)
+    sums = (words.sum(axis=axis, dtype=np.uint32).tobytes() for axis in (0, 1))
+    return hash((words.shape, table.dtype.char, *sums))
+
+
+def _device_count(devices: Any) -> Any:
+    if isinstance(devices, (list, tuple)):
+        return len(devices)
+    return devices.size if hasattr(devices, "axis_names") else devices

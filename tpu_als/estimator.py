@@ -1,0 +1,487 @@
+"""The estimator: parameters, the fit, and scikit-learn's and implicit's rules around it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from scipy import sparse
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import check_array
+from sklearn.utils.validation import check_is_fitted, validate_data
+from tqdm.auto import tqdm
+
+from . import als, checkpoint, holdout, validation
+from ._serving import Serving
+from .early_stopping import EarlyStopping
+
+log = logging.getLogger("tpu_als")
+
+_SCORE_FRACTION = 0.2
+
+
+class TPUAlternatingLeastSquares(
+    Serving, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
+):
+    """Alternating least squares for implicit feedback, on one or many devices.
+
+    Takes the place of ``implicit.als.AlternatingLeastSquares`` and is a scikit-learn transformer:
+    rows are users, columns are items, and stored values are confidences.
+
+    Parameters
+    ----------
+    factors : int, default=100
+        Number of latent factors.
+    regularization : float, default=0.01
+        Ridge of every row's system.
+    alpha : float, default=1.0
+        Factor on the stored values.
+    dtype : np.float32, np.float64 or "bfloat16", default=np.float32
+        Storage of the tables in `fit`. With "bfloat16" sums are float32, and so is what one reads.
+    use_native : bool, default=True
+        Ignored; there is one engine.
+    use_cg : bool, default=True
+        Whether `linear_solver=None` means "cg" rather than "cholesky".
+    iterations : int, default=15
+        Number of iterations, each of which solves all users and then all items.
+    calculate_training_loss : bool, default=False
+        Compute the loss at each iteration, for `history_`, the callback, the bar and the log.
+    num_threads : int, default=0
+        Threads on a single CPU device; 0 means all cores.
+    random_state : int, RandomState, Generator or None, default=None
+        Seed of the initial tables; an integer gives the same ones as in implicit.
+    objective : {"implicit", "ials"}, default="implicit"
+        Hu, Koren, Volinsky (2008) in implicit's convention, where a negative value is a dislike;
+        or iALS of Rendle et al. (2022), where an observed cell pays on top of the unobserved term.
+    unobserved_weight : float, default=1.0
+        Weight of a cell without an entry.
+    regularization_exponent : float, default=None
+        The ridge of a row with n entries is ``regularization * (n + unobserved_weight *
+        n_columns) ** regularization_exponent``. None means 0 for "implicit" and 1 for "ials".
+    linear_solver : {None, "cg", "cholesky"}, default=None
+        How the rows' systems are solved in `fit`. Fold-in is always exact.
+    cg_steps : int, default=3
+        Steps of "cg".
+    devices : None, int, list of jax.Device or jax.sharding.Mesh, default=None
+        None takes all devices of JAX's default backend, a number the first so many.
+    table_layout : {"auto", "replicated", "sharded"}, default="auto"
+        How the table held fixed stands on several devices.
+    warm_start : bool, default=False
+        Start `fit` from the present tables, as implicit always does.
+    use_gpu : bool, default=None
+        True requires that JAX runs on a GPU; None and False leave JAX's choice.
+    block_size : int, default=64
+        Factors that a block solver solves at once.
+    early_stopping : bool, default=False
+        Stop when NDCG@10 on held-out entries no longer rises, and keep the best tables.
+    validation_fraction : float, default=0.1
+        Part of each row's entries to hold out for early stopping.
+    n_iter_no_change : int, default=3
+        Iterations without improvement before stopping.
+    tol : float, default=1e-4
+        Least gain in NDCG@10 that counts as improvement.
+
+    Attributes
+    ----------
+    user_factors : ndarray of shape (n_users, factors)
+        User table; None before fit. One that is assigned is where the next fit starts.
+    item_factors : ndarray of shape (n_items, factors)
+        Item table; likewise.
+    n_features_in_ : int
+        Number of items.
+    feature_names_in_ : ndarray of str and shape (n_items,)
+        Column names, where `fit` saw a DataFrame with string names.
+    n_iter_ : int
+        Iterations run.
+    history_ : dict of list
+        Per iteration, "seconds"; "loss" with `calculate_training_loss`; "ndcg" with
+        `early_stopping`.
+
+    Notes
+    -----
+    A bar or a callback costs nothing to speak of; tables leave the devices when they are read.
+
+    References
+    ----------
+    .. [1] Hu, Koren, Volinsky. Collaborative filtering for implicit feedback datasets. ICDM 2008.
+    .. [2] Mehta, Rendle, Krichene, Zhang. ALX: large scale matrix factorization on TPUs. 2021.
+    .. [3] Rendle, Krichene, Zhang, Koren. Revisiting the performance of iALS on item
+       recommendation benchmarks. RecSys 2022.
+
+    Examples
+    --------
+    >>> from scipy.sparse import csr_matrix
+    >>> from tpu_als import TPUAlternatingLeastSquares
+    >>> plays = csr_matrix([[3, 1, 0, 0], [1, 4, 1, 0], [0, 0, 2, 5]])
+    >>> model = TPUAlternatingLeastSquares(factors=2, alpha=10, random_state=0)
+    >>> ids, scores = model.fit(plays, show_progress=False).recommend(0, plays[0], N=2)
+    >>> ids.tolist()
+    [2, 3]
+    """
+
+    # implicit's name for a callback that `fit` falls back to.
+    fit_callback: Callable[[int, float, float | None], Any] | None = None
+
+    def __init__(
+        self,
+        factors: int = 100,
+        regularization: float = 0.01,
+        alpha: float = 1.0,
+        dtype: Any = np.float32,
+        use_native: bool = True,
+        use_cg: bool = True,
+        iterations: int = 15,
+        calculate_training_loss: bool = False,
+        num_threads: int = 0,
+        random_state: Any = None,
+        *,
+        objective: str = "implicit",
+        unobserved_weight: float = 1.0,
+        regularization_exponent: float | None = None,
+        linear_solver: str | None = None,
+        cg_steps: int = 3,
+        devices: Any = None,
+        table_layout: str = "auto",
+        warm_start: bool = False,
+        use_gpu: bool | None = None,
+        block_size: int = 64,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 3,
+        tol: float = 1e-4,
+    ) -> None:
+        self.factors = factors
+        self.regularization = regularization
+        self.alpha = alpha
+        self.dtype = dtype
+        self.use_native = use_native
+        self.use_cg = use_cg
+        self.iterations = iterations
+        self.calculate_training_loss = calculate_training_loss
+        self.num_threads = num_threads
+        self.random_state = random_state
+        self.objective = objective
+        self.unobserved_weight = unobserved_weight
+        self.regularization_exponent = regularization_exponent
+        self.linear_solver = linear_solver
+        self.cg_steps = cg_steps
+        self.devices = devices
+        self.table_layout = table_layout
+        self.warm_start = warm_start
+        self.use_gpu = use_gpu
+        self.block_size = block_size
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.tol = tol
+
+    def fit(
+        self,
+        user_items: Any,
+        y: Any = None,
+        show_progress: bool = True,
+        callback: Callable[[int, float, float | None], Any] | None = None,
+    ) -> Self:
+        """Factorize a matrix of users by items.
+
+        Parameters
+        ----------
+        user_items : csr_matrix, csr_array or array-like of shape (n_users, n_items)
+            Confidences. Stored zeros are entries, duplicates are summed, and values are used as
+            float32. Other sparse formats are converted, with a ParameterWarning.
+        y : None
+            Ignored. A bool is taken for `show_progress`, so that implicit's positional calls work.
+        show_progress : bool, default=True
+            Show a bar.
+        callback : callable, optional
+            Called as ``callback(iteration, seconds, loss)`` after each iteration; loss is None
+            unless computed. The model is usable in it as it stands then. To stop, raise: the
+            error passes on, and the last finished iteration stays fitted.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            For parameters or data out of range, before any work.
+        ModelFitError
+            Where factors became infinite or NaN. The model stays as it was before the call.
+        """
+        show_progress, callback = validation.fit_arguments(y, show_progress, callback)
+        validation.warn_if_converted(user_items)
+        callback, before = callback or self.fit_callback, self._fitted_state()
+        try:
+            with self._undone_on_error(before):
+                params = self._checked_params()
+                rows = self._validated(user_items, reset=True)
+                rows, monitor = self._held_out(rows)
+                data = als.place(rows, params, self._place())
+                state = als.start(data, *self._start_tables(rows.shape))
+                self._begin(state, data)
+            with tqdm(total=self.iterations, disable=not show_progress) as progress:
+                for iteration in range(self.iterations):
+                    with self._undone_on_error(before):
+                        state, report = self._iterate(state, data, monitor)
+                    self._show(progress, report)
+                    if callback:
+                        callback(iteration, report["seconds"], report.get("loss"))
+                    if monitor is not None and monitor.is_over:
+                        break
+            self._finish(monitor)
+        finally:
+            self._settle()
+        return self
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Compute factors of rows, seen in `fit` or not, exactly (fold-in).
+
+        Parameters
+        ----------
+        X : csr_matrix, csr_array or array-like of shape (n_rows, n_items)
+            As in `fit`.
+
+        Returns
+        -------
+        ndarray of shape (n_rows, factors)
+            Each row depends on that row of X only.
+        """
+        check_is_fitted(self)
+        return self._fold_in(self._validated(X), "item")
+
+    def inverse_transform(self, X: Any) -> np.ndarray:
+        """Score all items for given factors.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_rows, factors)
+            Factors, such as `transform` gives.
+
+        Returns
+        -------
+        ndarray of shape (n_rows, n_items)
+            A dense array: mind the memory, and use `recommend` for the best items.
+        """
+        check_is_fitted(self)
+        table = self._fitted_table("item")
+        factors = check_array(X, dtype=[np.float64, np.float32], ensure_min_samples=0)
+        if factors.shape[1] != table.shape[1]:
+            raise ValueError(
+                f"X has {factors.shape[1]} columns, expected {table.shape[1]} factors: "
+                "inverse_transform takes what transform returns"
+            )
+        return factors.astype(table.dtype, copy=False) @ table.T
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Mean NDCG@10 of items hidden from rows that need not have been seen in `fit`.
+
+        Of each row's positive entries a fifth, always the same, is hidden; the rest is folded
+        in; the hidden ones are then looked for among all items that were not folded in. Rows with
+        fewer than two positive entries do not count.
+
+        Parameters
+        ----------
+        X : csr_matrix, csr_array or array-like of shape (n_rows, n_items)
+            As in `fit`.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        float
+            Between 0 and 1, larger is better.
+        """
+        check_is_fitted(self)
+        kept, hidden = holdout.hide(self._validated(X), _SCORE_FRACTION, at_least=1)
+        measured = np.flatnonzero(np.diff(hidden.indptr))
+        kept, hidden = kept[measured], hidden[measured]
+        ids, _ = self._rank(self._fold_in(kept, "item"), "item", holdout.CUTOFF, seen=kept)
+        return holdout.mean_ndcg(ids, hidden)
+
+    def save(self, fileobj_or_path: str | os.PathLike | BinaryIO) -> None:
+        """Write the model to an .npz file that implicit can load as well.
+
+        Parameters
+        ----------
+        fileobj_or_path : str, path or binary file object
+            A path gets ".npz" where it lacks it. It is replaced only by a complete file.
+
+        Notes
+        -----
+        Random generators and device handles are not saved; they load as None.
+        """
+        values = self.get_params(deep=False)
+        name = validation.storage_dtype(self.dtype)
+        # implicit knows no bfloat16, but reads what it finds under its own names.
+        values["dtype"], values["storage_dtype"] = name.replace("bfloat16", "float32"), name
+        values["devices"] = self.devices if isinstance(self.devices, int) else None
+        values.update(user_factors=self._table("user"), item_factors=self._table("item"))
+        names = getattr(self, "feature_names_in_", None)
+        values["feature_names_in_"] = None if names is None else names.astype(str)
+        values["n_iter_"] = getattr(self, "n_iter_", None)
+        for key, series in getattr(self, "history_", {}).items():
+            values[f"history_{key}"] = np.asarray(series, np.float64)
+        checkpoint.save_npz(fileobj_or_path, values)
+
+    @classmethod
+    def load(cls, fileobj_or_path: str | os.PathLike | BinaryIO) -> Self:
+        """Read a model that `save`, or implicit's, wrote. Nothing is unpickled.
+
+        Parameters
+        ----------
+        fileobj_or_path : str, path or binary file object
+            A path may lack its ".npz".
+        """
+        values = checkpoint.load_npz(fileobj_or_path)
+        parameters = {name: values[name] for name in cls._get_param_names() if name in values}
+        name = values.get("storage_dtype", values.get("dtype", "float32"))
+        parameters["dtype"] = name if name == "bfloat16" else np.dtype(name).type
+        model = cls(**parameters)
+        for side in ("user", "item"):
+            table = validation.factor_table(values.get(f"{side}_factors"), f"{side}_factors")
+            if table is not None:
+                model._store(side, table)
+        if "feature_names_in_" in values:
+            model.feature_names_in_ = values["feature_names_in_"].astype(object)
+        if "n_iter_" in values:
+            model.n_iter_ = values["n_iter_"]
+            series = {key: values.get(f"history_{key}") for key in ("seconds", "loss", "ndcg")}
+            model.history_ = {k: v.tolist() for k, v in series.items() if v is not None}
+        return model
+
+    def to_gpu(self) -> Self:
+        """Return a copy whose next computation requires a GPU."""
+        twin = self.__deepcopy__({})
+        return twin.set_params(use_gpu=True)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        name = np.dtype(np.float32).name if self.dtype == "bfloat16" else str(self.dtype)
+        with contextlib.suppress(TypeError):
+            name = np.dtype(self.dtype).name
+        tags.transformer_tags.preserves_dtype = [name] if name in validation.DTYPES else []
+        return tags
+
+    @property
+    def _n_features_out(self) -> int:
+        return self._fitted_table("item").shape[1]
+
+    def _checked_params(self) -> als.AlsParams:
+        """Interpret the constructor's parameters, or raise for one that is wrong."""
+        validation.check_parameters(self.get_params(deep=False))
+        self._objective()
+        return als.AlsParams(
+            factors=int(self.factors),
+            dtype=validation.storage_dtype(self.dtype),
+            linear_solver=self._linear_solver(),
+            cg_steps=int(self.cg_steps),
+            block_size=int(self.block_size),
+        )
+
+    def _validated(self, X: Any, reset: bool = False) -> sparse.csr_matrix:
+        """scikit-learn's checks of X, then canonical CSR."""
+        # A sparse matrix without rows is data without users; an empty array is a mistake.
+        least = 0 if sparse.issparse(X) else 1
+        X = validate_data(
+            self,
+            X,
+            reset=reset,
+            accept_sparse="csr",
+            dtype=[np.float64, np.float32],
+            ensure_min_samples=least,
+            ensure_min_features=least,
+        )
+        return validation.canonical_csr(X)
+
+    def _held_out(self, rows: sparse.csr_matrix) -> tuple[sparse.csr_matrix, EarlyStopping | None]:
+        if not self.early_stopping:
+            return rows, None
+        train, hidden = holdout.hide(rows, self.validation_fraction)
+        return train, EarlyStopping(train, hidden, self.n_iter_no_change, self.tol)
+
+    def _start_tables(self, shape: tuple[int, int]) -> list[np.ndarray]:
+        """Tables to start from: assigned or, with `warm_start`, present ones; else drawn.
+
+        Users are drawn first and only what is missing is drawn, like in implicit, whose tables
+        these equal bit by bit for "implicit" and an integer seed.
+        """
+        rng = validation.random_generator(self.random_state)
+        dtype = np.float64 if validation.storage_dtype(self.dtype) == "float64" else np.float32
+        tables = []
+        for side, n_rows in zip(("user", "item"), shape, strict=True):
+            size = (n_rows, int(self.factors))
+            table = self._table(side) if self.warm_start or side in self._assigned else None
+            if table is not None:
+                tables.append(validation.start_table(table, size, f"{side}_factors"))
+            elif self.objective == "ials":
+                # Deviation 0.1 / sqrt(K), as Rendle et al. (2022); filled row by row.
+                scale = dtype(0.1 / np.sqrt(self.factors))
+                tables.append(rng.standard_normal(size, dtype=dtype) * scale)
+            else:
+                tables.append(rng.random(size, dtype=dtype) * 0.01)
+        return tables
+
+    def _begin(self, state: als.AlsState, data: als.Data) -> None:
+        self._publish(state, data)
+        self.n_iter_: int = 0
+        self.history_: dict[str, list[float]] = {"seconds": []}
+
+    def _iterate(
+        self, state: als.AlsState, data: als.Data, monitor: EarlyStopping | None
+    ) -> tuple[als.AlsState, dict[str, float]]:
+        """Run one iteration and make it the fitted one."""
+        started, objective = time.perf_counter(), self._objective()
+        state, failed = als.epoch(state, data, objective)
+        validation.finite_counts(failed, self.n_iter_)
+        report = {"seconds": time.perf_counter() - started}
+        if self.calculate_training_loss:
+            report["loss"] = als.loss(state, data, objective)
+        if monitor is not None:
+            tables = als.user_factors(state, data), als.item_factors(state, data)
+            report["ndcg"] = monitor.measure(*tables, data.place)
+        self._publish(state, data)
+        self.n_iter_ += 1
+        for name, value in report.items():
+            self.history_.setdefault(name, []).append(value)
+        return state, report
+
+    def _finish(self, monitor: EarlyStopping | None) -> None:
+        if monitor is not None and monitor.best is not None:
+            for side, table in zip(("user", "item"), monitor.best, strict=True):
+                self._store(side, table)
+        losses = self.history_.get("loss")
+        if losses:
+            log.info("final training loss %.4f", losses[-1])
+
+    def _show(self, progress: tqdm, report: dict[str, float]) -> None:
+        progress.set_postfix({name: f"{value:.4g}" for name, value in report.items()})
+        progress.update(1)
+        log.debug("iteration %d: %s", self.n_iter_ - 1, report)
+
+    @contextlib.contextmanager
+    def _undone_on_error(self, before: dict[str, Any]) -> Iterator[None]:
+        """Return to the model before `fit` on an error, but keep what a Ctrl-C cuts short."""
+        try:
+            yield
+        except BaseException as error:
+            if not (isinstance(error, KeyboardInterrupt) and self._has_iterated()):
+                self._restore(before)
+            raise
+
+    def _has_iterated(self) -> bool:
+        return bool(self._runtime().pending) and self.n_iter_ > 0
+
+
+try:  # implicit's wrappers check for its class; it is an ABC, so no inheritance is needed.
+    from implicit.cpu.als import AlternatingLeastSquares as _Implicit
+except ImportError:
+    pass
+else:
+    _Implicit.register(TPUAlternatingLeastSquares)
