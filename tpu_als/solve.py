@@ -1,0 +1,332 @@
+"""Batched solves of one block of rows. Pure functions for one device; docs/math.md has the algebra.
+
+Axis letters: R rows, L padded length, K factors, N source rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+# Full float32 products: accelerators would otherwise round the operands to bfloat16 or tf32.
+PRECISION = lax.Precision.HIGHEST
+SOLVERS = ("cg", "cholesky")
+OBJECTIVES = ("implicit", "ials")
+
+
+class Objective(NamedTuple):
+    """The numbers of equations (1)-(2); all traced, so no value of them recompiles anything."""
+
+    regularization: Any
+    alpha: Any
+    unobserved_weight: Any
+    exponent: Any
+    offset: Any
+
+
+def objective(
+    name: str,
+    regularization: float,
+    alpha: float,
+    unobserved_weight: float = 1.0,
+    exponent: float | None = None,
+) -> Objective:
+    """Return the numbers that make equations (1)-(2) the named objective.
+
+    Parameters
+    ----------
+    name : {"implicit", "ials"}
+        Hu, Koren, Volinsky (2008) in implicit's convention, or Rendle et al. (2022).
+    regularization, alpha, unobserved_weight : float
+        lam, alpha and a0.
+    exponent : float, optional
+        nu of equation (2). None means 0 for "implicit" and 1 for "ials".
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {OBJECTIVES}, got {name!r}")
+    implicit = name == "implicit"
+    if exponent is None:
+        exponent = 0.0 if implicit else 1.0
+    # An observed cell of "implicit" weighs |c| in total; the gramian has given it a0 already.
+    offset = unobserved_weight if implicit else 0.0
+    return Objective(regularization, alpha, unobserved_weight, exponent, offset)
+
+
+def confidence(objective: Objective, values: Any) -> tuple[Any, Any]:
+    """Weights w and v of equation (1) for stored values; works on NumPy and JAX arrays.
+
+    A negative value is a disliked item: its target is 0 and its weight |alpha x|.
+    """
+    c = objective.alpha * values
+    size = abs(c)
+    return size - objective.offset, (size + c) / 2
+
+
+def ridge(objective: Objective, n_entries: Any, n_source: Any) -> Any:
+    """Ridge lam_u of equation (2) for rows of `n_entries`; works on NumPy and JAX arrays."""
+    scale = n_entries + objective.unobserved_weight * n_source
+    return objective.regularization * scale**objective.exponent
+
+
+class Fixed(NamedTuple):
+    """The source table of a half-epoch and what is computed of it once.
+
+    Attributes
+    ----------
+    table : (N, K)
+        Source rows; in the gramian's eigenbasis where `rotation` is given.
+    gramian : (K, K) or None
+        G, for the direct solver.
+    rotation : (K, K) or None
+        Eigenvectors Q of G, for CG (equation 3).
+    spectrum : (K,) or None
+        Eigenvalues of a0 G, floored at rounding error of the largest.
+    n_source : ()
+        Number N of source rows, unused slots not counted.
+    """
+
+    table: Array
+    gramian: Array | None
+    rotation: Array | None
+    spectrum: Array | None
+    n_source: Any
+
+
+def gramian(table: Array, dtype: Any) -> Array:
+    """Y^T Y of a table (N, K), accumulated in `dtype`."""
+    table = table.astype(dtype)
+    return jnp.einsum("nk,nj->kj", table, table, precision=PRECISION)
+
+
+def fix(
+    table: Array, gram: Array, n_source: Array, objective: Objective, solver: str, dtype: Any
+) -> Fixed:
+    """Prepare a source table (N, K) with gramian `gram` for a solver."""
+    if solver == "cholesky":
+        return Fixed(table, gram, None, None, n_source)
+    values, rotation = jnp.linalg.eigh(gram)
+    rotated = jnp.matmul(table.astype(dtype), rotation, precision=PRECISION).astype(table.dtype)
+    # A spectrum that rounding made zero or negative would break the preconditioner.
+    least = jnp.finfo(dtype).eps * values[-1] + jnp.finfo(dtype).tiny
+    return Fixed(
+        rotated,
+        None,
+        rotation,
+        objective.unobserved_weight * jnp.maximum(values, least),
+        n_source,
+    )
+
+
+class Block(NamedTuple):
+    """Gathered entries of R rows: source rows E (R, L, K) and the weights w, v (R, L)."""
+
+    rows: Array
+    w: Array
+    v: Array
+
+
+def gather(
+    fixed: Fixed, objective: Objective, ids: Array, values: Array, left: Array, dtype: Any
+) -> Block:
+    """Gather the source rows of cells (R, L) of which the first `left` (R,) are entries."""
+    # Ids come from the layout, so they are in bounds; any other mode costs a select per element.
+    rows = fixed.table.at[ids].get(mode="promise_in_bounds").astype(dtype)
+    live = lax.broadcasted_iota(jnp.int32, ids.shape, 1) < left[:, None]
+    w, v = confidence(objective, values)
+    zero = jnp.zeros((), dtype)
+    return Block(rows, jnp.where(live, w, zero), jnp.where(live, v, zero))
+
+
+def predict(block: Block, z: Array) -> Array:
+    """E z: predictions (R, L) of the block's cells for rows z (R, K)."""
+    # On CPU a fused multiply and reduce beats a batched matrix-vector product here.
+    return jnp.sum(block.rows * z[:, None, :], axis=2)
+
+
+def project(block: Block, t: Array) -> Array:
+    """E^T t: (R, K) of cell values t (R, L)."""
+    return jnp.einsum("rlk,rl->rk", block.rows, t, precision=PRECISION)
+
+
+def normal(block: Block, p: Array) -> Array:
+    """E^T W E p, the data part of the matrix of equation (1) times p (R, K)."""
+    return project(block, block.w * predict(block, p))
+
+
+def residual(block: Block, z: Array) -> Array:
+    """E^T (v - W E z), the data part of the residual of equation (1) at z (R, K)."""
+    return project(block, block.v - block.w * predict(block, z))
+
+
+def cg(
+    normal: Callable[[Array], Array], r: Array, z: Array, diagonal: Array, steps: int
+) -> Array:
+    """Conjugate gradients on equation (3), preconditioned by its diagonal part (R, K).
+
+    Parameters
+    ----------
+    normal : callable
+        p -> E^T W E p.
+    r : (R, K)
+        Data part of the residual at `z`.
+    z : (R, K)
+        Start.
+    diagonal : (R, K)
+        s + lam_u.
+    steps : int
+        Steps to take.
+    """
+    tiny = jnp.finfo(z.dtype).tiny
+    r = r - diagonal * z
+    y = r / diagonal
+    p, size = y, jnp.sum(r * y, axis=1, keepdims=True)
+    for step in range(steps):
+        image = diagonal * p + normal(p)
+        a = size / jnp.maximum(jnp.sum(p * image, axis=1, keepdims=True), tiny)
+        z = z + a * p
+        if step + 1 < steps:
+            r = r - a * image
+            y = r / diagonal
+            last, size = size, jnp.sum(r * y, axis=1, keepdims=True)
+            p = y + size / jnp.maximum(last, tiny) * p
+    return z
+
+
+def accumulate(block: Block) -> tuple[Array, Array]:
+    """Data parts of equation (1): E^T W E (R, K, K) and E^T v (R, K)."""
+    weighted = block.rows * block.w[:, :, None]
+    matrix = jnp.einsum("rlk,rlj->rkj", weighted, block.rows, precision=PRECISION)
+    return matrix, project(block, block.v)
+
+
+def direct(matrix: Array, rhs: Array) -> Array:
+    """Solve systems (R, K, K), symmetric and positive semi-definite, by Cholesky.
+
+    Where a factorisation fails (rank-deficient and no ridge), the block is factored again with a
+    ridge of a few rounding errors of its mean diagonal, which picks nearly the least-norm solution.
+    """
+    upper = _factorise(matrix)
+    failed = ~jnp.all(jnp.isfinite(upper), axis=(1, 2))
+    upper = lax.cond(jnp.any(failed), _with_jitter, lambda *args: args[1], matrix, upper, failed)
+    return lax.platform_dependent(upper, rhs, cpu=_substitute, default=_triangular)
+
+
+def _with_jitter(matrix: Array, upper: Array, failed: Array) -> Array:
+    size = matrix.shape[1]
+    mean = jnp.trace(matrix, axis1=1, axis2=2)[:, None, None] / size
+    jitter = 4 * size * jnp.finfo(matrix.dtype).eps * mean + jnp.finfo(matrix.dtype).tiny
+    again = _factorise(matrix + jitter * jnp.eye(size, dtype=matrix.dtype))
+    return jnp.where(failed[:, None, None], again, upper)
+
+
+def _factorise(matrix: Array) -> Array:
+    """U with U^T U = matrix (R, K, K); NaN where a matrix is not positive definite.
+
+    XLA's Cholesky and triangular solve on CPU wait for a thread pool of its own, and deadlock where
+    several programs run at once, as work shards and CPU devices do. So the CPU has plain loops.
+    """
+    return lax.platform_dependent(
+        matrix, cpu=_factorise_rows, default=lambda m: jnp.linalg.cholesky(m, upper=True)
+    )
+
+
+def _factorise_rows(matrix: Array) -> Array:
+    """Cholesky row by row of U, each from the rows above it, vectorised over R."""
+    size = matrix.shape[1]
+
+    def body(k: Any, upper: Array) -> Array:
+        line = lax.dynamic_index_in_dim(matrix, k, 1, keepdims=False)
+        above = lax.dynamic_index_in_dim(upper, k, 2, keepdims=False)
+        line = line - jnp.sum(above[:, :, None] * upper, axis=1)
+        pivot = jnp.sqrt(lax.dynamic_slice_in_dim(line, k, 1, 1))
+        line = jnp.where(jnp.arange(size) >= k, line / pivot, 0)
+        return lax.dynamic_update_slice_in_dim(upper, line[:, None, :], k, 1)
+
+    return lax.fori_loop(0, size, body, jnp.zeros_like(matrix))
+
+
+def _substitute(upper: Array, rhs: Array) -> Array:
+    """Solve U^T U z = rhs (R, K) row by row of U."""
+    last = upper.shape[1] - 1
+
+    def row(k: Any) -> tuple[Array, Array]:
+        line = lax.dynamic_index_in_dim(upper, k, 1, keepdims=False)
+        return line, lax.dynamic_slice_in_dim(line, k, 1, 1)
+
+    def forward(k: Any, y: Array) -> Array:
+        line, pivot = row(k)
+        value = lax.dynamic_slice_in_dim(y, k, 1, 1) / pivot
+        # Entries before k are final: the line is zero there.
+        return lax.dynamic_update_slice_in_dim(y - line * value, value, k, 1)
+
+    def backward(step: Any, z: Array) -> Array:
+        k = last - step
+        line, pivot = row(k)
+        # Entries of z up to k are still zero, so the whole line may be summed.
+        rest = jnp.sum(line * z, axis=1, keepdims=True)
+        value = (lax.dynamic_slice_in_dim(y, k, 1, 1) - rest) / pivot
+        return lax.dynamic_update_slice_in_dim(z, value, k, 1)
+
+    y = lax.fori_loop(0, last + 1, forward, rhs)
+    return lax.fori_loop(0, last + 1, backward, jnp.zeros_like(rhs))
+
+
+def _triangular(upper: Array, rhs: Array) -> Array:
+    z = lax.linalg.triangular_solve(upper, rhs[..., None], left_side=True, transpose_a=True)
+    return lax.linalg.triangular_solve(upper, z, left_side=True)[..., 0]
+
+
+def rows_direct(
+    parts: tuple[Array, Array], fixed: Fixed, objective: Objective, lengths: Array
+) -> Array:
+    """Solve equation (1) exactly from the data parts of `accumulate`, for rows of `lengths` (R,)."""
+    matrix, rhs = parts
+    assert fixed.gramian is not None
+    lam = ridge(objective, lengths.astype(matrix.dtype), fixed.n_source)
+    eye = jnp.eye(matrix.shape[1], dtype=matrix.dtype)
+    base = objective.unobserved_weight * fixed.gramian
+    return direct(matrix + base + lam[:, None, None] * eye, rhs)
+
+
+def rows_cg(
+    normal: Callable[[Array], Array],
+    residual: Callable[[Array], Array],
+    z: Array,
+    fixed: Fixed,
+    objective: Objective,
+    lengths: Array,
+    steps: int,
+) -> Array:
+    """Improve rows z (R, K), given in the caller's basis, by CG in the eigenbasis (equation 3)."""
+    assert fixed.rotation is not None and fixed.spectrum is not None
+    z = jnp.matmul(z, fixed.rotation, precision=PRECISION)
+    lam = ridge(objective, lengths.astype(z.dtype), fixed.n_source)
+    diagonal = fixed.spectrum + lam[:, None]
+    z = cg(normal, residual(z), z, diagonal, steps)
+    return jnp.matmul(z, fixed.rotation.T, precision=PRECISION)
+
+
+def cells_loss(block: Block, z: Array) -> Array:
+    """Loss (R,) of the stored cells beyond the unobserved term: sum of w t^2 - 2 v t + v."""
+    t = predict(block, z)
+    return jnp.sum(block.w * t * t + block.v * (1 - 2 * t), axis=1)
+
+
+def finite_rows(z: Array) -> Array:
+    """Whether each row (R,) of a table is free of NaN and infinity."""
+    return jnp.all(jnp.isfinite(z), axis=-1)
+
+
+def zero_empty(z: Array, lengths: Array) -> Array:
+    """Rows without entries, and unused ones, are zero: equation (1) has right-hand side 0."""
+    return jnp.where(lengths[:, None] > 0, z, jnp.zeros((), z.dtype))
+
+
