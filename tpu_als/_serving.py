@@ -247,7 +247,6 @@ class Serving(FoldIn):
             at, is_scalar, _ = validation.ids_of(ids, len(table_norms))
             lengths = table_norms[at[0] if is_scalar else at]
         queries = np.atleast_2d(factors) / np.reshape(lengths, (-1, 1))
-        queries = queries.astype(factors.dtype, copy=False)
         found = self._rank(queries, side, n, chosen=chosen, excluded=excluded, lengths=table_norms)
         return _unwrapped(found, factors.ndim == 1)
 
@@ -270,6 +269,7 @@ class Serving(FoldIn):
         scores = np.full((len(queries), n), NO_SCORE, table.dtype)
         if k and len(queries):
             catalog = self._catalog(side, lengths)
+            queries = queries.astype(table.dtype, copy=False)
             best = ranking.top_k(queries, catalog, k, seen=seen, excluded=excluded)
             ids[:, :k], scores[:, :k] = best
             left_out = excluded if chosen is None else None

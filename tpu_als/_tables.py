@@ -176,7 +176,10 @@ class FactorTables:
                 self.n_features_in_ = n_items
 
     def _forget(self, side: str) -> None:
-        self._runtime().stamps.pop(side, None)
+        runtime = self._runtime()
+        runtime.stamps.pop(side, None)
+        for name in [name for name in runtime.kept if name.startswith(side)]:
+            del runtime.kept[name]
         for name in _DERIVED[side]:
             self.__dict__.pop(name, None)
 
@@ -218,8 +221,9 @@ class FactorTables:
         runtime, table = self._runtime(), self._fitted_table(side)
         if side not in runtime.stamps or side in runtime.exposed:
             runtime.stamps[side] = _fingerprint(table)
-            # Our own attribute, the name `table` and the argument: nobody else holds it now.
-            if sys.getrefcount(table) <= 3:
+            # Our own attribute, the name `table`, the argument and a catalog on the host: with no
+            # more references than these, nobody else can write into it.
+            if sys.getrefcount(table) <= 3 + (f"{side} catalog" in runtime.kept):
                 runtime.exposed.discard(side)
         return runtime.stamps[side]
 

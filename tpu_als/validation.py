@@ -138,7 +138,7 @@ def fit_arguments(y: Any, show_progress: Any, callback: Any) -> tuple[bool, Call
 
 def warn_if_converted(matrix: Any) -> None:
     """Warn, as implicit does, where a sparse matrix is not CSR and has to be converted."""
-    if sparse.issparse(matrix) and matrix.format != "csr":
+    if sparse.issparse(matrix) and matrix.ndim == 2 and matrix.format != "csr":
         warnings.warn(
             f"Method expects CSR input, and was passed {type(matrix).__name__} instead: it is "
             "converted, which takes time and memory (pass user_items.tocsr())",
