@@ -1,0 +1,75 @@
+"""What does a fresh process pay: import, first fit, first recommendation?
+
+Every figure is the median over fresh processes, ours and implicit's in turn. The persistent
+compilation cache, where the package has one, is filled by an untimed process first.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import common
+from scipy import sparse
+
+import tpu_als
+
+SIZE = (943, 1_682, 100_000)
+FIT = {"factors": 64, "iterations": 15, "alpha": 40.0, "regularization": 10.0, "random_state": 0}
+
+
+def medians(calls: dict[str, tuple[str, dict[str, Any]]], repeats: int) -> dict[str, Any]:
+    """Medians of what the pieces of `fresh.py` print, run in turns."""
+    printed: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, (piece, arguments) in calls.items():
+            printed[name].append(common.fresh(piece, **arguments))
+    return {
+        name: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        for name, rows in printed.items()
+    }
+
+
+def main() -> None:
+    """Run all parts in turns."""
+    args = common.parser(__doc__).parse_args()
+    repeats, size = (1, common.QUICK_SHAPE) if args.quick else (args.repeats, SIZE)
+    common.emit(benchmark="cold_start", what="machine", **common.machine())
+
+    imports = medians({"ours": ("import_package", {}), "floor": ("import_floor", {})}, repeats)
+    mine, floor = imports["ours"]["import_s"], imports["floor"]["import_s"]
+    common.emit(
+        benchmark="cold_start", what="import", seconds=mine, jax_and_sklearn_base_s=floor,
+        ratio=mine / floor,
+    )  # fmt: skip
+
+    matrix = common.power_law(*size)
+    about = {"benchmark": "cold_start", "shape": matrix.shape, "entries": matrix.nnz, **FIT}
+    with tempfile.TemporaryDirectory() as folder:
+        file, cache = str(Path(folder) / "matrix.npz"), str(Path(folder) / "cache")
+        sparse.save_npz(file, matrix)
+        jobs = {
+            name: ("whole_job", {"library": name, "file": file, "fit": FIT})
+            for name in ["tpu_als", *common.installed("implicit")]
+        }
+        for name, row in medians(jobs, repeats).items():
+            common.emit(**about, what="nothing cached", library=name, **row)
+        if hasattr(tpu_als, "enable_compilation_cache"):
+            cached = {"tpu_als": ("whole_job", {**jobs["tpu_als"][1], "cache": cache})}
+            medians(cached, 1)
+            row = medians(cached, repeats)["tpu_als"]
+            common.emit(**about, what="persistent cache", library="tpu_als", **row)
+        else:
+            common.emit(**about, what="persistent cache", left_out="the package has none")
+
+    if args.data is not None and (args.data / common.ML1M).exists():
+        row = common.fresh("programs", file=str(args.data / common.ML1M), fit=FIT)
+        common.emit(
+            benchmark="cold_start", what="programs of a first fit", dataset="ml1m-80", **row
+        )
+
+
+if __name__ == "__main__":
+    main()

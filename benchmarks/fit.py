@@ -1,0 +1,134 @@
+"""How long does a fit take, per iteration and to a given loss, beside implicit and irspack?
+
+First shows that all libraries solve the same problem. Then steps them in turn, from the same
+initial tables, and measures the loss of each after every iteration with implicit's own function.
+The target is 1.001 times the loss of implicit's Cholesky after `--iterations`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import common
+import numpy as np
+from implicit.cpu.als import calculate_loss
+from libraries import Problem, Run, available
+
+REFERENCE = "implicit cholesky"
+DEFAULT = [
+    "tpu_als cg", "tpu_als cholesky", "tpu_als subspace", "tpu_als auto", "implicit cg", REFERENCE,
+    "irspack cg", "irspack cholesky", "irspack ialspp",
+]  # fmt: skip
+SETTINGS = [(40.0, 10.0), (1.0, 0.01)]
+
+
+def judge_of(problem: Problem) -> Callable[[tuple[np.ndarray, np.ndarray]], float]:
+    """implicit's loss of given tables."""
+    confidences = problem.confidences()
+    return lambda tables: calculate_loss(confidences, *tables, problem.regularization, 0)
+
+
+def show_same_problem(problem: Problem, names: list[str], iterations: int) -> None:
+    """One exact iteration from the same tables, and the loss after many, for every library."""
+    judge, first, last = judge_of(problem), {}, {}
+    for name in [name for name in names if name.endswith("cholesky")]:
+        run = Run.prepared(name, problem)
+        run.library.step()
+        first[name] = [np.array(table) for table in run.library.tables()]
+        for _ in range(iterations - 1):
+            run.library.step()
+        last[name] = judge(run.library.tables())
+    scale = max(np.abs(table).max() for table in first[REFERENCE])
+    distance = {
+        name: max(np.abs(a - b).max() for a, b in zip(tables, first[REFERENCE], strict=True))
+        / scale
+        for name, tables in first.items()
+    }
+    common.emit(
+        benchmark="fit", what="same problem", factors=problem.factors, alpha=problem.alpha,
+        regularization=problem.regularization, iterations=iterations, loss=last,
+        difference_of_tables_after_one_exact_iteration=distance,
+    )  # fmt: skip
+
+
+def race(problem: Problem, names: list[str], iterations: int, most: int) -> tuple[list[Run], float]:
+    """Step all libraries in turn; those above the target go on, to `most` iterations."""
+    judge = judge_of(problem)
+    runs = [Run.prepared(name, problem) for name in names]
+    for turn in range(iterations):
+        for run in runs[:: 1 if turn % 2 == 0 else -1]:
+            run.step(judge)
+    losses = {run.name: run.losses[-1] for run in runs}
+    target = 1.001 * losses.get(REFERENCE, min(losses.values()))
+    for _ in range(iterations, most):
+        for run in runs:
+            if run.reached(target) is None:
+                run.step(judge)
+    return runs, target
+
+
+def report(runs: list[Run], target: float, iterations: int, about: dict[str, Any]) -> None:
+    """One line for each library, and one that compares the best of ours with the best peer."""
+    for run in runs:
+        common.emit(
+            **about, library=run.name, setup_s=run.setup,
+            iteration_s=statistics.median(run.steps), loss=run.losses[iterations - 1],
+            target=target, iterations_to_target=run.reached(target),
+            seconds_to_target=run.seconds_to(target), iterations_run=len(run.steps),
+        )  # fmt: skip
+    ours = [run for run in runs if run.name.startswith("tpu_als")]
+    peers = [run for run in runs if not run.name.startswith("tpu_als")]
+    reached = [run for run in peers if run.seconds_to(target)]
+    mine = min((s for run in ours if (s := run.seconds_to(target))), default=None)
+    theirs = min((s for run in reached if (s := run.seconds_to(target))), default=None)
+    plain = [run for run in peers if run.name.endswith(" cg")]
+    as_it_comes = next((run for run in peers if run.name == "implicit cg"), None)
+    common.emit(
+        **about, what="summary",
+        times_faster_than_fastest_peer=theirs / mine if mine and theirs else None,
+        # a peer that never arrives is slower than what it has spent so far
+        times_faster_than_implicit_cg_at_least=(
+            (as_it_comes.seconds_to(target) or as_it_comes.setup + sum(as_it_comes.steps)) / mine
+            if mine and as_it_comes else None
+        ),
+        fastest_iteration_s=min((statistics.median(run.steps) for run in ours), default=None),
+        fastest_plain_cg_iteration_s=min(
+            (statistics.median(run.steps) for run in plain), default=None
+        ),
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Run all cases that the arguments ask for."""
+    parser = common.parser(__doc__, ("ml1m", "power-law"))
+    parser.add_argument("--factors", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--iterations", type=int, default=15)
+    parser.add_argument("--most", type=int, default=100, help="iterations for those that lag")
+    parser.add_argument("--settings", type=int, nargs="+", default=[0, 1], help=str(SETTINGS))
+    parser.add_argument("--libraries", nargs="+", default=DEFAULT)
+    args: argparse.Namespace = parser.parse_args()
+    if args.quick:
+        args.factors, args.iterations, args.most = [16], 5, 10
+    name, matrix = common.load(args)
+    names = available(args.libraries)
+    missing = sorted(set(args.libraries) - set(names))
+    common.emit(benchmark="fit", what="machine", left_out=missing, **common.machine())
+    for alpha, regularization in [SETTINGS[i] for i in args.settings]:
+        for i, factors in enumerate(args.factors):
+            problem = Problem(matrix, factors, alpha, regularization)
+            if i == 0 and REFERENCE in names:
+                show_same_problem(problem, names, args.iterations)
+            runs, target = race(problem, names, args.iterations, args.most)
+            about = {
+                "benchmark": "fit", "dataset": name, "shape": matrix.shape, "entries": matrix.nnz,
+                "dtype": "float32", "factors": factors, "alpha": alpha,
+                "regularization": regularization,
+            }  # fmt: skip
+            report(runs, target, args.iterations, about)
+
+
+if __name__ == "__main__":
+    main()

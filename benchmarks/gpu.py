@@ -1,0 +1,131 @@
+"""How long does a fit take on an accelerator, beside implicit's CUDA kernels and the bytes to move?
+
+Both start from the same tables. Loss is measured outside of the time, by the engine for both, and
+once by implicit's CPU function to show that it is the same. The target is 1.001 times the loss of
+the exact solver after `--iterations`. Without a GPU, and with `--quick`, ours runs alone on what there is.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import common
+import jax
+import numpy as np
+from libraries import Ours, Problem, Run, available
+
+from tpu_als import als
+
+DEFAULT = ["tpu_als cg", "tpu_als cholesky", "tpu_als auto", "implicit gpu"]
+REFERENCE = "tpu_als cholesky"
+# bytes a second of device memory, as published by the vendor
+BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.0e12, "L4": 0.3e12, "T4": 0.32e12}
+
+
+def judge_of(problem: Problem) -> Callable[[tuple[np.ndarray, np.ndarray]], float]:
+    """The engine's loss of given tables."""
+    judge = Ours(problem)
+    return lambda tables: als.loss(als.start(judge.data, *tables), judge.data, judge.objective)
+
+
+def floor_bytes(problem: Problem, itemsize: int) -> float:
+    """Bytes that an iteration cannot avoid to move.
+
+    Each entry's id, value and source row once for either side, and both tables read and written.
+    """
+    row = problem.factors * itemsize
+    return 2.0 * problem.matrix.nnz * (row + 8) + 3.0 * sum(problem.matrix.shape) * row
+
+
+def bandwidth(given: float | None) -> float | None:
+    """Bytes a second of this device, where they are known."""
+    if given is not None:
+        return given * 1e9
+    kind = jax.devices()[0].device_kind
+    return next((rate for name, rate in BANDWIDTH.items() if name in kind), None)
+
+
+def agreement(problem: Problem, tables: tuple[np.ndarray, np.ndarray], loss: float) -> float | None:
+    """Relative difference between the loss that was measured and implicit's own."""
+    if not common.installed("implicit"):
+        return None
+    from implicit.cpu.als import calculate_loss
+
+    own = calculate_loss(problem.confidences(), *tables, problem.regularization, 0)
+    return abs(loss / own - 1)
+
+
+def race(problem: Problem, names: list[str], iterations: int, most: int) -> tuple[list[Run], float]:
+    """Step all in turn; those above the target go on, to `most` iterations."""
+    judge = judge_of(problem)
+    runs = [Run.prepared(name, problem) for name in names]
+    for turn in range(iterations):
+        for run in runs[:: 1 if turn % 2 == 0 else -1]:
+            run.step(judge)
+    target = 1.001 * next(run for run in runs if run.name == REFERENCE).losses[-1]
+    for run in runs:
+        while run.reached(target) is None and len(run.steps) < most:
+            run.step(judge)
+    return runs, target
+
+
+def report(
+    runs: list[Run], problem: Problem, target: float, rate: float | None, about: dict[str, Any]
+) -> None:
+    """One line for each, and the ratio of the best of ours to the peer."""
+    least = floor_bytes(problem, 4)
+    for run in runs:
+        taken = statistics.median(run.steps)
+        common.emit(
+            **about, library=run.name, setup_s=run.setup, iteration_s=taken, loss=run.losses[-1],
+            target=target, iterations_to_target=run.reached(target),
+            seconds_to_target=run.seconds_to(target), iterations_run=len(run.steps),
+            floor_bytes=least, floor_s=least / rate if rate else None,
+            times_floor=taken * rate / least if rate else None,
+            loss_differs_from_implicits_by=agreement(
+                problem, run.library.tables(), run.losses[-1]
+            ),
+        )  # fmt: skip
+    reached = {run.name: run.seconds_to(target) for run in runs}
+    mine = min((s for name, s in reached.items() if name.startswith("tpu_als") and s), default=None)
+    peer = next((run for run in runs if run.name == "implicit gpu"), None)
+    if mine and peer:
+        spent = reached[peer.name] or peer.setup + sum(peer.steps)
+        common.emit(
+            **about, what="summary", times_faster_than_implicit_gpu_at_least=spent / mine,
+            implicit_gpu_reached_the_target=reached[peer.name] is not None,
+        )  # fmt: skip
+
+
+def main() -> None:
+    """Run all cases that the arguments ask for."""
+    parser = common.parser(__doc__, ("power-law", "ml1m"))
+    parser.add_argument("--factors", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--iterations", type=int, default=15)
+    parser.add_argument("--most", type=int, default=100, help="iterations for those that lag")
+    parser.add_argument("--alpha", type=float, default=40.0)
+    parser.add_argument("--regularization", type=float, default=10.0)
+    parser.add_argument("--libraries", nargs="+", default=DEFAULT)
+    parser.add_argument("--bandwidth", type=float, help="GB/s of the device, if not known here")
+    args = parser.parse_args()
+    if args.quick:
+        args.factors, args.iterations, args.most = [16], 3, 6
+    name, matrix = common.load(args)
+    names = available(args.libraries)
+    missing = sorted(set(args.libraries) - set(names))
+    common.emit(benchmark="gpu", what="machine", left_out=missing, **common.machine())
+    for factors in args.factors:
+        problem = Problem(matrix, factors, args.alpha, args.regularization)
+        about = {
+            "benchmark": "gpu", "dataset": name, "shape": matrix.shape, "entries": matrix.nnz,
+            "dtype": "float32", "factors": factors, "alpha": args.alpha,
+            "regularization": args.regularization,
+        }  # fmt: skip
+        runs, target = race(problem, names, args.iterations, args.most)
+        report(runs, problem, target, bandwidth(args.bandwidth), about)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""The libraries that are compared, each reduced to the same four words.
+
+A library is built from a matrix and initial tables, which all of them share, and then stepped: one
+`step` is one iteration, users first. What is built before the first step counts as set-up.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from scipy import sparse
+
+from tpu_als import als, mesh, solve
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fit of implicit's objective."""
+
+    matrix: sparse.csr_matrix
+    factors: int
+    alpha: float
+    regularization: float
+    seed: int = 0
+
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """Initial tables, as implicit draws them."""
+        rng = np.random.default_rng(self.seed)
+        sizes = [(n, self.factors) for n in self.matrix.shape]
+        users, items = (rng.random(size, dtype=np.float32) * np.float32(0.01) for size in sizes)
+        return users, items
+
+    def confidences(self) -> sparse.csr_matrix:
+        """The matrix times alpha."""
+        return (self.matrix * np.float32(self.alpha)).tocsr().astype(np.float32)
+
+
+class Library(Protocol):
+    """What a benchmark steps."""
+
+    def step(self) -> None:
+        """One iteration, finished when it returns."""
+
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """The present tables."""
+
+    def reset(self) -> None:
+        """Go back to the initial tables."""
+
+
+class Ours:
+    """The engine, as `fit` calls it."""
+
+    def __init__(self, problem: Problem, solver: str = "cg", **options: Any) -> None:
+        placing = {key: options.pop(key) for key in ("devices", "num_threads") if key in options}
+        self.problem = problem
+        params = als.AlsParams(problem.factors, linear_solver=solver, **options)
+        self.data = als.place(problem.matrix, params, mesh.workplace(**placing))
+        self.objective = solve.objective("implicit", problem.regularization, problem.alpha)
+        self.reset()
+
+    def reset(self) -> None:
+        self.state = als.start(self.data, *self.problem.tables())
+
+    def step(self) -> None:
+        # the counts of failed rows are read on the host, so the iteration has ended
+        self.state, failed = als.epoch(self.state, self.data, self.objective)
+        if any(failed):
+            raise FloatingPointError(f"{failed} rows are not finite")
+
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        return als.user_factors(self.state, self.data), als.item_factors(self.state, self.data)
+
+
+class Implicit:
+    """implicit's CPU solvers, called as its `fit` calls them."""
+
+    def __init__(self, problem: Problem, use_cg: bool) -> None:
+        from implicit.cpu.als import AlternatingLeastSquares
+
+        model = AlternatingLeastSquares(
+            problem.factors, regularization=problem.regularization, use_cg=use_cg
+        )
+        self.problem, self.solver = problem, model.solver
+        self.user_items = problem.confidences()
+        self.item_users = self.user_items.T.tocsr()
+        self.reset()
+
+    def reset(self) -> None:
+        self.users, self.items = self.problem.tables()
+
+    def step(self) -> None:
+        ridge = self.problem.regularization
+        self.solver(self.user_items, self.users, self.items, ridge, num_threads=0)
+        self.solver(self.item_users, self.items, self.users, ridge, num_threads=0)
+
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.users, self.items
+
+
+class Irspack:
+    """irspack's iALS with the settings that make its objective implicit's.
+
+    Its "ORIGINAL" loss gives an observed cell the weight alpha0 + value, so the value is c - 1.
+    """
+
+    def __init__(self, problem: Problem, solver: str) -> None:
+        from irspack.recommenders.ials import IALSRecommender
+
+        shifted = problem.confidences()
+        shifted.data -= 1
+        make: Any = IALSRecommender
+        recommender = make(
+            shifted,
+            n_components=problem.factors,
+            alpha0=1.0,
+            reg=problem.regularization,
+            nu=0.0,
+            loss_type="ORIGINAL",
+            solver_type=solver,
+            max_cg_steps=3,
+            ialspp_subspace_dimension=min(64, problem.factors),
+            n_threads=len(os.sched_getaffinity(0)),
+        )
+        self.problem, self.trainer = problem, recommender._create_trainer()
+        self.reset()
+
+    def reset(self) -> None:
+        self.trainer.core_trainer.user, self.trainer.core_trainer.item = self.problem.tables()
+
+    def step(self) -> None:
+        self.trainer.run_epoch()
+
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.array(self.trainer.core_trainer.user), np.array(self.trainer.core_trainer.item)
+
+
+class ImplicitGpu:
+    """implicit's CUDA kernels (CG only), called as its `fit` calls them."""
+
+    def __init__(self, problem: Problem) -> None:
+        import implicit.gpu
+        from implicit.gpu.als import AlternatingLeastSquares
+
+        self.gpu, self.problem = implicit.gpu, problem
+        model = AlternatingLeastSquares(problem.factors, regularization=problem.regularization)
+        self.solver, self.cg_steps = model.solver, model.cg_steps
+        # its fit forgets alpha, so the values carry it
+        confidences = problem.confidences()
+        self.user_items = implicit.gpu.CSRMatrix(confidences)
+        self.item_users = implicit.gpu.CSRMatrix(confidences.T.tocsr())
+        self.gramian = implicit.gpu.Matrix.zeros(problem.factors, problem.factors)
+        self.reset()
+
+    def reset(self) -> None:
+        self.users, self.items = (self.gpu.Matrix(table) for table in self.problem.tables())
+
+    def step(self) -> None:
+        for entries, target, source in (
+            (self.user_items, self.users, self.items),
+            (self.item_users, self.items, self.users),
+        ):
+            self.solver.calculate_yty(source, self.gramian, self.problem.regularization)
+            self.solver.least_squares(entries, target, self.gramian, source, self.cg_steps)
+        self.items[0:1].to_numpy()  # kernels run on after the calls return; this waits for them
+
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.users.to_numpy(), self.items.to_numpy()
+
+
+BUILDERS: dict[str, Callable[[Problem], Library]] = {
+    "tpu_als cg": lambda problem: Ours(problem, "cg"),
+    "tpu_als cholesky": lambda problem: Ours(problem, "cholesky"),
+    "tpu_als subspace": lambda problem: Ours(problem, "subspace"),
+    "tpu_als auto": lambda problem: Ours(problem, "auto"),
+    "implicit cg": lambda problem: Implicit(problem, use_cg=True),
+    "implicit cholesky": lambda problem: Implicit(problem, use_cg=False),
+    "irspack cg": lambda problem: Irspack(problem, "CG"),
+    "irspack cholesky": lambda problem: Irspack(problem, "CHOLESKY"),
+    "irspack ialspp": lambda problem: Irspack(problem, "IALSPP"),
+    "implicit gpu": ImplicitGpu,
+}
+
+
+def available(names: list[str]) -> list[str]:
+    """Those of the names whose library is installed and whose solver exists."""
+    unknown = set(names) - set(BUILDERS)
+    if unknown:
+        raise SystemExit(f"no such libraries: {sorted(unknown)}; there are {sorted(BUILDERS)}")
+    return [name for name in names if _exists(name)]
+
+
+def _exists(name: str) -> bool:
+    package, solver = name.split()
+    if package == "tpu_als":
+        return solver in solve.SOLVERS
+    if solver == "gpu" and importlib.util.find_spec("implicit"):
+        import implicit.gpu
+
+        return bool(implicit.gpu.HAS_CUDA)
+    return importlib.util.find_spec(package) is not None
+
+
+@dataclass
+class Run:
+    """A library under way, with what was measured of it.
+
+    Attributes
+    ----------
+    setup : float
+        Seconds from the matrix to the first step: transposing, laying out, placing.
+    steps, losses : list of float
+        Seconds of each iteration, and the loss after it.
+    """
+
+    name: str
+    library: Library
+    setup: float
+    steps: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    @classmethod
+    def prepared(cls, name: str, problem: Problem) -> Run:
+        """Build a library, step it, and build it once more: what follows is warm."""
+        BUILDERS[name](problem).step()
+        started = time.perf_counter()
+        library = BUILDERS[name](problem)
+        return cls(name, library, time.perf_counter() - started)
+
+    def step(self, judge: Callable[[tuple[np.ndarray, np.ndarray]], float]) -> None:
+        """One timed iteration; the loss is measured outside of the time."""
+        started = time.perf_counter()
+        self.library.step()
+        self.steps.append(time.perf_counter() - started)
+        self.losses.append(judge(self.library.tables()))
+
+    def reached(self, target: float) -> int | None:
+        """Iterations until the loss was at most `target`."""
+        for count, loss in enumerate(self.losses, 1):
+            if loss <= target:
+                return count
+        return None
+
+    def seconds_to(self, target: float) -> float | None:
+        """Set-up and iterations until the loss was at most `target`."""
+        count = self.reached(target)
+        return None if count is None else self.setup + sum(self.steps[:count])

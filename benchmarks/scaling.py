@@ -1,0 +1,103 @@
+"""How does an iteration's time grow with entries, rows, factors, threads and devices?
+
+One thing varies at a time. Linear growth in the entries means that seconds per entry stay the same;
+the figure for that is the ratio of the slope between the two largest sizes to that between all.
+"""
+
+from __future__ import annotations
+
+import common
+import jax
+import numpy as np
+from libraries import Ours, Problem
+
+ENTRIES = [1_000_000, 2_000_000, 5_000_000, 10_000_000, 20_000_000]
+
+
+def iteration(problem: Problem, repeats: int, **options: object) -> float:
+    """Median seconds of a warm iteration."""
+    model = Ours(problem, **options)  # type: ignore[arg-type]
+    return common.in_turns({"step": model.step}, repeats)["step"]
+
+
+def problem(entries: int, factors: int = 64, rows: float = 1.0) -> Problem:
+    """A problem of ML-20M's shape, its rows and columns scaled by `rows`."""
+    n_users, n_items, _ = common.ML20M_SHAPE
+    matrix = common.power_law(int(n_users * rows), int(n_items * rows), entries)
+    return Problem(matrix, factors, 40.0, 10.0)
+
+
+def by_entries(entries: list[int], factors: int, rows: float, repeats: int) -> None:
+    """Same table sizes, more entries; the slope is taken from a straight line fitted to all."""
+    seconds, counts = [], []
+    for count in entries:
+        case = problem(count, factors, rows)
+        counts.append(case.matrix.nnz)
+        seconds.append(iteration(case, repeats))
+        common.emit(
+            benchmark="scaling", over="entries", shape=case.matrix.shape, entries=counts[-1],
+            factors=factors, iteration_s=seconds[-1], ns_per_entry=1e9 * seconds[-1] / counts[-1],
+        )  # fmt: skip
+    slopes = np.diff(seconds) / np.diff(counts)
+    overall = np.polyfit(counts, seconds, 1)[0]
+    common.emit(
+        benchmark="scaling", over="entries", what="slope", factors=factors,
+        ns_per_entry=1e9 * overall, largest_deviation=np.abs(slopes / overall - 1).max(),
+        deviations=list(slopes / overall - 1),
+    )  # fmt: skip
+
+
+def by_rows_and_factors(entries: int, factors: list[int], rows: list[float], repeats: int) -> None:
+    """Same entries, larger tables; then same entries, wider tables."""
+    for scale in rows:
+        case = problem(entries, 64, scale)
+        common.emit(
+            benchmark="scaling", over="rows", shape=case.matrix.shape, entries=case.matrix.nnz,
+            factors=64, iteration_s=iteration(case, repeats),
+        )  # fmt: skip
+    matrix = problem(entries, 64, rows[0]).matrix
+    for k in factors:
+        taken = iteration(Problem(matrix, k, 40.0, 10.0), repeats)
+        common.emit(
+            benchmark="scaling", over="factors", shape=matrix.shape, entries=matrix.nnz, factors=k,
+            iteration_s=taken, ns_per_entry_and_factor=1e9 * taken / (matrix.nnz * k),
+        )  # fmt: skip
+
+
+def by_workers(case: Problem, repeats: int) -> None:
+    """One worker against two and more: threads of one device, and devices of a mesh, in turns."""
+    one = jax.devices()[:1]
+    counts = [n for n in (1, 2, 4, 8) if n <= common.machine()["cores"]]
+    kinds: dict[str, dict[int, Ours]] = {
+        "devices": {n: Ours(case, devices=n) for n in counts if n <= len(jax.devices())}
+    }
+    if one[0].platform == "cpu":
+        kinds["threads"] = {n: Ours(case, devices=one, num_threads=n) for n in counts}
+    for kind, models in kinds.items():
+        taken = common.in_turns({str(n): model.step for n, model in models.items()}, repeats)
+        common.emit(
+            benchmark="scaling", over=kind, shape=case.matrix.shape, entries=case.matrix.nnz,
+            factors=case.factors, iteration_s=taken,
+            throughput_over_one={n: taken["1"] / seconds for n, seconds in taken.items()},
+        )  # fmt: skip
+
+
+def main() -> None:
+    """Run all four."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--cpu-devices", type=int, help="have one CPU pose as so many devices")
+    args = parser.parse_args()
+    if args.cpu_devices:
+        jax.config.update("jax_num_cpu_devices", args.cpu_devices)
+    entries, factors, rows, size = ENTRIES, [32, 64, 128, 256, 512], [0.25, 1.0, 4.0], 2_000_000
+    if args.quick:
+        entries, factors, rows, size = [10_000, 20_000, 40_000], [8, 16], [0.01, 0.02], 20_000
+        args.repeats = 1
+    common.emit(benchmark="scaling", what="machine", **common.machine())
+    by_entries(entries, 64, rows[0] if args.quick else 1.0, args.repeats)
+    by_rows_and_factors(size, factors, rows, args.repeats)
+    by_workers(problem(size, 64, rows[0]), args.repeats)
+
+
+if __name__ == "__main__":
+    main()
