@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from scipy import linalg, sparse
+from sklearn.utils import check_array
 
 from . import als, mesh, solve, validation
 from ._tables import FactorTables
@@ -17,7 +18,6 @@ class FoldIn(FactorTables):
 
     regularization: float
     alpha: float
-    objective: str
     unobserved_weight: float
     regularization_exponent: float | None
     use_cg: bool
@@ -153,6 +153,28 @@ class FoldIn(FactorTables):
         order = [i for i in np.argsort(-scores, kind="stable") if row.data[i] >= 0][:n]
         top = [(int(row.indices[i]), float(scores[i])) for i in order]
         return np.float64(scores.sum()), top, user_weights
+
+    def inverse_transform(self, X: Any) -> np.ndarray:
+        """Score all items for given factors.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_rows, factors)
+            Factors, such as `transform` gives.
+
+        Returns
+        -------
+        ndarray of shape (n_rows, n_items)
+            A dense array: mind the memory, and use `recommend` for the best items.
+        """
+        table = self._fitted_table("item")
+        factors = check_array(X, dtype=[np.float64, np.float32], ensure_min_samples=0)
+        if factors.shape[1] != table.shape[1]:
+            raise ValueError(
+                f"X has {factors.shape[1]} columns, expected {table.shape[1]} factors: "
+                "inverse_transform takes what transform returns"
+            )
+        return factors.astype(table.dtype, copy=False) @ table.T
 
     @property
     def solver(self) -> Callable[..., None]:

@@ -287,8 +287,8 @@ class Serving(FoldIn):
             return ranking.catalog(scaled, place), lengths
 
         # The kept pair holds the lengths, so that their identity cannot be taken by another array.
-        stamp = (self._stamp(side), place, id(lengths))
-        return self._kept(f"{side} directions", stamp, make)[0]
+        version = (self._stamp(side), place, id(lengths))
+        return self._kept(f"{side} directions", version, make)[0]
 
 
 def _fill(

@@ -7,9 +7,10 @@ dropped as soon as the table they were made from changes.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -65,6 +66,12 @@ class FactorTables:
     _user_norms: np.ndarray | None = None
     _item_norms: np.ndarray | None = None
 
+    factors: int
+    dtype: Any
+    random_state: Any
+    objective: str
+    warm_start: bool
+    n_iter_: int
     devices: Any
     num_threads: int
     use_gpu: bool | None
@@ -113,7 +120,7 @@ class FactorTables:
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        state = dict(super().__getstate__())  # type: ignore[arg-type, call-overload]
+        state = dict(super().__getstate__())  # type: ignore[call-overload]
         # Device handles cannot be pickled and mean nothing elsewhere; their number does.
         state["devices"] = _device_count(self.devices)
         return state
@@ -211,6 +218,41 @@ class FactorTables:
         for name in self._fitted_state():
             del self.__dict__[name]
         self.__dict__.update(state)
+
+    @contextlib.contextmanager
+    def _undone_on_error(self, before: dict[str, Any]) -> Iterator[None]:
+        """Return to the model before `fit` on an error, but keep what a Ctrl-C cuts short."""
+        try:
+            yield
+        except BaseException as error:
+            if not (isinstance(error, KeyboardInterrupt) and self._has_iterated()):
+                self._restore(before)
+            raise
+
+    def _has_iterated(self) -> bool:
+        return bool(self._runtime().pending) and self.n_iter_ > 0
+
+    def _start_tables(self, shape: tuple[int, int]) -> list[np.ndarray]:
+        """Tables to start from: assigned or, with `warm_start`, present ones; else drawn.
+
+        Users are drawn first and only what is missing is drawn, like in implicit, whose tables
+        these equal bit by bit for "implicit" and an integer seed.
+        """
+        rng = validation.random_generator(self.random_state)
+        dtype = np.float64 if validation.storage_dtype(self.dtype) == "float64" else np.float32
+        tables = []
+        for side, n_rows in zip(("user", "item"), shape, strict=True):
+            size = (n_rows, int(self.factors))
+            table = self._table(side) if self.warm_start or side in self._assigned else None
+            if table is not None:
+                tables.append(validation.start_table(table, size, f"{side}_factors"))
+            elif self.objective == "ials":
+                # Deviation 0.1 / sqrt(K), as Rendle et al. (2022); filled row by row.
+                scale = dtype(0.1 / np.sqrt(self.factors))
+                tables.append(rng.standard_normal(size, dtype=dtype) * scale)
+            else:
+                tables.append(rng.random(size, dtype=dtype) * 0.01)
+        return tables
 
     def _stamp(self, side: str) -> int:
         """Fingerprint of a table's content.

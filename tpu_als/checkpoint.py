@@ -5,19 +5,93 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from .validation import storage_dtype
+
 PREFIX = "tpu_als_"
 FORMAT = 1
 # implicit's own names. Its loader sets every other key as an attribute nobody reads.
 _IMPLICIT = frozenset(
-    "user_factors item_factors regularization factors num_threads iterations use_native use_cg "
-    "cg_steps calculate_training_loss dtype random_state alpha".split()
+    {
+        "user_factors",
+        "item_factors",
+        "regularization",
+        "factors",
+        "num_threads",
+        "iterations",
+        "use_native",
+        "use_cg",
+        "cg_steps",
+        "calculate_training_loss",
+        "dtype",
+        "random_state",
+        "alpha",
+    }
 )
+_SERIES = "history_"
+
+
+def save_model(
+    target: str | os.PathLike | BinaryIO, parameters: dict[str, Any], fitted: dict[str, Any]
+) -> None:
+    """Write an estimator's parameters and fitted attributes.
+
+    Parameters
+    ----------
+    target : str, path or binary file object
+        As in `save_npz`.
+    parameters : dict
+        Constructor parameters. Random generators and device handles are left out.
+    fitted : dict
+        Any of user_factors, item_factors, feature_names_in_, n_iter_ and history_.
+    """
+    name = storage_dtype(parameters["dtype"])
+    values = {**parameters, **fitted}
+    # implicit knows no bfloat16, but reads what it finds under its own names.
+    values.update(dtype=name.replace("bfloat16", "float32"), storage_dtype=name)
+    if not isinstance(values["devices"], int):
+        values["devices"] = None
+    if values.get("feature_names_in_") is not None:
+        values["feature_names_in_"] = values["feature_names_in_"].astype(str)
+    for key, series in (values.pop("history_", None) or {}).items():
+        values[_SERIES + key] = np.asarray(series, np.float64)
+    save_npz(target, values)
+
+
+def load_model(
+    source: str | os.PathLike | BinaryIO, parameter_names: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read what `save_model`, or implicit's `save`, wrote.
+
+    Parameters
+    ----------
+    source : str, path or binary file object
+        As in `load_npz`.
+    parameter_names : iterable of str
+        Constructor parameters to look for.
+
+    Returns
+    -------
+    parameters, fitted : dict
+        Of what the file holds; other keys are ignored.
+    """
+    values = load_npz(source)
+    parameters = {name: values[name] for name in parameter_names if name in values}
+    name = values.get("storage_dtype", values.get("dtype", "float32"))
+    parameters["dtype"] = name if name == "bfloat16" else np.dtype(name).type
+    plain = ("user_factors", "item_factors", "n_iter_")
+    fitted = {name: values[name] for name in plain if name in values}
+    if "feature_names_in_" in values:
+        fitted["feature_names_in_"] = values["feature_names_in_"].astype(object)
+    series = {k.removeprefix(_SERIES): v for k, v in values.items() if k.startswith(_SERIES)}
+    if series:
+        fitted["history_"] = {key: np.atleast_1d(v).tolist() for key, v in series.items()}
+    return parameters, fitted
 
 
 def save_npz(target: str | os.PathLike | BinaryIO, values: dict[str, Any]) -> None:
@@ -31,7 +105,7 @@ def save_npz(target: str | os.PathLike | BinaryIO, values: dict[str, Any]) -> No
         Arrays, numbers and strings. None, and what NumPy could only pickle (generators, device
         handles), is left out. Names that implicit lacks are prefixed.
     """
-    arrays = {"tpu_als_format": np.asarray(FORMAT)}
+    arrays: dict[str, Any] = {PREFIX + "format": np.asarray(FORMAT)}
     for name, value in values.items():
         array = None if value is None else np.asarray(value)
         if array is not None and not array.dtype.hasobject:

@@ -25,8 +25,6 @@ class EarlyStopping:
     ----------
     best : tuple of ndarray or None
         User and item table of the best iteration so far.
-    is_over : bool
-        Whether patience has run out.
     """
 
     def __init__(
@@ -45,6 +43,7 @@ class EarlyStopping:
 
     @property
     def is_over(self) -> bool:
+        """Whether patience has run out."""
         return self._stale >= self._patience
 
     def measure(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, BinaryIO, Self
 
 import numpy as np
 from scipy import sparse
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.utils import check_array
 from sklearn.utils.validation import check_is_fitted, validate_data
 from tqdm.auto import tqdm
 
@@ -255,29 +255,6 @@ class TPUAlternatingLeastSquares(
         check_is_fitted(self)
         return self._fold_in(self._validated(X), "item")
 
-    def inverse_transform(self, X: Any) -> np.ndarray:
-        """Score all items for given factors.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_rows, factors)
-            Factors, such as `transform` gives.
-
-        Returns
-        -------
-        ndarray of shape (n_rows, n_items)
-            A dense array: mind the memory, and use `recommend` for the best items.
-        """
-        check_is_fitted(self)
-        table = self._fitted_table("item")
-        factors = check_array(X, dtype=[np.float64, np.float32], ensure_min_samples=0)
-        if factors.shape[1] != table.shape[1]:
-            raise ValueError(
-                f"X has {factors.shape[1]} columns, expected {table.shape[1]} factors: "
-                "inverse_transform takes what transform returns"
-            )
-        return factors.astype(table.dtype, copy=False) @ table.T
-
     def score(self, X: Any, y: Any = None) -> float:
         """Mean NDCG@10 of items hidden from rows that need not have been seen in `fit`.
 
@@ -316,18 +293,10 @@ class TPUAlternatingLeastSquares(
         -----
         Random generators and device handles are not saved; they load as None.
         """
-        values = self.get_params(deep=False)
-        name = validation.storage_dtype(self.dtype)
-        # implicit knows no bfloat16, but reads what it finds under its own names.
-        values["dtype"], values["storage_dtype"] = name.replace("bfloat16", "float32"), name
-        values["devices"] = self.devices if isinstance(self.devices, int) else None
-        values.update(user_factors=self._table("user"), item_factors=self._table("item"))
-        names = getattr(self, "feature_names_in_", None)
-        values["feature_names_in_"] = None if names is None else names.astype(str)
-        values["n_iter_"] = getattr(self, "n_iter_", None)
-        for key, series in getattr(self, "history_", {}).items():
-            values[f"history_{key}"] = np.asarray(series, np.float64)
-        checkpoint.save_npz(fileobj_or_path, values)
+        fitted = {name: getattr(self, name, None) for name in ("n_iter_", "history_")}
+        fitted["feature_names_in_"] = getattr(self, "feature_names_in_", None)
+        fitted.update(user_factors=self._table("user"), item_factors=self._table("item"))
+        checkpoint.save_model(fileobj_or_path, self.get_params(deep=False), fitted)
 
     @classmethod
     def load(cls, fileobj_or_path: str | os.PathLike | BinaryIO) -> Self:
@@ -338,35 +307,27 @@ class TPUAlternatingLeastSquares(
         fileobj_or_path : str, path or binary file object
             A path may lack its ".npz".
         """
-        values = checkpoint.load_npz(fileobj_or_path)
-        parameters = {name: values[name] for name in cls._get_param_names() if name in values}
-        name = values.get("storage_dtype", values.get("dtype", "float32"))
-        parameters["dtype"] = name if name == "bfloat16" else np.dtype(name).type
+        parameters, fitted = checkpoint.load_model(fileobj_or_path, cls._get_param_names())
         model = cls(**parameters)
         for side in ("user", "item"):
-            table = validation.factor_table(values.get(f"{side}_factors"), f"{side}_factors")
-            if table is not None:
-                model._store(side, table)
-        if "feature_names_in_" in values:
-            model.feature_names_in_ = values["feature_names_in_"].astype(object)
-        if "n_iter_" in values:
-            model.n_iter_ = values["n_iter_"]
-            series = {key: values.get(f"history_{key}") for key in ("seconds", "loss", "ndcg")}
-            model.history_ = {k: v.tolist() for k, v in series.items() if v is not None}
+            name = f"{side}_factors"
+            if name in fitted:
+                model._store(side, validation.factor_table(fitted.pop(name), name))
+        model.__dict__.update(fitted)
         return model
 
     def to_gpu(self) -> Self:
         """Return a copy whose next computation requires a GPU."""
-        twin = self.__deepcopy__({})
-        return twin.set_params(use_gpu=True)
+        return copy.deepcopy(self).set_params(use_gpu=True)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
-        name = np.dtype(np.float32).name if self.dtype == "bfloat16" else str(self.dtype)
-        with contextlib.suppress(TypeError):
-            name = np.dtype(self.dtype).name
-        tags.transformer_tags.preserves_dtype = [name] if name in validation.DTYPES else []
+        # Results have the model's own dtype, so that is the one kind of input whose dtype stays.
+        tags.transformer_tags.preserves_dtype = []
+        with contextlib.suppress(ValueError):
+            name = validation.storage_dtype(self.dtype)
+            tags.transformer_tags.preserves_dtype = [name.replace("bfloat16", "float32")]
         return tags
 
     @property
@@ -406,28 +367,6 @@ class TPUAlternatingLeastSquares(
         train, hidden = holdout.hide(rows, self.validation_fraction)
         return train, EarlyStopping(train, hidden, self.n_iter_no_change, self.tol)
 
-    def _start_tables(self, shape: tuple[int, int]) -> list[np.ndarray]:
-        """Tables to start from: assigned or, with `warm_start`, present ones; else drawn.
-
-        Users are drawn first and only what is missing is drawn, like in implicit, whose tables
-        these equal bit by bit for "implicit" and an integer seed.
-        """
-        rng = validation.random_generator(self.random_state)
-        dtype = np.float64 if validation.storage_dtype(self.dtype) == "float64" else np.float32
-        tables = []
-        for side, n_rows in zip(("user", "item"), shape, strict=True):
-            size = (n_rows, int(self.factors))
-            table = self._table(side) if self.warm_start or side in self._assigned else None
-            if table is not None:
-                tables.append(validation.start_table(table, size, f"{side}_factors"))
-            elif self.objective == "ials":
-                # Deviation 0.1 / sqrt(K), as Rendle et al. (2022); filled row by row.
-                scale = dtype(0.1 / np.sqrt(self.factors))
-                tables.append(rng.standard_normal(size, dtype=dtype) * scale)
-            else:
-                tables.append(rng.random(size, dtype=dtype) * 0.01)
-        return tables
-
     def _begin(self, state: als.AlsState, data: als.Data) -> None:
         self._publish(state, data)
         self.n_iter_: int = 0
@@ -464,19 +403,6 @@ class TPUAlternatingLeastSquares(
         progress.set_postfix({name: f"{value:.4g}" for name, value in report.items()})
         progress.update(1)
         log.debug("iteration %d: %s", self.n_iter_ - 1, report)
-
-    @contextlib.contextmanager
-    def _undone_on_error(self, before: dict[str, Any]) -> Iterator[None]:
-        """Return to the model before `fit` on an error, but keep what a Ctrl-C cuts short."""
-        try:
-            yield
-        except BaseException as error:
-            if not (isinstance(error, KeyboardInterrupt) and self._has_iterated()):
-                self._restore(before)
-            raise
-
-    def _has_iterated(self) -> bool:
-        return bool(self._runtime().pending) and self.n_iter_ > 0
 
 
 try:  # implicit's wrappers check for its class; it is an ABC, so no inheritance is needed.

@@ -45,9 +45,7 @@ def hide(
     return _entries(rows, row_of, ~is_hidden), _entries(rows, row_of, is_hidden)
 
 
-def _entries(
-    rows: sparse.csr_matrix, row_of: np.ndarray, chosen: np.ndarray
-) -> sparse.csr_matrix:
+def _entries(rows: sparse.csr_matrix, row_of: np.ndarray, chosen: np.ndarray) -> sparse.csr_matrix:
     indptr = np.zeros(rows.shape[0] + 1, dtype=np.int64)
     np.cumsum(np.bincount(row_of[chosen], minlength=rows.shape[0]), out=indptr[1:])
     return sparse.csr_matrix((rows.data[chosen], rows.indices[chosen], indptr), shape=rows.shape)

@@ -20,11 +20,11 @@ except ImportError:
     _ModelFitErrorBase, _ParameterWarningBase = Exception, Warning
 
 
-class ModelFitError(_ModelFitErrorBase):  # type: ignore[misc, valid-type]
+class ModelFitError(_ModelFitErrorBase):
     """A solve gave values that are not finite. A subclass of implicit's, where it is installed."""
 
 
-class ParameterWarning(_ParameterWarningBase):  # type: ignore[misc, valid-type]
+class ParameterWarning(_ParameterWarningBase):
     """Input was accepted but had to be converted. A subclass of implicit's, where installed."""
 
 
@@ -40,7 +40,7 @@ def _real(low: float, high: float = math.inf, is_open: bool = False) -> Callable
     def accepts(v: Any) -> bool:
         if not isinstance(v, Real) or isinstance(v, bool) or not math.isfinite(v):
             return False
-        return low < v < high if is_open else low <= v <= high
+        return low < float(v) < high if is_open else low <= float(v) <= high
 
     return accepts
 

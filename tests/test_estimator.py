@@ -1,0 +1,296 @@
+"""What the estimator keeps, publishes and puts back; its surface is under the contract's tests."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from matrices import random_counts
+from scipy import sparse
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV
+
+from tpu_als import ModelFitError, TPUAlternatingLeastSquares, als
+
+COUNTS = random_counts(30, 20)
+
+
+def model(**changes: Any) -> TPUAlternatingLeastSquares:
+    """A small exact model, not fitted."""
+    settings = dict(factors=4, regularization=0.1, use_cg=False, iterations=4, random_state=0)
+    return TPUAlternatingLeastSquares(**{**settings, "num_threads": 1, **changes})
+
+
+def fitted(**changes: Any) -> TPUAlternatingLeastSquares:
+    """The same, fitted to COUNTS."""
+    return model(**changes).fit(COUNTS, show_progress=False)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two models have the same tables and attributes of a fit."""
+    names = {name for name in vars(one) if name.endswith("_")}
+    return (
+        names == {name for name in vars(other) if name.endswith("_")}
+        and all(np.array_equal(getattr(one, n), getattr(other, n)) for n in names)
+        and np.array_equal(one.user_factors, other.user_factors)
+        and np.array_equal(one.item_factors, other.item_factors)
+    )
+
+
+class TestStart:
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_tables_are_implicits(self, dtype: Any) -> None:
+        rng = np.random.default_rng(7)
+        start = fitted(iterations=0, random_state=7, dtype=dtype)
+        for table, n_rows in ((start.user_factors, 30), (start.item_factors, 20)):
+            np.testing.assert_array_equal(table, rng.random((n_rows, 4), dtype=dtype) * 0.01)
+            assert table.dtype == dtype
+            assert table.flags.writeable
+
+    def test_tables_of_ials(self) -> None:
+        counts = sparse.csr_matrix((500, 400))
+        start = model(objective="ials", factors=25, iterations=0).fit(counts, show_progress=False)
+        assert start.user_factors.std() == pytest.approx(0.1 / 5, rel=0.05)
+        assert abs(start.item_factors.mean()) < 1e-3
+
+    def test_only_what_is_missing_is_drawn(self) -> None:
+        start = model(iterations=0)
+        start.user_factors = np.ones((30, 4), np.float32)
+        start.fit(COUNTS, show_progress=False)
+        expected = np.random.default_rng(0).random((20, 4), dtype=np.float32) * 0.01
+        np.testing.assert_array_equal(start.item_factors, expected)
+        np.testing.assert_array_equal(start.user_factors, np.ones((30, 4)))
+
+    def test_a_loaded_model_starts_anew(self, tmp_path: Any) -> None:
+        once = fitted()
+        once.save(tmp_path / "model")
+        again = TPUAlternatingLeastSquares.load(tmp_path / "model")
+        assert same(again, once)
+        assert np.array_equal(
+            again.fit(COUNTS, show_progress=False).user_factors, once.user_factors
+        )
+
+    def test_a_start_of_another_shape_is_an_error(self) -> None:
+        start = model()
+        start.user_factors = np.ones((30, 5), np.float32)
+        with pytest.raises(ValueError, match="user_factors to start from has shape"):
+            start.fit(COUNTS, show_progress=False)
+
+
+class TestFailure:
+    def break_after(self, monkeypatch: pytest.MonkeyPatch, n: int, error: Any) -> None:
+        """Let the engine run n epochs, and then fail or report rows that are not finite."""
+        epoch, calls = als.epoch, []
+
+        def broken(*args: Any) -> Any:
+            calls.append(1)
+            if len(calls) <= n:
+                return epoch(*args)
+            if error is not None:
+                raise error
+            return epoch(*args)[0], (0, 3)
+
+        monkeypatch.setattr(als, "epoch", broken)
+
+    @pytest.mark.parametrize("n", [0, 2])
+    @pytest.mark.parametrize("error", [None, MemoryError("no room")])
+    def test_the_model_stays_as_it_was(
+        self, monkeypatch: pytest.MonkeyPatch, n: int, error: Any
+    ) -> None:
+        broken = fitted()
+        before = copy.deepcopy(broken)
+        self.break_after(monkeypatch, n, error)
+        with pytest.raises(ModelFitError if error is None else MemoryError) as raised:
+            broken.fit(random_counts(9, 8), show_progress=False, callback=lambda *_: None)
+        assert error or f"3 item rows are not finite after iteration {n}" in str(raised.value)
+        assert same(broken, before)
+
+    def test_never_fitted_stays_unfitted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        broken = model()
+        self.break_after(monkeypatch, 1, None)
+        with pytest.raises(ModelFitError):
+            broken.fit(COUNTS, show_progress=False)
+        assert broken.item_factors is None
+        assert vars(broken) == vars(model())
+
+    def test_an_interrupt_keeps_what_is_finished(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        stopped = model()
+        self.break_after(monkeypatch, 2, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            stopped.fit(COUNTS, show_progress=False)
+        monkeypatch.undo()
+        assert stopped.n_iter_ == 2
+        np.testing.assert_array_equal(stopped.item_factors, fitted(iterations=2).item_factors)
+
+    def test_an_interrupt_before_that_keeps_the_old(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        stopped = fitted()
+        before = copy.deepcopy(stopped)
+        self.break_after(monkeypatch, 0, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            stopped.fit(random_counts(9, 8), show_progress=False)
+        assert same(stopped, before)
+
+    def test_bad_data_changes_nothing(self) -> None:
+        kept = fitted()
+        before = copy.deepcopy(kept)
+        bad = random_counts(5, 6)
+        bad.data[0] = np.nan
+        with pytest.raises(ValueError, match="NaN"):
+            kept.fit(bad, show_progress=False)
+        with pytest.raises(ValueError, match="factors must be"):
+            kept.set_params(factors=0).fit(COUNTS, show_progress=False)
+        assert same(kept, before)
+
+
+class TestCallback:
+    def test_tables_are_fetched_only_when_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fetched = []
+        workplace = type(fitted()._place())
+        original = workplace.get
+
+        def counted(place: Any, shards: Any) -> Any:
+            fetched.append(1)
+            return original(place, shards)
+
+        monkeypatch.setattr(workplace, "get", counted)
+        model().fit(COUNTS, show_progress=False, callback=lambda *_: None)
+        assert len(fetched) == 2
+
+    def test_the_tables_are_current(self) -> None:
+        seen = []
+        watched = model()
+        watched.fit(
+            COUNTS,
+            show_progress=False,
+            callback=lambda i, s, v: seen.append(watched.transform(COUNTS[:2])),
+        )
+        for i, rows in enumerate(seen):
+            np.testing.assert_array_equal(rows, fitted(iterations=i + 1).transform(COUNTS[:2]))
+
+    def test_the_model_can_be_copied_and_saved(self, tmp_path: Any) -> None:
+        watched, copies = model(), []
+
+        def callback(iteration: int, seconds: float, loss: float | None) -> None:
+            copies.append(copy.deepcopy(watched))
+            watched.save(tmp_path / str(iteration))
+
+        watched.fit(COUNTS, show_progress=False, callback=callback)
+        loaded = TPUAlternatingLeastSquares.load(tmp_path / "1")
+        np.testing.assert_array_equal(loaded.item_factors, copies[1].item_factors)
+        assert loaded.n_iter_ == copies[1].n_iter_ == 2
+
+
+class TestTables:
+    def test_an_edit_in_place_is_seen(self) -> None:
+        edited = fitted()
+        users = np.arange(30)
+        first, _ = edited.recommend(users, COUNTS)
+        edited.similar_items(users[:20])
+        edited.item_factors[first[:, 0]] = 0
+        table = edited.item_factors
+        again, scores = edited.recommend(users, None, filter_already_liked_items=False, N=20)
+        np.testing.assert_allclose(
+            scores, -np.sort(-(edited.user_factors @ table.T), axis=1), atol=1e-5
+        )
+        assert not np.array_equal(again[:, 0], first[:, 0])
+        folded = edited.transform(COUNTS)
+        table[:] = table[::-1].copy()
+        assert not np.allclose(edited.transform(COUNTS), folded)
+
+    def test_an_assigned_gramian_is_used(self) -> None:
+        # The gramian of a larger catalog, as those who shard by hand set it.
+        exact = fitted()
+        before = exact.recalculate_user(0, COUNTS[0])
+        exact._YtY = 2 * exact.YtY
+        after = exact.recalculate_user(0, COUNTS[0])
+        weights = np.zeros(20) + 2.0
+        weights[COUNTS[0].indices] += COUNTS[0].data - 1
+        table = exact.item_factors.astype(np.float64)
+        matrix = (table.T * weights) @ table + 0.1 * np.eye(4)
+        expected = np.linalg.solve(matrix, table[COUNTS[0].indices].T @ COUNTS[0].data)
+        np.testing.assert_allclose(after, expected, rtol=1e-3)
+        exact._YtY = None
+        np.testing.assert_array_equal(exact.recalculate_user(0, COUNTS[0]), before)
+        exact._YtY = 3 * exact.YtY
+        exact.item_factors = exact.item_factors
+        np.testing.assert_allclose(exact.YtY, table.T @ table, rtol=1e-4)
+
+    def test_assigned_items_set_the_features(self) -> None:
+        given = model()
+        given.item_factors = np.ones((7, 4), np.float32)
+        assert given.n_features_in_ == 7
+        with pytest.raises(NotFittedError):
+            given.recommend(0, None, filter_already_liked_items=False)
+        given.user_factors = np.ones((2, 4), np.float32)
+        ids, _ = given.recommend(0, None, filter_already_liked_items=False, N=3)
+        assert ids.shape == (3,)
+        given.item_factors = None
+        assert not hasattr(given, "n_features_in_")
+
+    def test_tables_of_another_width_than_the_parameter(self) -> None:
+        wide = fitted()
+        rng = np.random.default_rng(0)
+        wide.user_factors = rng.random((30, 9), dtype=np.float32)
+        wide.item_factors = rng.random((20, 9), dtype=np.float32)
+        assert wide.transform(COUNTS).shape == (30, 9)
+        start = wide.user_factors.copy()
+        wide.solver(COUNTS, wide.user_factors, wide.item_factors, 0.1, 1)
+        assert not np.array_equal(start, wide.user_factors)
+
+    def test_serving_keeps_its_device_tables(self, new_compilations: Any) -> None:
+        served = fitted()
+        served.recommend(np.arange(9), COUNTS[:9])
+        kept = served._runtime().kept["item catalog"]
+        with new_compilations() as count:
+            served.recommend(np.arange(9, 18), COUNTS[9:18])
+        assert served._runtime().kept["item catalog"] is kept
+        assert count.programs == 0
+
+
+class TestClass:
+    def test_clones_and_copies_keep_device_handles(self) -> None:
+        devices = jax.devices()[:2]
+        held = fitted(devices=devices)
+        assert clone(held).devices is devices
+        assert copy.deepcopy(held).devices is devices
+        mesh = jax.sharding.Mesh(np.array(devices), ("d",))
+        assert model(devices=mesh).__getstate__()["devices"] == 2
+
+    def test_clone_keeps_scikit_learns_settings(self) -> None:
+        asked = model().set_output(transform="pandas")
+        assert clone(asked)._sklearn_output_config == {"transform": "pandas"}
+
+    def test_loss_is_logged(self, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.INFO, logger="tpu_als"):
+            logged = fitted(calculate_training_loss=True)
+        assert f"final training loss {logged.history_['loss'][-1]:.4f}" in caplog.text
+
+    def test_a_wider_matrix_that_is_transposed(self) -> None:
+        with pytest.raises(ValueError, match="expecting 20 features"):
+            fitted().transform(COUNTS.T.tocsr())
+
+    def test_explain_wants_the_whole_matrix(self) -> None:
+        with pytest.raises(IndexError, match=r"a row of the whole user_items\) 3 is not"):
+            fitted().explain(3, COUNTS[3], 1)
+
+    def test_explain_without_a_ridge(self) -> None:
+        rank_one = sparse.csr_matrix(np.ones((6, 5), np.float32))
+        flat = model(regularization=0.0, factors=3).fit(rank_one, show_progress=False)
+        total, top, weights = flat.explain(0, rank_one, 1)
+        assert total == pytest.approx(1, abs=0.02)
+        assert flat.explain(0, rank_one, 1, weights, N=2)[1] == top[:2]
+
+    def test_candidates_of_a_search_compile_nothing_new(self, compilations: Any) -> None:
+        with compilations() as one:
+            fitted(linear_solver="cg").score(COUNTS)
+        grid = {"regularization": [0.1, 1.0, 10.0], "alpha": [1.0, 5.0]}
+        with compilations() as many:
+            GridSearchCV(
+                model(linear_solver="cg"), grid, cv=[(np.arange(30),) * 2], refit=False
+            ).fit(COUNTS, show_progress=False)
+        assert many.programs <= one.programs
