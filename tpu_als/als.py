@@ -279,8 +279,10 @@ def loss(state: AlsState, data: Data, objective: Objective) -> float:
         )
     )
     n_cells = data.users.n_rows * data.items.n_rows
-    weights = objective.alpha * data.absolute_sum - objective.offset * data.n_entries
-    total = cells + objective.unobserved_weight * every + ridges
+    # implicit counts a disliked cell as |c| (1 + t^2), so every stored cell has the constant |c|.
+    constant = objective.alpha * data.absolute_sum
+    total = cells + constant + objective.unobserved_weight * every + ridges
+    weights = constant - objective.offset * data.n_entries
     return float(total / (weights + objective.unobserved_weight * n_cells))
 
 

@@ -116,7 +116,7 @@ class Workplace:
         new = {}
         for program, args in calls:
             leaves, structure = jax.tree.flatten(args)
-            key = (program, structure, tuple((np.shape(a), np.result_type(a)) for a in leaves))
+            key = (program, structure, tuple((a.shape, a.dtype) for a in leaves))
             if key not in _compiled:
                 new[key] = (program, args)
 

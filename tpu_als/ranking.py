@@ -194,6 +194,6 @@ def _rank(queries: Array, rows: Array, hidden: Array, k: int) -> tuple[Array, Ar
     """Top k scores (B, k) and row numbers of one part of the catalog."""
     scores = jnp.matmul(queries, rows.T, precision=lax.Precision.HIGHEST)
     shifts = jnp.arange(7, -1, -1, dtype=jnp.uint8)
-    bits = (hidden[:, :, None] >> shifts) & jnp.uint8(1)
+    bits = (hidden[:, :, None] >> shifts[None, None]) & jnp.uint8(1)
     scores = jnp.where(bits.reshape(scores.shape) == 1, -jnp.inf, scores)
     return lax.top_k(scores, k)

@@ -223,7 +223,7 @@ def _with_jitter(matrix: Array, upper: Array, failed: Array) -> Array:
     size = matrix.shape[1]
     mean = jnp.trace(matrix, axis1=1, axis2=2)[:, None, None] / size
     jitter = 4 * size * jnp.finfo(matrix.dtype).eps * mean + jnp.finfo(matrix.dtype).tiny
-    again = _factorise(matrix + jitter * jnp.eye(size, dtype=matrix.dtype))
+    again = _factorise(matrix + jitter * jnp.eye(size, dtype=matrix.dtype)[None])
     return jnp.where(failed[:, None, None], again, upper)
 
 
@@ -247,7 +247,7 @@ def _factorise_rows(matrix: Array) -> Array:
         above = lax.dynamic_index_in_dim(upper, k, 2, keepdims=False)
         line = line - jnp.sum(above[:, :, None] * upper, axis=1)
         pivot = jnp.sqrt(lax.dynamic_slice_in_dim(line, k, 1, 1))
-        line = jnp.where(jnp.arange(size) >= k, line / pivot, 0)
+        line = jnp.where(jnp.arange(size)[None] >= k, line / pivot, 0)
         return lax.dynamic_update_slice_in_dim(upper, line[:, None, :], k, 1)
 
     return lax.fori_loop(0, size, body, jnp.zeros_like(matrix))
@@ -293,7 +293,7 @@ def rows_direct(
     lam = ridge(objective, lengths.astype(matrix.dtype), fixed.n_source)
     eye = jnp.eye(matrix.shape[1], dtype=matrix.dtype)
     base = objective.unobserved_weight * fixed.gramian
-    return direct(matrix + base + lam[:, None, None] * eye, rhs)
+    return direct(matrix + base[None] + lam[:, None, None] * eye[None], rhs)
 
 
 def rows_cg(
@@ -309,15 +309,15 @@ def rows_cg(
     assert fixed.rotation is not None and fixed.spectrum is not None
     z = jnp.matmul(z, fixed.rotation, precision=PRECISION)
     lam = ridge(objective, lengths.astype(z.dtype), fixed.n_source)
-    diagonal = fixed.spectrum + lam[:, None]
+    diagonal = fixed.spectrum[None, :] + lam[:, None]
     z = cg(normal, residual(z), z, diagonal, steps)
     return jnp.matmul(z, fixed.rotation.T, precision=PRECISION)
 
 
 def cells_loss(block: Block, z: Array) -> Array:
-    """Loss (R,) of the stored cells beyond the unobserved term: sum of w t^2 - 2 v t + v."""
+    """What stored cells add to the unobserved term of the loss (R,), but for a constant |c| each."""
     t = predict(block, z)
-    return jnp.sum(block.w * t * t + block.v * (1 - 2 * t), axis=1)
+    return jnp.sum((block.w * t - 2 * block.v) * t, axis=1)
 
 
 def finite_rows(z: Array) -> Array:
