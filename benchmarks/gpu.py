@@ -2,7 +2,8 @@
 
 Both start from the same tables. Loss is measured outside of the time, by the engine for both, and
 once by implicit's CPU function to show that it is the same. The target is 1.001 times the loss of
-the exact solver after `--iterations`. Without a GPU, and with `--quick`, ours runs alone on what there is.
+the exact solver after `--iterations`. Without a GPU, and with `--quick`, ours runs alone on what
+there is.
 """
 
 from __future__ import annotations
