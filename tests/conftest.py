@@ -12,15 +12,18 @@ from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # implicit warns, and runs slowly, otherwise
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the processes that tests start
 
 import hypothesis
 import jax
 import pytest
+import threadpoolctl
 from matrices import planted_groups, random_counts
 from models import load_class, make
 from scipy import sparse
 
+# implicit warns, and runs slowly, otherwise; a plugin may have loaded NumPy before this file
+threadpoolctl.threadpool_limits(1, user_api="blas")
 jax.config.update("jax_num_cpu_devices", 4)
 # global, not by context manager: those are local to a thread, and the engine may use several
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -68,7 +68,7 @@ class TestFoldIn:
     ) -> None:
         own.recommend(0, groups[0]), own.similar_users(0), own.similar_items(0)
         own.partial_fit_users([24], groups[16])
-        ids, scores = own.similar_users(24, N=2)
+        _ids, scores = own.similar_users(24, N=2)
         assert scores[0] == pytest.approx(1, abs=1e-5)
         own.partial_fit_items([18], groups.T.tocsr()[0])
         assert own.item_norms.shape == (19,)
@@ -112,7 +112,7 @@ class TestTables:
         model, rng = make(cls), np.random.default_rng(0)
         model.user_factors = rng.normal(size=(4, 3)).astype(np.float32)
         model.item_factors = rng.normal(size=(5, 3)).astype(np.float32)
-        ids, scores = model.recommend(2, None, N=5, filter_already_liked_items=False)
+        ids, _scores = model.recommend(2, None, N=5, filter_already_liked_items=False)
         expected = model.item_factors @ model.user_factors[2]
         np.testing.assert_array_equal(ids, np.argsort(-expected))
         np.testing.assert_allclose(model.YtY, model.item_factors.T @ model.item_factors, atol=1e-5)

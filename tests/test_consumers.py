@@ -11,12 +11,12 @@ from typing import Any
 
 import joblib
 import numpy as np
-import pytest
-from scipy import sparse
-
 import oracle
+import pytest
 from matrices import withheld
 from models import FACTORS, OBJECTIVE, make
+from scipy import sparse
+
 from tpu_als import TPUAlternatingLeastSquares
 
 
@@ -144,7 +144,7 @@ class TestRePlay:
         cloudpickle = pytest.importorskip("cloudpickle")
 
         def for_user(user: int, rows: sparse.csr_matrix | None) -> tuple[np.ndarray, np.ndarray]:
-            items = list(range(6)) + [17]
+            items = [*list(range(6)), 17]
             return fitted.recommend(
                 userid=user,
                 user_items=None if rows is None else rows[user],

@@ -108,7 +108,7 @@ class TestFitArguments:
     def test_random_states(self, counts: sparse.csr_matrix, seed: Any) -> None:
         def fit() -> np.ndarray:
             given = {
-                "state": np.random.RandomState(3),  # noqa: NPY002 (scikit-learn's seeds)
+                "state": np.random.RandomState(3),
                 "generator": np.random.default_rng(3),
             }.get(seed, seed)
             return quick(random_state=given).fit(counts, show_progress=False).item_factors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import os
 import pickle
 from pathlib import Path
@@ -103,7 +104,7 @@ def test_every_objective_is_solved_by_one_equation(
     assert losses[-1] == pytest.approx(
         oracle.loss(signed_counts, users, items, objective), rel=1e-4
     )
-    assert all(b <= a * (1 + 1e-6) for a, b in zip(losses, losses[1:], strict=False))
+    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(losses))
     folded = oracle.fold_in(signed_counts, items, objective)
     np.testing.assert_allclose(model.transform(signed_counts), folded, **close)
     rows = signed_counts[[4, 2]]
@@ -234,7 +235,7 @@ class TestFiles:
     ) -> None:
         given = {
             "generator": np.random.default_rng(0),
-            "state": np.random.RandomState(0),  # noqa: NPY002
+            "state": np.random.RandomState(0),
         }.get(seed, seed)
         model = make(TPUAlternatingLeastSquares, random_state=given, iterations=1)
         model.fit(groups, show_progress=False).save(tmp_path / "model.npz")

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matrices import random_counts
+from models import load_class
 from scipy import sparse
 from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
-from matrices import random_counts
-from models import load_class
 from tpu_als import TPUAlternatingLeastSquares
 
 DATA = Path(os.environ.get("TPU_ALS_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -57,11 +57,12 @@ def test_default_solver_reaches_implicits_cholesky_loss() -> None:
     assert losses[1] < losses[0] * 1.001
 
 
-class TestDevices:
-    SETTINGS: dict[str, Any] = dict(
-        factors=8, regularization=0.1, alpha=4.0, iterations=6, random_state=0
-    )
+SETTINGS: dict[str, Any] = dict(
+    factors=8, regularization=0.1, alpha=4.0, iterations=6, random_state=0
+)
 
+
+class TestDevices:
     @pytest.fixture(scope="class")
     def matrix(self) -> sparse.csr_matrix:
         """Rows of very different lengths, one of them nearly full, some empty."""
@@ -73,7 +74,7 @@ class TestDevices:
     @pytest.fixture(scope="class")
     def one(self, matrix: sparse.csr_matrix) -> TPUAlternatingLeastSquares:
         """The fit on one device."""
-        model = TPUAlternatingLeastSquares(**self.SETTINGS, devices=1)
+        model = TPUAlternatingLeastSquares(**SETTINGS, devices=1)
         return model.fit(matrix, show_progress=False)
 
     @pytest.mark.parametrize("table_layout", ["replicated", "sharded"])
@@ -82,7 +83,7 @@ class TestDevices:
         self, matrix: sparse.csr_matrix, one: Any, devices: int, table_layout: str
     ) -> None:
         model = TPUAlternatingLeastSquares(
-            **self.SETTINGS, devices=devices, table_layout=table_layout
+            **SETTINGS, devices=devices, table_layout=table_layout
         ).fit(matrix, show_progress=False)
         for table in ("user_factors", "item_factors"):
             reference = getattr(one, table)
