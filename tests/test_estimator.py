@@ -118,11 +118,18 @@ class TestFailure:
         assert broken.item_factors is None
         assert vars(broken) == vars(model())
 
-    def test_an_interrupt_keeps_what_is_finished(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("reads", [False, True])
+    def test_an_interrupt_keeps_what_is_finished(
+        self, monkeypatch: pytest.MonkeyPatch, reads: bool
+    ) -> None:
         stopped = model()
         self.break_after(monkeypatch, 2, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            stopped.fit(COUNTS, show_progress=False)
+            stopped.fit(
+                COUNTS,
+                show_progress=False,
+                callback=lambda *_: reads and (stopped.user_factors, stopped.item_factors),
+            )
         monkeypatch.undo()
         assert stopped.n_iter_ == 2
         np.testing.assert_array_equal(stopped.item_factors, fitted(iterations=2).item_factors)

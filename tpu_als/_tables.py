@@ -72,6 +72,7 @@ class FactorTables:
     objective: str
     warm_start: bool
     n_iter_: int
+    history_: dict[str, list[float]]
     devices: Any
     num_threads: int
     use_gpu: bool | None
@@ -225,12 +226,11 @@ class FactorTables:
         try:
             yield
         except BaseException as error:
-            if not (isinstance(error, KeyboardInterrupt) and self._has_iterated()):
+            # Each fit begins a history of its own.
+            begun = getattr(self, "history_", None) is not before.get("history_")
+            if not (isinstance(error, KeyboardInterrupt) and begun and self.n_iter_ > 0):
                 self._restore(before)
             raise
-
-    def _has_iterated(self) -> bool:
-        return bool(self._runtime().pending) and self.n_iter_ > 0
 
     def _start_tables(self, shape: tuple[int, int]) -> list[np.ndarray]:
         """Tables to start from: assigned or, with `warm_start`, present ones; else drawn.

@@ -369,8 +369,8 @@ class TPUAlternatingLeastSquares(
 
     def _begin(self, state: als.AlsState, data: als.Data) -> None:
         self._publish(state, data)
-        self.n_iter_: int = 0
-        self.history_: dict[str, list[float]] = {"seconds": []}
+        self.n_iter_ = 0
+        self.history_ = {"seconds": []}
 
     def _iterate(
         self, state: als.AlsState, data: als.Data, monitor: EarlyStopping | None
