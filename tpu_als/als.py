@@ -28,7 +28,14 @@ from tpu_als.sweep import Measured, Own, Shape, Shared, Span
 DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16}
 _SCRATCH = {"cpu": 1 << 20, "other": 1 << 26}  # bytes of a gathered chunk; a core's own cache on CPU
 _SYSTEMS = {"cpu": 1 << 22, "other": 1 << 28}  # bytes of the K x K systems of a chunk
+# Factors times cells that take as long, over a fit or a few, as compiling one more rung.
+_RUNG_CELLS = {"cpu": 4e6, "other": 1e8}
+_LADDER_SLACK = 1.1  # padding accepted, against the best ladder's, for a ladder compiled before
 _SHARED_WASTE = 1 << 26  # bytes of unused slots that sharing programs between the sides may cost
+
+
+_FOLD_IN_ROWS = {"cpu": 16, "other": 256}  # rows solved at once; few, so that one row is quick
+_ladders: dict[Any, list[tuple[int, ...]]] = {}
 
 
 @dataclass(frozen=True)
@@ -101,14 +108,32 @@ class AlsState(NamedTuple):
     items: Shards
 
 
-def make_plan(n_entries: int, params: AlsParams, place: Workplace, most_rows: int = 1 << 30) -> Plan:
-    """Choose chunk sizes for the backend's memory and rungs for the amount of data."""
+def make_plan(lengths: np.ndarray, params: AlsParams, place: Workplace) -> Plan:
+    """Choose chunk sizes for the backend's memory, and rungs for the rows of both sides.
+
+    A ladder that this process has compiled is kept where it pads little more than the best one
+    for these rows, so that folds, refits and candidates compile nothing new.
+    """
     kind = "cpu" if place.platform == "cpu" else "other"
+    chunk, most_rows = _chunk_sizes(params, kind)
+    best = layout.ladder(lengths, _RUNG_CELLS[kind] / params.factors)
+    known = _ladders.setdefault((params, place), [])
+    bound = _LADDER_SLACK * layout.padded_cells(lengths, best)
+    for ladder in known:
+        if layout.padded_cells(lengths, ladder) <= bound:
+            return Plan(ladder, chunk, most_rows, place.n_shards)
+    known.append(best)
+    return Plan(best, chunk, most_rows, place.n_shards)
+
+
+def _chunk_sizes(params: AlsParams, kind: str) -> tuple[int, int]:
+    """Cells of a chunk, a power of two, and the most rows that its scratch allows."""
     size = np.dtype(params.compute_dtype).itemsize
     chunk = max(_SCRATCH[kind] // (params.factors * size), 256)
+    most_rows = 1 << 30
     if params.linear_solver != "cg":
-        most_rows = min(most_rows, max(_SYSTEMS[kind] // (params.factors**2 * size), 1))
-    return layout.plan(n_entries, place.n_shards, 1 << (chunk.bit_length() - 1), most_rows)
+        most_rows = max(_SYSTEMS[kind] // (params.factors**2 * size), 1)
+    return 1 << (chunk.bit_length() - 1), most_rows
 
 
 def place(user_items: sparse.csr_matrix, params: AlsParams, place: Workplace) -> Data:
@@ -124,9 +149,9 @@ def place(user_items: sparse.csr_matrix, params: AlsParams, place: Workplace) ->
         Where it goes.
     """
     item_users = user_items.T.tocsr()
-    plan = make_plan(user_items.nnz, params, place)
-    users = layout.map_rows(np.diff(user_items.indptr), plan)
-    items = layout.map_rows(np.diff(item_users.indptr), plan)
+    lengths = np.diff(user_items.indptr), np.diff(item_users.indptr)
+    plan = make_plan(np.concatenate(lengths), params, place)
+    users, items = (layout.map_rows(each, plan) for each in lengths)
     row_bytes = params.factors * np.dtype(DTYPES[params.dtype]).itemsize
     users, items = layout.share_shapes(users, items, _SHARED_WASTE // row_bytes)
     return Data(
@@ -197,7 +222,7 @@ def epoch(state: AlsState, data: Data, objective: Objective) -> tuple[AlsState, 
     items = half_epoch(state.items, users, data, objective, target="items")
     with precision(data.params.dtype):
         count = data.place.whole(_count_failed, None)
-        failed = int(count(users)), int(count(items))
+        failed = int(count(users)[0]), int(count(items)[0])
     return AlsState(users, items), failed
 
 
@@ -210,22 +235,23 @@ def half_epoch(
     with precision(params.dtype):
         objective = _typed(objective, params)
         prepare = where.whole(_prepare, (params.linear_solver, params.compute_dtype))
-        fixed = prepare(source_table, np.int32(source.n_rows), objective)
+        fixed, begin = prepare(source_table, target_table, np.int32(source.n_rows), objective)
         programs = _programs(sweep.solve_rung, sweep.solve_long, side, data, fixed, objective)
-        out = where.copy(target_table)
-        return where.run(programs, out, side.own, params.dtype)
+        return where.run(programs, begin, side.own, params.dtype)
 
 
 def _prepare(
-    static: tuple[str, str], table: Array, n_source: Array, objective: Objective
-) -> Fixed:
+    static: tuple[str, str], table: Array, target: Shards, n_source: Array, objective: Objective
+) -> tuple[Fixed, Shards]:
+    """Fix the source table, and copy the target table into the basis its solver works in."""
     solver, dtype = static
     gram = solve.gramian(table, dtype)
-    return solve.fix(table, gram, n_source.astype(dtype), objective, solver, jnp.dtype(dtype))
+    fixed = solve.fix(table, gram, n_source.astype(dtype), objective, solver, jnp.dtype(dtype))
+    return fixed, jax.tree.map(lambda rows: solve.begin(rows, fixed), target)
 
 
-def _count_failed(static: None, table: Array) -> Array:
-    return jnp.sum(~solve.finite_rows(table))
+def _count_failed(static: None, table: Array) -> tuple[Array, None]:
+    return jnp.sum(~solve.finite_rows(table)), None
 
 
 def _programs(
@@ -259,7 +285,7 @@ def loss(state: AlsState, data: Data, objective: Objective) -> float:
         typed = _typed(objective, params)
         dtype = np.dtype(params.compute_dtype)
         plain = where.whole(_prepare, ("cholesky", params.compute_dtype))
-        fixed = plain(state.items, np.int32(data.items.n_rows), typed)
+        fixed, _ = plain(state.items, None, np.int32(data.items.n_rows), typed)
         measured = Measured(data.users.own, state.users)
         programs = _programs(
             sweep.loss_rung, sweep.loss_long, data.users, data, fixed, typed
@@ -267,9 +293,9 @@ def loss(state: AlsState, data: Data, objective: Objective) -> float:
         rows = data.users.rows
         out = where.zeros((rows.n_shards, rows.n_slots), dtype)
         cells = where.get(where.run(programs, out, measured, params.dtype)).sum(dtype=np.float64)
-        users = plain(state.users, np.int32(data.users.n_rows), typed).gramian
+        users = plain(state.users, None, np.int32(data.users.n_rows), typed)[0].gramian
         squares = where.whole(_squares, params.compute_dtype)
-        norms = [np.asarray(squares(table), np.float64) for table in state]
+        norms = [np.asarray(squares(table)[0], np.float64) for table in state]
     every = np.sum(np.asarray(users, np.float64) * np.asarray(fixed.gramian, np.float64))
     ridges = sum(
         (solve.ridge(objective, side.lengths, source.n_rows) * norm[side.rows.slots]).sum()
@@ -286,8 +312,8 @@ def loss(state: AlsState, data: Data, objective: Objective) -> float:
     return float(total / (weights + objective.unobserved_weight * n_cells))
 
 
-def _squares(dtype: str, table: Array) -> Array:
-    return jnp.sum(jnp.square(table.astype(dtype)), axis=1)
+def _squares(dtype: str, table: Array) -> tuple[Array, None]:
+    return jnp.sum(jnp.square(table.astype(dtype)), axis=1), None
 
 
 @dataclass(frozen=True)
@@ -382,10 +408,11 @@ def solve_rows(
 
 def _fold_in_plan(lengths: np.ndarray, params: AlsParams, place: Workplace) -> Plan:
     """Rungs that are the same for every batch; they double for as long as there are rows."""
-    plan = make_plan(1 << 18, params, place, most_rows=16 if place.platform == "cpu" else 256)
+    kind = "cpu" if place.platform == "cpu" else "other"
+    chunk, most_rows = _chunk_sizes(params, kind)
     longest = max(int(lengths.max(initial=0)), layout.SHORTEST)
     rungs = 2 ** np.arange(int(np.log2(layout.SHORTEST)), longest.bit_length() + 1)
-    return Plan(tuple(rungs.tolist()), plan.chunk, plan.most_rows, 1)
+    return Plan(tuple(rungs.tolist()), chunk, min(most_rows, _FOLD_IN_ROWS[kind]), 1)
 
 
 def _fixed(
@@ -413,7 +440,7 @@ def _solve_chunk_of(
     ids: Array, values: Array, lengths: Array, z: Array,
 ) -> Array:  # fmt: skip
     block = solve.gather(fixed, objective, ids, values, lengths, jnp.dtype(shape.dtype))
-    return sweep.solve_block(shape, fixed, objective, block, lengths, z)
+    return sweep.solve_block(shape, fixed, objective, block, lengths, solve.begin(z, fixed))
 
 
 _solve_chunk = jax.jit(_solve_chunk_of, static_argnums=0)

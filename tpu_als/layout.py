@@ -123,24 +123,59 @@ class Cells:
     long_cells: np.ndarray
 
 
-def plan(n_entries: int, n_shards: int, chunk: int, most_rows: int) -> Plan:
-    """Choose the rungs from the size of the data alone.
+def ladder(lengths: np.ndarray, rung_cells: float, most: int = 16) -> tuple[int, ...]:
+    """Choose the rungs' lengths from a histogram of row lengths, at the least total cost.
 
-    Folds, refits and both orientations of a matrix then meet in the same programs. Finer rungs
-    pad less (1.39x the entries where lengths double, 1.18x where they grow by half an octave,
-    for lengths spread evenly in the logarithm) but each costs a compilation.
+    Dynamic programming over a geometric grid: each row is padded to the next rung, and a rung
+    itself costs as much as `rung_cells` cells, since each is a program to compile.
 
     Parameters
     ----------
-    n_entries : int
-        Stored entries of the matrix.
-    n_shards, chunk, most_rows : int
-        See `Plan`.
+    lengths : int array
+        Stored entries of the rows, of both orientations.
+    rung_cells : float
+        Cells whose work in all iterations takes as long as compiling a rung.
+    most : int, default=16
+        Most rungs.
+
+    Returns
+    -------
+    tuple of int
+        Ascending. The last one holds the longest row, or is `LONGEST`.
     """
-    octaves = 2.0 if n_entries < 1 << 18 else 1.0 if n_entries < 1 << 22 else 0.5
-    steps = np.arange(0, np.log2(LONGEST / SHORTEST) + 1e-9, octaves)
-    lengths = np.ceil(SHORTEST * 2**steps / 8).astype(int) * 8
-    return Plan(tuple(int(n) for n in lengths), chunk, most_rows, n_shards)
+    grid = _grid(int(lengths.max(initial=1)))
+    rows = np.searchsorted(np.sort(lengths), grid, side="right")
+    below = np.concatenate([[0], rows])
+    # cost[j]: least cells for the rows up to grid[j - 1] with the rungs chosen so far
+    cost = np.where(below == 0, 0.0, np.inf)
+    choices, totals = [], []
+    for _ in range(most):
+        step = cost[None, :] + (below[1:, None] - below[None, :]) * grid[:, None]
+        step[np.arange(len(grid))[:, None] < np.arange(len(grid) + 1)[None, :]] = np.inf
+        choices.append(step.argmin(axis=1))
+        cost = np.concatenate([[np.inf], step.min(axis=1)])
+        totals.append(cost[-1])
+    count = int(np.argmin(np.array(totals) + rung_cells * np.arange(1, most + 1))) + 1
+    chosen, at = [], len(grid)
+    for choice in reversed(choices[:count]):
+        chosen.append(int(grid[at - 1]))
+        at = choice[at - 1]
+    return tuple(sorted(set(chosen)))
+
+
+def padded_cells(lengths: np.ndarray, ladder: tuple[int, ...]) -> int:
+    """Cells that rows of these lengths take on a ladder; whole last rungs for longer rows."""
+    rungs = np.array(ladder)
+    at = np.minimum(np.searchsorted(rungs, lengths), len(rungs) - 1)
+    return int((rungs[at] * np.maximum(-(-lengths // rungs[at]), 1)).sum())
+
+
+def _grid(longest: int) -> np.ndarray:
+    """Lengths a rung may have: multiples of the shortest, a tenth apart, up to the longest row."""
+    top = min(-(-longest // SHORTEST) * SHORTEST, LONGEST)
+    steps = np.arange(np.ceil(np.log(LONGEST / SHORTEST) / np.log(1.1)) + 1)
+    grid = np.unique(np.ceil(1.1**steps).astype(np.int64)) * SHORTEST
+    return np.append(grid[grid < top], top)
 
 
 def round_up(count: int) -> int:

@@ -77,14 +77,10 @@ class Workplace:
             return np.array(multihost_utils.process_allgather(shards, tiled=True))
         return np.array(shards)
 
-    def copy(self, shards: Shards) -> Shards:
-        """Copy a placed table, so that programs may overwrite one of the two."""
-        return jax.tree.map(jnp.copy, shards)
-
     def whole(self, fn: Callable[..., Any], static: Any) -> Callable[..., Any]:
         """Compile fn(static, table (W * S, K), *rest), which sees the table of all shards at once.
 
-        Its results are replicated over a mesh.
+        It returns a pair: what all devices shall have, and what is placed as by `put`.
         """
         return _whole(fn, static, self.mesh)
 
@@ -154,7 +150,8 @@ def _whole(fn: Callable[..., Any], static: Any, mesh: Mesh | None) -> Callable[.
 
     if mesh is None:
         return jax.jit(joined)
-    return jax.jit(joined, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    everywhere, own = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
+    return jax.jit(joined, out_shardings=(everywhere, own))
 
 
 @functools.cache
