@@ -1,0 +1,153 @@
+"""Which devices and shards a workplace takes, and that arrays come back as they went."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tpu_als import mesh
+from tpu_als.mesh import workplace
+
+
+def test_defaults_take_all_devices() -> None:
+    place = workplace()
+    assert place.devices == tuple(jax.devices())
+    assert place.n_shards == len(jax.devices()) == 4
+    assert place.platform == "cpu"
+    assert place.table_layout == "auto"
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, np.int64(2)])
+def test_a_number_takes_the_first_devices(count: int) -> None:
+    place = workplace(count, num_threads=1)
+    assert place.devices == tuple(jax.devices()[:count])
+    assert place.n_shards == count
+    assert (place.mesh is None) == (count == 1)
+
+
+def test_devices_by_name_and_by_mesh() -> None:
+    devices = jax.devices()
+    assert workplace([devices[2], devices[1]]).devices == (devices[2], devices[1])
+    assert workplace(iter(devices[:2])).devices == tuple(devices[:2])
+    flat = Mesh(np.array(devices[:3]), ("any",))
+    assert workplace(flat).devices == tuple(devices[:3])
+    square = Mesh(np.array(devices).reshape(2, 2), ("rows", "columns"))
+    assert workplace(square).devices == tuple(devices)
+    assert workplace(square).n_shards == 4
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_are_the_shards_of_one_device(threads: int) -> None:
+    assert workplace(1, num_threads=threads).n_shards == threads
+
+
+def test_no_number_of_threads_means_all_cores() -> None:
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("the system does not tell a process its cores")
+    assert workplace(1).n_shards == len(os.sched_getaffinity(0))
+
+
+def test_several_devices_have_a_shard_each() -> None:
+    assert workplace(2, num_threads=7).n_shards == 2
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        (0, "devices=0"),
+        (-1, "devices=-1"),
+        (5, r"4 cpu device\(s\).*jax_num_cpu_devices"),
+        ([], "devices must be"),
+        (["cpu:0"], "devices must be"),
+    ],
+)
+def test_wrong_devices_are_refused(devices: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        workplace(devices)
+
+
+def test_an_unknown_layout_is_refused() -> None:
+    with pytest.raises(ValueError, match="table_layout must be one of .*'everywhere'"):
+        workplace(table_layout="everywhere")
+
+
+@pytest.mark.parametrize("table_layout", ["auto", "replicated", "sharded"])
+def test_known_layouts(table_layout: str) -> None:
+    assert workplace(table_layout=table_layout).table_layout == table_layout
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="needs a GPU, but JAX runs on 'cpu'"):
+        workplace(use_gpu=True)
+    assert workplace(use_gpu=False).platform == "cpu"
+
+
+def test_workplaces_are_values() -> None:
+    assert workplace(2) == workplace(2) and hash(workplace(2)) == hash(workplace(2))
+    assert workplace(2) != workplace(4)
+    assert workplace(1, num_threads=1) != workplace(1, num_threads=2)
+
+
+PLACES = [(1, 1), (1, 2), (2, 0), (4, 0)]
+
+
+@pytest.mark.parametrize(("devices", "threads"), PLACES)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "int32"])
+def test_arrays_come_back_as_they_went(devices: int, threads: int, dtype: str) -> None:
+    place = workplace(devices, num_threads=threads)
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    rng = np.random.default_rng(0)
+    stacked = (100 * rng.normal(size=(place.n_shards, 5, 3))).astype(kind)
+    with mesh.precision(dtype):
+        back = place.get(place.put(stacked))
+        empty = place.get(place.zeros(stacked.shape, kind))
+    assert back.dtype == empty.dtype == kind and back.flags.writeable
+    np.testing.assert_array_equal(back, stacked)
+    assert empty.shape == stacked.shape and not empty.any()
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_a_slice_stands_on_each_device(devices: int) -> None:
+    place = workplace(devices)
+    assert place.mesh is not None
+    placed = place.put(np.arange(devices * 6, dtype=np.float32).reshape(devices, 3, 2))
+    assert placed.sharding.is_equivalent_to(
+        NamedSharding(place.mesh, PartitionSpec(place.mesh.axis_names[0])), placed.ndim
+    )
+    for number, shard in enumerate(placed.addressable_shards):
+        assert shard.device == place.devices[number]
+        assert shard.data.shape == (1, 3, 2)
+        np.testing.assert_array_equal(shard.data[0], np.arange(6).reshape(3, 2) + 6 * number)
+
+
+def test_one_devices_shards_are_all_on_it() -> None:
+    place = workplace(jax.devices()[1:2], num_threads=3)
+    placed = place.put(np.zeros((3, 2, 2), np.float32))
+    assert len(placed) == 3
+    assert all(part.devices() == {jax.devices()[1]} for part in placed)
+
+
+@pytest.mark.parametrize(("devices", "threads"), PLACES)
+def test_jobs_are_mapped_in_order(devices: int, threads: int) -> None:
+    place = workplace(devices, num_threads=threads)
+    assert place.threads(lambda job: job * job, range(7)) == [n * n for n in range(7)]
+    assert place.threads(lambda job: job, []) == []
+
+
+def test_an_error_in_a_thread_is_the_callers() -> None:
+    def fail(job: int) -> None:
+        raise KeyError(job)
+
+    with pytest.raises(KeyError):
+        workplace(1, num_threads=2).threads(fail, [1, 2, 3])
+
+
+def test_doubles_exist_only_inside_their_scope() -> None:
+    with mesh.precision("float64"):
+        assert jax.numpy.asarray(np.zeros(2)).dtype == np.float64
+    with mesh.precision("float32"):
+        assert jax.numpy.asarray(np.zeros(2)).dtype == np.float32
