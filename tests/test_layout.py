@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
+
 from tpu_als import layout
 from tpu_als.layout import Plan, RowMap
 
@@ -181,7 +182,7 @@ ROW_LENGTHS = st.lists(st.integers(0, 9000), max_size=40).map(lambda n: np.array
 def test_ladders_hold_every_row(lengths: np.ndarray, rung_cells: float) -> None:
     ladder = layout.ladder(lengths, rung_cells)
     assert list(ladder) == sorted(set(ladder))
-    assert layout.SHORTEST <= ladder[0] and 1 <= len(ladder) <= 16
+    assert ladder[0] >= layout.SHORTEST and 1 <= len(ladder) <= 16
     assert min(lengths.max(initial=1), layout.LONGEST) <= ladder[-1] <= layout.LONGEST
     if rung_cells == 1e9:
         assert len(ladder) == 1

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
 from tpu_als import mesh
 from tpu_als.mesh import workplace
 
