@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from scipy import sparse
 
-from tpu_als import als, mesh, ranking, solve
+from tpu_als import als, fold_in, mesh, ranking, solve
 
 GROUPS, N_USERS, N_ITEMS, PER_USER = 8, 4000, 1600, 30
 
@@ -66,7 +66,7 @@ def main() -> None:
 
     someone = sparse.csr_matrix((np.ones(3, np.float32), [3, 11, 19], [0, 3]), shape=(1, N_ITEMS))
     exact = als.AlsParams(factors=16, linear_solver="cholesky")
-    rows = als.solve_rows(someone, als.source(items, exact, place), objective, exact)
+    rows = fold_in.solve_rows(someone, fold_in.source(items, exact, place), objective, exact)
     ids, _ = ranking.top_k(rows, catalog, 5, seen=someone)
     print(f"somebody new with three items of group 3 gets items of groups {item_groups[ids[0]]}")
 

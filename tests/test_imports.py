@@ -27,6 +27,7 @@ FLOORS = [
     ["checkpoint"],
     ["evaluation", "weighting", "datasets", "holdout"],
     ["ranking"],
+    ["fold_in"],
     ["als"],
     ["sweep"],
     ["exchange"],

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import linalg, sparse
 from sklearn.utils import check_array
 
-from . import als, mesh, solve, validation
+from . import als, fold_in, mesh, solve, validation
 from ._tables import FactorTables
 
 
@@ -200,8 +200,8 @@ class FoldIn(FactorTables):
         place = mesh.workplace(
             self.devices, num_threads or self.num_threads, self.use_gpu, self.table_layout
         )
-        source = als.source(np.asarray(Y), params, place)
-        X[...] = als.solve_rows(rows, source, objective, params, start=np.asarray(X))
+        source = fold_in.source(np.asarray(Y), params, place)
+        X[...] = fold_in.solve_rows(rows, source, objective, params, start=np.asarray(X))
 
     def _recalculate(self, ids: Any, matrix: Any, name: str, source: str) -> np.ndarray:
         which = "userid" if source == "item" else "itemid"
@@ -218,11 +218,11 @@ class FoldIn(FactorTables):
         source = self._kept(
             f"{side} source",
             (self._stamp(side), place, params),
-            lambda: als.source(table, params, place),
+            lambda: fold_in.source(table, params, place),
         )
         # Only one that was assigned: a result must not depend on what was computed before it.
         gramian = self._YtY if side == "item" else self._XtX
-        solved = als.solve_rows(rows, source, self._objective(), params, gramian=gramian)
+        solved = fold_in.solve_rows(rows, source, self._objective(), params, gramian=gramian)
         return validation.finite_rows(solved.astype(table.dtype, copy=False), "the given rows")
 
     def _store_rows(self, side: str, ids: Any, rows: np.ndarray) -> None:
@@ -268,7 +268,7 @@ class FoldIn(FactorTables):
         return als.AlsParams(
             factors=table.shape[1],
             dtype="float64" if table.dtype == np.float64 else "float32",
-            linear_solver=linear_solver,
+            linear_solver="cg" if linear_solver == "auto" else linear_solver,
             cg_steps=self.cg_steps,
             block_size=self.block_size,
         )

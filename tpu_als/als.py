@@ -9,7 +9,7 @@ Axis letters: W work shards, S slots of a shard, K factors, M target rows, N sou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -26,15 +26,20 @@ from tpu_als.solve import Fixed, Objective
 from tpu_als.sweep import Measured, Own, Shape, Shared, Span
 
 DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16}
-_SCRATCH = {"cpu": 1 << 20, "other": 1 << 26}  # bytes of a gathered chunk; a core's own cache on CPU
+_SCRATCH = {
+    "cpu": 1 << 20,
+    "other": 1 << 26,
+}  # bytes of a gathered chunk; a core's own cache on CPU
 _SYSTEMS = {"cpu": 1 << 22, "other": 1 << 28}  # bytes of the K x K systems of a chunk
 # Factors times cells that take as long, over a fit or a few, as compiling one more rung.
 _RUNG_CELLS = {"cpu": 4e6, "other": 1e8}
+_RUNGS_A_PROGRAM = 4
 _LADDER_SLACK = 1.1  # padding accepted, against the best ladder's, for a ladder compiled before
 _SHARED_WASTE = 1 << 26  # bytes of unused slots that sharing programs between the sides may cost
 
 
-_FOLD_IN_ROWS = {"cpu": 16, "other": 256}  # rows solved at once; few, so that one row is quick
+# Bytes a second that gathered entries are re-read with, and flops of batched products and solves.
+_SPEEDS = {"cpu": (1e11, 4e10), "other": (2e12, 2e13)}
 _ladders: dict[Any, list[tuple[int, ...]]] = {}
 
 
@@ -48,8 +53,8 @@ class AlsParams:
         K.
     dtype : {"float32", "float64", "bfloat16"}
         Storage of the tables. Sums are float32, or float64 with "float64".
-    linear_solver : {"cg", "cholesky"}
-        How the rows' systems (1) are solved.
+    linear_solver : {"cg", "cholesky", "subspace", "auto"}
+        How the rows' systems (1) are solved; "auto" takes the cheapest by `cheapest_solver`.
     cg_steps : int
         Steps of "cg".
     block_size : int
@@ -67,10 +72,18 @@ class AlsParams:
         """What sums and solves are done in."""
         return "float64" if self.dtype == "float64" else "float32"
 
-    def shape(self, rows: int, length: int) -> Shape:
+    def shape(self, rows: int, length: int, objective: Objective) -> Shape:
         """The static part of a rung's program."""
+        # Without an offset w = |c|. Only the direct solver asks, so CG is shared by objectives.
+        positive = self.linear_solver == "cholesky" and bool(objective.offset == 0)
         return Shape(
-            self.linear_solver, self.cg_steps, self.block_size, self.compute_dtype, rows, length
+            self.linear_solver,
+            self.cg_steps,
+            self.block_size,
+            self.compute_dtype,
+            rows,
+            length,
+            positive,
         )
 
 
@@ -114,11 +127,11 @@ def make_plan(lengths: np.ndarray, params: AlsParams, place: Workplace) -> Plan:
     A ladder that this process has compiled is kept where it pads little more than the best one
     for these rows, so that folds, refits and candidates compile nothing new.
     """
-    kind = "cpu" if place.platform == "cpu" else "other"
-    chunk, most_rows = _chunk_sizes(params, kind)
-    best = layout.ladder(lengths, _RUNG_CELLS[kind] / params.factors)
+    chunk, most_rows = chunk_sizes(params, place)
+    rung_cells = _RUNG_CELLS[backend_kind(place)] / params.factors
+    best = layout.ladder(lengths, rung_cells)
     known = _ladders.setdefault((params, place), [])
-    bound = _LADDER_SLACK * layout.padded_cells(lengths, best)
+    bound = _LADDER_SLACK * layout.padded_cells(lengths, best) + rung_cells
     for ladder in known:
         if layout.padded_cells(lengths, ladder) <= bound:
             return Plan(ladder, chunk, most_rows, place.n_shards)
@@ -126,14 +139,41 @@ def make_plan(lengths: np.ndarray, params: AlsParams, place: Workplace) -> Plan:
     return Plan(best, chunk, most_rows, place.n_shards)
 
 
-def _chunk_sizes(params: AlsParams, kind: str) -> tuple[int, int]:
+def backend_kind(place: Workplace) -> str:
+    """Which of the measured constants hold: "cpu", or "other" for accelerators."""
+    return "cpu" if place.platform == "cpu" else "other"
+
+
+def chunk_sizes(params: AlsParams, place: Workplace) -> tuple[int, int]:
     """Cells of a chunk, a power of two, and the most rows that its scratch allows."""
-    size = np.dtype(params.compute_dtype).itemsize
+    kind, size = backend_kind(place), np.dtype(params.compute_dtype).itemsize
     chunk = max(_SCRATCH[kind] // (params.factors * size), 256)
-    most_rows = 1 << 30
-    if params.linear_solver != "cg":
-        most_rows = max(_SYSTEMS[kind] // (params.factors**2 * size), 1)
+    system = {"cg": 0, "cholesky": params.factors, "subspace": params.block_size}
+    system_bytes = system[params.linear_solver] ** 2 * size
+    most_rows = max(_SYSTEMS[kind] // system_bytes, 1) if system_bytes else 1 << 30
     return 1 << (chunk.bit_length() - 1), most_rows
+
+
+def cheapest_solver(
+    lengths: tuple[np.ndarray, np.ndarray], params: AlsParams, place: Workplace
+) -> str:
+    """Name the solver with the least predicted time for one iteration.
+
+    "cg" and "subspace" read each gathered entry a few times, at the speed of memory; "cholesky" and
+    "subspace" multiply, at the speed of the matrix units. docs/performance.md has the measurements
+    behind the two speeds of each backend.
+    """
+    entries, rows = (float(sum(f(each) for each in lengths)) for f in (np.sum, len))
+    read, multiply = _SPEEDS[backend_kind(place)]
+    factors, block = params.factors, min(params.block_size, params.factors)
+    passes = 2 * (params.cg_steps + 1)
+    seconds = {
+        "cg": entries * factors * 4 * passes / read,
+        "cholesky": (2 * entries * factors**2 + rows * factors**3 / 3) / multiply,
+        "subspace": entries * factors * 4 * 3 / read
+        + (2 * entries * factors * block + rows * factors * block**2 / 3) / multiply,
+    }
+    return min(seconds, key=lambda name: seconds[name])
 
 
 def place(user_items: sparse.csr_matrix, params: AlsParams, place: Workplace) -> Data:
@@ -150,6 +190,8 @@ def place(user_items: sparse.csr_matrix, params: AlsParams, place: Workplace) ->
     """
     item_users = user_items.T.tocsr()
     lengths = np.diff(user_items.indptr), np.diff(item_users.indptr)
+    if params.linear_solver == "auto":
+        params = replace(params, linear_solver=cheapest_solver(lengths, params, place))
     plan = make_plan(np.concatenate(lengths), params, place)
     users, items = (layout.map_rows(each, plan) for each in lengths)
     row_bytes = params.factors * np.dtype(DTYPES[params.dtype]).itemsize
@@ -233,45 +275,53 @@ def half_epoch(
     params, where = data.params, data.place
     side, source = (data.users, data.items)[:: 1 if target == "users" else -1]
     with precision(params.dtype):
-        objective = _typed(objective, params)
-        prepare = where.whole(_prepare, (params.linear_solver, params.compute_dtype))
-        fixed, begin = prepare(source_table, target_table, np.int32(source.n_rows), objective)
-        programs = _programs(sweep.solve_rung, sweep.solve_long, side, data, fixed, objective)
+        objective = typed(objective, params)
+        prepare = where.whole(_prepare, params.compute_dtype)
+        fixed, begin = prepare(source_table, target_table, np.int32(source.n_rows))
+        programs = _programs(sweep.solve_rungs, side, data, fixed, objective)
         return where.run(programs, begin, side.own, params.dtype)
 
 
-def _prepare(
-    static: tuple[str, str], table: Array, target: Shards, n_source: Array, objective: Objective
-) -> tuple[Fixed, Shards]:
-    """Fix the source table, and copy the target table into the basis its solver works in."""
-    solver, dtype = static
-    gram = solve.gramian(table, dtype)
-    fixed = solve.fix(table, gram, n_source.astype(dtype), objective, solver, jnp.dtype(dtype))
-    return fixed, jax.tree.map(lambda rows: solve.begin(rows, fixed), target)
+def _prepare(dtype: str, table: Array, target: Shards, n_source: Array) -> tuple[Fixed, Shards]:
+    """Rotate the source table, and a copy of the target table to start from."""
+    fixed = solve.fix(table, solve.gramian(table, dtype), n_source.astype(dtype))
+    return fixed, jax.tree.map(lambda rows: solve.rotate(rows, fixed.rotation), target)
 
 
-def _count_failed(static: None, table: Array) -> tuple[Array, None]:
+def _count_failed(_: None, table: Array) -> tuple[Array, None]:
     return jnp.sum(~solve.finite_rows(table)), None
 
 
 def _programs(
-    rung_pass: Any, long_pass: Any, side: Side, data: Data, fixed: Fixed, objective: Objective
+    rungs_pass: Any, side: Side, data: Data, fixed: Fixed, objective: Objective
 ) -> list[tuple[Any, Shared]]:
-    """One program and its arguments for each rung in use, and one for the long rows."""
-    where, params, rows = data.place, data.params, side.rows
-    programs = []
-    for rung in rows.rungs:
-        span = Span(*np.array([rung.first_cell, rung.first_slot, rung.n_chunks], np.int32))
-        program = where.each(rung_pass, params.shape(rung.rows, rung.length))
-        programs.append((program, Shared(fixed, objective, span)))
+    """Programs, with what they read, that together pass over all rungs and the long rows.
+
+    A few rungs share a program: each program is a dispatch in every half-epoch, while rungs in
+    programs of their own compile side by side.
+    """
+    params, rows = data.params, side.rows
+    parts = [
+        (
+            params.shape(rung.rows, rung.length, objective),
+            (rung.first_cell, rung.first_slot, rung.n_chunks),
+        )
+        for rung in rows.rungs
+    ]
     if rows.n_long:
-        span = Span(*np.array([rows.long_cell, rows.long_slot, rows.n_long], np.int32))
-        program = where.each(long_pass, params.shape(1, data.plan.lengths[-1]))
-        programs.append((program, Shared(fixed, objective, span)))
+        shape = params.shape(1, data.plan.lengths[-1], objective)._replace(long=True)
+        parts.append((shape, (rows.long_cell, rows.long_slot, rows.n_long)))
+    programs = []
+    for low in range(0, len(parts), _RUNGS_A_PROGRAM):
+        shapes, spans = zip(*parts[low : low + _RUNGS_A_PROGRAM], strict=True)
+        traced = tuple(Span(*np.array(span, np.int32)) for span in spans)
+        program = data.place.each(rungs_pass, shapes)
+        programs.append((program, Shared(fixed, objective, traced)))
     return programs
 
 
-def _typed(objective: Objective, params: AlsParams) -> Objective:
+def typed(objective: Objective, params: AlsParams) -> Objective:
+    """The objective's numbers in the dtype that sums are done in."""
     return Objective(*(np.dtype(params.compute_dtype).type(number) for number in objective))
 
 
@@ -282,21 +332,20 @@ def loss(state: AlsState, data: Data, objective: Objective) -> float:
     """
     params, where = data.params, data.place
     with precision(params.dtype):
-        typed = _typed(objective, params)
+        given = typed(objective, params)
         dtype = np.dtype(params.compute_dtype)
-        plain = where.whole(_prepare, ("cholesky", params.compute_dtype))
-        fixed, _ = plain(state.items, None, np.int32(data.items.n_rows), typed)
+        count = np.int32(data.items.n_rows)
+        fixed, _ = where.whole(_plain, params.compute_dtype)(state.items, count)
         measured = Measured(data.users.own, state.users)
-        programs = _programs(
-            sweep.loss_rung, sweep.loss_long, data.users, data, fixed, typed
-        )
+        programs = _programs(sweep.loss_rungs, data.users, data, fixed, given)
         rows = data.users.rows
         out = where.zeros((rows.n_shards, rows.n_slots), dtype)
         cells = where.get(where.run(programs, out, measured, params.dtype)).sum(dtype=np.float64)
-        users = plain(state.users, None, np.int32(data.users.n_rows), typed)[0].gramian
+        gram = where.whole(_gramian_of, params.compute_dtype)
         squares = where.whole(_squares, params.compute_dtype)
+        users, items = (np.asarray(gram(table)[0], np.float64) for table in state)
         norms = [np.asarray(squares(table)[0], np.float64) for table in state]
-    every = np.sum(np.asarray(users, np.float64) * np.asarray(fixed.gramian, np.float64))
+    every = np.sum(users * items)
     ridges = sum(
         (solve.ridge(objective, side.lengths, source.n_rows) * norm[side.rows.slots]).sum()
         for side, source, norm in (
@@ -312,135 +361,13 @@ def loss(state: AlsState, data: Data, objective: Objective) -> float:
     return float(total / (weights + objective.unobserved_weight * n_cells))
 
 
+def _plain(dtype: str, table: Array, n_source: Array) -> tuple[Fixed, None]:
+    return solve.unrotated(table, n_source.astype(dtype)), None
+
+
+def _gramian_of(dtype: str, table: Array) -> tuple[Array, None]:
+    return solve.gramian(table, dtype), None
+
+
 def _squares(dtype: str, table: Array) -> tuple[Array, None]:
     return jnp.sum(jnp.square(table.astype(dtype)), axis=1), None
-
-
-@dataclass(frozen=True)
-class Source:
-    """A table (N, K) placed for `solve_rows`, with its gramian."""
-
-    fixed: Fixed
-    n_rows: int
-    dtype: str
-    place: Workplace
-
-
-def source(table: np.ndarray, params: AlsParams, place: Workplace) -> Source:
-    """Place a fixed table (N, K), in the caller's order, to solve rows against."""
-    n_rows, factors = table.shape
-    # Nearby sizes share programs; the last row stays zero for pad cells.
-    padded = np.zeros((layout.round_up(n_rows + 1), factors), DTYPES[params.dtype])
-    padded[:n_rows] = table
-    with precision(params.dtype):
-        placed = jax.device_put(padded, place.devices[0])
-        gram = _gramian(placed, params.compute_dtype)
-        count = np.dtype(params.compute_dtype).type(n_rows)
-    return Source(Fixed(placed, gram, None, None, count), n_rows, params.dtype, place)
-
-
-_gramian = jax.jit(solve.gramian, static_argnums=1)
-
-
-def solve_rows(
-    rows: sparse.csr_matrix,
-    source: Source,
-    objective: Objective,
-    params: AlsParams,
-    *,
-    start: np.ndarray | None = None,
-    gramian: np.ndarray | None = None,
-) -> np.ndarray:
-    """Solve equation (1) for the rows of a matrix against a fixed table.
-
-    A row's result depends on that row alone, not on what else is in the batch.
-
-    Parameters
-    ----------
-    rows : CSR matrix (M, N)
-        Stored entries of each row.
-    source : Source
-        The fixed table.
-    objective : Objective
-        Equations (1)-(2).
-    params : AlsParams
-        With "cholesky" the rows are solved exactly.
-    start : array (M, K), optional
-        Where "cg" begins; zero by default.
-    gramian : array (K, K), optional
-        Used in place of the table's own.
-
-    Returns
-    -------
-    array (M, K)
-        float32 or float64. A row that could not be solved is NaN.
-    """
-    dtype = np.dtype(params.compute_dtype)
-    lengths = np.diff(rows.indptr)
-    plan = _fold_in_plan(lengths, params, source.place)
-    where = layout.map_rows(lengths, plan)
-    cells = layout.fill(rows.astype(dtype), where, np.arange(source.n_rows), source.n_rows)
-    begin = np.zeros((rows.shape[0], params.factors), dtype) if start is None else start
-    table = layout.to_slots(begin.astype(dtype), where)[0]
-    objective = _typed(objective, params)
-
-    def work(job: tuple[int, int, Shape]) -> None:
-        slot, cell, shape = job
-        at = slice(slot, slot + shape.rows)
-        part = slice(cell, cell + shape.rows * shape.length)
-        ids = cells.ids[0, part].reshape(shape.rows, shape.length)
-        values = cells.values[0, part].reshape(shape.rows, shape.length)
-        with precision(params.dtype):
-            table[at] = _solve_chunk(
-                shape, fixed, objective, ids, values, cells.lengths[0, at], table[at]
-            )
-
-    with precision(params.dtype):
-        fixed = _fixed(source.fixed, objective, params, gramian)
-    jobs = [
-        (rung.first_slot + i * rung.rows, rung.first_cell + i * rung.rows * rung.length,
-         params.shape(rung.rows, rung.length))
-        for rung in where.rungs for i in range(rung.n_chunks)
-    ]  # fmt: skip
-    source.place.threads(work, jobs)
-    return layout.from_slots(table[None], where)
-
-
-def _fold_in_plan(lengths: np.ndarray, params: AlsParams, place: Workplace) -> Plan:
-    """Rungs that are the same for every batch; they double for as long as there are rows."""
-    kind = "cpu" if place.platform == "cpu" else "other"
-    chunk, most_rows = _chunk_sizes(params, kind)
-    longest = max(int(lengths.max(initial=0)), layout.SHORTEST)
-    rungs = 2 ** np.arange(int(np.log2(layout.SHORTEST)), longest.bit_length() + 1)
-    return Plan(tuple(rungs.tolist()), chunk, min(most_rows, _FOLD_IN_ROWS[kind]), 1)
-
-
-def _fixed(
-    fixed: Fixed, objective: Objective, params: AlsParams, gramian: np.ndarray | None
-) -> Fixed:
-    if gramian is not None:
-        fixed = fixed._replace(gramian=jnp.asarray(gramian, params.compute_dtype))
-    if params.linear_solver == "cholesky":
-        return fixed
-    return _fix(fixed, objective, params.linear_solver, params.compute_dtype)
-
-
-def _fix_source(fixed: Fixed, objective: Objective, solver: str, dtype: str) -> Fixed:
-    assert fixed.gramian is not None
-    return solve.fix(
-        fixed.table, fixed.gramian, fixed.n_source, objective, solver, jnp.dtype(dtype)
-    )
-
-
-_fix = jax.jit(_fix_source, static_argnums=(2, 3))
-
-
-def _solve_chunk_of(
-    shape: Shape, fixed: Fixed, objective: Objective,
-    ids: Array, values: Array, lengths: Array, z: Array,
-) -> Array:  # fmt: skip
-    block = solve.gather(fixed, objective, ids, values, lengths, jnp.dtype(shape.dtype))
-    return sweep.solve_block(shape, fixed, objective, block, lengths, solve.begin(z, fixed))
-
-
-_solve_chunk = jax.jit(_solve_chunk_of, static_argnums=0)

@@ -63,7 +63,7 @@ class TPUAlternatingLeastSquares(
     regularization_exponent : float, default=None
         The ridge of a row with n entries is ``regularization * (n + unobserved_weight *
         n_columns) ** regularization_exponent``. None means 0 for "implicit" and 1 for "ials".
-    linear_solver : {None, "cg", "cholesky"}, default=None
+    linear_solver : {None, "auto", "cg", "cholesky", "subspace"}, default=None
         How the rows' systems are solved in `fit`. Fold-in is always exact.
     cg_steps : int, default=3
         Steps of "cg".

@@ -23,6 +23,7 @@ from scipy import sparse
 
 SHORTEST = 8  # cells; below this, padding costs less than a compiled program
 LONGEST = 4096  # cells; a longer row is worked on in blocks of the last rung
+_SMALL_CELLS = 1 << 18
 _FILL_ENTRIES = 1 << 22  # entries filled at once, which bounds the temporaries
 
 
@@ -171,16 +172,23 @@ def padded_cells(lengths: np.ndarray, ladder: tuple[int, ...]) -> int:
 
 
 def _grid(longest: int) -> np.ndarray:
-    """Lengths a rung may have: multiples of the shortest, a tenth apart, up to the longest row."""
-    top = min(-(-longest // SHORTEST) * SHORTEST, LONGEST)
+    """Lengths a rung may have: a tenth apart, up to somewhat over the longest row."""
+    grain = max((1 << max(longest - 1, 1).bit_length()) >> 3, SHORTEST)
+    top = min(-(-longest // grain) * grain, LONGEST)
     steps = np.arange(np.ceil(np.log(LONGEST / SHORTEST) / np.log(1.1)) + 1)
     grid = np.unique(np.ceil(1.1**steps).astype(np.int64)) * SHORTEST
     return np.append(grid[grid < top], top)
 
 
-def round_up(count: int) -> int:
-    """Round a size up by at most an eighth, so that nearby sizes share a compiled shape."""
-    grain = 1 << max(int(count).bit_length() - 4, 3)
+def round_up(count: int, small: int = 1 << 13) -> int:
+    """Round a size up, so that nearby sizes share a compiled shape.
+
+    To a power of two below `small`, where memory is no concern; by at most an eighth above.
+    """
+    bits = max(int(count) - 1, 7).bit_length()
+    if count <= small:
+        return 1 << bits
+    grain = 1 << (bits - 4)
     return -(-count // grain) * grain
 
 
@@ -217,7 +225,7 @@ def map_rows(lengths: np.ndarray, plan: Plan) -> RowMap:
     members = order[low:]
     n_long, used = _deal_long(members, lengths, plan, (slot, cell), (shard_of, slots, cells))
     n_slots = round_up(slot + n_long + 1)
-    n_cells = round_up(cell + used)
+    n_cells = round_up(cell + used, _SMALL_CELLS)
     slots += shard_of * n_slots
     cells += shard_of * n_cells
     return RowMap(slots, cells, tuple(rungs), n_long, slot, cell, n_slots, n_cells, shards)

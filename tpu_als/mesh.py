@@ -238,7 +238,5 @@ def _devices(devices: Any) -> tuple[jax.Device, ...]:
         return tuple(have[:devices])
     chosen = tuple(devices)
     if not chosen or not all(isinstance(device, jax.Device) for device in chosen):
-        raise ValueError(
-            f"devices must be None, a number, jax devices or a Mesh, got {devices!r}"
-        )
+        raise ValueError(f"devices must be None, a number, jax devices or a Mesh, got {devices!r}")
     return chosen

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +41,7 @@ class Catalog:
 
     @property
     def dtype(self) -> str:
-        """"float32" or "float64"."""
+        """Name of the dtype, "float32" or "float64"."""
         return self.table.dtype.name
 
 
@@ -95,11 +94,15 @@ def top_k(
     if width == 0 or len(queries) == 0:
         return ids, scores
     batch = _batch(len(queries), catalog)
-    rank = _rank_on_host if len(queries) <= _HOST_QUERIES else _rank_on_devices
+    on_host = len(queries) <= _HOST_QUERIES
 
     def work(low: int) -> None:
         at = slice(low, low + batch)
-        found = rank(queries[at], catalog, width, seen[at] if seen is not None else None, excluded)
+        own = seen[at] if seen is not None else None
+        if on_host:
+            found = _rank_on_host(queries[at], catalog, width, own, excluded)
+        else:
+            found = _rank_on_devices(queries[at], catalog, width, own, excluded, batch)
         kept = np.isfinite(found[1])
         ids[at, :width] = np.where(kept, found[0], -1)
         scores[at, :width] = np.where(kept, found[1], scores[at, :width])
@@ -140,12 +143,12 @@ def _rank_on_devices(
     k: int,
     seen: sparse.csr_matrix | None,
     excluded: np.ndarray | None,
+    batch: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     n_items, part = len(catalog.table), catalog.placed[0].shape[0]
-    n_rows = _padded(len(queries))
-    padded = np.zeros((n_rows, queries.shape[1]), queries.dtype)
+    padded = np.zeros((batch, queries.shape[1]), queries.dtype)
     padded[: len(queries)] = queries
-    hidden = _hidden_bits(n_rows, part * len(catalog.placed), seen, excluded, n_items)
+    hidden = _hidden_bits(batch, part * len(catalog.placed), seen, excluded, n_items)
     found = []
     with precision(catalog.dtype):
         for number, rows in enumerate(catalog.placed):
@@ -158,10 +161,6 @@ def _rank_on_devices(
     # Stable, so that among equal scores the smaller id of the earlier part comes first.
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
-
-
-def _padded(n_queries: int) -> int:
-    return 1 << max(n_queries - 1, 7).bit_length()
 
 
 def _wide(k: int) -> int:

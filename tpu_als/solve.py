@@ -13,7 +13,7 @@ from jax import Array, lax
 
 # Full float32 products: accelerators would otherwise round the operands to bfloat16 or tf32.
 PRECISION = lax.Precision.HIGHEST
-SOLVERS = ("cg", "cholesky")
+SOLVERS = ("cg", "cholesky", "subspace")
 OBJECTIVES = ("implicit", "ials")
 
 
@@ -77,26 +77,23 @@ def ridge(objective: Objective, n_entries: Any, n_source: Any) -> Any:
 
 
 class Fixed(NamedTuple):
-    """The source table of a half-epoch and what is computed of it once.
+    """The source table of a half-epoch, in its gramian's eigenbasis G = Q diag(s) Q^T (equation 3).
 
     Attributes
     ----------
     table : (N, K)
-        Source rows; in the gramian's eigenbasis where `rotation` is given.
-    gramian : (K, K) or None
-        G, for the direct solver.
-    rotation : (K, K) or None
-        Eigenvectors Q of G, for CG (equation 3).
-    spectrum : (K,) or None
-        Eigenvalues of a0 G, floored at rounding error of the largest.
+        Source rows times Q.
+    rotation : (K, K)
+        Eigenvectors Q.
+    spectrum : (K,)
+        Eigenvalues s, floored at rounding error of the largest.
     n_source : ()
         Number N of source rows, unused slots not counted.
     """
 
     table: Array
-    gramian: Array | None
-    rotation: Array | None
-    spectrum: Array | None
+    rotation: Array
+    spectrum: Array
     n_source: Any
 
 
@@ -106,31 +103,30 @@ def gramian(table: Array, dtype: Any) -> Array:
     return jnp.einsum("nk,nj->kj", table, table, precision=PRECISION)
 
 
-def fix(
-    table: Array, gram: Array, n_source: Array, objective: Objective, solver: str, dtype: Any
-) -> Fixed:
-    """Prepare a source table (N, K) with gramian `gram` for a solver."""
-    if solver == "cholesky":
-        return Fixed(table, gram, None, None, n_source)
-    values, rotation = jnp.linalg.eigh(gram)
-    rotated = jnp.matmul(table.astype(dtype), rotation, precision=PRECISION).astype(table.dtype)
-    # A spectrum that rounding made zero or negative would break the preconditioner.
-    least = jnp.finfo(dtype).eps * values[-1] + jnp.finfo(dtype).tiny
-    return Fixed(
-        rotated,
-        None,
-        rotation,
-        objective.unobserved_weight * jnp.maximum(values, least),
-        n_source,
-    )
+def fix(table: Array, gram: Array, n_source: Array) -> Fixed:
+    """Rotate a source table (N, K) into the eigenbasis of `gram` (K, K)."""
+    spectrum, rotation = jnp.linalg.eigh(gram)
+    # A spectrum that rounding made zero or negative would leave rank-deficient systems singular.
+    least = jnp.finfo(gram.dtype).eps * spectrum[-1] + jnp.finfo(gram.dtype).tiny
+    return Fixed(rotate(table, rotation), rotation, jnp.maximum(spectrum, least), n_source)
 
 
-def begin(rows: Array, fixed: Fixed) -> Array:
-    """Where a solver starts: rows (..., K) in the eigenbasis for CG, zero for a direct solver."""
-    if fixed.rotation is None:
-        return jnp.zeros_like(rows)
-    rotation = fixed.rotation
+def unrotated(table: Array, n_source: Array) -> Fixed:
+    """A source table as it is, for what needs no solving."""
+    n_factors = table.shape[1]
+    return Fixed(table, jnp.eye(n_factors), jnp.ones(n_factors), n_source)
+
+
+def rotate(rows: Array, rotation: Array) -> Array:
+    """Rows (..., K) times a rotation (K, K), in the rows' storage dtype."""
     return jnp.matmul(rows.astype(rotation.dtype), rotation, precision=PRECISION).astype(rows.dtype)
+
+
+def diagonal(fixed: Fixed, objective: Objective, lengths: Array) -> Array:
+    """Diagonal part a0 s + lam_u of equation (3) for rows of `lengths` (R,): (R, K)."""
+    spectrum = objective.unobserved_weight * fixed.spectrum
+    lam = ridge(objective, lengths.astype(spectrum.dtype), fixed.n_source)
+    return spectrum[None, :] + lam[:, None]
 
 
 class Block(NamedTuple):
@@ -155,9 +151,6 @@ def gather(
 
 def predict(block: Block, z: Array) -> Array:
     """E z: predictions (R, L) of the block's cells for rows z (R, K)."""
-    # On CPU a fused multiply and reduce is the faster, but for a single row, where it is 20x slower.
-    if block.rows.shape[0] > 1:
-        return jnp.sum(block.rows * z[:, None, :], axis=2)
     return jnp.einsum("rlk,rk->rl", block.rows, z, precision=PRECISION)
 
 
@@ -176,9 +169,7 @@ def residual(block: Block, z: Array) -> Array:
     return project(block, block.v - block.w * predict(block, z))
 
 
-def cg(
-    normal: Callable[[Array], Array], r: Array, z: Array, diagonal: Array, steps: int
-) -> Array:
+def rows_cg(normal: Callable[[Array], Array], r: Array, z: Array, d: Array, steps: int) -> Array:
     """Conjugate gradients on equation (3), preconditioned by its diagonal part (R, K).
 
     Parameters
@@ -189,22 +180,22 @@ def cg(
         Data part of the residual at `z`.
     z : (R, K)
         Start.
-    diagonal : (R, K)
-        s + lam_u.
+    d : (R, K)
+        That diagonal part, a0 s + lam_u.
     steps : int
         Steps to take.
     """
     tiny = jnp.finfo(z.dtype).tiny
-    r = r - diagonal * z
-    y = r / diagonal
+    r = r - d * z
+    y = r / d
     p, size = y, jnp.sum(r * y, axis=1, keepdims=True)
     for step in range(steps):
-        image = diagonal * p + normal(p)
+        image = d * p + normal(p)
         a = size / jnp.maximum(jnp.sum(p * image, axis=1, keepdims=True), tiny)
         z = z + a * p
         if step + 1 < steps:
             r = r - a * image
-            y = r / diagonal
+            y = r / d
             last, size = size, jnp.sum(r * y, axis=1, keepdims=True)
             p = y + size / jnp.maximum(last, tiny) * p
     return z
@@ -294,37 +285,71 @@ def _triangular(upper: Array, rhs: Array) -> Array:
     return lax.linalg.triangular_solve(upper, z, left_side=True)[..., 0]
 
 
-def rows_direct(
-    parts: tuple[Array, Array], fixed: Fixed, objective: Objective, lengths: Array
-) -> Array:
-    """Solve equation (1) exactly from the data parts of `accumulate`, for rows of `lengths` (R,)."""
+def rows_direct(parts: tuple[Array, Array], d: Array) -> Array:
+    """Solve equation (3) exactly from the data parts of `accumulate` and its diagonal d (R, K)."""
     matrix, rhs = parts
-    assert fixed.gramian is not None
-    lam = ridge(objective, lengths.astype(matrix.dtype), fixed.n_source)
-    eye = jnp.eye(matrix.shape[1], dtype=matrix.dtype)
-    base = objective.unobserved_weight * fixed.gramian
-    return direct(matrix + base[None] + lam[:, None, None] * eye[None], rhs)
+    return direct(matrix + d[:, :, None] * jnp.eye(d.shape[1], dtype=d.dtype)[None], rhs)
 
 
-def rows_cg(
-    normal: Callable[[Array], Array],
-    residual: Callable[[Array], Array],
-    z: Array,
-    fixed: Fixed,
-    objective: Objective,
-    lengths: Array,
-    steps: int,
-) -> Array:
-    """Improve rows z (R, K), given in the eigenbasis, by CG there (equation 3), and rotate back."""
-    assert fixed.rotation is not None and fixed.spectrum is not None
-    lam = ridge(objective, lengths.astype(z.dtype), fixed.n_source)
-    diagonal = fixed.spectrum[None, :] + lam[:, None]
-    z = cg(normal, residual(z), z, diagonal, steps)
-    return jnp.matmul(z, fixed.rotation.T, precision=PRECISION)
+def rows_dual(block: Block, d: Array) -> Array:
+    """Solve equation (3) exactly through an L x L system, for L well below K and w >= 0.
+
+    With D = diag(d) and S = E D^-1 E^T, Woodbury's identity turns (3) into z = D^-1 E^T y where
+    y = v - W^1/2 u and (I + W^1/2 S W^1/2) u = W^1/2 S v. See docs/math.md.
+    """
+    root = jnp.sqrt(block.w)
+    scaled = block.rows / d[:, None, :]
+    inner = jnp.einsum("rlk,rmk->rlm", scaled, block.rows, precision=PRECISION)
+    system = root[:, :, None] * inner * root[:, None, :]
+    system = system + jnp.eye(root.shape[1], dtype=root.dtype)[None]
+    u = direct(system, root * jnp.einsum("rlm,rm->rl", inner, block.v, precision=PRECISION))
+    return jnp.einsum("rlk,rl->rk", scaled, block.v - root * u, precision=PRECISION)
+
+
+def rows_exact(block: Block, d: Array, positive: bool) -> Array:
+    """Solve equation (3) exactly, by the smaller system where all w are known to be `positive`.
+
+    Not decided from the weights: a row's result must not depend on what else is in its block.
+    """
+    if positive and 2 * block.rows.shape[1] <= block.rows.shape[2]:
+        return rows_dual(block, d)
+    return rows_direct(accumulate(block), d)
+
+
+def rows_subspace(block: Block, d: Array, z: Array, block_size: int) -> Array:
+    """One sweep of iALS++ over blocks of factors, each solved exactly with the others fixed.
+
+    Predictions of the stored cells are kept and corrected, not recomputed. In the eigenbasis the
+    unobserved cells add the diagonal d alone, so a block costs no product with the gramian.
+
+    References
+    ----------
+    Rendle, Krichene, Zhang, Koren (2021), arXiv 2110.14044, algorithm 2.
+    """
+    n_factors = z.shape[1]
+    size = min(block_size, n_factors)
+    spare = -n_factors % size
+    rows = jnp.pad(block.rows, ((0, 0), (0, 0), (0, spare)))
+    d = jnp.pad(d, ((0, 0), (0, spare)), constant_values=1)
+    z = jnp.pad(z, ((0, 0), (0, spare)))
+
+    def body(step: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        z, t = carry
+        own, own_d, own_z = (
+            lax.dynamic_slice_in_dim(a, step * size, size, -1) for a in (rows, d, z)
+        )
+        part = Block(own, block.w, block.v - block.w * t)
+        matrix, rhs = accumulate(part)
+        change = rows_direct((matrix, rhs - own_d * own_z), own_d)
+        z = lax.dynamic_update_slice_in_dim(z, own_z + change, step * size, 1)
+        return z, t + predict(part, change)
+
+    start = (z, predict(Block(rows, block.w, block.v), z))
+    return lax.fori_loop(0, z.shape[1] // size, body, start)[0][:, :n_factors]
 
 
 def cells_loss(block: Block, z: Array) -> Array:
-    """What stored cells add to the unobserved term of the loss (R,), but for a constant |c| each."""
+    """What stored cells add to the loss beyond the unobserved term and a constant |c| each (R,)."""
     t = predict(block, z)
     return jnp.sum((block.w * t - 2 * block.v) * t, axis=1)
 
@@ -337,5 +362,3 @@ def finite_rows(z: Array) -> Array:
 def zero_empty(z: Array, lengths: Array) -> Array:
     """Rows without entries, and unused ones, are zero: equation (1) has right-hand side 0."""
     return jnp.where(lengths[:, None] > 0, z, jnp.zeros((), z.dtype))
-
-

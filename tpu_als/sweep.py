@@ -28,7 +28,7 @@ class Own(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Where a rung lies: first cell, first slot, chunks (or long rows) to work on; traced."""
+    """Where a rung, or the long rows, lie: first cell, first slot, chunks or rows; traced."""
 
     first_cell: Any
     first_slot: Any
@@ -36,7 +36,11 @@ class Span(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What is compiled in: the solver and the shape of a chunk. Hashable."""
+    """What is compiled in; hashable.
+
+    The solver and its numbers, the shape of a chunk, whether no weight w is negative, and whether
+    rows are long.
+    """
 
     solver: str
     steps: int
@@ -44,14 +48,16 @@ class Shape(NamedTuple):
     dtype: str
     rows: int
     length: int
+    positive: bool
+    long: bool = False
 
 
 class Shared(NamedTuple):
-    """What all shards read."""
+    """What all shards read; a span for each of the program's shapes."""
 
     fixed: Fixed
     objective: Objective
-    span: Span
+    spans: tuple[Span, ...]
 
 
 def _cells(shape: Shape, own: Own, first: Any, rows: int) -> tuple[Array, Array]:
@@ -61,49 +67,71 @@ def _cells(shape: Shape, own: Own, first: Any, rows: int) -> tuple[Array, Array]
     return ids, values.astype(shape.dtype)
 
 
-def _chunk(shape: Shape, own: Own, shared: Shared, step: Any) -> tuple[Any, Array, Block]:
+def _chunk(
+    shape: Shape, span: Span, own: Own, shared: Shared, step: Any
+) -> tuple[Any, Array, Block]:
     """First slot, lengths (R,) and gathered block of chunk `step` of the rung."""
-    span = shared.span
     first = span.first_cell + step * shape.rows * shape.length
     slot = span.first_slot + step * shape.rows
     lengths = lax.dynamic_slice(own.lengths, (slot,), (shape.rows,))
     ids, values = _cells(shape, own, first, shape.rows)
-    block = solve.gather(shared.fixed, shared.objective, ids, values, lengths, jnp.dtype(shape.dtype))
+    dtype = jnp.dtype(shape.dtype)
+    block = solve.gather(shared.fixed, shared.objective, ids, values, lengths, dtype)
     return slot, lengths, block
 
 
 def solve_block(
     shape: Shape, fixed: Fixed, objective: Objective, block: Block, lengths: Array, z: Array
 ) -> Array:
-    """Solve rows (R, K) whose entries are gathered in one block; `z` is where CG starts."""
+    """Solve rows (R, K) whose entries are in one block.
+
+    `z` is where the iterative solvers start, in the eigenbasis; the result is in the caller's.
+    """
+    d = solve.diagonal(fixed, objective, lengths)
     if shape.solver == "cholesky":
-        z = solve.rows_direct(solve.accumulate(block), fixed, objective, lengths)
+        z = solve.rows_exact(block, d, shape.positive)
+    elif shape.solver == "subspace":
+        z = solve.rows_subspace(block, d, z, shape.block_size)
     else:
-        z = solve.rows_cg(
-            lambda p: solve.normal(block, p),
-            lambda z: solve.residual(block, z),
-            z, fixed, objective, lengths, shape.steps,
-        )  # fmt: skip
-    return solve.zero_empty(z, lengths)
+        r = solve.residual(block, z)
+        z = solve.rows_cg(lambda p: solve.normal(block, p), r, z, d, shape.steps)
+    return finish(fixed, lengths, z)
 
 
-def solve_rung(shape: Shape, out: Array, own: Own, shared: Shared) -> Array:
-    """Solve all rows of a rung into the shard's table `out` (S, K)."""
+def finish(fixed: Fixed, lengths: Array, z: Array) -> Array:
+    """Bring solved rows (R, K) back to the caller's basis; rows without entries are zero."""
+    return solve.zero_empty(solve.rotate(z, fixed.rotation.T), lengths)
+
+
+def solve_rungs(shapes: tuple[Shape, ...], out: Array, own: Own, shared: Shared) -> Array:
+    """Solve all rows of some rungs into the shard's table `out` (S, K)."""
+    for shape, span in zip(shapes, shared.spans, strict=True):
+        out = (_solve_long if shape.long else _solve_rung)(shape, span, out, own, shared)
+    return out
+
+
+def _solve_rung(shape: Shape, span: Span, out: Array, own: Own, shared: Shared) -> Array:
 
     def body(step: Any, out: Array) -> Array:
-        slot, lengths, block = _chunk(shape, own, shared, step)
+        slot, lengths, block = _chunk(shape, span, own, shared, step)
         z = lax.dynamic_slice_in_dim(out, slot, shape.rows).astype(shape.dtype)
         z = solve_block(shape, shared.fixed, shared.objective, block, lengths, z)
         return lax.dynamic_update_slice_in_dim(out, z.astype(out.dtype), slot, 0)
 
-    return lax.fori_loop(0, shared.span.count, body, out)
+    return lax.fori_loop(0, span.count, body, out)
 
 
 def _over_blocks(
-    shape: Shape, own: Own, shared: Shared, row: Any, part: Callable[[Block], Any], zero: Any
+    shape: Shape,
+    span: Span,
+    own: Own,
+    shared: Shared,
+    row: Any,
+    part: Callable[[Block], Any],
+    zero: Any,
 ) -> Any:
     """Sum `part` over the blocks of one long row, which never stand in memory together."""
-    slot = shared.span.first_slot + row
+    slot = span.first_slot + row
     length = lax.dynamic_slice(own.lengths, (slot,), (1,))
     first = own.long_cells[row]
 
@@ -122,32 +150,33 @@ def _over_blocks(
     return lax.fori_loop(0, blocks, body, zero)
 
 
-def solve_long(shape: Shape, out: Array, own: Own, shared: Shared) -> Array:
-    """Solve the shard's long rows, one by one, into its table `out` (S, K)."""
+def _solve_long(shape: Shape, span: Span, out: Array, own: Own, shared: Shared) -> Array:
+    """Solve the shard's long rows, one by one."""
     factors = out.shape[1]
     vector = jnp.zeros((1, factors), shape.dtype)
 
     def body(row: Any, out: Array) -> Array:
-        slot = shared.span.first_slot + row
+        slot = span.first_slot + row
         lengths = lax.dynamic_slice(own.lengths, (slot,), (1,))
         z = lax.dynamic_slice_in_dim(out, slot, 1).astype(shape.dtype)
 
         def over(part: Callable[[Block], Any], zero: Any) -> Any:
-            return _over_blocks(shape, own, shared, row, part, zero)
+            return _over_blocks(shape, span, own, shared, row, part, zero)
 
+        d = solve.diagonal(shared.fixed, shared.objective, lengths)
         if shape.solver == "cholesky":
-            parts = over(solve.accumulate, (jnp.zeros((1, factors, factors), shape.dtype), vector))
-            z = solve.rows_direct(parts, shared.fixed, shared.objective, lengths)
+            zero = jnp.zeros((1, factors, factors), shape.dtype)
+            z = solve.rows_direct(over(solve.accumulate, (zero, vector)), d)
         else:
+            # Also for "subspace": its predictions of a row of any length would have to be kept.
+            r = over(lambda block: solve.residual(block, z), vector)
             z = solve.rows_cg(
-                lambda p: over(lambda block: solve.normal(block, p), vector),
-                lambda z: over(lambda block: solve.residual(block, z), vector),
-                z, shared.fixed, shared.objective, lengths, shape.steps,
-            )  # fmt: skip
-        z = solve.zero_empty(z, lengths).astype(out.dtype)
+                lambda p: over(lambda block: solve.normal(block, p), vector), r, z, d, shape.steps
+            )
+        z = finish(shared.fixed, lengths, z).astype(out.dtype)
         return lax.dynamic_update_slice_in_dim(out, z, slot, 0)
 
-    return lax.fori_loop(0, shared.span.count, body, out)
+    return lax.fori_loop(0, span.count, body, out)
 
 
 class Measured(NamedTuple):
@@ -157,23 +186,28 @@ class Measured(NamedTuple):
     table: Array
 
 
-def loss_rung(shape: Shape, out: Array, measured: Measured, shared: Shared) -> Array:
-    """Write the loss of the stored cells of each row of a rung into `out` (S,)."""
+def loss_rungs(shapes: tuple[Shape, ...], out: Array, own: Measured, shared: Shared) -> Array:
+    """Write what the stored cells of each row of some rungs add to the loss into `out` (S,)."""
+    for shape, span in zip(shapes, shared.spans, strict=True):
+        out = (_loss_long if shape.long else _loss_rung)(shape, span, out, own, shared)
+    return out
+
+
+def _loss_rung(shape: Shape, span: Span, out: Array, measured: Measured, shared: Shared) -> Array:
 
     def body(step: Any, out: Array) -> Array:
-        slot, _, block = _chunk(shape, measured.own, shared, step)
+        slot, _, block = _chunk(shape, span, measured.own, shared, step)
         z = lax.dynamic_slice_in_dim(measured.table, slot, shape.rows)
         part = solve.cells_loss(block, z.astype(shape.dtype))
         return lax.dynamic_update_slice(out, part, (slot,))
 
-    return lax.fori_loop(0, shared.span.count, body, out)
+    return lax.fori_loop(0, span.count, body, out)
 
 
-def loss_long(shape: Shape, out: Array, measured: Measured, shared: Shared) -> Array:
-    """Write the loss of the stored cells of each long row into `out` (S,)."""
+def _loss_long(shape: Shape, span: Span, out: Array, measured: Measured, shared: Shared) -> Array:
 
     def body(row: Any, out: Array) -> Array:
-        slot = shared.span.first_slot + row
+        slot = span.first_slot + row
         z = lax.dynamic_slice_in_dim(measured.table, slot, 1)
         z = z.astype(shape.dtype)
         part = _over_blocks(
@@ -182,4 +216,4 @@ def loss_long(shape: Shape, out: Array, measured: Measured, shared: Shared) -> A
         )  # fmt: skip
         return lax.dynamic_update_slice(out, part, (slot,))
 
-    return lax.fori_loop(0, shared.span.count, body, out)
+    return lax.fori_loop(0, span.count, body, out)

@@ -28,7 +28,7 @@ class ParameterWarning(_ParameterWarningBase):
     """Input was accepted but had to be converted. A subclass of implicit's, where installed."""
 
 
-LINEAR_SOLVERS = ("cg", "cholesky")
+LINEAR_SOLVERS = ("auto", "cg", "cholesky", "subspace")
 DTYPES = ("float32", "float64", "bfloat16")
 
 

@@ -1,0 +1,155 @@
+"""Rows solved against a table that stays as it is: fold-in of new rows, one or many.
+
+Chunks have one fixed shape for each rung, whatever else is in the batch, so a row's result depends
+on that row alone, and serving compiles a handful of programs.
+
+Axis letters: M rows to solve, N source rows, K factors, R rows of a chunk, L padded length.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from scipy import sparse
+
+from tpu_als import layout, solve, sweep
+from tpu_als.als import DTYPES, AlsParams, backend_kind, chunk_sizes, typed
+from tpu_als.layout import Plan, Rung
+from tpu_als.mesh import Workplace, precision
+from tpu_als.solve import Fixed, Objective
+from tpu_als.sweep import Shape
+
+_ROWS = {"cpu": 16, "other": 256}  # rows solved at once; few, so that one row is quick
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table (N, K) placed for `solve_rows`.
+
+    Attributes
+    ----------
+    table : array (N', K)
+        The rows, and zero rows, of which pad cells use the first.
+    fixed : Fixed
+        The table in the eigenbasis of its gramian.
+    n_rows : int
+        N.
+    place : Workplace
+        Where the work is done: the first of its devices, with all its threads.
+    """
+
+    table: Array
+    fixed: Fixed
+    n_rows: int
+    place: Workplace
+
+
+def source(table: np.ndarray, params: AlsParams, place: Workplace) -> Source:
+    """Place a fixed table (N, K), in the caller's order, to solve rows against."""
+    n_rows, factors = table.shape
+    padded = np.zeros((layout.round_up(n_rows + 1), factors), DTYPES[params.dtype])
+    padded[:n_rows] = table
+    with precision(params.dtype):
+        placed = jax.device_put(padded, place.devices[0])
+        count = np.dtype(params.compute_dtype).type(n_rows)
+        return Source(placed, _fix(placed, None, count, params.compute_dtype), n_rows, place)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _fix(table: Array, gramian: Array | None, n_source: Any, dtype: str) -> Fixed:
+    return solve.fix(table, solve.gramian(table, dtype) if gramian is None else gramian, n_source)
+
+
+def solve_rows(
+    rows: sparse.csr_matrix,
+    source: Source,
+    objective: Objective,
+    params: AlsParams,
+    *,
+    start: np.ndarray | None = None,
+    gramian: np.ndarray | None = None,
+) -> np.ndarray:
+    """Solve equation (1) for the rows of a matrix against a fixed table.
+
+    A row's result depends on that row alone, not on what else is in the batch.
+
+    Parameters
+    ----------
+    rows : CSR matrix (M, N)
+        Stored entries of each row.
+    source : Source
+        The fixed table.
+    objective : Objective
+        Equations (1)-(2).
+    params : AlsParams
+        With "cholesky" the rows are solved exactly.
+    start : array (M, K), optional
+        Where the iterative solvers begin; zero by default.
+    gramian : array (K, K), optional
+        Used in place of the table's own.
+
+    Returns
+    -------
+    array (M, K)
+        float32 or float64. A row that could not be solved is NaN.
+    """
+    dtype = np.dtype(params.compute_dtype)
+    lengths = np.diff(rows.indptr)
+    where = layout.map_rows(lengths, _plan(lengths, params, source.place))
+    cells = layout.fill(rows.astype(dtype), where, np.arange(source.n_rows), source.n_rows)
+    begin = np.zeros((rows.shape[0], params.factors), dtype) if start is None else start
+    table = layout.to_slots(begin.astype(dtype), where)[0]
+    objective = typed(objective, params)
+    fixed = source.fixed
+    with precision(params.dtype):
+        if gramian is not None:
+            fixed = _fix(source.table, gramian.astype(dtype), fixed.n_source, params.compute_dtype)
+
+    def shape(rung: Rung) -> Shape:
+        return params.shape(rung.rows, rung.length, objective)
+
+    def args(rung: Rung, number: int) -> tuple[slice, tuple[Any, ...]]:
+        at = slice(rung.first_slot + number * rung.rows, rung.first_slot + (number + 1) * rung.rows)
+        cell = rung.first_cell + number * rung.rows * rung.length
+        part = slice(cell, cell + rung.rows * rung.length)
+        ids = cells.ids[0, part].reshape(rung.rows, rung.length)
+        values = cells.values[0, part].reshape(rung.rows, rung.length)
+        return at, (fixed, objective, ids, values, cells.lengths[0, at], table[at])
+
+    def work(job: tuple[Rung, int]) -> None:
+        at, given = args(*job)
+        with precision(params.dtype):
+            table[at] = _program(shape(job[0]))(*given)
+
+    calls = [(_program(shape(rung)), args(rung, 0)[1]) for rung in where.rungs]
+    source.place.compile(calls, params.dtype)
+    source.place.threads(work, [(r, number) for r in where.rungs for number in range(r.n_chunks)])
+    return layout.from_slots(table[None], where)
+
+
+def _plan(lengths: np.ndarray, params: AlsParams, place: Workplace) -> Plan:
+    """Rungs that are the same for every batch; they grow fourfold for as long as there are rows."""
+    chunk, most_rows = chunk_sizes(params, place)
+    longest = max(int(lengths.max(initial=0)), layout.SHORTEST)
+    n_rungs = int(np.ceil(np.log(longest / layout.SHORTEST) / np.log(4))) + 1
+    rungs = tuple(layout.SHORTEST * 4**rung for rung in range(n_rungs))
+    return Plan(rungs, chunk, min(most_rows, _ROWS[backend_kind(place)]), 1)
+
+
+@functools.cache
+def _program(shape: Shape) -> Callable[..., Any]:
+    def chunk(
+        fixed: Fixed, objective: Objective, ids: Array, values: Array, lengths: Array, z: Array
+    ) -> Array:
+        block = solve.gather(fixed, objective, ids, values, lengths, jnp.dtype(shape.dtype))
+        z = solve.rotate(z, fixed.rotation)
+        return sweep.solve_block(shape, fixed, objective, block, lengths, z)
+
+    return jax.jit(chunk)
