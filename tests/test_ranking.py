@@ -1,0 +1,184 @@
+"""Exact top-k against a full sort in NumPy, whatever is hidden, on one device and on four."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import sparse
+
+from tpu_als import ranking
+from tpu_als.mesh import Workplace, workplace
+
+LOWEST = np.float32(-np.finfo(np.float32).max)
+PLACES = [(1, 1), (1, 2), (4, 0)]
+
+
+def _place(devices: int, threads: int) -> Workplace:
+    return workplace(devices, num_threads=threads)
+
+
+def _scores(
+    queries: np.ndarray,
+    table: np.ndarray,
+    seen: sparse.csr_matrix | None,
+    excluded: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (B, N) in float64, and which of them may not be recommended."""
+    scores = queries.astype(np.float64) @ table.astype(np.float64).T
+    hidden = np.zeros(scores.shape, bool)
+    if seen is not None:
+        coo = seen.tocoo()
+        hidden[coo.row, coo.col] = True
+    if excluded is not None:
+        hidden[:, excluded] = True
+    return scores, hidden
+
+
+def _check(
+    found: tuple[np.ndarray, np.ndarray],
+    k: int,
+    scores: np.ndarray,
+    hidden: np.ndarray,
+    dtype: str,
+) -> None:
+    ids, values = found
+    assert ids.shape == values.shape == (len(scores), k)
+    assert ids.dtype == np.int32 and values.dtype == dtype
+    tolerance = 1e-5 if dtype == "float32" else 1e-12
+    for row in range(len(scores)):
+        shown = np.flatnonzero(~hidden[row])
+        count = min(k, len(shown))
+        best = np.sort(scores[row, shown])[::-1][:count]
+        mine = ids[row, :count]
+        np.testing.assert_allclose(values[row, :count], best, rtol=tolerance, atol=tolerance)
+        assert len(set(mine)) == count and set(mine) <= set(shown)
+        # among ties any order will do, but an id must go with its own score
+        np.testing.assert_allclose(
+            values[row, :count], scores[row, mine], rtol=tolerance, atol=tolerance
+        )
+        assert np.all(ids[row, count:] == -1) and np.all(values[row, count:] == LOWEST)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, sparse.csr_matrix | None, object]:
+    """Queries, table, seen and excluded; sizes are few, so that programs are."""
+    n_queries, n_items = draw(st.sampled_from([1, 2, 5, 20])), draw(st.sampled_from([1, 7, 40]))
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
+    queries, table = rng.normal(size=(n_queries, 3)), rng.normal(size=(n_items, 3))
+    if draw(st.booleans()):  # whole numbers tie, and are exact
+        queries, table = np.rint(queries), np.rint(table)
+    seen = excluded = None
+    share = draw(st.sampled_from([None, 0, 0.3, 0.95, 1]))
+    if share is not None:
+        seen = sparse.csr_matrix((rng.random((n_queries, n_items)) < share).astype(np.float32))
+    share = draw(st.sampled_from([None, 0, 0.3, 1]))
+    if share is not None:
+        some = np.flatnonzero(rng.random(n_items) < share)
+        excluded = rng.permutation(np.concatenate([some, some[:2]]))  # repeats are harmless
+    return queries, table, seen, excluded
+
+
+@pytest.mark.parametrize(("devices", "threads"), PLACES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@given(problem=problems(), k=st.sampled_from([1, 3, 10, 45]))
+def test_top_k_equals_a_full_sort(
+    devices: int, threads: int, dtype: str, problem: tuple, k: int
+) -> None:
+    queries, table, seen, excluded = problem
+    queries, table = queries.astype(dtype), table.astype(dtype)
+    catalog = ranking.catalog(table, _place(devices, threads))
+    found = ranking.top_k(queries, catalog, k, seen=seen, excluded=excluded)
+    _check(found, k, *_scores(queries, table, seen, excluded), dtype)
+
+
+@pytest.mark.parametrize(("devices", "threads"), PLACES)
+@pytest.mark.parametrize("k", [10, 100])
+def test_a_large_catalog_with_much_seen(devices: int, threads: int, k: int) -> None:
+    """The best items are the seen ones, so a search that stops early would miss the rest."""
+    rng = np.random.default_rng(0)
+    n_queries, n_items = 70, 5000
+    queries = rng.normal(size=(n_queries, 8)).astype(np.float32)
+    table = rng.normal(size=(n_items, 8)).astype(np.float32)
+    scores = queries @ table.T
+    top = np.argsort(-scores, axis=1)[:, :600]
+    kept = top[np.arange(n_queries)[:, None], rng.integers(0, 600, (n_queries, 550))]
+    stored = np.zeros(scores.shape, np.float32)
+    stored[np.arange(n_queries)[:, None], kept] = 1
+    seen = sparse.csr_matrix(stored)
+    excluded = rng.choice(n_items, 300, replace=False)
+    catalog = ranking.catalog(table, _place(devices, threads))
+    found = ranking.top_k(queries, catalog, k, seen=seen, excluded=excluded)
+    _check(found, k, *_scores(queries, table, seen, excluded), "float32")
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_best_items_side_by_side(devices: int) -> None:
+    """All the best in one stretch of the catalog, as items sorted by popularity stand."""
+    table = np.linspace(1, 0, 3000, dtype=np.float32)[:, None]
+    catalog = ranking.catalog(table, _place(devices, 2))
+    ids, scores = ranking.top_k(np.ones((9, 1), np.float32), catalog, 150)
+    np.testing.assert_array_equal(ids, np.tile(np.arange(150), (9, 1)))
+    np.testing.assert_array_equal(scores, np.tile(table[:150, 0], (9, 1)))
+
+
+@pytest.mark.parametrize("n_queries", [1, 9])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_equal_scores_of_all_items(devices: int, n_queries: int) -> None:
+    catalog = ranking.catalog(np.zeros((500, 2), np.float32), _place(devices, 1))
+    ids, scores = ranking.top_k(np.ones((n_queries, 2), np.float32), catalog, 20)
+    assert all(len(set(row)) == 20 for row in ids)
+    assert ids.min() >= 0 and ids.max() < 500 and not scores.any()
+
+
+def test_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    queries = rng.normal(size=(37, 4)).astype(np.float32)
+    seen = sparse.csr_matrix((rng.random((37, 200)) < 0.3).astype(np.float32))
+    catalog = ranking.catalog(rng.normal(size=(200, 4)).astype(np.float32), _place(1, 2))
+    together = ranking.top_k(queries, catalog, 10, seen=seen)
+    single = [ranking.top_k(queries[[n]], catalog, 10, seen=seen[n]) for n in range(37)]
+    monkeypatch.setattr(ranking, "_BATCH_BYTES", 1 << 10, raising=False)
+    small = ranking.top_k(queries, catalog, 10, seen=seen)
+    for other in (small, tuple(np.concatenate(part) for part in zip(*single, strict=True))):
+        np.testing.assert_array_equal(other[0], together[0])
+        np.testing.assert_allclose(other[1], together[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize(
+    ("n_queries", "n_items", "k"), [(0, 7, 3), (2, 0, 3), (9, 0, 3), (9, 7, 0)]
+)
+def test_nothing_to_rank(devices: int, n_queries: int, n_items: int, k: int) -> None:
+    catalog = ranking.catalog(np.ones((n_items, 2), np.float32), _place(devices, 1))
+    ids, scores = ranking.top_k(np.ones((n_queries, 2), np.float32), catalog, k)
+    assert ids.shape == scores.shape == (n_queries, k)
+    assert np.all(ids == -1) and np.all(scores == LOWEST)
+
+
+@pytest.mark.parametrize("n_queries", [1, 9])
+def test_a_call_changes_nothing_that_it_was_given(n_queries: int) -> None:
+    rng = np.random.default_rng(0)
+    queries, table = rng.normal(size=(n_queries, 3)), rng.normal(size=(40, 3))
+    seen = sparse.csr_matrix((rng.random((n_queries, 40)) < 0.3).astype(np.float32))
+    before = queries.copy(), table.copy(), seen.copy()
+    catalog = ranking.catalog(table, _place(1, 1))
+    ranking.top_k(queries, catalog, 5, seen=seen, excluded=np.arange(3))
+    np.testing.assert_array_equal(queries, before[0])
+    np.testing.assert_array_equal(table, before[1])
+    assert (seen != before[2]).nnz == 0
+
+
+def test_a_catalog_is_reused_without_compiling(new_compilations) -> None:
+    rng = np.random.default_rng(0)
+    place = _place(1, 2)
+    queries = rng.normal(size=(60, 3)).astype(np.float32)
+    catalog = ranking.catalog(rng.normal(size=(300, 3)).astype(np.float32), place)
+    ranking.top_k(queries, catalog, 10)
+    again = ranking.catalog(rng.normal(size=(300, 3)).astype(np.float32), place)
+    seen = sparse.csr_matrix((rng.random((60, 300)) < 0.1).astype(np.float32))
+    with new_compilations() as count:
+        ranking.top_k(-queries, catalog, 9, excluded=np.arange(4))
+        ranking.top_k(queries[:59], again, 10, seen=seen[:59])
+    assert count.programs == 0
