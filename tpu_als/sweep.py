@@ -211,7 +211,7 @@ def _loss_long(shape: Shape, span: Span, out: Array, measured: Measured, shared:
         z = lax.dynamic_slice_in_dim(measured.table, slot, 1)
         z = z.astype(shape.dtype)
         part = _over_blocks(
-            shape, measured.own, shared, row,
+            shape, span, measured.own, shared, row,
             lambda block: solve.cells_loss(block, z), jnp.zeros(1, shape.dtype),
         )  # fmt: skip
         return lax.dynamic_update_slice(out, part, (slot,))

@@ -1,0 +1,414 @@
+"""Half-epochs, epochs and the loss against the dense oracle: every solver, rung and mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import hypothesis
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+from scipy import sparse
+
+from tpu_als import als, layout, solve
+from tpu_als.als import AlsParams, AlsState, Data
+from tpu_als.mesh import Workplace, workplace
+
+# devices, threads, layout of the source table
+PLACES = [
+    (1, 1, "auto"),
+    (1, 2, "auto"),
+    (2, 0, "auto"),
+    (4, 0, "replicated"),
+    (4, 0, "sharded"),
+]
+# Enough steps, or one block of all factors, makes the iterative solvers exact.
+EXACT = {
+    "cg": AlsParams(6, cg_steps=9),
+    "cholesky": AlsParams(16, linear_solver="cholesky"),
+    "subspace": AlsParams(6, linear_solver="subspace", block_size=6, cg_steps=9),
+}
+OBJECTIVES = [
+    oracle.Objective("implicit", 0.5, 2.0),
+    oracle.Objective("implicit", 0.5, 2.0, 0.3, 0.5),
+    oracle.Objective("ials", 0.05, 1.5, 0.4),
+    oracle.Objective("ials", 0.1, 1.5, 0.4, 0.3),
+]
+TOLERANCE = {"float32": 2e-3, "float64": 1e-9, "bfloat16": 0.06}
+
+
+def _place(devices: int, threads: int, table_layout: str = "auto") -> Workplace:
+    return workplace(devices, num_threads=threads, table_layout=table_layout)
+
+
+def _data(
+    matrix: sparse.csr_matrix,
+    params: AlsParams,
+    place: Workplace,
+    lengths: tuple[int, ...] = (8, 16),
+    chunk: int = 32,
+) -> Data:
+    """Place a matrix on a small ladder, so that a few rows make many chunks and long rows."""
+    planned = als.make_plan
+
+    def small(*args: object, **options: object) -> layout.Plan:
+        return dataclasses.replace(planned(*args, **options), lengths=lengths, chunk=chunk)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(als, "make_plan", small)
+        data = als.place(matrix, params, place)
+    assert data.plan.lengths == lengths
+    return data
+
+
+def _rungs(matrix: sparse.csr_matrix, target: str) -> np.ndarray:
+    lengths = np.diff(matrix.indptr) if target == "users" else np.bincount(matrix.indices)
+    return np.searchsorted([0, 8, 16], lengths)  # empty, two rungs, long
+
+
+def _mixed() -> sparse.csr_matrix:
+    """60 x 50 with rows, and columns, in every rung: empty, short, middling and long.
+
+    A quarter of the values are negative and some are stored zeros.
+    """
+    rng = np.random.default_rng(5)
+    share = rng.choice([0.02, 0.2, 0.9], (60, 1)) + rng.choice([0.0, 0.1, 0.5], (1, 50))
+    stored = rng.random((60, 50)) < share * 0.7
+    stored[[3, 31]], stored[:, [0, 17]] = False, False
+    rows, columns = np.nonzero(stored)
+    values = rng.integers(1, 5, len(rows)) * np.where(rng.random(len(rows)) < 0.25, -1, 1)
+    values[rng.random(len(rows)) < 0.03] = 0
+    return sparse.csr_matrix((values.astype(np.float32), (rows, columns)), (60, 50))
+
+
+MIXED = _mixed()
+
+
+def _tables(
+    matrix: sparse.csr_matrix, factors: int, dtype: type = np.float32
+) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(7)
+    users, items = (0.5 * rng.normal(size=(count, factors)) for count in matrix.shape)
+    return users.astype(dtype), items.astype(dtype)
+
+
+def _close(ours: np.ndarray, theirs: np.ndarray, dtype: str) -> None:
+    assert ours.dtype == ("float64" if dtype == "float64" else "float32")
+    atol = TOLERANCE[dtype] * np.abs(theirs).max()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
+
+
+def _pads(data: Data, state: AlsState) -> list[np.ndarray]:
+    """Table rows at slots that are no row's."""
+    found = []
+    for table, side in ((state.users, data.users), (state.items, data.items)):
+        rows = data.place.get(table).reshape(-1, data.params.factors)
+        unused = np.ones(len(rows), bool)
+        unused[side.rows.slots] = False
+        found.append(rows[unused].astype(np.float32))
+    return found
+
+
+def test_the_mixed_matrix_has_rows_in_every_rung() -> None:
+    for target in ("users", "items"):
+        assert np.all(np.bincount(_rungs(MIXED, target), minlength=4) > 0)
+    assert (MIXED.data < 0).any() and (MIXED.data == 0).any()
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("solver", EXACT)
+def test_half_epochs_epochs_and_losses_equal_the_oracles(
+    solver: str, dtype: str, place: tuple[int, int, str]
+) -> None:
+    if dtype != "float32" and place not in (PLACES[1], PLACES[-1]):
+        pytest.skip("the other dtypes run on threads and on a mesh only")
+    params = dataclasses.replace(EXACT[solver], dtype=dtype)
+    data = _data(MIXED, params, _place(*place))
+    tables = _tables(MIXED, params.factors, als.DTYPES[dtype])
+    state = als.start(data, *tables)
+    for given_objective in OBJECTIVES:
+        objective = solve.objective(*given_objective)
+        users = als.half_epoch(state.users, state.items, data, objective, target="users")
+        items = als.half_epoch(state.items, state.users, data, objective, target="items")
+        found = AlsState(users, items)
+        wide = [table.astype(np.float64) for table in tables]
+        _close(
+            als.user_factors(found, data),
+            oracle.half_epoch(MIXED, wide[1], given_objective),
+            dtype,
+        )
+        _close(
+            als.item_factors(found, data),
+            oracle.half_epoch(MIXED.T.tocsr(), wide[0], given_objective),
+            dtype,
+        )
+        after, failed = als.epoch(state, data, objective)
+        assert failed == (0, 0)
+        ours = als.user_factors(after, data), als.item_factors(after, data)
+        # bfloat16 rounds the users that the items are then solved against
+        exact = oracle.half_epoch(MIXED.T.tocsr(), ours[0], given_objective)
+        _close(ours[1], exact, dtype)
+        np.testing.assert_array_equal(ours[0], als.user_factors(found, data))
+        for some in (state, found, after):
+            own = als.user_factors(some, data), als.item_factors(some, data)
+            expected = oracle.loss(MIXED, *own, given_objective)
+            rel = 1e-10 if dtype == "float64" else 1e-5
+            assert als.loss(some, data, objective) == pytest.approx(expected, rel=rel)
+            assert not any(pads.any() for pads in _pads(data, some))
+
+
+@pytest.mark.parametrize("place", PLACES[1:4], ids=str)
+@pytest.mark.parametrize("solver", EXACT)
+def test_rows_longer_than_the_longest_rung(solver: str, place: tuple[int, int, str]) -> None:
+    """Real lengths: over 4096 entries, on the plan that `place` makes itself."""
+    rng = np.random.default_rng(0)
+    stored = rng.random((5, 9000)) < np.array([[0.99], [0.6], [0.001], [0], [0.4]])
+    matrix = sparse.csr_matrix(np.where(stored, rng.integers(1, 4, stored.shape), 0), dtype="f4")
+    assert np.count_nonzero(np.diff(matrix.indptr) > layout.LONGEST) == 2
+    params = dataclasses.replace(EXACT[solver], factors=6)
+    data = als.place(matrix, params, _place(*place))
+    tables = _tables(matrix, 6)
+    state = als.start(data, *tables)
+    objective = oracle.Objective("ials", 0.01, 2.0, 0.1)
+    ours = als.half_epoch(
+        state.users, state.items, data, solve.objective(*objective), target="users"
+    )
+    expected = oracle.half_epoch(matrix, tables[1], objective)
+    _close(als.user_factors(AlsState(ours, state.items), data), expected, "float32")
+    loss = als.loss(state, data, solve.objective(*objective))
+    assert loss == pytest.approx(oracle.loss(matrix, *tables, objective), rel=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["cg", "subspace"])
+def test_tables_do_not_depend_on_the_mesh_or_the_ladder(solver: str) -> None:
+    """Neither does a solve that stops before it is exact."""
+    params = AlsParams(6, linear_solver=solver, cg_steps=2, block_size=4)
+    objective = solve.objective("implicit", 0.5, 4.0)
+    found = []
+    for place in PLACES:
+        for lengths, chunk in (((8, 16), 32), ((16,), 64)) if place == PLACES[0] else [((16,), 64)]:
+            if solver == "subspace":  # whose long rows are solved by CG
+                lengths = (*lengths, 64)
+            data = _data(MIXED, params, _place(*place), lengths, chunk)
+            state = als.start(data, *_tables(MIXED, 6))
+            for _ in range(2):
+                state, _ = als.epoch(state, data, objective)
+            found.append((als.user_factors(state, data), als.item_factors(state, data)))
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            np.testing.assert_allclose(two, one, rtol=0, atol=1e-4 * np.abs(one).max())
+
+
+@st.composite
+def _small(draw: st.DrawFn) -> sparse.csr_matrix:
+    """10 x 10, one shape for all: any values, signs, density, stored zeros."""
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
+    stored = rng.random((10, 10)) < draw(st.sampled_from([0.05, 0.3, 1.0]))
+    rows, columns = np.nonzero(stored)
+    least = draw(st.sampled_from([-4, 0, 1]))
+    values = rng.integers(least, 5, len(rows)) * draw(st.sampled_from([0.1, 1.0, 10.0]))
+    return sparse.csr_matrix((values, (rows, columns)), (10, 10))
+
+
+@pytest.mark.parametrize(
+    ("solver", "steps", "block"),
+    [("cg", 1, 1), ("cg", 3, 1), ("cholesky", 1, 1), ("subspace", 2, 2)],
+)
+@hypothesis.settings(max_examples=15)
+@given(
+    matrix=_small(),
+    objective=st.builds(
+        oracle.Objective,
+        st.sampled_from(["implicit", "ials"]),
+        st.sampled_from([0.001, 0.1, 5.0]),
+        st.sampled_from([0.5, 1.0, 40.0]),
+        st.sampled_from([0.1, 1.0]),
+        st.sampled_from([None, 0.0, 0.4, 1.0]),
+    ),
+)
+def test_the_loss_never_rises(
+    solver: str, steps: int, block: int, matrix: sparse.csr_matrix, objective: oracle.Objective
+) -> None:
+    """Not from one half-epoch to the next, and not even where a solve stops early."""
+    params = AlsParams(4, "float64", solver, steps, block)
+    data = _data(matrix, params, _place(1, 2), (8,), 256)
+    state = als.start(data, *_tables(matrix, 4, np.float64))
+    ours = solve.objective(*objective)
+    losses = [als.loss(state, data, ours)]
+    for _ in range(3):
+        for target in ("users", "items"):
+            source = "items" if target == "users" else "users"
+            table = als.half_epoch(
+                getattr(state, target), getattr(state, source), data, ours, target=target
+            )
+            state = state._replace(**{target: table})
+            losses.append(als.loss(state, data, ours))
+    assert np.all(np.isfinite(losses))
+    assert np.all(np.diff(losses) <= 1e-10 * np.maximum(losses[:-1], 1e-3))
+    expected = oracle.loss(
+        matrix, als.user_factors(state, data), als.item_factors(state, data), objective
+    )
+    assert losses[-1] == pytest.approx(expected, rel=1e-8, abs=1e-12)
+
+
+@pytest.mark.parametrize("place", [PLACES[1], PLACES[-1]], ids=str)
+def test_an_epoch_leaves_the_old_state_valid(place: tuple[int, int, str]) -> None:
+    data = _data(MIXED, EXACT["cg"], _place(*place))
+    tables = _tables(MIXED, 6)
+    state = als.start(data, *tables)
+    objective = solve.objective("implicit", 0.5, 2.0)
+    first, _ = als.epoch(state, data, objective)
+    users, items = als.user_factors(first, data), als.item_factors(first, data)
+    again, _ = als.epoch(state, data, objective)
+    als.epoch(first, data, objective)
+    np.testing.assert_array_equal(als.user_factors(state, data), tables[0])
+    np.testing.assert_array_equal(als.item_factors(state, data), tables[1])
+    for after in (first, again):
+        np.testing.assert_array_equal(als.user_factors(after, data), users)
+        np.testing.assert_array_equal(als.item_factors(after, data), items)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_tables_are_fetched_as_they_were_placed(dtype: str) -> None:
+    data = _data(MIXED, AlsParams(6, dtype), _place(1, 2))
+    users, items = _tables(MIXED, 6, np.float64)
+    state = als.start(data, users, items)
+    for ours, theirs in (
+        (als.user_factors(state, data), users),
+        (als.item_factors(state, data), items),
+    ):
+        kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+        np.testing.assert_array_equal(ours, theirs.astype(kind).astype(ours.dtype))
+        assert ours.dtype == ("float64" if dtype == "float64" else "float32")
+        ours[:] = 9  # a copy, and writeable
+    assert not (als.user_factors(state, data) == 9).any()
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_tables_and_cells_stand_in_equal_parts_on_the_devices(devices: int) -> None:
+    place = _place(devices, 0)
+    data = _data(MIXED, EXACT["cg"], place)
+    state = als.start(data, *_tables(MIXED, 6))
+    after, _ = als.epoch(state, data, solve.objective("implicit", 0.5, 2.0))
+    assert place.mesh is not None
+    for array in (*state, *after, *data.users.own, *data.items.own):
+        expected = NamedSharding(place.mesh, PartitionSpec(place.mesh.axis_names[0]))
+        assert array.sharding.is_equivalent_to(expected, array.ndim)
+        assert [shard.device for shard in array.addressable_shards] == list(place.devices)
+        assert {shard.data.shape[0] for shard in array.addressable_shards} == {1}
+
+
+@pytest.mark.parametrize("place", [PLACES[1], PLACES[-1]], ids=str)
+@pytest.mark.parametrize("solver", EXACT)
+@pytest.mark.parametrize("row", [int(np.argmax(_rungs(MIXED, "users") == n)) for n in (1, 2, 3)])
+def test_rows_that_failed_are_counted(solver: str, place: tuple[int, int, str], row: int) -> None:
+    """A weight that overflows spoils its own row, and the next half-epoch's gramian."""
+    matrix = MIXED.copy()
+    matrix.data[matrix.indptr[row]] = 3e38
+    data = _data(matrix, EXACT[solver], _place(*place))
+    state = als.start(data, *_tables(matrix, EXACT[solver].factors))
+    objective = solve.objective("implicit", 0.5, 100.0)
+    after, failed = als.epoch(state, data, objective)
+    users = np.flatnonzero(~np.isfinite(als.user_factors(after, data)).all(axis=1))
+    np.testing.assert_array_equal(users, [row])
+    assert failed == (1, np.count_nonzero(np.bincount(matrix.indices, minlength=50)))
+    assert not any(pads.any() for pads in _pads(data, after))
+
+
+@pytest.mark.parametrize("place", [PLACES[1], PLACES[-1]], ids=str)
+@pytest.mark.parametrize("solver", EXACT)
+def test_other_values_compile_nothing(
+    solver: str, place: tuple[int, int, str], new_compilations
+) -> None:
+    """Neither other data of about the same lengths, nor any number of the objective."""
+    params = dataclasses.replace(EXACT[solver], factors=4, block_size=4)
+    where = _place(*place)
+
+    def fit(matrix: sparse.csr_matrix, objective: solve.Objective) -> float:
+        data = als.place(matrix, params, where)
+        state = als.start(data, *_tables(matrix, 4))
+        for _ in range(2):
+            state, _ = als.epoch(state, data, objective)
+        als.user_factors(state, data), als.item_factors(state, data)
+        return als.loss(state, data, objective)
+
+    fit(MIXED, solve.objective("implicit", 0.5, 2.0))
+    other = MIXED[::-1].tocsr()
+    other.data[:] = np.abs(other.data[::-1]) + 0.5
+    with new_compilations() as count:
+        fit(MIXED, solve.objective("ials", 0.01, 7.0, 0.3, 0.6))
+        fit(other, solve.objective("implicit", 5, 1, 0.5))
+    assert count.programs == 0
+
+
+@pytest.mark.parametrize("place", [PLACES[0], PLACES[3]], ids=str)
+@pytest.mark.parametrize("solver", EXACT)
+def test_a_matrix_without_entries_gives_zero_tables(
+    solver: str, place: tuple[int, int, str]
+) -> None:
+    matrix = sparse.csr_matrix((6, 5), dtype=np.float32)
+    params = EXACT[solver]
+    data = als.place(matrix, params, _place(*place))
+    state = als.start(data, *_tables(matrix, params.factors))
+    objective = oracle.Objective("implicit", 0.5, 2.0)
+    ours = solve.objective(*objective)
+    expected = oracle.loss(matrix, *_tables(matrix, params.factors), objective)
+    assert als.loss(state, data, ours) == pytest.approx(expected, rel=1e-5)
+    after, failed = als.epoch(state, data, ours)
+    assert failed == (0, 0)
+    assert not als.user_factors(after, data).any() and not als.item_factors(after, data).any()
+    assert als.loss(after, data, ours) == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1)])
+def test_matrices_of_one_row_or_column(shape: tuple[int, int]) -> None:
+    matrix = sparse.csr_matrix(np.arange(1, 1 + shape[0] * shape[1], dtype="f4").reshape(shape))
+    data = als.place(matrix, EXACT["cholesky"], _place(4, 0))
+    tables = _tables(matrix, 16)
+    objective = oracle.Objective("ials", 0.1, 2.0, 0.5)
+    after, failed = als.epoch(als.start(data, *tables), data, solve.objective(*objective))
+    assert failed == (0, 0)
+    users, items = oracle.epoch(matrix, *tables, objective)
+    _close(als.user_factors(after, data), users, "float32")
+    _close(als.item_factors(after, data), items, "float32")
+
+
+def test_without_a_ridge_the_solutions_still_fit() -> None:
+    """Fewer items than factors leave equation (1) singular: any solution predicts the same."""
+    matrix = sparse.csr_matrix(np.random.default_rng(0).integers(0, 3, (8, 4)).astype(np.float64))
+    params = AlsParams(6, "float64", "cholesky")
+    data = als.place(matrix, params, _place(1, 2))
+    tables = _tables(matrix, 6, np.float64)
+    objective = oracle.Objective("implicit", 0.0, 2.0)
+    state = als.start(data, *tables)
+    users = als.half_epoch(
+        state.users, state.items, data, solve.objective(*objective), target="users"
+    )
+    ours = als.user_factors(AlsState(users, state.items), data)
+    expected = oracle.half_epoch(matrix, tables[1], objective) @ tables[1].T
+    np.testing.assert_allclose(ours @ tables[1].T, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("entries", [0.05, 0.9])
+def test_the_cheapest_solver_is_one_of_the_solvers(entries: float) -> None:
+    matrix = sparse.random(40, 30, entries, "csr", np.float32, random_state=0)
+    data = als.place(matrix, AlsParams(6, linear_solver="auto"), _place(1, 2))
+    assert data.params.linear_solver in solve.SOLVERS
+    _, failed = als.epoch(
+        als.start(data, *_tables(matrix, 6)), data, solve.objective("ials", 0.1, 2.0)
+    )
+    assert failed == (0, 0)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_table_of_another_shape_is_refused(which: int) -> None:
+    data = _data(MIXED, EXACT["cg"], _place(1, 1))
+    tables = list(_tables(MIXED, 6))
+    tables[which] = tables[which][:-1]
+    with pytest.raises(ValueError, match="initial table has shape .* expected"):
+        als.start(data, *tables)
