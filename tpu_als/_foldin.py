@@ -271,4 +271,5 @@ class FoldIn(FactorTables):
             linear_solver="cg" if linear_solver == "auto" else linear_solver,
             cg_steps=self.cg_steps,
             block_size=self.block_size,
+            positive=self.objective == "ials",
         )

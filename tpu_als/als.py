@@ -59,6 +59,9 @@ class AlsParams:
         Steps of "cg".
     block_size : int
         Factors solved at once by "subspace".
+    positive : bool
+        No weight w will be negative, as with the objective "ials": "cholesky" may then solve short
+        rows through a system of their own length.
     """
 
     factors: int
@@ -66,16 +69,15 @@ class AlsParams:
     linear_solver: str = "cg"
     cg_steps: int = 3
     block_size: int = 64
+    positive: bool = False
 
     @property
     def compute_dtype(self) -> str:
         """What sums and solves are done in."""
         return "float64" if self.dtype == "float64" else "float32"
 
-    def shape(self, rows: int, length: int, objective: Objective) -> Shape:
+    def shape(self, rows: int, length: int) -> Shape:
         """The static part of a rung's program."""
-        # Without an offset w = |c|. Only the direct solver asks, so CG is shared by objectives.
-        positive = self.linear_solver == "cholesky" and bool(objective.offset == 0)
         return Shape(
             self.linear_solver,
             self.cg_steps,
@@ -83,7 +85,7 @@ class AlsParams:
             self.compute_dtype,
             rows,
             length,
-            positive,
+            self.positive and self.linear_solver == "cholesky",
         )
 
 
@@ -264,7 +266,10 @@ def epoch(state: AlsState, data: Data, objective: Objective) -> tuple[AlsState, 
     items = half_epoch(state.items, users, data, objective, target="items")
     with precision(data.params.dtype):
         count = data.place.whole(_count_failed, None)
-        failed = int(count(users)[0]), int(count(items)[0])
+        failed = (
+            int(count(users, data.users.own.lengths)[0]),
+            int(count(items, data.items.own.lengths)[0]),
+        )
     return AlsState(users, items), failed
 
 
@@ -288,8 +293,9 @@ def _prepare(dtype: str, table: Array, target: Shards, n_source: Array) -> tuple
     return fixed, jax.tree.map(lambda rows: solve.rotate(rows, fixed.rotation), target)
 
 
-def _count_failed(_: None, table: Array) -> tuple[Array, None]:
-    return jnp.sum(~solve.finite_rows(table)), None
+def _count_failed(_: None, table: Array, lengths: Shards) -> tuple[Array, None]:
+    """Rows with entries that are not finite; a failed basis also spoils slots that no row uses."""
+    return jnp.sum(~solve.finite_rows(table) & (jnp.concatenate(lengths) > 0)), None
 
 
 def _programs(
@@ -303,13 +309,13 @@ def _programs(
     params, rows = data.params, side.rows
     parts = [
         (
-            params.shape(rung.rows, rung.length, objective),
+            params.shape(rung.rows, rung.length),
             (rung.first_cell, rung.first_slot, rung.n_chunks),
         )
         for rung in rows.rungs
     ]
     if rows.n_long:
-        shape = params.shape(1, data.plan.lengths[-1], objective)._replace(long=True)
+        shape = params.shape(1, data.plan.lengths[-1])._replace(long=True)
         parts.append((shape, (rows.long_cell, rows.long_slot, rows.n_long)))
     programs = []
     for low in range(0, len(parts), _RUNGS_A_PROGRAM):

@@ -344,6 +344,7 @@ class TPUAlternatingLeastSquares(
             linear_solver=self._linear_solver(),
             cg_steps=int(self.cg_steps),
             block_size=int(self.block_size),
+            positive=self.objective == "ials",
         )
 
     def _validated(self, X: Any, reset: bool = False) -> sparse.csr_matrix:

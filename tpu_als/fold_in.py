@@ -113,7 +113,7 @@ def solve_rows(
             fixed = _fix(source.table, gramian.astype(dtype), fixed.n_source, params.compute_dtype)
 
     def shape(rung: Rung) -> Shape:
-        return params.shape(rung.rows, rung.length, objective)
+        return params.shape(rung.rows, rung.length)
 
     def args(rung: Rung, number: int) -> tuple[slice, tuple[Any, ...]]:
         at = slice(rung.first_slot + number * rung.rows, rung.first_slot + (number + 1) * rung.rows)
