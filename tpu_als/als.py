@@ -282,15 +282,23 @@ def half_epoch(
     with precision(params.dtype):
         objective = typed(objective, params)
         prepare = where.whole(_prepare, params.compute_dtype)
-        fixed, begin = prepare(source_table, target_table, np.int32(source.n_rows))
+        fixed, begin = prepare(
+            source_table, target_table, side.own.lengths, np.int32(source.n_rows)
+        )
         programs = _programs(sweep.solve_rungs, side, data, fixed, objective)
         return where.run(programs, begin, side.own, params.dtype)
 
 
-def _prepare(dtype: str, table: Array, target: Shards, n_source: Array) -> tuple[Fixed, Shards]:
+def _prepare(
+    dtype: str, table: Array, target: Shards, lengths: Shards, n_source: Array
+) -> tuple[Fixed, Shards]:
     """Rotate the source table, and a copy of the target table to start from."""
     fixed = solve.fix(table, solve.gramian(table, dtype), n_source.astype(dtype))
-    return fixed, jax.tree.map(lambda rows: solve.rotate(rows, fixed.rotation), target)
+
+    def begin(rows: Array, lengths: Array) -> Array:
+        return solve.zero_empty(solve.rotate(rows, fixed.rotation), lengths)
+
+    return fixed, jax.tree.map(begin, target, lengths)
 
 
 def _count_failed(_: None, table: Array, lengths: Shards) -> tuple[Array, None]:

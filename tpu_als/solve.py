@@ -361,4 +361,4 @@ def finite_rows(z: Array) -> Array:
 
 def zero_empty(z: Array, lengths: Array) -> Array:
     """Rows without entries, and unused ones, are zero: equation (1) has right-hand side 0."""
-    return jnp.where(lengths[:, None] > 0, z, jnp.zeros((), z.dtype))
+    return jnp.where(lengths[..., None] > 0, z, jnp.zeros((), z.dtype))

@@ -1,0 +1,152 @@
+"""Confidence weighting against implicit's functions and scikit-learn's rules."""
+
+from __future__ import annotations
+
+import doctest
+from typing import Any
+
+import numpy as np
+import pytest
+from matrices import random_counts
+from scipy import sparse
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import Pipeline
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from tpu_als import TPUAlternatingLeastSquares, weighting
+from tpu_als.weighting import BM25Weighting, LogWeighting, TfidfWeighting
+
+ALL = [LogWeighting(), TfidfWeighting(), BM25Weighting(), LogWeighting(10.0), BM25Weighting(1.2, 1)]
+
+
+@parametrize_with_checks(ALL)
+def test_scikit_learn_checks(estimator: Any, check: Any) -> None:
+    check(estimator)
+
+
+def test_examples() -> None:
+    assert doctest.testmod(weighting).failed == 0
+
+
+class TestEqualsImplicit:
+    """Items are implicit's documents, users its terms: its recommenders weight the transpose."""
+
+    @pytest.mark.parametrize(("K1", "B"), [(100, 0.8), (1.2, 0.5), (0, 1)])
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_bm25(self, counts: sparse.csr_matrix, K1: float, B: float, dtype: Any) -> None:
+        nearest = pytest.importorskip("implicit.nearest_neighbours")
+        expected = nearest.bm25_weight(counts.T.astype(dtype), K1=K1, B=B).T.toarray()
+        got = BM25Weighting(K1, B).fit_transform(counts.astype(dtype))
+        assert got.dtype == dtype
+        np.testing.assert_allclose(got.toarray(), expected, rtol=1e-5)
+
+    def test_tfidf(self, counts: sparse.csr_matrix) -> None:
+        nearest = pytest.importorskip("implicit.nearest_neighbours")
+        expected = nearest.tfidf_weight(counts.T).T.toarray()
+        got = TfidfWeighting().fit_transform(counts)
+        np.testing.assert_allclose(got.toarray(), expected, rtol=1e-5)
+
+    def test_what_its_recommenders_do(self, counts: sparse.csr_matrix) -> None:
+        nearest = pytest.importorskip("implicit.nearest_neighbours")
+        theirs = nearest.BM25Recommender(K=5, K1=1.2, B=0.5)
+        theirs.fit(counts, show_progress=False)
+        weighted = BM25Weighting(1.2, 0.5).fit_transform(counts)
+        ours = nearest.ItemItemRecommender(K=5)
+        ours.fit(weighted, show_progress=False)
+        difference = ours.similarity - theirs.similarity
+        assert np.abs(difference.toarray()).max() < 1e-4
+
+
+class TestState:
+    @pytest.mark.parametrize("weighting", ALL, ids=repr)
+    def test_rows_do_not_depend_on_each_other(
+        self, weighting: Any, counts: sparse.csr_matrix
+    ) -> None:
+        fitted = clone(weighting).fit(counts)
+        some = np.array([7, 3])
+        expected = fitted.transform(counts)[some].toarray()
+        np.testing.assert_allclose(fitted.transform(counts[some]).toarray(), expected)
+
+    def test_lengths_are_learnt(self, counts: sparse.csr_matrix) -> None:
+        fitted = BM25Weighting(1.2).fit(counts)
+        sums = counts.toarray().sum(axis=0)
+        np.testing.assert_allclose(fitted.length_, 0.2 + 0.8 * sums / sums.mean(), rtol=1e-6)
+        other = clone(fitted).fit(counts[:10])
+        assert np.abs((fitted.transform(counts) - other.transform(counts)).data).max() > 0.01
+
+    def test_items_that_nobody_has(self) -> None:
+        counts = sparse.csr_matrix(np.array([[1, 2, 0], [3, 0, 0]], np.float32))
+        later = sparse.csr_matrix(np.array([[0, 0, 5]], np.float32))
+        for weighting in ALL:
+            assert np.all(clone(weighting).fit(counts).transform(later).data > 0)
+
+    def test_nothing_at_all(self) -> None:
+        empty = sparse.csr_matrix((3, 4), dtype=np.float32)
+        for weighting in ALL:
+            assert clone(weighting).fit_transform(empty).shape == (3, 4)
+
+
+class TestKinds:
+    @pytest.mark.parametrize("weighting", ALL, ids=repr)
+    @pytest.mark.parametrize("kind", [sparse.csr_matrix, sparse.csr_array, np.asarray])
+    def test_kind_is_kept(self, weighting: Any, kind: Any, counts: sparse.csr_matrix) -> None:
+        given = counts.toarray() if kind is np.asarray else kind(counts)
+        before = given.copy()
+        got = clone(weighting).fit_transform(given)
+        assert type(got) is type(given)
+        assert got.dtype == np.float32
+        assert abs(given - before).max() == 0
+        expected = clone(weighting).fit_transform(counts).toarray()
+        dense = got if kind is np.asarray else got.toarray()
+        np.testing.assert_array_equal(dense, expected)
+
+    def test_other_formats_and_types(self, counts: sparse.csr_matrix) -> None:
+        got = LogWeighting(2.0).fit_transform(counts.tocsc().astype(np.int64))
+        assert isinstance(got, sparse.csr_matrix)
+        np.testing.assert_allclose(got.toarray(), np.log1p(counts.toarray() / 2), rtol=1e-6)
+
+    def test_duplicates_are_summed_and_zeros_kept(self) -> None:
+        parts = (np.array([1.0, 2.0, 0.0]), np.array([1, 1, 2]), np.array([0, 3]))
+        got = LogWeighting().fit_transform(sparse.csr_array(parts, shape=(1, 3)))
+        assert got.nnz == 2
+        np.testing.assert_allclose(got.toarray(), [[0, np.log(4), 0]])
+        for weighting in (BM25Weighting(B=1), TfidfWeighting()):
+            got = weighting.fit_transform(sparse.csr_array(parts, shape=(1, 3)))
+            assert got.nnz == 2 and np.isfinite(got.data).all()
+
+    def test_dislikes_stay_dislikes(self, signed_counts: sparse.csr_matrix) -> None:
+        got = LogWeighting().fit_transform(signed_counts)
+        assert np.array_equal(np.sign(got.data), np.sign(signed_counts.data))
+
+
+@pytest.mark.parametrize(
+    ("weighting", "message"),
+    [
+        (LogWeighting(0.0), "epsilon must be a finite number above 0, got 0.0"),
+        (LogWeighting(np.inf), "epsilon must be"),
+        (BM25Weighting(-1), "K1 must be a finite number of at least 0, got -1"),
+        (BM25Weighting(B=1.5), "B must be a finite number of at least 0 and at most 1, got 1.5"),
+        (BM25Weighting(B="0.5"), "B must be"),
+    ],
+)
+def test_parameters_out_of_range(weighting: Any, message: str, counts: sparse.csr_matrix) -> None:
+    with pytest.raises(ValueError, match=message):
+        weighting.fit(counts)
+
+
+def test_negative_values(signed_counts: sparse.csr_matrix) -> None:
+    for weighting in (BM25Weighting(), TfidfWeighting()):
+        with pytest.raises(ValueError, match="Negative values"):
+            weighting.fit(signed_counts)
+
+
+@pytest.mark.parametrize("kind", [sparse.csr_matrix, sparse.csr_array])
+def test_in_a_search(kind: Any) -> None:
+    counts = kind(random_counts(60, 25, density=0.3))
+    model = TPUAlternatingLeastSquares(4, iterations=3, random_state=0)
+    pipeline = Pipeline([("weight", LogWeighting()), ("als", model)])
+    grid = {"weight": [LogWeighting(), BM25Weighting(), TfidfWeighting()], "als__alpha": [1.0]}
+    search = GridSearchCV(pipeline, grid, cv=2, error_score="raise")
+    search.fit(counts, als__show_progress=False)
+    assert np.all(search.cv_results_["mean_test_score"] > 0)
