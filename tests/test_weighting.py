@@ -51,7 +51,7 @@ class TestEqualsImplicit:
         nearest = pytest.importorskip("implicit.nearest_neighbours")
         theirs = nearest.BM25Recommender(K=5, K1=1.2, B=0.5)
         theirs.fit(counts, show_progress=False)
-        weighted = BM25Weighting(1.2, 0.5).fit_transform(counts)
+        weighted = BM25Weighting(1.2, 0.5).fit_transform(counts.astype(np.float64))
         ours = nearest.ItemItemRecommender(K=5)
         ours.fit(weighted, show_progress=False)
         difference = ours.similarity - theirs.similarity
@@ -59,11 +59,11 @@ class TestEqualsImplicit:
 
 
 class TestState:
-    @pytest.mark.parametrize("weighting", ALL, ids=repr)
+    @pytest.mark.parametrize("transformer", ALL, ids=repr)
     def test_rows_do_not_depend_on_each_other(
-        self, weighting: Any, counts: sparse.csr_matrix
+        self, transformer: Any, counts: sparse.csr_matrix
     ) -> None:
-        fitted = clone(weighting).fit(counts)
+        fitted = clone(transformer).fit(counts)
         some = np.array([7, 3])
         expected = fitted.transform(counts)[some].toarray()
         np.testing.assert_allclose(fitted.transform(counts[some]).toarray(), expected)
@@ -78,26 +78,26 @@ class TestState:
     def test_items_that_nobody_has(self) -> None:
         counts = sparse.csr_matrix(np.array([[1, 2, 0], [3, 0, 0]], np.float32))
         later = sparse.csr_matrix(np.array([[0, 0, 5]], np.float32))
-        for weighting in ALL:
-            assert np.all(clone(weighting).fit(counts).transform(later).data > 0)
+        for transformer in ALL:
+            assert np.all(clone(transformer).fit(counts).transform(later).data > 0)
 
     def test_nothing_at_all(self) -> None:
         empty = sparse.csr_matrix((3, 4), dtype=np.float32)
-        for weighting in ALL:
-            assert clone(weighting).fit_transform(empty).shape == (3, 4)
+        for transformer in ALL:
+            assert clone(transformer).fit_transform(empty).shape == (3, 4)
 
 
 class TestKinds:
-    @pytest.mark.parametrize("weighting", ALL, ids=repr)
+    @pytest.mark.parametrize("transformer", ALL, ids=repr)
     @pytest.mark.parametrize("kind", [sparse.csr_matrix, sparse.csr_array, np.asarray])
-    def test_kind_is_kept(self, weighting: Any, kind: Any, counts: sparse.csr_matrix) -> None:
+    def test_kind_is_kept(self, transformer: Any, kind: Any, counts: sparse.csr_matrix) -> None:
         given = counts.toarray() if kind is np.asarray else kind(counts)
         before = given.copy()
-        got = clone(weighting).fit_transform(given)
+        got = clone(transformer).fit_transform(given)
         assert type(got) is type(given)
         assert got.dtype == np.float32
         assert abs(given - before).max() == 0
-        expected = clone(weighting).fit_transform(counts).toarray()
+        expected = clone(transformer).fit_transform(counts).toarray()
         dense = got if kind is np.asarray else got.toarray()
         np.testing.assert_array_equal(dense, expected)
 
@@ -111,8 +111,8 @@ class TestKinds:
         got = LogWeighting().fit_transform(sparse.csr_array(parts, shape=(1, 3)))
         assert got.nnz == 2
         np.testing.assert_allclose(got.toarray(), [[0, np.log(4), 0]])
-        for weighting in (BM25Weighting(B=1), TfidfWeighting()):
-            got = weighting.fit_transform(sparse.csr_array(parts, shape=(1, 3)))
+        for transformer in (BM25Weighting(B=1), TfidfWeighting()):
+            got = transformer.fit_transform(sparse.csr_array(parts, shape=(1, 3)))
             assert got.nnz == 2 and np.isfinite(got.data).all()
 
     def test_dislikes_stay_dislikes(self, signed_counts: sparse.csr_matrix) -> None:
@@ -121,7 +121,7 @@ class TestKinds:
 
 
 @pytest.mark.parametrize(
-    ("weighting", "message"),
+    ("transformer", "message"),
     [
         (LogWeighting(0.0), "epsilon must be a finite number above 0, got 0.0"),
         (LogWeighting(np.inf), "epsilon must be"),
@@ -130,15 +130,15 @@ class TestKinds:
         (BM25Weighting(B="0.5"), "B must be"),
     ],
 )
-def test_parameters_out_of_range(weighting: Any, message: str, counts: sparse.csr_matrix) -> None:
+def test_parameters_out_of_range(transformer: Any, message: str, counts: sparse.csr_matrix) -> None:
     with pytest.raises(ValueError, match=message):
-        weighting.fit(counts)
+        transformer.fit(counts)
 
 
 def test_negative_values(signed_counts: sparse.csr_matrix) -> None:
-    for weighting in (BM25Weighting(), TfidfWeighting()):
+    for transformer in (BM25Weighting(), TfidfWeighting()):
         with pytest.raises(ValueError, match="Negative values"):
-            weighting.fit(signed_counts)
+            transformer.fit(signed_counts)
 
 
 @pytest.mark.parametrize("kind", [sparse.csr_matrix, sparse.csr_array])
