@@ -41,8 +41,9 @@ def _table(factors: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("devices", "threads"), [(1, 1), (1, 2), (4, 0)])
-@pytest.mark.parametrize("solver", EXACT)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("solver", "dtype"), [*((solver, "float32") for solver in EXACT), ("cholesky", "float64")]
+)
 def test_rows_equal_the_oracles(solver: str, dtype: str, devices: int, threads: int) -> None:
     params = dataclasses.replace(EXACT[solver], dtype=dtype)
     table = _table(params.factors)
