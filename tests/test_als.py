@@ -148,6 +148,9 @@ def test_half_epochs_epochs_and_losses_equal_the_oracles(
             oracle.half_epoch(MIXED.T.tocsr(), wide[0], given_objective),
             dtype,
         )
+        # exactly zero, wherever an iterative solver started
+        assert not als.user_factors(found, data)[_rungs(MIXED, "users") == 0].any()
+        assert not als.item_factors(found, data)[_rungs(MIXED, "items") == 0].any()
         after, failed = als.epoch(state, data, objective)
         assert failed == (0, 0)
         ours = als.user_factors(after, data), als.item_factors(after, data)
