@@ -268,9 +268,14 @@ class Serving(FoldIn):
         ids = np.full((len(queries), n), NO_ID, np.int32)
         scores = np.full((len(queries), n), NO_SCORE, table.dtype)
         if k and len(queries):
-            catalog = self._catalog(side, lengths)
             queries = queries.astype(table.dtype, copy=False)
-            best = ranking.top_k(queries, catalog, k, seen=seen, excluded=excluded)
+            if len(queries) <= ranking.HOST_QUERIES:
+                best = ranking.top_k_on_host(
+                    queries, table, k, lengths=lengths, seen=seen, excluded=excluded
+                )
+            else:
+                catalog = self._catalog(side, lengths)
+                best = ranking.top_k(queries, catalog, k, seen=seen, excluded=excluded)
             ids[:, :k], scores[:, :k] = best
             left_out = excluded if chosen is None else None
             _fill(ids[:, :k], seen, left_out, chosen)

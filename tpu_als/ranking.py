@@ -18,7 +18,8 @@ from tpu_als import layout
 from tpu_als.mesh import Workplace, precision
 
 _BATCH_BYTES = 1 << 24  # of scores kept at once by a thread
-_HOST_QUERIES = 4  # up to so many queries, a dispatch costs more than the product
+_HOST_BLOCK = 64
+HOST_QUERIES = 4  # up to so many queries, a dispatch costs more than the product
 
 
 @dataclass(frozen=True)
@@ -88,27 +89,84 @@ def top_k(
     scores : array (B, k)
         Inner products; -FLT_MAX where the id is -1.
     """
-    ids = np.full((len(queries), k), -1, np.int32)
-    scores = np.full((len(queries), k), -np.finfo(np.float32).max, catalog.table.dtype)
+    ids, scores = _empty(len(queries), k, catalog.table.dtype)
     width = min(k, len(catalog.table))
     if width == 0 or len(queries) == 0:
         return ids, scores
     batch = _batch(len(queries), catalog)
-    on_host = len(queries) <= _HOST_QUERIES
 
     def work(low: int) -> None:
         at = slice(low, low + batch)
         own = seen[at] if seen is not None else None
-        if on_host:
-            found = _rank_on_host(queries[at], catalog, width, own, excluded)
-        else:
-            found = _rank_on_devices(queries[at], catalog, width, own, excluded, batch)
-        kept = np.isfinite(found[1])
-        ids[at, :width] = np.where(kept, found[0], -1)
-        scores[at, :width] = np.where(kept, found[1], scores[at, :width])
+        found = _rank_on_devices(queries[at], catalog, width, own, excluded, batch)
+        _keep_finite(ids[at, :width], scores[at, :width], *found)
 
     catalog.place.threads(work, range(0, len(queries), batch))
     return ids, scores
+
+
+def top_k_on_host(
+    queries: np.ndarray,
+    table: np.ndarray,
+    k: int,
+    *,
+    lengths: np.ndarray | None = None,
+    seen: sparse.csr_matrix | None = None,
+    excluded: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`top_k` of a few queries over a table (N, K) in NumPy, without any dispatch.
+
+    `lengths` (N,), where given, divide the scores; the rest is as in `top_k`.
+    """
+    ids, scores = _empty(len(queries), k, table.dtype)
+    width = min(k, len(table))
+    if width == 0:
+        return ids, scores
+    # One product a query: a thin matrix product is much slower than so many with a vector.
+    products = np.stack([table @ query for query in queries])
+    if lengths is not None:
+        products /= lengths
+    if seen is not None:
+        products[np.repeat(np.arange(len(queries)), np.diff(seen.indptr)), seen.indices] = -np.inf
+    if excluded is not None:
+        products[:, excluded] = -np.inf
+    best = _candidates(products, width)
+    found = np.take_along_axis(products, best, 1)
+    order = np.argsort(-found, axis=1, kind="stable")[:, :width]
+    best, found = np.take_along_axis(best, order, 1), np.take_along_axis(found, order, 1)
+    _keep_finite(ids[:, :width], scores[:, :width], best, found)
+    return ids, scores
+
+
+def _candidates(products: np.ndarray, k: int) -> np.ndarray:
+    """Columns (B, at least k) among which the k best of each row are.
+
+    The k best stand in the k blocks with the largest maxima, or in what is left of a whole block.
+    """
+    n_queries, n_items = products.shape
+    n_blocks = n_items // _HOST_BLOCK
+    chosen = np.arange(n_items)[None].repeat(n_queries, 0)
+    if n_blocks > 2 * k:
+        whole = products[:, : n_blocks * _HOST_BLOCK].reshape(n_queries, n_blocks, _HOST_BLOCK)
+        blocks = np.argpartition(whole.max(axis=2), -k, axis=1)[:, -k:]
+        inside = blocks[:, :, None] * _HOST_BLOCK + np.arange(_HOST_BLOCK)
+        rest = chosen[:, n_blocks * _HOST_BLOCK :]
+        chosen = np.concatenate([inside.reshape(n_queries, -1), rest], axis=1)
+    best = np.argpartition(np.take_along_axis(products, chosen, 1), -k, axis=1)[:, -k:]
+    return np.take_along_axis(chosen, best, 1)
+
+
+def _empty(n_queries: int, k: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.full((n_queries, k), -1, np.int32)
+    return ids, np.full((n_queries, k), -np.finfo(np.float32).max, dtype)
+
+
+def _keep_finite(
+    ids: np.ndarray, scores: np.ndarray, found: np.ndarray, products: np.ndarray
+) -> None:
+    """Write the results that are not hidden ones."""
+    kept = np.isfinite(products)
+    ids[kept], scores[kept] = found[kept], products[kept]
 
 
 def _batch(n_queries: int, catalog: Catalog) -> int:
@@ -117,24 +175,6 @@ def _batch(n_queries: int, catalog: Catalog) -> int:
     most = max(_BATCH_BYTES // (catalog.placed[0].shape[0] * size), 8)
     share = -(-n_queries // catalog.place.n_shards)
     return 1 << min(int(most).bit_length() - 1, max(share - 1, 7).bit_length())
-
-
-def _rank_on_host(
-    queries: np.ndarray,
-    catalog: Catalog,
-    k: int,
-    seen: sparse.csr_matrix | None,
-    excluded: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    scores = queries @ catalog.table.T
-    if seen is not None:
-        scores[np.repeat(np.arange(len(queries)), np.diff(seen.indptr)), seen.indices] = -np.inf
-    if excluded is not None:
-        scores[:, excluded] = -np.inf
-    best = np.argpartition(scores, -k, axis=1)[:, -k:]
-    order = np.argsort(-np.take_along_axis(scores, best, 1), axis=1, kind="stable")
-    best = np.take_along_axis(best, order, 1)
-    return best, np.take_along_axis(scores, best, 1)
 
 
 def _rank_on_devices(

@@ -170,6 +170,8 @@ def canonical_csr(matrix: Any) -> sparse.csr_matrix:
     assert_all_finite(values, input_name="user_items")
     if csr.nnz and (csr.indices.min() < 0 or csr.indices.max() >= csr.shape[1]):
         raise ValueError(f"a column index of the sparse matrix lies outside its shape {csr.shape}")
+    if isinstance(csr, sparse.csr_matrix) and values is csr.data and csr.has_canonical_format:
+        return csr
     out = sparse.csr_matrix((values, csr.indices, csr.indptr), shape=csr.shape)
     if not out.has_canonical_format:
         out = out.copy()
