@@ -69,7 +69,7 @@ def fit_ours(train: sparse.csr_matrix, factors: int, seed: int, args: argparse.N
         objective="ials", unobserved_weight=UNOBSERVED_WEIGHT, linear_solver=args.solver,
     )  # fmt: skip
     model.fit(train, show_progress=False)
-    return model.user_factors, model.item_factors
+    return np.asarray(model.user_factors), np.asarray(model.item_factors)
 
 
 def fit_irspack(

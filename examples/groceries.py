@@ -1,7 +1,11 @@
 """Recommend groceries to households: a year of real purchases, from counts to product names.
 
 The first 80% of the year's purchases train the model; what each household bought for the first
-time in the rest is what a good recommendation would have named.
+time in the rest is what a good recommendation would have named. Products that it has bought before
+are left out of the recommendations and of the measurement: half of a shopping list repeats, a list
+of a household's own most bought products foresees that better than any model, and needs none.
+
+The parameters were chosen by a split by time within the first 80%.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.datasets import interactions_from_frame, load_groceries, split_by_time
+from tpu_als.weighting import LogWeighting
 
 
 @contextmanager
@@ -40,14 +45,14 @@ def main() -> None:
         new = later - later.multiply(train.matrix > 0)  # bought for the first time
         new.eliminate_zeros()
         # Bought ten times is more sure than bought once, though not ten times as much.
-        confidence = train.matrix.copy()
-        confidence.data = np.log1p(confidence.data)
+        confidence = LogWeighting().fit_transform(train.matrix)
     print(f"{train.matrix.shape[0]} households, {train.matrix.shape[1]} products, ", end="")
     print(f"{train.matrix.nnz} pairs; later {new.nnz} new pairs")
 
     model = TPUAlternatingLeastSquares(
-        factors=64, regularization=10.0, alpha=1.0, iterations=10, random_state=0
-    )
+        factors=64, regularization=1e-3, iterations=10, random_state=0,
+        objective="ials", unobserved_weight=2.0,
+    )  # fmt: skip
     with step("fit"):
         model.fit(confidence, show_progress=False)
 

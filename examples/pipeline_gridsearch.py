@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import FunctionTransformer
 
 from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.datasets import interactions_from_frame, load_groceries
+from tpu_als.weighting import LogWeighting
 
 
 def main() -> None:
@@ -26,8 +25,7 @@ def main() -> None:
     print(f"{purchases.matrix.shape[0]} households, {purchases.matrix.shape[1]} products")
 
     model = TPUAlternatingLeastSquares(factors=32, iterations=8, random_state=0)
-    # log1p works on the stored counts alone, so the matrix stays sparse.
-    pipeline = Pipeline([("dampen", FunctionTransformer(np.log1p)), ("als", model)])
+    pipeline = Pipeline([("weight", LogWeighting()), ("als", model)])
     grid = {"als__regularization": [1.0, 10.0, 100.0], "als__alpha": [1.0, 5.0, 20.0]}
     search = GridSearchCV(pipeline, grid, cv=3)
     start = time.perf_counter()
