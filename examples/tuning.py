@@ -33,12 +33,12 @@ QUICK: dict[str, dict[str, list[float]]] = {
 }
 FULL: dict[str, dict[str, list[float]]] = {
     "implicit": {
-        "als__regularization": [0.1, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0],
-        "als__alpha": [1.0, 2.0, 5.0, 10.0, 20.0, 40.0],
+        "als__regularization": [1.0, 3.0, 10.0, 30.0, 100.0, 300.0],
+        "als__alpha": [1.5, 3.0, 6.0, 12.0, 24.0],
     },
     "ials": {
-        "als__regularization": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2],
-        "als__unobserved_weight": [0.02, 0.05, 0.1, 0.2, 0.4, 1.0],
+        "als__regularization": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2],
+        "als__unobserved_weight": [0.05, 0.1, 0.2, 0.4, 1.0],
     },
 }
 

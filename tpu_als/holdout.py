@@ -13,9 +13,12 @@ _SEED = 20110801
 
 
 def hide(
-    rows: sparse.csr_matrix, fraction: float, at_least: int = 0
+    rows: sparse.csr_matrix,
+    fraction: float,
+    at_least: int = 0,
+    rng: np.random.Generator | None = None,
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Split the entries of each row into kept and hidden ones; the same split at every call.
+    """Split the entries of each row into kept and hidden ones; by default the same at every call.
 
     Parameters
     ----------
@@ -26,12 +29,14 @@ def hide(
         between its neighbours, so that short rows are hidden from in the right proportion.
     at_least : int, default=0
         Entries hidden from every row that has two positive entries or more. One is always kept.
+    rng : Generator, optional
+        What decides; by default one with a seed of its own.
 
     Returns
     -------
     kept, hidden : csr_matrix of shape (n_rows, n_columns)
     """
-    rng = np.random.default_rng(_SEED)
+    rng = np.random.default_rng(_SEED) if rng is None else rng
     row_of = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
     positive = np.flatnonzero(rows.data > 0)
     counts = np.bincount(row_of[positive], minlength=rows.shape[0])
@@ -73,11 +78,19 @@ def mean_ndcg(ids: np.ndarray, hidden: sparse.csr_matrix) -> float:
             stacklevel=3,
         )
         return float("nan")
-    width = np.int64(hidden.shape[1])
-    counts = np.diff(hidden.indptr)
-    wanted = np.repeat(np.arange(len(ids)), counts) * width + hidden.indices
-    found = np.arange(len(ids))[:, None] * width + ids
-    hits = np.isin(found, wanted) & (ids >= 0)
-    discounts = 1 / np.log2(np.arange(2, ids.shape[1] + 2))
-    ideal = np.cumsum(discounts)[np.minimum(counts, ids.shape[1]) - 1]
-    return float(np.mean(hits @ discounts / ideal))
+    return float(np.mean(ndcg_of_hits(hits_of(ids, hidden), np.diff(hidden.indptr))))
+
+
+def hits_of(ids: np.ndarray, hidden: sparse.csr_matrix) -> np.ndarray:
+    """Whether each ranked id (n, K) is a hidden entry of its row; -1 never is."""
+    width, rows = np.int64(hidden.shape[1]), np.arange(len(ids))
+    wanted = np.repeat(rows, np.diff(hidden.indptr)) * width + hidden.indices
+    wanted = np.append(np.sort(wanted), -1)  # what a search beyond the last one finds
+    found = rows[:, None] * width + ids
+    return (wanted[np.searchsorted(wanted[:-1], found)] == found) & (ids >= 0)
+
+
+def ndcg_of_hits(hits: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """NDCG (n,) of hits (n, K), for rows with `counts` (n,) > 0 entries to find."""
+    discounts = 1 / np.log2(np.arange(2, hits.shape[1] + 2))
+    return hits @ discounts / np.cumsum(discounts)[np.minimum(counts, hits.shape[1]) - 1]

@@ -1,0 +1,200 @@
+"""Splits and metrics: against implicit's where it has them, against plain loops elsewhere."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from matrices import random_counts
+from scipy import sparse
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+
+from tpu_als import TPUAlternatingLeastSquares, evaluation
+from tpu_als.weighting import LogWeighting
+
+reference = pytest.importorskip("implicit.evaluation")
+SHARED = {
+    "precision_at_k": evaluation.precision_at_k,
+    "mean_average_precision_at_k": evaluation.mean_average_precision_at_k,
+    "ndcg_at_k": evaluation.ndcg_at_k,
+    "AUC_at_k": evaluation.AUC_at_k,
+}
+
+
+@pytest.fixture(scope="module")
+def split() -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+    return evaluation.train_test_split(random_counts(60, 40, density=0.3, seed=1), random_state=0)
+
+
+@pytest.fixture(scope="module", params=["implicit", "tpu_als"])
+def model(request: pytest.FixtureRequest, split: Any) -> Any:
+    from implicit.cpu.als import AlternatingLeastSquares
+
+    cls = {"implicit": AlternatingLeastSquares, "tpu_als": TPUAlternatingLeastSquares}
+    fitted = cls[request.param](factors=6, iterations=3, random_state=0)
+    fitted.fit(split[0], show_progress=False)
+    return fitted
+
+
+class Ranker:
+    """Recommends given ids, in a dtype of choice."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        self.ids = ids
+
+    def recommend(self, userid: np.ndarray, user_items: Any, N: int) -> tuple[np.ndarray, None]:
+        assert user_items.shape[0] == len(userid)
+        return self.ids[userid, :N], None
+
+
+class TestMetrics:
+    @pytest.mark.parametrize("k", [1, 5, 10])
+    @pytest.mark.parametrize("name", SHARED)
+    def test_equal_implicits(self, model: Any, split: Any, name: str, k: int) -> None:
+        theirs = getattr(reference, name)(model, *split, K=k, show_progress=False)
+        assert SHARED[name](model, *split, K=k) == pytest.approx(theirs, abs=1e-6)
+
+    def test_ours_equal_plain_loops(self) -> None:
+        rng = np.random.default_rng(0)
+        held_out = random_counts(20, 15, density=0.2, seed=3)
+        ids = np.array([rng.permutation(15)[:5] for _ in range(20)])
+        got = evaluation.metrics_of_rankings(ids, held_out, np.full(15, 5))
+        recall, hit, first = [], [], []
+        for row, ranked in enumerate(ids):
+            likes = set(held_out[row].indices)
+            if not likes:
+                continue
+            hits = [item in likes for item in ranked]
+            recall.append(sum(hits) / min(5, len(likes)))
+            hit.append(any(hits))
+            first.append(1 / (hits.index(True) + 1) if any(hits) else 0)
+        assert got["recall"] == pytest.approx(np.mean(recall))
+        assert got["hit_rate"] == pytest.approx(np.mean(hit))
+        assert got["mrr"] == pytest.approx(np.mean(first))
+        shown = ids[np.diff(held_out.indptr) > 0]
+        assert got["coverage"] == pytest.approx(len(np.unique(shown)) / 15)
+        assert got["novelty"] == pytest.approx(np.log2(len(shown) / 5))
+
+    @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16])
+    def test_any_dtype_of_ids(self, dtype: type) -> None:
+        test = sparse.csr_matrix([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]])
+        ids = np.array([[1, 0], [0, 1], [2, 3]], dtype)
+        got = evaluation.ranking_metrics_at_k(Ranker(ids), test * 0, test, K=2)
+        assert got["precision"] == pytest.approx(1 / 3)
+        assert got["hit_rate"] == 0.5
+
+    def test_fillers_are_no_hits(self) -> None:
+        test = sparse.csr_matrix([[1, 1, 1, 1]])
+        ids = np.array([[2, -1, -1]])
+        got = evaluation.metrics_of_rankings(ids, test)
+        assert got["recall"] == pytest.approx(1 / 3)
+        assert got["coverage"] == 0.25
+
+    def test_nothing_to_measure_is_nan(self, model: Any, split: Any) -> None:
+        nothing = split[1] * 0
+        nothing.eliminate_zeros()
+        got = evaluation.ranking_metrics_at_k(model, split[0], nothing)
+        assert all(np.isnan(value) for value in got.values())
+
+    def test_shapes_are_checked(self, model: Any, split: Any) -> None:
+        with pytest.raises(ValueError, match="train has shape"):
+            evaluation.ndcg_at_k(model, split[0], split[1][:5])
+
+
+class TestSplits:
+    def test_random_split_is_implicits(self) -> None:
+        counts = random_counts(30, 20, density=0.4, seed=2)
+        for ours, theirs in zip(
+            evaluation.train_test_split(counts, 0.7, random_state=5),
+            reference.train_test_split(counts, 0.7, random_state=5),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(ours.toarray(), theirs.toarray())
+
+    @pytest.mark.parametrize("k", [1, 3])
+    def test_leave_k_out(self, k: int) -> None:
+        counts = random_counts(40, 20, density=0.2, seed=4)
+        train, test = evaluation.leave_k_out_split(counts, k, random_state=0)
+        np.testing.assert_array_equal((train + test).toarray(), counts.toarray())
+        assert train.nnz + test.nnz == counts.nnz
+        enough = np.diff(counts.indptr) > k + 1
+        np.testing.assert_array_equal(np.diff(test.indptr), np.where(enough, k, 0))
+        again = evaluation.leave_k_out_split(counts, k, random_state=0)[1]
+        other = evaluation.leave_k_out_split(counts, k, random_state=1)[1]
+        assert (again != test).nnz == 0
+        assert (other != test).nnz > 0
+
+    def test_leave_k_out_spares_users(self) -> None:
+        counts = random_counts(200, 20, density=0.4, seed=4)
+        test = evaluation.leave_k_out_split(counts, 1, train_only_size=0.5, random_state=0)[1]
+        assert 60 < test.nnz < 140
+
+    def test_strong_generalization(self) -> None:
+        counts = random_counts(50, 30, density=0.3, seed=6)
+        train, visible, held_out = evaluation.strong_generalization_split(
+            counts, 0.2, random_state=np.random.RandomState(0)
+        )
+        assert train.shape == (40, 30)
+        assert visible.shape == held_out.shape == (10, 30)
+        assert train.nnz + visible.nnz + held_out.nnz == counts.nnz
+        assert (np.diff(held_out.indptr) >= 1).all()
+        assert (np.diff(visible.indptr) >= 1).all()
+        assert visible.multiply(held_out).nnz == 0
+
+    def test_by_time(self) -> None:
+        counts = random_counts(30, 20, density=0.3, seed=7)
+        times = counts.copy()
+        times.data = np.random.default_rng(0).permutation(counts.nnz).astype(np.float64)
+        train, test = evaluation.time_split(counts, times, 0.25)
+        np.testing.assert_array_equal((train + test).toarray(), counts.toarray())
+        assert test.nnz == pytest.approx(counts.nnz / 4, abs=1)
+        late, early = times.multiply(test > 0), times.multiply(train > 0)
+        assert late.data.min() > early.data.max()
+        with pytest.raises(ValueError, match="entries of user_items"):
+            evaluation.time_split(counts, times.T)
+
+    @pytest.mark.parametrize("value", [0, 1, -0.1, 2])
+    def test_fractions_are_checked(self, value: float) -> None:
+        counts = random_counts(5, 5, density=0.5, seed=0)
+        for split in (
+            lambda: evaluation.train_test_split(counts, value),
+            lambda: evaluation.strong_generalization_split(counts, value),
+            lambda: evaluation.time_split(counts, counts, value),
+        ):
+            with pytest.raises(ValueError, match="between 0 and 1"):
+                split()
+
+
+class TestScorer:
+    def test_ndcg_is_the_estimators_own_score(self) -> None:
+        counts = random_counts(60, 40, density=0.3, seed=1)
+        model = TPUAlternatingLeastSquares(factors=6, iterations=3, random_state=0)
+        model.fit(counts, show_progress=False)
+        scorer = evaluation.make_ranking_scorer("ndcg", k=10)
+        assert scorer(model, counts) == pytest.approx(model.score(counts))
+
+    @pytest.mark.parametrize("metric", evaluation.METRICS)
+    def test_every_metric_scores(self, metric: str) -> None:
+        counts = random_counts(60, 40, density=0.3, seed=1)
+        model = TPUAlternatingLeastSquares(factors=6, iterations=3, random_state=0)
+        model.fit(counts, show_progress=False)
+        assert np.isfinite(evaluation.make_ranking_scorer(metric, k=5)(model, counts))
+
+    def test_in_a_search_over_a_pipeline(self) -> None:
+        counts = random_counts(60, 40, density=0.3, seed=1)
+        model = TPUAlternatingLeastSquares(factors=6, iterations=2, random_state=0)
+        pipeline = make_pipeline(LogWeighting(), model)
+        scorer = pickle.loads(pickle.dumps(evaluation.make_ranking_scorer("recall", k=5)))
+        name = "tpualternatingleastsquares"
+        search = GridSearchCV(pipeline, {f"{name}__alpha": [1.0, 10.0]}, scoring=scorer, cv=2)
+        search.fit(counts, **{f"{name}__show_progress": False})
+        assert 0 < search.best_score_ <= 1
+
+    def test_names_are_checked(self) -> None:
+        with pytest.raises(ValueError, match="metric must be one of"):
+            evaluation.make_ranking_scorer("accuracy")
+        with pytest.raises(ValueError, match="k must be"):
+            evaluation.make_ranking_scorer("ndcg", k=0)
