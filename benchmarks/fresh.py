@@ -26,7 +26,7 @@ def model_class(library: str, cache: str | None = None) -> Any:
     import tpu_als
 
     if cache:
-        tpu_als.enable_compilation_cache(cache)  # type: ignore[attr-defined]
+        tpu_als.enable_compilation_cache(cache)
     return tpu_als.TPUAlternatingLeastSquares
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -152,3 +156,33 @@ def test_doubles_exist_only_inside_their_scope() -> None:
         assert jax.numpy.asarray(np.zeros(2)).dtype == np.float64
     with mesh.precision("float32"):
         assert jax.numpy.asarray(np.zeros(2)).dtype == np.float32
+
+
+def test_a_later_process_reads_compiled_programs(tmp_path: Path) -> None:
+    """The cache is opt-in, and fills a directory that it makes."""
+    script = textwrap.dedent("""
+        import sys
+        import jax
+        import numpy as np
+        from scipy import sparse
+        import tpu_als
+
+        hits = []
+        jax.monitoring.register_event_listener(
+            lambda name, **_: hits.append(name) if name.endswith("/cache_hits") else None
+        )
+        assert jax.config.jax_compilation_cache_dir is None
+        tpu_als.enable_compilation_cache(sys.argv[1])
+        rows = sparse.csr_matrix(np.eye(5, dtype=np.float32))
+        model = tpu_als.TPUAlternatingLeastSquares(factors=2, iterations=1, random_state=0)
+        model.fit(rows, show_progress=False)
+        print(len(hits))
+    """)
+    command = [sys.executable, "-c", script, str(tmp_path / "cache")]
+    outputs = [
+        subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2)
+    ]
+    first, second = (int(output.stdout) for output in outputs)
+    assert first == 0
+    assert second >= 3
+    assert any((tmp_path / "cache").iterdir())

@@ -8,7 +8,14 @@ backend. The engine (`mesh`, `layout`, `als`, `ranking`) works without the estim
 from __future__ import annotations
 
 from .estimator import TPUAlternatingLeastSquares
+from .mesh import enable_compilation_cache
 from .validation import ModelFitError, ParameterWarning
 
 __version__ = "0.1.0"
-__all__ = ["ModelFitError", "ParameterWarning", "TPUAlternatingLeastSquares", "__version__"]
+__all__ = [
+    "ModelFitError",
+    "ParameterWarning",
+    "TPUAlternatingLeastSquares",
+    "__version__",
+    "enable_compilation_cache",
+]

@@ -216,6 +216,25 @@ def workplace(
     return Workplace(chosen, n_shards, table_layout)
 
 
+def enable_compilation_cache(path: str | os.PathLike[str]) -> None:
+    """Keep compiled programs in a directory, so that later processes need not compile them again.
+
+    Sets JAX's own options for the whole process, and so for all JAX code in it; the package never
+    does this by itself. Call it before the first fit. A file is read again only by the same
+    version of JAX on the same kind of device.
+
+    Parameters
+    ----------
+    path : path-like
+        The directory; made where it does not exist.
+    """
+    os.makedirs(path, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", os.fspath(path))
+    # Ours are many small programs; by default only slow and large ones are kept.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def _cores() -> int:
     """Cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
