@@ -18,13 +18,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from scipy import sparse
 from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import Pipeline
 
 from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.datasets import interactions_from_frame, load_groceries, split_by_time
+from tpu_als.evaluation import ranking_metrics_at_k
 from tpu_als.weighting import LogWeighting
 
 QUICK: dict[str, dict[str, list[float]]] = {
@@ -67,13 +67,8 @@ def groceries() -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
 
 def ndcg(pipeline: Pipeline, train: sparse.csr_matrix, test: sparse.csr_matrix) -> float:
     """Mean NDCG@10 of the test entries among the items not in the train part."""
-    users = np.flatnonzero(np.diff(test.indptr))
-    weighted = pipeline[:-1].transform(train)[users]
-    ids, _ = pipeline[-1].recommend(users, weighted, N=10)
-    hits = np.take_along_axis(test[users].toarray(), ids, axis=1) > 0
-    discounts = 1 / np.log2(np.arange(2, 12))
-    ideal = np.cumsum(discounts)[np.minimum(np.diff(test.indptr)[users], 10) - 1]
-    return float(np.mean(hits @ discounts / ideal))
+    weighted = pipeline[:-1].transform(train)
+    return ranking_metrics_at_k(pipeline[-1], weighted, test, K=10)["ndcg"]
 
 
 def search(
