@@ -14,6 +14,7 @@ from jax import Array, lax
 # Full float32 products: accelerators would otherwise round the operands to bfloat16 or tf32.
 PRECISION = lax.Precision.HIGHEST
 SOLVERS = ("cg", "cholesky", "subspace")
+_PANELS, _LEAST_PANEL = 4, 16  # of the factorisation on CPU; each panel costs compilation
 OBJECTIVES = ("implicit", "ials")
 
 
@@ -214,18 +215,29 @@ def direct(matrix: Array, rhs: Array) -> Array:
     Where a factorisation fails (rank-deficient and no ridge), the block is factored again with a
     ridge of a few rounding errors of its mean diagonal, which picks nearly the least-norm solution.
     """
-    upper = _factorise(matrix)
-    failed = ~jnp.all(jnp.isfinite(upper), axis=(1, 2))
-    upper = lax.cond(jnp.any(failed), _with_jitter, lambda *args: args[1], matrix, upper, failed)
+    upper = _factorise_semidefinite(matrix)
     return lax.platform_dependent(upper, rhs, cpu=_substitute, default=_triangular)
 
 
-def _with_jitter(matrix: Array, upper: Array, failed: Array) -> Array:
+def _factorise_semidefinite(matrix: Array) -> Array:
+    """Factorise as `_factorise`, again with a ridge where that failed. One loop, compiled once."""
     size = matrix.shape[1]
     mean = jnp.trace(matrix, axis1=1, axis2=2)[:, None, None] / size
-    jitter = 4 * size * jnp.finfo(matrix.dtype).eps * mean + jnp.finfo(matrix.dtype).tiny
-    again = _factorise(matrix + jitter * jnp.eye(size, dtype=matrix.dtype)[None])
-    return jnp.where(failed[:, None, None], again, upper)
+    ridge = 4 * size * jnp.finfo(matrix.dtype).eps * mean + jnp.finfo(matrix.dtype).tiny
+    ridge = ridge * jnp.eye(size, dtype=matrix.dtype)[None]
+
+    def failed(upper: Array) -> Array:
+        return ~jnp.all(jnp.isfinite(upper), axis=(1, 2))
+
+    def again(carry: tuple[Any, Array]) -> tuple[Any, Array]:
+        tries, upper = carry
+        factor = _factorise(jnp.where(tries > 0, matrix + ridge, matrix))
+        return tries + 1, jnp.where(failed(upper)[:, None, None], factor, upper)
+
+    def unfinished(carry: tuple[Any, Array]) -> Array:
+        return (carry[0] < 2) & jnp.any(failed(carry[1]))
+
+    return lax.while_loop(unfinished, again, (0, jnp.full_like(matrix, jnp.nan)))[1]
 
 
 def _factorise(matrix: Array) -> Array:
@@ -240,18 +252,38 @@ def _factorise(matrix: Array) -> Array:
 
 
 def _factorise_rows(matrix: Array) -> Array:
-    """Cholesky row by row of U, each from the rows above it, vectorised over R."""
+    """Cholesky by panels of rows of U, vectorised over R.
+
+    A panel first loses, by one product, what the panels above account for.
+    """
     size = matrix.shape[1]
+    height = max(-(-size // _PANELS), _LEAST_PANEL)
+    upper = jnp.zeros_like(matrix)
+    for low in range(0, size, height):
+        high = min(low + height, size)
+        panel = matrix[:, low:high, low:]
+        if low:
+            above = upper[:, :low, low:]
+            panel = panel - jnp.einsum(
+                "rij,rik->rjk", above[:, :, : high - low], above, precision=PRECISION
+            )
+        upper = upper.at[:, low:high, low:].set(_factorise_panel(panel))
+    return upper
+
+
+def _factorise_panel(panel: Array) -> Array:
+    """The top rows (R, P, n >= P) of U, row by row, each from the rows above it."""
+    columns = jnp.arange(panel.shape[2])[None]
 
     def body(k: Any, upper: Array) -> Array:
-        line = lax.dynamic_index_in_dim(matrix, k, 1, keepdims=False)
+        line = lax.dynamic_index_in_dim(panel, k, 1, keepdims=False)
         above = lax.dynamic_index_in_dim(upper, k, 2, keepdims=False)
-        line = line - jnp.sum(above[:, :, None] * upper, axis=1)
+        line = line - jnp.einsum("ri,rik->rk", above, upper, precision=PRECISION)
         pivot = jnp.sqrt(lax.dynamic_slice_in_dim(line, k, 1, 1))
-        line = jnp.where(jnp.arange(size)[None] >= k, line / pivot, 0)
+        line = jnp.where(columns >= k, line / pivot, 0)
         return lax.dynamic_update_slice_in_dim(upper, line[:, None, :], k, 1)
 
-    return lax.fori_loop(0, size, body, jnp.zeros_like(matrix))
+    return lax.fori_loop(0, panel.shape[1], body, jnp.zeros_like(panel))
 
 
 def _substitute(upper: Array, rhs: Array) -> Array:
