@@ -157,7 +157,9 @@ def _whole(fn: Callable[..., Any], static: Any, mesh: Mesh | None) -> Callable[.
 @functools.cache
 def _each(fn: Callable[..., Any], static: Any, mesh: Mesh | None) -> Callable[..., Any]:
     if mesh is None:
-        return jax.jit(functools.partial(fn, static), donate_argnums=0)
+        return jax.jit(
+            functools.partial(fn, static), donate_argnums=0, compiler_options=_compiler_options()
+        )
 
     def local(out: Any, own: Any, shared: Any) -> Any:
         return fn(static, out[0], jax.tree.map(lambda part: part[0], own), shared)[None]
@@ -166,7 +168,12 @@ def _each(fn: Callable[..., Any], static: Any, mesh: Mesh | None) -> Callable[..
     mapped = jax.shard_map(
         local, mesh=mesh, in_specs=(own, own, everywhere), out_specs=own, check_vma=False
     )
-    return jax.jit(mapped, donate_argnums=0)
+    return jax.jit(mapped, donate_argnums=0, compiler_options=_compiler_options())
+
+
+def _compiler_options() -> dict[str, Any] | None:
+    """Options for the loops over chunks on CPU, where LLVM's level 3 makes slower code than 2."""
+    return {"xla_backend_optimization_level": 2} if jax.default_backend() == "cpu" else None
 
 
 def precision(dtype: str) -> contextlib.AbstractContextManager[Any]:

@@ -165,18 +165,32 @@ def normal(block: Block, p: Array) -> Array:
     return project(block, block.w * predict(block, p))
 
 
+def curvature(block: Block, p: Array) -> Array:
+    """p^T E^T W E p of each row (R, 1)."""
+    return jnp.sum(block.w * jnp.square(predict(block, p)), axis=1, keepdims=True)
+
+
 def residual(block: Block, z: Array) -> Array:
     """E^T (v - W E z), the data part of the residual of equation (1) at z (R, K)."""
     return project(block, block.v - block.w * predict(block, z))
 
 
-def rows_cg(normal: Callable[[Array], Array], r: Array, z: Array, d: Array, steps: int) -> Array:
+def rows_cg(
+    normal: Callable[[Array], Array],
+    curvature: Callable[[Array], Array],
+    r: Array,
+    z: Array,
+    d: Array,
+    steps: int,
+) -> Array:
     """Conjugate gradients on equation (3), preconditioned by its diagonal part (R, K).
 
     Parameters
     ----------
     normal : callable
         p -> E^T W E p.
+    curvature : callable
+        p -> p^T E^T W E p, (R, 1): half the work, and all that the last step needs.
     r : (R, K)
         Data part of the residual at `z`.
     z : (R, K)
@@ -184,22 +198,21 @@ def rows_cg(normal: Callable[[Array], Array], r: Array, z: Array, d: Array, step
     d : (R, K)
         That diagonal part, a0 s + lam_u.
     steps : int
-        Steps to take.
+        Steps to take, 1 or more.
     """
     tiny = jnp.finfo(z.dtype).tiny
     r = r - d * z
     y = r / d
     p, size = y, jnp.sum(r * y, axis=1, keepdims=True)
-    for step in range(steps):
+    for _ in range(steps - 1):
         image = d * p + normal(p)
         a = size / jnp.maximum(jnp.sum(p * image, axis=1, keepdims=True), tiny)
-        z = z + a * p
-        if step + 1 < steps:
-            r = r - a * image
-            y = r / d
-            last, size = size, jnp.sum(r * y, axis=1, keepdims=True)
-            p = y + size / jnp.maximum(last, tiny) * p
-    return z
+        z, r = z + a * p, r - a * image
+        y = r / d
+        last, size = size, jnp.sum(r * y, axis=1, keepdims=True)
+        p = y + size / jnp.maximum(last, tiny) * p
+    bend = jnp.sum(d * p * p, axis=1, keepdims=True) + curvature(p)
+    return z + size / jnp.maximum(bend, tiny) * p
 
 
 def accumulate(block: Block) -> tuple[Array, Array]:

@@ -93,8 +93,11 @@ def solve_block(
     elif shape.solver == "subspace":
         z = solve.rows_subspace(block, d, z, shape.block_size)
     else:
-        r = solve.residual(block, z)
-        z = solve.rows_cg(lambda p: solve.normal(block, p), r, z, d, shape.steps)
+        z = solve.rows_cg(
+            lambda p: solve.normal(block, p),
+            lambda p: solve.curvature(block, p),
+            solve.residual(block, z), z, d, shape.steps,
+        )  # fmt: skip
     return finish(fixed, lengths, z)
 
 
@@ -171,8 +174,10 @@ def _solve_long(shape: Shape, span: Span, out: Array, own: Own, shared: Shared) 
             # Also for "subspace": its predictions of a row of any length would have to be kept.
             r = over(lambda block: solve.residual(block, z), vector)
             z = solve.rows_cg(
-                lambda p: over(lambda block: solve.normal(block, p), vector), r, z, d, shape.steps
-            )
+                lambda p: over(lambda block: solve.normal(block, p), vector),
+                lambda p: over(lambda block: solve.curvature(block, p), vector[:, :1]),
+                r, z, d, shape.steps,
+            )  # fmt: skip
         z = finish(shared.fixed, lengths, z).astype(out.dtype)
         return lax.dynamic_update_slice_in_dim(out, z, slot, 0)
 
