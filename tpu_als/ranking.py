@@ -17,7 +17,8 @@ from scipy import sparse
 from tpu_als import layout
 from tpu_als.mesh import Workplace, precision
 
-_BATCH_BYTES = 1 << 24  # of scores kept at once by a thread
+_BATCH_BYTES = 1 << 23  # of scores kept at once by a thread
+_BLOCKS = (32, 8)
 _HOST_BLOCK = 64
 HOST_QUERIES = 4  # up to so many queries, a dispatch costs more than the product
 
@@ -188,12 +189,14 @@ def _rank_on_devices(
     n_items, part = len(catalog.table), catalog.placed[0].shape[0]
     padded = np.zeros((batch, queries.shape[1]), queries.dtype)
     padded[: len(queries)] = queries
-    hidden = _hidden_bits(batch, part * len(catalog.placed), seen, excluded, n_items)
+    hidden = _hidden(
+        batch if seen is not None else 1, part * len(catalog.placed), seen, excluded, n_items
+    )
     found = []
     with precision(catalog.dtype):
         for number, rows in enumerate(catalog.placed):
-            bits = hidden[:, number * part // 8 : (number + 1) * part // 8]
-            found.append(_rank(padded, rows, np.ascontiguousarray(bits), min(_wide(k), part)))
+            own = np.ascontiguousarray(hidden[:, number * part : (number + 1) * part])
+            found.append(_rank(padded, rows, own, min(_wide(k), part)))
     scores = np.concatenate([np.asarray(s) for s, _ in found], axis=1)[: len(queries)]
     ids = np.concatenate(
         [np.asarray(i) + number * part for number, (_, i) in enumerate(found)], axis=1
@@ -208,31 +211,46 @@ def _wide(k: int) -> int:
     return 1 << max(k - 1, 15).bit_length()
 
 
-def _hidden_bits(
+def _hidden(
     n_rows: int,
     n_columns: int,
     seen: sparse.csr_matrix | None,
     excluded: np.ndarray | None,
     n_items: int,
 ) -> np.ndarray:
-    """One bit a cell (n_rows, n_columns / 8): set where an item must not be recommended."""
-    hidden = np.zeros((n_rows, n_columns // 8), np.uint8)
-    everywhere = np.zeros(n_columns, np.uint8)
-    everywhere[n_items:] = 1
+    """Whether an item must not be recommended, (n_rows, n_columns)."""
+    hidden = np.zeros((n_rows, n_columns), bool)
+    hidden[:, n_items:] = True
     if excluded is not None:
-        everywhere[excluded] = 1
+        hidden[:, excluded] = True
     if seen is not None:
-        rows = np.repeat(np.arange(seen.shape[0]), np.diff(seen.indptr))
-        bits = np.left_shift(1, 7 - seen.indices % 8).astype(np.uint8)
-        np.bitwise_or.at(hidden, (rows, seen.indices // 8), bits)
-    return hidden | np.packbits(everywhere)
+        hidden[np.repeat(np.arange(seen.shape[0]), np.diff(seen.indptr)), seen.indices] = True
+    return hidden
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def _rank(queries: Array, rows: Array, hidden: Array, k: int) -> tuple[Array, Array]:
-    """Top k scores (B, k) and row numbers of one part of the catalog."""
+    """Top k scores (B, k) and row numbers of one part of the catalog.
+
+    The k best stand in the k blocks with the largest maxima, so only those are sorted. Items of a
+    block lie a whole number of blocks apart: a maximum over them is one over contiguous runs.
+    """
     scores = jnp.matmul(queries, rows.T, precision=lax.Precision.HIGHEST)
-    shifts = jnp.arange(7, -1, -1, dtype=jnp.uint8)
-    bits = (hidden[:, :, None] >> shifts[None, None]) & jnp.uint8(1)
-    scores = jnp.where(bits.reshape(scores.shape) == 1, -jnp.inf, scores)
-    return lax.top_k(scores, k)
+    scores = jnp.where(hidden, -jnp.inf, scores)
+    return _best(scores, k)
+
+
+def _best(scores: Array, k: int) -> tuple[Array, Array]:
+    """Top k values (B, k) and columns of scores (B, n), by blocks while that pays."""
+    n_queries, n_columns = scores.shape
+    for size in _BLOCKS:
+        n_blocks = n_columns // size
+        if n_columns % size == 0 and n_blocks >= 4 * k:
+            break
+    else:
+        return lax.top_k(scores, k)
+    members = scores.reshape(n_queries, size, n_blocks)
+    _, blocks = lax.top_k(members.max(axis=1), k)
+    inside = jnp.take_along_axis(members, blocks[:, None, :], axis=2, mode="promise_in_bounds")
+    best, at = _best(inside.reshape(n_queries, -1), k)
+    return best, at // k * n_blocks + jnp.take_along_axis(blocks, at % k, axis=1)
