@@ -189,9 +189,7 @@ def _rank_on_devices(
     n_items, part = len(catalog.table), catalog.placed[0].shape[0]
     padded = np.zeros((batch, queries.shape[1]), queries.dtype)
     padded[: len(queries)] = queries
-    hidden = _hidden(
-        batch if seen is not None else 1, part * len(catalog.placed), seen, excluded, n_items
-    )
+    hidden = _hidden(batch, part * len(catalog.placed), seen, excluded, n_items)
     found = []
     with precision(catalog.dtype):
         for number, rows in enumerate(catalog.placed):
