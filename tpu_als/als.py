@@ -162,8 +162,8 @@ def cheapest_solver(
     """Name the solver with the least predicted time for one iteration.
 
     "cg" and "subspace" read each gathered entry a few times, at the speed of memory; "cholesky" and
-    "subspace" multiply, at the speed of the matrix units. docs/performance.md has the measurements
-    behind the two speeds of each backend.
+    "subspace" multiply, at the speed of the matrix units. The two speeds of a CPU are measured
+    (docs/performance.md); those of accelerators are of the order that their makers state.
     """
     entries, rows = (float(sum(f(each) for each in lengths)) for f in (np.sum, len))
     read, multiply = _SPEEDS[backend_kind(place)]

@@ -70,7 +70,8 @@ class TPUAlternatingLeastSquares(
     devices : None, int, list of jax.Device or jax.sharding.Mesh, default=None
         None takes all devices of JAX's default backend, a number the first so many.
     table_layout : {"auto", "replicated", "sharded"}, default="auto"
-        How the table held fixed stands on several devices.
+        How the table held fixed is to stand on several devices. At present each device has all of
+        it for the length of a half-epoch, whichever is asked for.
     warm_start : bool, default=False
         Start `fit` from the present tables, as implicit always does.
     use_gpu : bool, default=None
