@@ -25,20 +25,24 @@ FLOORS = [
     ["_tables"],
     ["early_stopping"],
     ["checkpoint"],
-    ["evaluation", "weighting", "datasets"],
+    ["evaluation", "weighting", "datasets", "shards"],
+    ["_shard_writer"],
+    ["_shard_reader"],
+    ["_transpose"],
     ["holdout"],
     ["ranking"],
     ["fold_in"],
     ["als"],
     ["sweep"],
-    ["exchange"],
+    ["exchange", "cells"],
     ["solve"],
     ["mesh"],
     ["layout"],
     ["validation"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-HOST_ONLY = ["layout", "validation", "evaluation", "weighting", "datasets", "holdout"]
+HOST_ONLY = ["layout", "cells", "validation", "evaluation", "weighting", "datasets", "holdout"]
+HOST_ONLY += ["shards", "_shard_writer", "_shard_reader", "_transpose"]
 
 
 def tree(path: Path) -> ast.Module:

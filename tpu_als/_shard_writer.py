@@ -1,0 +1,225 @@
+"""Writing both orientations of streamed rows as Parquet files, in bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from ._shard_reader import cut_rows, parquet_library
+from ._transpose import ExternalTranspose, index_dtype
+from .validation import canonical_csr
+
+_ROW_GROUP_ENTRIES = 1 << 20
+_UNKNOWN_ROWS = 1 << 40
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to write: `write_shards` describes each."""
+
+    n_shards: int
+    compression: str
+    memory_entries: int
+
+
+def write_sides(
+    blocks: Iterable[sparse.csr_matrix],
+    folder: Path,
+    shape: tuple[int | None, int],
+    has_values: bool | None,
+    settings: Settings,
+) -> tuple[int, int, bool]:
+    """Write the folders `user` and `item` from blocks of consecutive users.
+
+    Parameters
+    ----------
+    blocks : iterable of csr_matrix
+        Canonical, float32.
+    folder : Path
+        Exists; a temporary folder in it is removed at the end, and also after an error.
+    shape : (int or None, int)
+        Users, where known beforehand, and items.
+    has_values : bool or None
+        Whether any entry is not 1; None where that is not known beforehand.
+    settings : Settings
+
+    Returns
+    -------
+    n_rows, n_entries : int
+        Of the blocks.
+    has_values : bool
+    """
+    n_rows, n_entries, found_values = 0, 0, False
+    memory = settings.memory_entries
+    with tempfile.TemporaryDirectory(dir=folder, prefix="_transpose-") as runs:
+        guess = _UNKNOWN_ROWS if shape[0] is None else shape[0]
+        transpose = ExternalTranspose(
+            Path(runs), (guess, shape[1]), has_values is not False, memory
+        )
+        with PartWriter(folder / "user", shape[1], has_values, settings) as users:
+            for block in blocks:
+                row_ids = np.arange(n_rows, n_rows + block.shape[0])
+                for ids, rows in cut_rows(row_ids, block, min(_ROW_GROUP_ENTRIES, memory // 4 + 1)):
+                    users.add(ids, rows)
+                    transpose.add(ids, rows)
+                    found_values = found_values or bool(np.any(rows.data != 1))
+                n_rows, n_entries = n_rows + block.shape[0], n_entries + block.nnz
+        n_users = max(n_rows, shape[0] or 0)
+        with PartWriter(folder / "item", n_users, found_values, settings) as items:
+            for ids, rows in transpose.merged(n_users):
+                items.add(ids, rows)
+    return n_rows, n_entries, found_values
+
+
+class PartWriter(contextlib.AbstractContextManager):
+    """Rows to the files part-00000.parquet, ... of a folder: row `row_id % n_shards` to each.
+
+    Parameters
+    ----------
+    folder : Path
+        Is made.
+    n_columns : int
+        Decides whether column ids are int32 or int64.
+    values : bool or None
+        Whether the files have values; None: they have, but null for row groups of ones.
+    settings : Settings
+        The entries that wait for their row group are at most `memory_entries`, over all parts.
+    """
+
+    def __init__(
+        self, folder: Path, n_columns: int, values: bool | None, settings: Settings
+    ) -> None:
+        pa, pq = parquet_library()
+        n_shards = settings.n_shards
+        lists = [("col_ids", pa.list_(pa.from_numpy_dtype(index_dtype(n_columns))))]
+        if values is not False:
+            lists.append(("values", pa.list_(pa.float32())))
+        self._schema = pa.schema([("row_id", pa.int64()), *lists])
+        self._null_if_ones = values is None
+        self._group = max(1, min(_ROW_GROUP_ENTRIES, settings.memory_entries // n_shards))
+        self._held: list[list[tuple[np.ndarray, sparse.csr_matrix]]] = [[] for _ in range(n_shards)]
+        self._n_held = [0] * n_shards
+        folder.mkdir()
+        with contextlib.ExitStack() as files:
+            self._writers = [
+                files.enter_context(
+                    pq.ParquetWriter(
+                        folder / f"part-{part:05d}.parquet",
+                        self._schema,
+                        compression=settings.compression,
+                        use_dictionary=["values.list.element"],  # ids hardly ever repeat
+                        write_statistics=["row_id"],
+                    )
+                )
+                for part in range(n_shards)
+            ]
+            self._files = files.pop_all()
+
+    def add(self, row_ids: np.ndarray, rows: sparse.csr_matrix) -> None:
+        """Write rows that follow, in each part, those of earlier calls; empty ones are left out."""
+        n_shards = len(self._held)
+        stored = np.flatnonzero(np.diff(rows.indptr))
+        order = stored[np.argsort(row_ids[stored] % n_shards, kind="stable")]
+        row_ids, rows = row_ids[order], rows[order]
+        bounds = np.searchsorted(row_ids % n_shards, np.arange(n_shards + 1))
+        for part, (begin, end) in enumerate(pairwise(bounds)):
+            if begin < end:
+                piece = rows[begin:end]
+                self._held[part].append((row_ids[begin:end].copy(), piece))
+                self._n_held[part] += piece.nnz
+                if self._n_held[part] >= self._group:
+                    self._write(part)
+
+    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
+        with self._files:
+            if kind is None:
+                for part in range(len(self._held)):
+                    self._write(part)
+
+    def _write(self, part: int) -> None:
+        if not self._held[part]:
+            return
+        pa, _ = parquet_library()
+        row_ids = np.concatenate([ids for ids, _ in self._held[part]])
+        rows = sparse.vstack([rows for _, rows in self._held[part]], format="csr")
+        self._held[part], self._n_held[part] = [], 0
+        offsets = pa.array(rows.indptr.astype(np.int32))
+        kinds = {field.name: field.type for field in self._schema}
+        indices = pa.array(rows.indices, kinds["col_ids"].value_type, safe=False)
+        columns = [pa.array(row_ids, pa.int64()), pa.ListArray.from_arrays(offsets, indices)]
+        if "values" in kinds and self._null_if_ones and np.all(rows.data == 1):
+            columns.append(pa.nulls(len(row_ids), kinds["values"]))
+        elif "values" in kinds:
+            columns.append(pa.ListArray.from_arrays(offsets, pa.array(rows.data)))
+        table = pa.Table.from_arrays(columns, schema=self._schema)
+        self._writers[part].write_table(table, row_group_size=len(row_ids))
+
+
+def canonical_blocks(
+    blocks: Iterable[Any], shape: tuple[int, int] | None
+) -> Iterator[sparse.csr_matrix]:
+    """Each block canonical, or a ValueError for what is none, or does not fit the others."""
+    if not isinstance(blocks, Iterable) or isinstance(blocks, np.ndarray):
+        raise ValueError(
+            f"data must be a CSR matrix or an iterable of CSR matrices, got {type(blocks).__name__}"
+        )
+    n_rows, width = 0, None
+    for number, block in enumerate(blocks):
+        if not sparse.issparse(block) or block.ndim != 2:
+            raise ValueError(
+                f"block {number} of the data must be a CSR matrix, got {type(block).__name__}"
+            )
+        if width not in (None, block.shape[1]):
+            raise ValueError(
+                f"block {number} of the data has {block.shape[1]} columns, but those before it "
+                f"have {width}: every block must have all items as columns"
+            )
+        n_rows, width = n_rows + block.shape[0], block.shape[1]
+        if shape is not None and (n_rows > shape[0] or width > shape[1]):
+            raise ValueError(
+                f"the data have at least {n_rows} users and {width} items, which is more than "
+                f"shape={tuple(shape)}"
+            )
+        yield canonical_csr(block)
+
+
+@contextlib.contextmanager
+def new_directory(folder: Path, names: Iterable[str]) -> Iterator[Path]:
+    """An empty directory; after an error, folders of these names in it are removed again."""
+    was_there = folder.exists()
+    if was_there and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not an empty directory: choose another, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    except BaseException:
+        for name in names:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        if not was_there:
+            folder.rmdir()
+        raise
+
+
+def write_totals(file: Path, totals: dict[str, Any]) -> None:
+    """Write a JSON file that has its name only once it is complete."""
+    part = file.with_name(f"_{file.name}.tmp")
+    try:
+        with open(part, "x", encoding="utf-8") as stream:
+            json.dump(totals, stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

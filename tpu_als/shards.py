@@ -1,0 +1,354 @@
+"""Interactions that exceed a host's memory: a directory of Parquet files, by user and by item."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from scipy import sparse
+
+from ._shard_reader import RowReader, joined, packed, parquet_files, parquet_library, read_totals
+from ._shard_writer import Settings, canonical_blocks, new_directory, write_sides, write_totals
+from ._transpose import index_dtype
+
+FORMAT = 1
+Side = Literal["user", "item"]
+SIDES: tuple[Side, ...] = ("user", "item")
+TOTALS = "totals.json"
+_COMPRESSIONS = ("zstd", "snappy", "gzip", "brotli", "lz4", "none")
+
+
+@dataclass(frozen=True)
+class ShardedMatrix:
+    """Interactions in a directory of Parquet files; `open_shards` and `write_shards` give it.
+
+    It holds no entries and no open files, so it is cheap to pickle and to send to other
+    processes. The files are described in docs/shards.md. Of each side ("user": rows are users;
+    "item": rows are items), process `part` of `parts` reads the files part, part + parts, ... by
+    name; every row is whole in one file.
+
+    Attributes
+    ----------
+    path : Path
+        The directory.
+    shape : (int, int)
+        Users and items.
+    nnz : int
+        Stored entries.
+    n_shards : int
+        Files of each side.
+    has_values : bool
+        Whether the values are read; otherwise all entries are 1.
+    """
+
+    path: Path
+    shape: tuple[int, int]
+    nnz: int
+    n_shards: int
+    has_values: bool
+
+    @property
+    def dtype(self) -> type[np.float32]:
+        """Of the entries as they are read."""
+        return np.float32
+
+    def files(self, side: Side, part: int = 0, parts: int = 1) -> list[Path]:
+        """List the files of a process.
+
+        Parameters
+        ----------
+        side : {"user", "item"}
+        part, parts : int, default=0 of 1
+            Which process of how many. More processes than files leave some with none.
+
+        Returns
+        -------
+        list of Path
+            By name.
+
+        Raises
+        ------
+        ValueError
+            For another side, a part out of range, or files that are not `n_shards`.
+        """
+        if side not in SIDES:
+            raise ValueError(f"side must be one of {SIDES}, got {side!r}")
+        if not (_is_count(parts) and _is_count(part, 0) and part < parts):
+            raise ValueError(f"part must be from 0 to below parts, got part {part} of {parts}")
+        found = parquet_files(self.path / side)
+        if len(found) != self.n_shards:
+            raise ValueError(
+                f"{self.path / side} has {len(found)} Parquet files, but {TOTALS} counts "
+                f"{self.n_shards}: files are missing, or not of this data set"
+            )
+        return found[part::parts]
+
+    def lengths(self, side: Side, part: int = 0, parts: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Count the entries of each row, without holding them.
+
+        Parameters
+        ----------
+        side, part, parts
+            As in `files`.
+
+        Returns
+        -------
+        row_ids : ndarray of int64 (m,)
+            In the order of the files; rows that no file has are absent.
+        lengths : ndarray of int64 (m,)
+
+        Raises
+        ------
+        ValueError
+            Where a row occurs twice; where all files together do not hold `nnz` entries; and as
+            in `blocks`.
+        """
+        read = [pair for file in self._readers(side, part, parts) for pair in file.lengths()]
+        row_ids = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in read)])
+        lengths = np.concatenate([np.zeros(0, np.int64), *(counts for _, counts in read)])
+        ordered = np.sort(row_ids)
+        again = ordered[1:][ordered[1:] == ordered[:-1]]
+        if len(again):
+            raise ValueError(
+                f"{self.path / side}: row {again[0]} occurs more than once, but a row must be "
+                "whole in one file"
+            )
+        if parts == 1 and lengths.sum() != self.nnz:
+            raise ValueError(
+                f"{self.path / side} holds {lengths.sum()} entries, but {TOTALS} says {self.nnz}"
+            )
+        return row_ids, lengths
+
+    def blocks(
+        self, side: Side, part: int = 0, parts: int = 1, entries: int = 1 << 22
+    ) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
+        """Stream the rows, with a block and a row group of a file in memory at a time.
+
+        Parameters
+        ----------
+        side, part, parts
+            As in `files`.
+        entries : int, default=2**22
+            Most entries of a block; a longer row is a block of its own.
+
+        Yields
+        ------
+        row_ids : ndarray of int64 (m,)
+            In the order of the files.
+        rows : csr_matrix of shape (m, n_columns)
+            float32, canonical; the columns are the other side's rows.
+
+        Raises
+        ------
+        ValueError
+            As in `files`; and, naming the file, for what is no such file, lacks a column, or
+            holds an id out of range, a missing or infinite value, or a column twice in a row.
+        """
+        if not _is_count(entries):
+            raise ValueError(f"entries must be an integer of at least 1, got {entries!r}")
+        return packed(self._readers(side, part, parts), self.has_values, int(entries))
+
+    def to_csr(self) -> sparse.csr_matrix:
+        """Read all of it, for data that fit.
+
+        Returns
+        -------
+        csr_matrix of shape (n_users, n_items)
+            float32, canonical.
+
+        Raises
+        ------
+        ValueError
+            As in `lengths` and `blocks`.
+        """
+        row_ids, lengths = self.lengths("user")
+        dtype = index_dtype(max(*self.shape, self.nnz))
+        indptr = np.zeros(self.shape[0] + 1, np.int64)
+        indptr[row_ids + 1] = lengths
+        np.cumsum(indptr, out=indptr)
+        indices, values = np.empty(self.nnz, dtype), np.empty(self.nnz, np.float32)
+        for row_ids, rows in self.blocks("user"):
+            offsets = np.repeat(indptr[row_ids] - rows.indptr[:-1], np.diff(rows.indptr))
+            places = offsets + np.arange(rows.nnz)
+            indices[places], values[places] = rows.indices, rows.data
+        return sparse.csr_matrix((values, indices, indptr.astype(dtype)), shape=self.shape)
+
+    def held_out(self, part: int = 0, parts: int = 1) -> tuple[np.ndarray, sparse.csr_matrix]:
+        """Read the items held out for evaluation, from the column `gt_tag` of the user files.
+
+        Parameters
+        ----------
+        part, parts : int, default=0 of 1
+            As in `files`.
+
+        Returns
+        -------
+        row_ids : ndarray of int64 (m,)
+            The same as those of `blocks("user", part, parts)`, in the same order.
+        held_out : csr_matrix of shape (m, n_items)
+            float32 ones, canonical; some rows may be empty.
+
+        Raises
+        ------
+        ValueError
+            Where a file has no such column, and as in `blocks`.
+        """
+        read = [
+            pair
+            for file in self._readers("user", part, parts)
+            for pair in file.rows(has_values=False, column="gt_tag")
+        ]
+        nothing = np.zeros(0, np.int64), sparse.csr_matrix((0, self.shape[1]), dtype=np.float32)
+        return joined([nothing, *read])
+
+    def _readers(self, side: Side, part: int, parts: int) -> list[RowReader]:
+        shape = self.shape if side == "user" else self.shape[::-1]
+        return [RowReader(file, shape) for file in self.files(side, part, parts)]
+
+
+def open_shards(path: str | os.PathLike) -> ShardedMatrix:
+    """Open a directory that `write_shards`, Spark, Beam or BigQuery wrote.
+
+    Reads the totals and lists the files, but opens none of them.
+
+    Parameters
+    ----------
+    path : str or path
+        The directory. Its folder `item` may be absent, in data for evaluation only.
+
+    Returns
+    -------
+    ShardedMatrix
+
+    Raises
+    ------
+    FileNotFoundError
+        Where there is no totals.json, which is written last.
+    ValueError
+        Where the totals are not as described, of a later format, or do not fit the files.
+    ImportError
+        Where pyarrow, of the extra ``shards``, is not installed.
+    """
+    parquet_library()
+    folder = Path(path).absolute()
+    file = folder / TOTALS
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {TOTALS}, which is written last: the directory is another one, or "
+            "its writing was cut short (then remove it and write it again)"
+        )
+    totals = read_totals(file, FORMAT)
+    shape = totals["n_users"], totals["n_items"]
+    matrix = ShardedMatrix(
+        folder, shape, totals["n_entries"], totals["n_shards"], totals["has_values"]
+    )
+    for side in SIDES:
+        if side == "user" or (folder / side).exists():
+            matrix.files(side)
+    return matrix
+
+
+def write_shards(
+    data: sparse.csr_matrix | Iterable[sparse.csr_matrix],
+    path: str | os.PathLike,
+    n_shards: int = 8,
+    *,
+    shape: tuple[int, int] | None = None,
+    compression: str = "zstd",
+    memory_entries: int = 1 << 24,
+) -> ShardedMatrix:
+    """Write interactions as sharded Parquet files, by user and by item, in bounded memory.
+
+    The item side is made by an external sort, whose temporary files (8 to 20 bytes an entry) lie
+    in the directory meanwhile. After an error nothing is left.
+
+    Parameters
+    ----------
+    data : csr_matrix of shape (n_users, n_items), or iterable of csr_matrix
+        Blocks hold consecutive users, from user 0 on, and all have `n_items` columns. Repeated
+        entries are summed; zeros that are stored stay entries.
+    path : str or path
+        Directory to make; may exist if it is empty.
+    n_shards : int, default=8
+        Files of each side, all open at once. Best a multiple of the number of processes that
+        will read them.
+    shape : (int, int), optional
+        Users and items, where the last ones have no entries; by default what the data have.
+    compression : str, default="zstd"
+        Or "snappy", "gzip", "brotli", "lz4" or "none".
+    memory_entries : int, default=2**24
+        Entries in memory at once, at about 40 bytes each, beyond one block of the data and the
+        longest row. More of them make longer row groups where there are many shards.
+
+    Returns
+    -------
+    ShardedMatrix
+
+    Raises
+    ------
+    FileExistsError
+        Where `path` is a file, or a directory that is not empty.
+    ValueError
+        For data that are neither, blocks of different widths, values that are not finite, a shape
+        too small, no block and no shape, or another argument out of range.
+    ImportError
+        Where pyarrow, of the extra ``shards``, is not installed.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> blocks = [sparse.csr_matrix([[1, 0, 1]]), sparse.csr_matrix([[0, 0, 1]])]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     matrix = write_shards(blocks, folder, n_shards=2)
+    ...     matrix.shape, matrix.nnz, matrix.to_csr().toarray().tolist()
+    ((2, 3), 3, [[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    """
+    parquet_library()
+    for name, number in (("n_shards", n_shards), ("memory_entries", memory_entries)):
+        if not _is_count(number):
+            raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
+    if compression not in _COMPRESSIONS:
+        raise ValueError(f"compression must be one of {_COMPRESSIONS}, got {compression!r}")
+    blocks, sizes, has_values = _prepared(data, shape)
+    with new_directory(Path(path).absolute(), SIDES) as folder:
+        settings = Settings(int(n_shards), compression, int(memory_entries))
+        n_rows, n_entries, has_values = write_sides(blocks, folder, sizes, has_values, settings)
+        totals = {
+            "format": FORMAT,
+            "n_users": n_rows if sizes[0] is None else sizes[0],
+            "n_items": sizes[1],
+            "n_entries": n_entries,
+            "n_shards": int(n_shards),
+            "has_values": has_values,
+        }
+        write_totals(folder / TOTALS, totals)
+    return open_shards(path)
+
+
+def _prepared(
+    data: Any, shape: tuple[int, int] | None
+) -> tuple[Iterator[sparse.csr_matrix], tuple[int | None, int], bool | None]:
+    """The checked blocks, users and items, and whether there are values; None: not known yet."""
+    is_matrix = sparse.issparse(data)
+    if shape is not None and not (len(shape) == 2 and all(_is_count(n, 0) for n in shape)):
+        raise ValueError(f"shape must be two integers of at least 0, got {shape!r}")
+    blocks = canonical_blocks([data] if is_matrix else data, shape)
+    first = next(blocks, None)
+    if first is None:
+        if shape is None:
+            raise ValueError("the data have no block: pass shape=(n_users, n_items)")
+        return blocks, shape, None
+    n_users = data.shape[0] if is_matrix else None
+    has_values = bool(np.any(first.data != 1)) if is_matrix else None
+    sizes = (n_users, first.shape[1]) if shape is None else (int(shape[0]), int(shape[1]))
+    return itertools.chain([first], blocks), sizes, has_values
+
+
+def _is_count(number: Any, least: int = 1) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= least
