@@ -4,11 +4,16 @@ One `half_epoch` serves both sides: *target* is the table being solved, *source*
 fixed. Tables stay in the layout's slot order on the devices; `user_factors` and `item_factors`
 bring them back to the caller's order.
 
+On a mesh the source table either stands whole on every device for a half-epoch, or each device
+keeps its part and the chunks receive what they need (`exchange`). Long rows are solved by all
+devices together: each has the entries whose source rows it owns, and their sums are added.
+
 Axis letters: W work shards, S slots of a shard, K factors, M target rows, N source rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,10 +24,12 @@ import numpy as np
 from jax import Array
 from scipy import sparse
 
-from tpu_als import layout, solve, sweep
+from tpu_als import cells, exchange, layout, solve, sweep
+from tpu_als.cells import Entries, InMemory, Long
+from tpu_als.exchange import Route
 from tpu_als.layout import Plan, RowMap
-from tpu_als.mesh import Shards, Workplace, precision
-from tpu_als.solve import Fixed, Objective
+from tpu_als.mesh import Shards, Together, Workplace, precision
+from tpu_als.solve import Basis, Objective
 from tpu_als.sweep import Measured, Own, Shape, Shared, Span
 
 DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16}
@@ -34,6 +41,7 @@ _SYSTEMS = {"cpu": 1 << 22, "other": 1 << 28}  # bytes of the K x K systems of a
 # Factors times cells that take as long, over a fit or a few, as compiling one more rung.
 _RUNG_CELLS = {"cpu": 4e6, "other": 1e8}
 _RUNGS_A_PROGRAM = 4
+_SIDES = ("user", "item")
 _LADDER_SLACK = 1.1  # padding accepted, against the best ladder's, for a ladder compiled before
 _SHARED_WASTE = 1 << 26  # bytes of unused slots that sharing programs between the sides may cost
 
@@ -91,16 +99,39 @@ class AlsParams:
 
 @dataclass(frozen=True)
 class Side:
-    """One orientation: the map of its rows and its placed cells."""
+    """One orientation: the map of its rows and its placed cells.
+
+    Attributes
+    ----------
+    rows : RowMap
+        Where the rows live.
+    own : Own
+        Their entries, long rows aside.
+    long : Long or None
+        The entries of long rows, where there are any.
+    routes : tuple of Route or None
+        How source rows arrive for each rung; None where every device holds them all.
+    lengths : int array (M,)
+        Stored entries of each row.
+    """
 
     rows: RowMap
     own: Own
+    long: Long | None
+    routes: tuple[Route, ...] | None
     lengths: np.ndarray
 
     @property
     def n_rows(self) -> int:
         """Rows of the table, unused slots not counted."""
         return len(self.lengths)
+
+    @property
+    def received_rows(self) -> int:
+        """Source rows that a device receives from others for the chunks of a half-epoch."""
+        if self.routes is None:
+            return 0
+        return exchange.received_rows(self.routes, self.rows.rungs, self.rows.n_shards)
 
 
 @dataclass(frozen=True)
@@ -136,9 +167,11 @@ def make_plan(lengths: np.ndarray, params: AlsParams, place: Workplace) -> Plan:
     bound = _LADDER_SLACK * layout.padded_cells(lengths, best) + rung_cells
     for ladder in known:
         if layout.padded_cells(lengths, ladder) <= bound:
-            return Plan(ladder, chunk, most_rows, place.n_shards)
-    known.append(best)
-    return Plan(best, chunk, most_rows, place.n_shards)
+            best = ladder
+            break
+    else:
+        known.append(best)
+    return Plan(best, chunk, most_rows, place.n_shards, len(place.processes))
 
 
 def backend_kind(place: Workplace) -> str:
@@ -178,50 +211,133 @@ def cheapest_solver(
     return min(seconds, key=lambda name: seconds[name])
 
 
-def place(user_items: sparse.csr_matrix, params: AlsParams, place: Workplace) -> Data:
+def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Workplace) -> Data:
     """Lay out a matrix in both orientations and put it on the devices.
 
     Parameters
     ----------
-    user_items : CSR matrix (M, N)
-        Canonical: sorted indices, no duplicates. Stored zeros are entries.
+    user_items : CSR matrix (M, N) or Entries
+        A matrix is canonical: sorted indices, no duplicates. Stored zeros are entries. With several
+        processes each passes the whole matrix; of `Entries` on disk each reads its part only.
     params : AlsParams
         Decides chunk sizes and dtype.
     place : Workplace
         Where it goes.
     """
-    item_users = user_items.T.tocsr()
-    lengths = np.diff(user_items.indptr), np.diff(item_users.indptr)
+    if isinstance(user_items, sparse.csr_matrix):
+        user_items = InMemory(user_items, user_items.T.tocsr())
+    lengths, owners = zip(*(_lengths(user_items, side, place) for side in _SIDES), strict=True)
     if params.linear_solver == "auto":
         params = replace(params, linear_solver=cheapest_solver(lengths, params, place))
-    plan = make_plan(np.concatenate(lengths), params, place)
-    users, items = (layout.map_rows(each, plan) for each in lengths)
     row_bytes = params.factors * np.dtype(DTYPES[params.dtype]).itemsize
+    place = place.with_layout(max(user_items.shape) * row_bytes)
+    plan = make_plan(np.concatenate(lengths), params, place)
+    users, items = (layout.map_rows(n, plan, own) for n, own in zip(lengths, owners, strict=True))
     users, items = layout.share_shapes(users, items, _SHARED_WASTE // row_bytes)
+    fill = _Filling(user_items, plan, params, place, owners[0] is not None)
     return Data(
-        _side(user_items, users, items, params, place),
-        _side(item_users, items, users, params, place),
+        fill.side("user", users, items, lengths[0]),
+        fill.side("item", items, users, lengths[1]),
         plan,
         params,
         place,
         user_items.nnz,
-        float(np.abs(user_items.data).sum(dtype=np.float64)),
+        fill.absolute_sum,
     )
 
 
-def _side(
-    matrix: sparse.csr_matrix, rows: RowMap, source: RowMap, params: AlsParams, place: Workplace
-) -> Side:
-    cells = layout.fill(matrix, rows, source.slots, source.pad_slot)
-    with precision(params.dtype):
-        values = cells.values.astype(params.compute_dtype, copy=False)
-        own = Own(
-            place.put(cells.ids),
-            place.put(values),
-            place.put(cells.lengths),
-            place.put(cells.long_cells),
+def _lengths(entries: Entries, side: str, place: Workplace) -> tuple[np.ndarray, np.ndarray | None]:
+    """Entries (M,) of all rows of a side and, if each process has its part, whose they are."""
+    n_rows = entries.shape[_SIDES.index(side)]
+    rows, counts = entries.lengths(side, place.process, len(place.processes))
+    if isinstance(entries, InMemory):
+        return counts, None
+    lengths = np.zeros(n_rows, np.int64)
+    if len(place.processes) == 1:
+        lengths[rows] = counts
+        return lengths, None
+    pairs = np.full((place.agree(len(rows)), 2), -1, np.int64)
+    pairs[: len(rows)] = np.stack([rows, counts], axis=1)
+    # Rows without entries are in no file: anybody's.
+    owners = np.arange(n_rows) % len(place.processes)
+    for process, found in enumerate(place.gather_processes(pairs)):
+        found = found[found[:, 0] >= 0]
+        lengths[found[:, 0]], owners[found[:, 0]] = found[:, 1], process
+    return lengths, owners
+
+
+class _Filling:
+    """Fills and places one side after the other."""
+
+    def __init__(
+        self, entries: Entries, plan: Plan, params: AlsParams, place: Workplace, divided: bool
+    ) -> None:
+        self._entries, self._plan, self._params, self._place = entries, plan, params, place
+        self._divided = divided
+        self._dtype = np.dtype(params.compute_dtype)
+        self.absolute_sum = 0.0
+
+    def side(self, name: str, rows: RowMap, source: RowMap, lengths: np.ndarray) -> Side:
+        """Lay out and place one side."""
+        place, local = self._place, self._place.local
+        blocks = self._blocks(name)
+        if name == "user":
+            blocks = self._summed(blocks)
+        ids, values = cells.fill(blocks, rows, source.slots, source.pad_slot, local, self._dtype)
+        if name == "user" and self._divided:
+            self.absolute_sum = float(place.gather_processes(np.array(self.absolute_sum)).sum())
+        routes, sends = None, np.zeros((len(local), 0), np.int32)
+        if place.together.sharded:
+            routes, sends = exchange.plan(
+                ids, rows.rungs, place.n_shards, source.n_slots, place.agree
+            )
+        with precision(self._params.dtype):
+            counts = layout.to_slots(lengths.astype(np.int32), rows, local)
+            own = Own(*(place.put(each) for each in (ids, values, counts, sends)))
+            if routes is not None:
+                groups = tuple(
+                    (route.groups(rung.n_chunks), route.rows)
+                    for route, rung in zip(routes, rows.rungs, strict=True)
+                )
+                _, _, sends = place.whole(_turn, groups)(own.sends, None)
+                own = own._replace(sends=sends)
+            long = self._long(name, rows, source, lengths) if len(rows.long) else None
+        return Side(rows, own, long, routes, lengths)
+
+    def _blocks(self, name: str) -> cells.Blocks:
+        return self._entries.blocks(name, self._place.process, len(self._place.processes))
+
+    def _summed(self, blocks: cells.Blocks) -> cells.Blocks:
+        for rows, block in blocks:
+            self.absolute_sum += float(np.abs(block.data).sum(dtype=np.float64))
+            yield rows, block
+
+    def _long(self, name: str, rows: RowMap, source: RowMap, lengths: np.ndarray) -> Long:
+        """Entries of long rows: with their row on a single device, else with their source row."""
+        place = self._place
+        other = _SIDES[name == "user"]
+        # A process that has read only its own rows finds them in those of the other side.
+        found = cells.long_entries(
+            self._blocks(other if self._divided else name), rows, self._divided
         )
-    return Side(rows, own, np.diff(matrix.indptr))
+        shard_of_source, local_slot = np.divmod(source.slots[found[1]], source.n_slots)
+        if place.mesh is None:
+            shard = rows.slots[rows.long][found[0]] // rows.n_slots
+        else:
+            shard = shard_of_source
+        ids = local_slot if place.together.sharded else source.slots[found[1]]
+        long = cells.fill_long(
+            (found[0], found[1], found[2].astype(self._dtype)),
+            shard, ids, rows, lengths, self._plan.lengths[-1], place.local, place.agree,
+        )  # fmt: skip
+        return Long(*(place.put(each) for each in long))
+
+
+def _turn(
+    groups: tuple[tuple[int, int], ...], together: Together, requests: Array, _: None
+) -> tuple[None, None, Array]:
+    assert together.axis is not None
+    return None, None, exchange.turn(groups, requests, together.axis)
 
 
 def start(data: Data, user_factors: np.ndarray, item_factors: np.ndarray) -> AlsState:
@@ -231,7 +347,8 @@ def start(data: Data, user_factors: np.ndarray, item_factors: np.ndarray) -> Als
         expected = (side.n_rows, data.params.factors)
         if table.shape != expected:
             raise ValueError(f"an initial table has shape {table.shape}, expected {expected}")
-        slots = layout.to_slots(table.astype(DTYPES[data.params.dtype]), side.rows)
+        table = table.astype(DTYPES[data.params.dtype])
+        slots = layout.to_slots(table, side.rows, data.place.local)
         with precision(data.params.dtype):
             tables.append(data.place.put(slots))
     return AlsState(*tables)
@@ -252,86 +369,126 @@ def _fetch(table: Shards, side: Side, data: Data) -> np.ndarray:
     return rows.astype(data.params.compute_dtype, copy=False)
 
 
-def epoch(state: AlsState, data: Data, objective: Objective) -> tuple[AlsState, tuple[int, int]]:
+def epoch(
+    state: AlsState, data: Data, objective: Objective, relaxation: float = 1.0
+) -> tuple[AlsState, tuple[int, int]]:
     """One iteration: users against items, then items against the new users.
+
+    Parameters
+    ----------
+    state : AlsState
+        The tables; they stay valid.
+    data : Data
+        The matrix.
+    objective : Objective
+        Equations (1)-(2).
+    relaxation : float, default=1.0
+        How far to go towards the solved rows, between 0 and 2; 1 is ALS.
 
     Returns
     -------
     state : AlsState
-        The new tables; the old state stays valid.
+        The new tables.
     failed : (int, int)
         Rows of the new user and item tables with a non-finite value.
     """
-    users = half_epoch(state.users, state.items, data, objective, target="users")
-    items = half_epoch(state.items, users, data, objective, target="items")
+    users = half_epoch(state.users, state.items, data, objective, relaxation, target="users")
+    items = half_epoch(state.items, users, data, objective, relaxation, target="items")
     with precision(data.params.dtype):
         count = data.place.whole(_count_failed, None)
         failed = (
-            int(count(users, data.users.own.lengths)[0]),
-            int(count(items, data.items.own.lengths)[0]),
+            int(count((users, data.users.own.lengths), None)[0]),
+            int(count((items, data.items.own.lengths), None)[0]),
         )
     return AlsState(users, items), failed
 
 
 def half_epoch(
-    target_table: Shards, source_table: Shards, data: Data, objective: Objective, *, target: str
+    target_table: Shards,
+    source_table: Shards,
+    data: Data,
+    objective: Objective,
+    relaxation: float = 1.0,
+    *,
+    target: str,
 ) -> Shards:
     """Solve all rows of the target table against the source table, which is held fixed."""
     params, where = data.params, data.place
     side, source = (data.users, data.items)[:: 1 if target == "users" else -1]
     with precision(params.dtype):
-        objective = typed(objective, params)
         prepare = where.whole(_prepare, params.compute_dtype)
-        fixed, begin = prepare(
-            source_table, target_table, side.own.lengths, np.int32(source.n_rows)
+        basis, held, begin = prepare(
+            (source_table, target_table, side.own.lengths), np.int32(source.n_rows)
         )
-        programs = _programs(sweep.solve_rungs, side, data, fixed, objective)
-        return where.run(programs, begin, side.own, params.dtype)
+        given = _shared(basis, objective, params, relaxation)
+        programs = _programs(sweep.solve_rungs, side, side.own, data, given)
+        if side.long is not None:
+            programs.append(_long_program(sweep.solve_long, side, side.long, data, given))
+        return where.run(programs, begin, held, params.dtype)
 
 
 def _prepare(
-    dtype: str, table: Array, target: Shards, lengths: Shards, n_source: Array
-) -> tuple[Fixed, Shards]:
+    dtype: str, together: Together, own: tuple[Shards, Shards, Shards], n_source: Array
+) -> tuple[Basis, Array, Shards]:
     """Rotate the source table, and a copy of the target table to start from."""
-    fixed = solve.fix(table, solve.gramian(table, dtype), n_source.astype(dtype))
+    source, target, lengths = own
+    rows = together.join(source)
+    gram = together.total(solve.gramian(rows, dtype))
+    basis = solve.basis(gram, n_source.astype(dtype))
 
     def begin(rows: Array, lengths: Array) -> Array:
-        return solve.zero_empty(solve.rotate(rows, fixed.rotation), lengths)
+        return solve.zero_empty(solve.rotate(rows, basis.rotation), lengths)
 
-    return fixed, jax.tree.map(begin, target, lengths)
+    held = together.hold(solve.rotate(rows, basis.rotation))
+    return basis, held, jax.tree.map(begin, target, lengths)
 
 
-def _count_failed(_: None, table: Array, lengths: Shards) -> tuple[Array, None]:
+def _count_failed(
+    _: None, together: Together, own: tuple[Shards, Shards], __: None
+) -> tuple[Array, None, None]:
     """Rows with entries that are not finite; a failed basis also spoils slots that no row uses."""
-    return jnp.sum(~solve.finite_rows(table) & (jnp.concatenate(lengths) > 0)), None
+    table, lengths = (together.join(each) for each in own)
+    return together.total(jnp.sum(~solve.finite_rows(table) & (lengths > 0))), None, None
+
+
+def _shared(basis: Basis, objective: Objective, params: AlsParams, relaxation: float) -> Shared:
+    relaxation = np.dtype(params.compute_dtype).type(relaxation)
+    return Shared(basis, typed(objective, params), relaxation, ())
 
 
 def _programs(
-    rungs_pass: Any, side: Side, data: Data, fixed: Fixed, objective: Objective
-) -> list[tuple[Any, Shared]]:
-    """Programs, with what they read, that together pass over all rungs and the long rows.
+    rungs_pass: Callable[..., Array], side: Side, own: Any, data: Data, shared: Shared
+) -> list[tuple[Any, Any, Shared]]:
+    """Programs, with what they read, that together pass over all rungs.
 
     A few rungs share a program: each program is a dispatch in every half-epoch, while rungs in
     programs of their own compile side by side.
     """
-    params, rows = data.params, side.rows
-    parts = [
-        (
-            params.shape(rung.rows, rung.length),
-            (rung.first_cell, rung.first_slot, rung.n_chunks),
-        )
-        for rung in rows.rungs
-    ]
-    if rows.n_long:
-        shape = params.shape(1, data.plan.lengths[-1])._replace(long=True)
-        parts.append((shape, (rows.long_cell, rows.long_slot, rows.n_long)))
+    parts, first_send = [], 0
+    for number, rung in enumerate(side.rows.rungs):
+        route = side.routes[number] if side.routes is not None else None
+        shape = data.params.shape(rung.rows, rung.length)
+        shape = shape._replace(together=data.place.together, route=route)
+        parts.append((shape, (rung.first_cell, rung.first_slot, first_send, rung.n_chunks)))
+        if route is not None:
+            first_send += route.groups(rung.n_chunks) * route.rows * data.place.n_shards
     programs = []
     for low in range(0, len(parts), _RUNGS_A_PROGRAM):
         shapes, spans = zip(*parts[low : low + _RUNGS_A_PROGRAM], strict=True)
         traced = tuple(Span(*np.array(span, np.int32)) for span in spans)
         program = data.place.each(rungs_pass, shapes)
-        programs.append((program, Shared(fixed, objective, traced)))
+        programs.append((program, own, shared._replace(spans=traced)))
     return programs
+
+
+def _long_program(
+    long_pass: Callable[..., Array], side: Side, own: Any, data: Data, shared: Shared
+) -> tuple[Any, Any, Shared]:
+    """The program of the long rows, with what it reads."""
+    shape = data.params.shape(1, data.plan.lengths[-1])._replace(together=data.place.together)
+    n_batches = -(-len(side.rows.long) // cells.LONG_ROWS)
+    span = Span(*np.array([0, 0, 0, n_batches], np.int32))
+    return data.place.each(long_pass, shape), own, shared._replace(spans=(span,))
 
 
 def typed(objective: Objective, params: AlsParams) -> Objective:
@@ -344,44 +501,46 @@ def loss(state: AlsState, data: Data, objective: Objective) -> float:
 
     The sum over all cells is a0 tr(X^T X Y^T Y); the stored cells add what differs.
     """
-    params, where = data.params, data.place
+    params, where, users = data.params, data.place, data.users
     with precision(params.dtype):
-        given = typed(objective, params)
-        dtype = np.dtype(params.compute_dtype)
-        count = np.int32(data.items.n_rows)
-        fixed, _ = where.whole(_plain, params.compute_dtype)(state.items, count)
-        measured = Measured(data.users.own, state.users)
-        programs = _programs(sweep.loss_rungs, data.users, data, fixed, given)
-        rows = data.users.rows
-        out = where.zeros((rows.n_shards, rows.n_slots), dtype)
-        cells = where.get(where.run(programs, out, measured, params.dtype)).sum(dtype=np.float64)
-        gram = where.whole(_gramian_of, params.compute_dtype)
-        squares = where.whole(_squares, params.compute_dtype)
-        users, items = (np.asarray(gram(table)[0], np.float64) for table in state)
-        norms = [np.asarray(squares(table)[0], np.float64) for table in state]
-    every = np.sum(users * items)
+        summary = where.whole(_summary, params.compute_dtype)
+        (basis, gram), held, squares = summary(state.items, np.int32(data.items.n_rows))
+        (_, user_gram), _, user_squares = summary(state.users, np.int32(users.n_rows))
+        given = _shared(basis, objective, params, 1.0)
+        measured = Measured(users.own, state.users)
+        programs = _programs(sweep.loss_rungs, users, measured, data, given)
+        if users.long is not None:
+            measured = Measured(users.long, state.users)
+            programs.append(_long_program(sweep.loss_long, users, measured, data, given))
+        out = where.zeros((users.rows.n_slots,), np.dtype(params.compute_dtype))
+        per_row = where.get(where.run(programs, out, held, params.dtype))
+        norms = [where.get(each).ravel() for each in (user_squares, squares)]
+    every = np.sum(np.asarray(user_gram, np.float64) * np.asarray(gram, np.float64))
     ridges = sum(
         (solve.ridge(objective, side.lengths, source.n_rows) * norm[side.rows.slots]).sum()
         for side, source, norm in (
-            (data.users, data.items, norms[0]),
-            (data.items, data.users, norms[1]),
+            (users, data.items, norms[0]),
+            (data.items, users, norms[1]),
         )
     )
-    n_cells = data.users.n_rows * data.items.n_rows
+    n_cells = users.n_rows * data.items.n_rows
     # implicit counts a disliked cell as |c| (1 + t^2), so every stored cell has the constant |c|.
     constant = objective.alpha * data.absolute_sum
-    total = cells + constant + objective.unobserved_weight * every + ridges
+    total = per_row.sum(dtype=np.float64) + constant + objective.unobserved_weight * every + ridges
     weights = constant - objective.offset * data.n_entries
     return float(total / (weights + objective.unobserved_weight * n_cells))
 
 
-def _plain(dtype: str, table: Array, n_source: Array) -> tuple[Fixed, None]:
-    return solve.unrotated(table, n_source.astype(dtype)), None
+def _summary(
+    dtype: str, together: Together, table: Shards, n_rows: Array
+) -> tuple[tuple[Basis, Array], Array, Shards]:
+    """A table as it is, to be read without a rotation; its gramian and its squared row norms."""
+    rows = together.join(table)
+    eye = jnp.eye(rows.shape[1], dtype=dtype)
+    basis = Basis(eye, jnp.diagonal(eye), n_rows.astype(dtype))
 
+    def squares(part: Array) -> Array:
+        return jnp.sum(jnp.square(part.astype(dtype)), axis=1)
 
-def _gramian_of(dtype: str, table: Array) -> tuple[Array, None]:
-    return solve.gramian(table, dtype), None
-
-
-def _squares(dtype: str, table: Array) -> tuple[Array, None]:
-    return jnp.sum(jnp.square(table.astype(dtype)), axis=1), None
+    gram = together.total(solve.gramian(rows, dtype))
+    return (basis, gram), together.hold(rows), jax.tree.map(squares, table)

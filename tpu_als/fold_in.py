@@ -19,11 +19,11 @@ import numpy as np
 from jax import Array
 from scipy import sparse
 
-from tpu_als import layout, solve, sweep
+from tpu_als import cells, layout, solve, sweep
 from tpu_als.als import DTYPES, AlsParams, backend_kind, chunk_sizes, typed
 from tpu_als.layout import Plan, Rung
 from tpu_als.mesh import Workplace, precision
-from tpu_als.solve import Fixed, Objective
+from tpu_als.solve import Basis, Objective
 from tpu_als.sweep import Shape
 
 _ROWS = {"cpu": 16, "other": 256}  # rows solved at once; few, so that one row is quick
@@ -37,8 +37,10 @@ class Source:
     ----------
     table : array (N', K)
         The rows, and zero rows, of which pad cells use the first.
-    fixed : Fixed
-        The table in the eigenbasis of its gramian.
+    rotated : array (N', K)
+        The same in the eigenbasis of the table's gramian.
+    basis : Basis
+        That basis.
     n_rows : int
         N.
     place : Workplace
@@ -46,7 +48,8 @@ class Source:
     """
 
     table: Array
-    fixed: Fixed
+    rotated: Array
+    basis: Basis
     n_rows: int
     place: Workplace
 
@@ -59,12 +62,15 @@ def source(table: np.ndarray, params: AlsParams, place: Workplace) -> Source:
     with precision(params.dtype):
         placed = jax.device_put(padded, place.devices[0])
         count = np.dtype(params.compute_dtype).type(n_rows)
-        return Source(placed, _fix(placed, None, count, params.compute_dtype), n_rows, place)
+        rotated, basis = _rotated(placed, None, count, params.compute_dtype)
+        return Source(placed, rotated, basis, n_rows, place)
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _fix(table: Array, gramian: Array | None, n_source: Any, dtype: str) -> Fixed:
-    return solve.fix(table, solve.gramian(table, dtype) if gramian is None else gramian, n_source)
+def _rotated(table: Array, gramian: Array | None, n_source: Any, dtype: str) -> tuple[Array, Basis]:
+    gramian = solve.gramian(table, dtype) if gramian is None else gramian
+    basis = solve.basis(gramian, n_source)
+    return solve.rotate(table, basis.rotation), basis
 
 
 def solve_rows(
@@ -103,14 +109,19 @@ def solve_rows(
     dtype = np.dtype(params.compute_dtype)
     lengths = np.diff(rows.indptr)
     where = layout.map_rows(lengths, _plan(lengths, params, source.place))
-    cells = layout.fill(rows.astype(dtype), where, np.arange(source.n_rows), source.n_rows)
+    blocks = [(np.arange(len(lengths)), rows)]
+    pad, one = source.n_rows, range(1)
+    all_ids, all_values = cells.fill(blocks, where, np.arange(pad), pad, one, dtype)
+    counts = layout.to_slots(lengths.astype(np.int32), where, one)[0]
     begin = np.zeros((rows.shape[0], params.factors), dtype) if start is None else start
-    table = layout.to_slots(begin.astype(dtype), where)[0]
+    table = layout.to_slots(begin.astype(dtype), where, one)[0]
     objective = typed(objective, params)
-    fixed = source.fixed
+    held, basis = source.rotated, source.basis
     with precision(params.dtype):
         if gramian is not None:
-            fixed = _fix(source.table, gramian.astype(dtype), fixed.n_source, params.compute_dtype)
+            held, basis = _rotated(
+                source.table, gramian.astype(dtype), basis.n_source, params.compute_dtype
+            )
 
     def shape(rung: Rung) -> Shape:
         return params.shape(rung.rows, rung.length)
@@ -119,9 +130,9 @@ def solve_rows(
         at = slice(rung.first_slot + number * rung.rows, rung.first_slot + (number + 1) * rung.rows)
         cell = rung.first_cell + number * rung.rows * rung.length
         part = slice(cell, cell + rung.rows * rung.length)
-        ids = cells.ids[0, part].reshape(rung.rows, rung.length)
-        values = cells.values[0, part].reshape(rung.rows, rung.length)
-        return at, (fixed, objective, ids, values, cells.lengths[0, at], table[at])
+        ids = all_ids[0, part].reshape(rung.rows, rung.length)
+        values = all_values[0, part].reshape(rung.rows, rung.length)
+        return at, (held, basis, objective, ids, values, counts[at], table[at])
 
     def work(job: tuple[Rung, int]) -> None:
         at, given = args(*job)
@@ -146,10 +157,11 @@ def _plan(lengths: np.ndarray, params: AlsParams, place: Workplace) -> Plan:
 @functools.cache
 def _program(shape: Shape) -> Callable[..., Any]:
     def chunk(
-        fixed: Fixed, objective: Objective, ids: Array, values: Array, lengths: Array, z: Array
-    ) -> Array:
-        block = solve.gather(fixed, objective, ids, values, lengths, jnp.dtype(shape.dtype))
-        z = solve.rotate(z, fixed.rotation)
-        return sweep.solve_block(shape, fixed, objective, block, lengths, z)
+        held: Array, basis: Basis, objective: Objective,
+        ids: Array, values: Array, lengths: Array, z: Array,
+    ) -> Array:  # fmt: skip
+        block = solve.gather(held, objective, ids, values, lengths, jnp.dtype(shape.dtype))
+        z = solve.rotate(z, basis.rotation)
+        return sweep.solve_block(shape, basis, objective, block, lengths, z)
 
     return jax.jit(chunk)

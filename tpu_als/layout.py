@@ -1,4 +1,4 @@
-"""CSR to padded, bucketed, sharded cells. NumPy only; nothing here knows of JAX or devices.
+"""Where every row of a table lives, planned from row lengths alone. NumPy only.
 
 Axis letters: W work shards, S slots of one shard's table, R rows of a chunk, L padded length.
 
@@ -8,23 +8,21 @@ have equal work. Chunks of a rung follow each other, in the cells as in the tabl
 chunk is written as one slice and nothing is scattered::
 
     one shard's table      | rung 0: chunk, chunk, ... | rung 1: ... | long rows | unused, zero |
-    one shard's cells      | rung 0: R x L, R x L, ... | rung 1: ... | long rows | unused       |
+    one shard's cells      | rung 0: R x L, R x L, ... | rung 1: ... | unused       |
 
-Rows longer than the last rung are *long*: each is a run of whole blocks of the last rung's length.
+Rows longer than the last rung are *long*: `cells` lays their entries out in blocks of their own.
 The last slot of the last shard is never a row's: its table row is zero, and pad cells point at it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import sparse
 
 SHORTEST = 8  # cells; below this, padding costs less than a compiled program
 LONGEST = 4096  # cells; a longer row is worked on in blocks of the last rung
 _SMALL_CELLS = 1 << 18
-_FILL_ENTRIES = 1 << 22  # entries filled at once, which bounds the temporaries
 
 
 @dataclass(frozen=True)
@@ -41,12 +39,15 @@ class Plan:
         Upper bound on R, which bounds the scratch of solvers that keep a K x K system a row.
     n_shards : int
         Work shards W.
+    n_owners : int, default=1
+        Owners, in case rows have owners; each has an equal run of the shards.
     """
 
     lengths: tuple[int, ...]
     chunk: int
     most_rows: int
     n_shards: int
+    n_owners: int = 1
 
     def rows(self, length: int) -> int:
         """Rows R of a chunk of the rung of this length."""
@@ -73,13 +74,11 @@ class RowMap:
     slots : int64 array (M,)
         Global slot ``shard * n_slots + local slot`` of each row.
     cells : int64 array (M,)
-        First cell of each row, counted like the slots.
+        First cell of each row, counted like the slots; -1 for a long row.
+    long : int64 array (J,)
+        The long rows.
     rungs : tuple of Rung
         The rungs in use.
-    n_long : int
-        Long rows of the fullest shard; they follow the last rung.
-    long_slot, long_cell : int
-        Where the long rows begin, in slots and in cells.
     n_slots, n_cells : int
         Slots S and cells of one shard, unused ones included.
     n_shards : int
@@ -88,10 +87,8 @@ class RowMap:
 
     slots: np.ndarray
     cells: np.ndarray
+    long: np.ndarray
     rungs: tuple[Rung, ...]
-    n_long: int
-    long_slot: int
-    long_cell: int
     n_slots: int
     n_cells: int
     n_shards: int
@@ -100,28 +97,6 @@ class RowMap:
     def pad_slot(self) -> int:
         """The global slot that pad cells point at; its table row is always zero."""
         return self.n_shards * self.n_slots - 1
-
-
-@dataclass(frozen=True)
-class Cells:
-    """The entries of one orientation, laid out: what a half-epoch reads.
-
-    Attributes
-    ----------
-    ids : int32 array (W, cells)
-        Source slot of each cell; the pad slot where there is no entry.
-    values : float array (W, cells)
-        Stored value of each cell, 0 in a pad.
-    lengths : int32 array (W, S)
-        Stored entries of each slot's row; 0 for empty rows and unused slots.
-    long_cells : int32 array (W, J)
-        First cell of each long row of the shard, in slot order.
-    """
-
-    ids: np.ndarray
-    values: np.ndarray
-    lengths: np.ndarray
-    long_cells: np.ndarray
 
 
 def ladder(lengths: np.ndarray, rung_cells: float, most: int = 16) -> tuple[int, ...]:
@@ -192,7 +167,7 @@ def round_up(count: int, small: int = 1 << 13) -> int:
     return -(-count // grain) * grain
 
 
-def map_rows(lengths: np.ndarray, plan: Plan) -> RowMap:
+def map_rows(lengths: np.ndarray, plan: Plan, owners: np.ndarray | None = None) -> RowMap:
     """Give every row a slot and a first cell.
 
     Parameters
@@ -201,57 +176,54 @@ def map_rows(lengths: np.ndarray, plan: Plan) -> RowMap:
         Stored entries of each row. Empty rows go to the first rung, where they solve to zero.
     plan : Plan
         The shapes.
+    owners : int array (M,), optional
+        For each row, which of the ``plan.n_owners`` equal runs of shards must have it. By default
+        any shard may.
     """
-    shards = plan.n_shards
     order = np.argsort(lengths, kind="stable")
     ends = np.searchsorted(lengths[order], plan.lengths, side="right")
-    slots = np.empty(len(lengths), np.int64)
-    cells = np.empty(len(lengths), np.int64)
-    shard_of = np.empty(len(lengths), np.int64)
+    slots, cells, shard_of = (np.full(len(lengths), -1, np.int64) for _ in range(3))
     rungs, slot, cell, low = [], 0, 0, 0
     for length, high in zip(plan.lengths, ends, strict=True):
         members, low = order[low:high], high
         if len(members) == 0:
             continue
         rows = plan.rows(length)
-        n_chunks = -(-len(members) // (rows * shards))
+        shard_of[members], turn = _deal(members, plan, owners)
+        n_chunks = -(-(int(turn.max()) + 1) // rows)
         rungs.append(Rung(length, rows, slot, cell, n_chunks))
-        place = np.arange(len(members))
-        shard_of[members] = place % shards
-        slots[members] = slot + place // shards
-        cells[members] = cell + place // shards * length
+        slots[members] = slot + turn
+        cells[members] = cell + turn * length
         slot += n_chunks * rows
         cell += n_chunks * rows * length
-    members = order[low:]
-    n_long, used = _deal_long(members, lengths, plan, (slot, cell), (shard_of, slots, cells))
-    n_slots = round_up(slot + n_long + 1)
-    n_cells = round_up(cell + used, _SMALL_CELLS)
+    long = order[low:]
+    shard_of[long], turn = _deal(long, plan, owners)
+    slots[long] = slot + turn
+    n_slots = round_up(slot + int(turn.max(initial=-1)) + 2)
+    n_cells = round_up(cell, _SMALL_CELLS)
     slots += shard_of * n_slots
-    cells += shard_of * n_cells
-    return RowMap(slots, cells, tuple(rungs), n_long, slot, cell, n_slots, n_cells, shards)
+    cells[order[:low]] += shard_of[order[:low]] * n_cells
+    return RowMap(slots, cells, long, tuple(rungs), n_slots, n_cells, plan.n_shards)
 
 
-def _deal_long(
-    members: np.ndarray,
-    lengths: np.ndarray,
-    plan: Plan,
-    first: tuple[int, int],
-    where: tuple[np.ndarray, np.ndarray, np.ndarray],
-) -> tuple[int, int]:
-    """Deal rows longer than the last rung, there and back so that the sums stay close."""
-    shard_of, slots, cells = where
-    shards, block = plan.n_shards, plan.lengths[-1]
-    turn = np.arange(len(members)) % (2 * shards)
-    dealt = np.where(turn < shards, turn, 2 * shards - 1 - turn)
-    n_long = used = 0
-    for shard in range(shards):
-        own = members[dealt == shard]
-        blocks = -(-lengths[own] // block)
-        shard_of[own] = shard
-        slots[own] = first[0] + np.arange(len(own))
-        cells[own] = first[1] + (np.cumsum(blocks) - blocks) * block
-        n_long, used = max(n_long, len(own)), max(used, int(blocks.sum()) * block)
-    return n_long, used
+def _deal(
+    members: np.ndarray, plan: Plan, owners: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shard of each row, and the how-manieth of that shard's it is; there and back.
+
+    Members come sorted by length, so dealing there and back keeps the shards' sums close.
+    """
+    count = len(members)
+    each, at, first = plan.n_shards, np.arange(count), 0
+    if owners is not None:
+        each = plan.n_shards // plan.n_owners
+        own = owners[members]
+        order = np.argsort(own, kind="stable")
+        begins = np.searchsorted(own[order], np.arange(plan.n_owners))
+        at[order] = np.arange(count) - begins[own[order]]
+        first = own * each
+    turn, seat = np.divmod(at, each)
+    return first + np.where(turn % 2 == 0, seat, each - 1 - seat), turn
 
 
 def share_shapes(first: RowMap, second: RowMap, most_waste: int) -> tuple[RowMap, RowMap]:
@@ -269,63 +241,28 @@ def share_shapes(first: RowMap, second: RowMap, most_waste: int) -> tuple[RowMap
 
 def _resize(rows: RowMap, n_slots: int, n_cells: int) -> RowMap:
     shard, slot = np.divmod(rows.slots, rows.n_slots)
-    shard_too, cell = np.divmod(rows.cells, rows.n_cells)
-    slots, cells = shard * n_slots + slot, shard_too * n_cells + cell
-    return RowMap(
-        slots, cells, rows.rungs, rows.n_long, rows.long_slot, rows.long_cell,
-        n_slots, n_cells, rows.n_shards,
-    )  # fmt: skip
+    cells = rows.cells + shard * (n_cells - rows.n_cells)
+    cells = np.where(rows.cells < 0, rows.cells, cells)
+    return replace(
+        rows, slots=shard * n_slots + slot, cells=cells, n_slots=n_slots, n_cells=n_cells
+    )
 
 
-def fill(matrix: sparse.csr_matrix, rows: RowMap, source_slots: np.ndarray, pad_slot: int) -> Cells:
-    """Lay the entries of a CSR matrix into the cells its row map names.
-
-    Parameters
-    ----------
-    matrix : CSR matrix (M, N)
-        Rows are targets, columns source rows; canonical (sorted, no duplicates).
-    rows : RowMap
-        The map of the M rows.
-    source_slots : int array (N,)
-        Global slot of each source row.
-    pad_slot : int
-        The source table's pad slot.
-    """
-    ids = np.full(rows.n_shards * rows.n_cells, pad_slot, np.int32)
-    values = np.zeros(rows.n_shards * rows.n_cells, matrix.dtype)
-    source_slots = source_slots.astype(np.int32)
-    indptr = matrix.indptr.astype(np.int64, copy=False)
-    low = 0
-    while low < matrix.shape[0]:
-        high = int(np.searchsorted(indptr, indptr[low] + _FILL_ENTRIES, side="right")) - 1
-        high = min(max(high, low + 1), matrix.shape[0])
-        part = slice(indptr[low], indptr[high])
-        counts = np.diff(indptr[low : high + 1])
-        shift = rows.cells[low:high] - indptr[low:high]
-        where = np.repeat(shift, counts) + np.arange(part.start, part.stop)
-        ids[where] = source_slots[matrix.indices[part]]
-        values[where] = matrix.data[part]
-        low = high
-    shape = (rows.n_shards, rows.n_cells)
-    return Cells(ids.reshape(shape), values.reshape(shape), *row_tables(np.diff(indptr), rows))
+def rows_of_slots(rows: RowMap, shards: range) -> np.ndarray:
+    """Row of every slot (len(shards), S) of some shards; -1 where no row lives."""
+    table = np.full(len(shards) * rows.n_slots, -1, np.int64)
+    place = rows.slots - shards.start * rows.n_slots
+    mine = np.flatnonzero((place >= 0) & (place < len(table)))
+    table[place[mine]] = mine
+    return table.reshape(len(shards), rows.n_slots)
 
 
-def row_tables(lengths: np.ndarray, rows: RowMap) -> tuple[np.ndarray, np.ndarray]:
-    """Per slot: the stored entries of its row; per long row: its first cell."""
-    table = np.zeros(rows.n_shards * rows.n_slots, np.int32)
-    table[rows.slots] = lengths
-    shard, slot = np.divmod(rows.slots, rows.n_slots)
-    long = slot >= rows.long_slot
-    first = np.zeros((rows.n_shards, round_up(rows.n_long) if rows.n_long else 0), np.int32)
-    first[shard[long], slot[long] - rows.long_slot] = rows.cells[long] % rows.n_cells
-    return table.reshape(rows.n_shards, rows.n_slots), first
-
-
-def to_slots(table: np.ndarray, rows: RowMap) -> np.ndarray:
-    """Caller's rows (M, K) to a table in slot order (W, S, K), zero where no row lives."""
-    out = np.zeros((rows.n_shards * rows.n_slots, table.shape[1]), table.dtype)
-    out[rows.slots] = table
-    return out.reshape(rows.n_shards, rows.n_slots, table.shape[1])
+def to_slots(table: np.ndarray, rows: RowMap, shards: range) -> np.ndarray:
+    """Caller's rows (M, ...) to slot order (len(shards), S, ...); zero where no row lives."""
+    row = rows_of_slots(rows, shards)
+    out = np.zeros((*row.shape, *table.shape[1:]), table.dtype)
+    out[row >= 0] = table[row[row >= 0]]
+    return out
 
 
 def from_slots(table: np.ndarray, rows: RowMap) -> np.ndarray:

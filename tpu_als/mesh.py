@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -27,7 +28,40 @@ LAYOUTS = ("auto", "replicated", "sharded")
 # On a mesh one array with a leading axis of shards; on a single device a list of one array each.
 Shards = Any
 
+log = logging.getLogger("tpu_als")
+_REPLICATED_SHARE = 1 / 8  # of a device's memory that a copy of the source table may take
+_PIECE_BYTES = 1 << 26  # of a table fetched at once from several processes
 _compiled: set[Any] = set()
+
+
+@dataclass(frozen=True)
+class Together:
+    """What a compiled program does across shards; on a single device it sees all of them.
+
+    Attributes
+    ----------
+    axis : str or None
+        Name of the mesh axis, None on a single device.
+    sharded : bool
+        Whether each device keeps only its own part of the source table.
+    """
+
+    axis: str | None = None
+    sharded: bool = False
+
+    def total(self, value: Any) -> Any:
+        """Sum over the shards."""
+        return value if self.axis is None else jax.lax.psum(value, self.axis)
+
+    def join(self, own: Any) -> jax.Array:
+        """Rows of the shards that this program has: all, or a device's own."""
+        return jnp.concatenate(own) if self.axis is None else own
+
+    def hold(self, rows: jax.Array) -> jax.Array:
+        """What a half-epoch is to read of a source table: all rows, or a device's own."""
+        if self.axis is None or self.sharded:
+            return rows
+        return jax.lax.all_gather(rows, self.axis, tiled=True)
 
 
 @dataclass(frozen=True)
@@ -41,7 +75,8 @@ class Workplace:
     n_shards : int
         Work shards W.
     table_layout : {"auto", "replicated", "sharded"}
-        How the source table stands on the devices during a half-epoch.
+        Whether each device holds the whole source table for a half-epoch, or its part and what
+        the chunks at hand need.
     """
 
     devices: tuple[jax.Device, ...]
@@ -58,51 +93,113 @@ class Workplace:
         """The mesh of several devices, or None for a single one."""
         return Mesh(np.array(self.devices), (AXIS,)) if len(self.devices) > 1 else None
 
+    @property
+    def together(self) -> Together:
+        """What programs of this workplace do across shards."""
+        if self.mesh is None:
+            return Together()
+        return Together(AXIS, self.table_layout == "sharded")
+
+    @functools.cached_property
+    def processes(self) -> tuple[int, ...]:
+        """Numbers of the processes whose devices these are, in the shards' order."""
+        return tuple(dict.fromkeys(device.process_index for device in self.devices))
+
+    @property
+    def process(self) -> int:
+        """Place of this process among `processes`."""
+        return self.processes.index(self.devices[0].client.process_index())
+
+    @property
+    def local(self) -> range:
+        """The shards of this process."""
+        each = self.n_shards // len(self.processes)
+        return range(self.process * each, (self.process + 1) * each)
+
+    def with_layout(self, table_bytes: int) -> Workplace:
+        """Decide what "auto" means for source tables of so many bytes."""
+        if self.table_layout != "auto":
+            return self
+        budget = _REPLICATED_SHARE * _memory(self.devices[0])
+        chosen = "replicated" if self.mesh is None or table_bytes <= budget else "sharded"
+        log.info(
+            "table_layout: %s, for a table of %.1f MB and a budget of %.1f MB a device",
+            chosen, table_bytes / 1e6, budget / 1e6,
+        )  # fmt: skip
+        return replace(self, table_layout=chosen)
+
     def put(self, stacked: np.ndarray) -> Shards:
-        """Place an array (W, ...), one slice of the leading axis on each shard."""
+        """Place an array (len(local), ...), one slice of the leading axis on each own shard."""
         if self.mesh is None:
             return [jax.device_put(part, self.devices[0]) for part in stacked]
         sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
-        return jax.make_array_from_callback(stacked.shape, sharding, lambda at: stacked[at])
+        shape, first = (self.n_shards, *stacked.shape[1:]), self.local.start
+
+        def part(at: Any) -> np.ndarray:
+            return stacked[at[0].start - first : at[0].stop - first]
+
+        return jax.make_array_from_callback(shape, sharding, part, dtype=stacked.dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Shards:
-        """Place zeros of a shape (W, ...)."""
-        return self.put(np.broadcast_to(np.zeros((), dtype), shape))
+        """Place zeros, of this shape on each shard."""
+        return self.put(np.broadcast_to(np.zeros((), dtype), (len(self.local), *shape)))
 
     def get(self, shards: Shards) -> np.ndarray:
         """Fetch what `put` placed: a writeable array (W, ...) on every process."""
         if self.mesh is None:
             return np.stack([np.asarray(part) for part in shards])
-        if jax.process_count() > 1:
-            return np.array(multihost_utils.process_allgather(shards, tiled=True))
-        return np.array(shards)
+        if len(self.processes) == 1:
+            return np.array(shards)
+        # In pieces, since gathering puts a copy of each on every device.
+        length = shards.shape[1]
+        step = max(_PIECE_BYTES // max(shards.nbytes // max(length, 1), 1), 1)
+        pieces = (shards[:, low : low + step] for low in range(0, length, step))
+        return np.concatenate(
+            [multihost_utils.process_allgather(piece, tiled=True) for piece in pieces], axis=1
+        )
+
+    def gather_processes(self, values: np.ndarray) -> np.ndarray:
+        """Stack an array of the same shape from every process: (processes, ...)."""
+        if len(self.processes) == 1:
+            return values[None]
+        with precision("float64"):
+            return np.asarray(multihost_utils.process_allgather(values, tiled=False))
+
+    def agree(self, number: int) -> int:
+        """Return the largest of a number over all processes."""
+        return int(self.gather_processes(np.array(number, np.int64)).max())
 
     def whole(self, fn: Callable[..., Any], static: Any) -> Callable[..., Any]:
-        """Compile fn(static, table (W * S, K), *rest), which sees the table of all shards at once.
+        """Compile fn(static, together, own, shared) -> (everywhere, held, own).
 
-        It returns a pair: what all devices shall have, and what is placed as by `put`.
+        On a mesh each device passes its part of `own`. On a single device it passes all shards of
+        `own` at once, as lists; an array of table rows is made of such a list by `Together.join`.
+        What is `held` stands as `Together.hold` left it.
         """
-        return _whole(fn, static, self.mesh)
+        return _whole(fn, static, self.mesh, self.together)
 
     def each(self, fn: Callable[..., Any], static: Any) -> Callable[..., Any]:
-        """Compile fn(static, out, own, shared) -> out for one shard; `out` is donated."""
-        return _each(fn, static, self.mesh)
+        """Compile fn(static, out, own, held, shared) -> out for one shard; `out` is donated."""
+        return _each(fn, static, self.mesh, self.together)
 
-    def run(self, programs: Sequence[tuple[Any, Any]], out: Shards, own: Any, dtype: str) -> Shards:
-        """Run (program, shared) pairs in turn over every shard's `out` and `own`."""
+    def run(
+        self, programs: Sequence[tuple[Any, Any, Any]], out: Shards, held: Any, dtype: str
+    ) -> Shards:
+        """Run (program, own, shared) triples in turn over every shard's `out`."""
         if self.mesh is not None:
-            self.compile([(program, (out, own, shared)) for program, shared in programs], dtype)
-            for program, shared in programs:
-                out = program(out, own, shared)
+            calls = [(program, (out, own, held, shared)) for program, own, shared in programs]
+            self.compile(calls, dtype)
+            for program, own, shared in programs:
+                out = program(out, own, held, shared)
             return out
-        owns = _unzip(own, self.n_shards)
-        self.compile([(program, (out[0], owns[0], shared)) for program, shared in programs], dtype)
+        split = [(program, _unzip(own, self.n_shards), shared) for program, own, shared in programs]
+        self.compile([(p, (out[0], owns[0], held, shared)) for p, owns, shared in split], dtype)
 
         def work(shard: int) -> Any:
             with precision(dtype):
                 part = out[shard]
-                for program, shared in programs:
-                    part = program(part, owns[shard], shared)
+                for program, owns, shared in split:
+                    part = program(part, owns[shard], held, shared)
                 return part.block_until_ready()
 
         return self.threads(work, range(self.n_shards))
@@ -143,32 +240,54 @@ def _unzip(own: Any, n_shards: int) -> list[Any]:
 
 
 @functools.cache
-def _whole(fn: Callable[..., Any], static: Any, mesh: Mesh | None) -> Callable[..., Any]:
-    def joined(table: Any, *rest: Any) -> Any:
-        table = jnp.concatenate(table) if mesh is None else table.reshape(-1, *table.shape[2:])
-        return fn(static, table, *rest)
-
+def _whole(
+    fn: Callable[..., Any], static: Any, mesh: Mesh | None, together: Together
+) -> Callable[..., Any]:
     if mesh is None:
-        return jax.jit(joined)
-    everywhere, own = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
-    return jax.jit(joined, out_shardings=(everywhere, own))
+        return jax.jit(functools.partial(fn, static, together))
+
+    def local(own: Any, shared: Any) -> Any:
+        everywhere, held, own = fn(static, together, _first(own), shared)
+        held = held[None] if together.sharded and held is not None else held
+        return everywhere, held, jax.tree.map(lambda part: part[None], own)
+
+    own, everywhere = PartitionSpec(AXIS), PartitionSpec()
+    held = own if together.sharded else everywhere
+    return jax.jit(
+        jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(own, everywhere),
+            out_specs=(everywhere, held, own),
+            check_vma=False,
+        )
+    )
 
 
 @functools.cache
-def _each(fn: Callable[..., Any], static: Any, mesh: Mesh | None) -> Callable[..., Any]:
+def _each(
+    fn: Callable[..., Any], static: Any, mesh: Mesh | None, together: Together
+) -> Callable[..., Any]:
     if mesh is None:
         return jax.jit(
             functools.partial(fn, static), donate_argnums=0, compiler_options=_compiler_options()
         )
 
-    def local(out: Any, own: Any, shared: Any) -> Any:
-        return fn(static, out[0], jax.tree.map(lambda part: part[0], own), shared)[None]
+    def local(out: Any, own: Any, held: Any, shared: Any) -> Any:
+        held = held[0] if together.sharded else held
+        return fn(static, out[0], _first(own), held, shared)[None]
 
     own, everywhere = PartitionSpec(AXIS), PartitionSpec()
+    held = own if together.sharded else everywhere
     mapped = jax.shard_map(
-        local, mesh=mesh, in_specs=(own, own, everywhere), out_specs=own, check_vma=False
+        local, mesh=mesh, in_specs=(own, own, held, everywhere), out_specs=own, check_vma=False
     )
     return jax.jit(mapped, donate_argnums=0, compiler_options=_compiler_options())
+
+
+def _first(own: Any) -> Any:
+    """A device's part of each array, without the axis of shards."""
+    return jax.tree.map(lambda part: part[0], own)
 
 
 def _compiler_options() -> dict[str, Any] | None:
@@ -209,7 +328,8 @@ def workplace(
     """
     if table_layout not in LAYOUTS:
         raise ValueError(f"table_layout must be one of {LAYOUTS}, got {table_layout!r}")
-    chosen = _devices(devices)
+    # Each process's shards in one run; stable, so otherwise as given.
+    chosen = tuple(sorted(_devices(devices), key=lambda device: device.process_index))
     if use_gpu and chosen[0].platform not in ("gpu", "cuda", "rocm"):
         raise RuntimeError(
             f"use_gpu=True needs a GPU, but JAX runs on {chosen[0].platform!r}: install JAX with "
@@ -240,6 +360,15 @@ def enable_compilation_cache(path: str | os.PathLike[str]) -> None:
     # Ours are many small programs; by default only slow and large ones are kept.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _memory(device: jax.Device) -> int:
+    """Bytes of a device's memory; CPU devices share that of the host."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    pages, devices = os.sysconf("SC_PHYS_PAGES"), len(jax.local_devices(backend=device.platform))
+    return pages * os.sysconf("SC_PAGE_SIZE") // devices
 
 
 def _cores() -> int:

@@ -77,13 +77,11 @@ def ridge(objective: Objective, n_entries: Any, n_source: Any) -> Any:
     return objective.regularization * scale**objective.exponent
 
 
-class Fixed(NamedTuple):
-    """The source table of a half-epoch, in its gramian's eigenbasis G = Q diag(s) Q^T (equation 3).
+class Basis(NamedTuple):
+    """The source side's gramian of a half-epoch, G = Q diag(s) Q^T (equation 3).
 
     Attributes
     ----------
-    table : (N, K)
-        Source rows times Q.
     rotation : (K, K)
         Eigenvectors Q.
     spectrum : (K,)
@@ -92,7 +90,6 @@ class Fixed(NamedTuple):
         Number N of source rows, unused slots not counted.
     """
 
-    table: Array
     rotation: Array
     spectrum: Array
     n_source: Any
@@ -104,18 +101,12 @@ def gramian(table: Array, dtype: Any) -> Array:
     return jnp.einsum("nk,nj->kj", table, table, precision=PRECISION)
 
 
-def fix(table: Array, gram: Array, n_source: Array) -> Fixed:
-    """Rotate a source table (N, K) into the eigenbasis of `gram` (K, K)."""
+def basis(gram: Array, n_source: Array) -> Basis:
+    """Eigenbasis of the gramian (K, K) of a table of N = `n_source` rows."""
     spectrum, rotation = jnp.linalg.eigh(gram)
     # A spectrum that rounding made zero or negative would leave rank-deficient systems singular.
     least = jnp.finfo(gram.dtype).eps * spectrum[-1] + jnp.finfo(gram.dtype).tiny
-    return Fixed(rotate(table, rotation), rotation, jnp.maximum(spectrum, least), n_source)
-
-
-def unrotated(table: Array, n_source: Array) -> Fixed:
-    """A source table as it is, for what needs no solving."""
-    n_factors = table.shape[1]
-    return Fixed(table, jnp.eye(n_factors), jnp.ones(n_factors), n_source)
+    return Basis(rotation, jnp.maximum(spectrum, least), n_source)
 
 
 def rotate(rows: Array, rotation: Array) -> Array:
@@ -123,10 +114,10 @@ def rotate(rows: Array, rotation: Array) -> Array:
     return jnp.matmul(rows.astype(rotation.dtype), rotation, precision=PRECISION).astype(rows.dtype)
 
 
-def diagonal(fixed: Fixed, objective: Objective, lengths: Array) -> Array:
+def diagonal(basis: Basis, objective: Objective, lengths: Array) -> Array:
     """Diagonal part a0 s + lam_u of equation (3) for rows of `lengths` (R,): (R, K)."""
-    spectrum = objective.unobserved_weight * fixed.spectrum
-    lam = ridge(objective, lengths.astype(spectrum.dtype), fixed.n_source)
+    spectrum = objective.unobserved_weight * basis.spectrum
+    lam = ridge(objective, lengths.astype(spectrum.dtype), basis.n_source)
     return spectrum[None, :] + lam[:, None]
 
 
@@ -139,11 +130,11 @@ class Block(NamedTuple):
 
 
 def gather(
-    fixed: Fixed, objective: Objective, ids: Array, values: Array, left: Array, dtype: Any
+    table: Array, objective: Objective, ids: Array, values: Array, left: Array, dtype: Any
 ) -> Block:
-    """Gather the source rows of cells (R, L) of which the first `left` (R,) are entries."""
+    """Gather the rows of a table for cells (R, L), of which the first `left` (R,) are entries."""
     # Ids come from the layout, so they are in bounds; any other mode costs a select per element.
-    rows = fixed.table.at[ids].get(mode="promise_in_bounds").astype(dtype)
+    rows = table.at[ids].get(mode="promise_in_bounds").astype(dtype)
     live = lax.broadcasted_iota(jnp.int32, ids.shape, 1) < left[:, None]
     w, v = confidence(objective, values)
     zero = jnp.zeros((), dtype)
@@ -213,6 +204,15 @@ def rows_cg(
         p = y + size / jnp.maximum(last, tiny) * p
     bend = jnp.sum(d * p * p, axis=1, keepdims=True) + curvature(p)
     return z + size / jnp.maximum(bend, tiny) * p
+
+
+def relax(before: Array, solved: Array, relaxation: Any) -> Array:
+    """Go `relaxation` times the way from the rows before to the solved ones (R, K).
+
+    Block by block, ALS is Gauss-Seidel on the loss; this makes it successive over-relaxation. The
+    loss is quadratic in the rows, so between 0 and 2 it still cannot rise. See docs/math.md.
+    """
+    return (1 - relaxation) * before + relaxation * solved
 
 
 def accumulate(block: Block) -> tuple[Array, Array]:

@@ -11,35 +11,55 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tpu_als import solve
-from tpu_als.solve import Block, Fixed, Objective
+from tpu_als import exchange, solve
+from tpu_als.cells import LONG_ROWS, Long
+from tpu_als.exchange import Route
+from tpu_als.mesh import Together
+from tpu_als.solve import Basis, Block, Objective
 
 
 class Own(NamedTuple):
-    """What a shard owns of one orientation (`layout.Cells`, without the shard axis)."""
+    """What a shard owns of one orientation, long rows aside.
+
+    Attributes
+    ----------
+    ids : int32 array (cells,)
+        Row of the source table of each cell; or, with an exchange, of what arrives for its group.
+    values : array (cells,)
+        Stored values.
+    lengths : int32 array (S,)
+        Entries of each slot's row.
+    sends : int32 array
+        What to send to whom; empty without an exchange.
+    """
 
     ids: Array
     values: Array
     lengths: Array
-    long_cells: Array
+    sends: Array
 
 
 class Span(NamedTuple):
-    """Where a rung, or the long rows, lie: first cell, first slot, chunks or rows; traced."""
+    """Where a rung lies: first cell, first slot, first of its sends, and its chunks; traced.
+
+    For long rows only the count matters, of batches of them.
+    """
 
     first_cell: Any
     first_slot: Any
+    first_send: Any
     count: Any
 
 
 class Shape(NamedTuple):
     """What is compiled in; hashable.
 
-    The solver and its numbers, the shape of a chunk, whether no weight w is negative, and whether
-    rows are long.
+    The solver and its numbers, the shape of a chunk, whether no weight w is negative, what shards
+    do together, and by which route source rows arrive, if they do.
     """
 
     solver: str
@@ -49,45 +69,70 @@ class Shape(NamedTuple):
     rows: int
     length: int
     positive: bool
-    long: bool = False
+    together: Together = Together()
+    route: Route | None = None
 
 
 class Shared(NamedTuple):
     """What all shards read; a span for each of the program's shapes."""
 
-    fixed: Fixed
+    basis: Basis
     objective: Objective
+    relaxation: Any
     spans: tuple[Span, ...]
 
 
-def _cells(shape: Shape, own: Own, first: Any, rows: int) -> tuple[Array, Array]:
-    size = (rows, shape.length)
-    ids = lax.dynamic_slice(own.ids, (first,), (rows * shape.length,)).reshape(size)
-    values = lax.dynamic_slice(own.values, (first,), (rows * shape.length,)).reshape(size)
-    return ids, values.astype(shape.dtype)
+Body = Callable[[Any, Array, Array], Array]
+
+
+def _over_chunks(shape: Shape, span: Span, own: Own, held: Array, body: Body, out: Array) -> Array:
+    """Fold body(step, source, out) over a rung's chunks; source rows arrive group by group."""
+    route, axis = shape.route, shape.together.axis
+    if route is None:
+        return lax.fori_loop(0, span.count, lambda step, out: body(step, held, out), out)
+    assert axis is not None
+
+    def group(number: Any, out: Array) -> Array:
+        first = span.first_send + number * route.rows * lax.axis_size(axis)
+        source = exchange.receive(held, own.sends, first, route.rows, axis)
+        low = number * route.chunks
+        high = jnp.minimum(low + route.chunks, span.count)
+        return lax.fori_loop(low, high, lambda step, out: body(step, source, out), out)
+
+    groups = (span.count + route.chunks - 1) // route.chunks
+    return lax.fori_loop(0, groups, group, out)
 
 
 def _chunk(
-    shape: Shape, span: Span, own: Own, shared: Shared, step: Any
+    shape: Shape, span: Span, own: Own, source: Array, objective: Objective, step: Any
 ) -> tuple[Any, Array, Block]:
     """First slot, lengths (R,) and gathered block of chunk `step` of the rung."""
-    first = span.first_cell + step * shape.rows * shape.length
+    size = shape.rows * shape.length
+    first = span.first_cell + step * size
     slot = span.first_slot + step * shape.rows
     lengths = lax.dynamic_slice(own.lengths, (slot,), (shape.rows,))
-    ids, values = _cells(shape, own, first, shape.rows)
+    ids, values = (
+        lax.dynamic_slice(each, (first,), (size,)).reshape(shape.rows, shape.length)
+        for each in (own.ids, own.values)
+    )
     dtype = jnp.dtype(shape.dtype)
-    block = solve.gather(shared.fixed, shared.objective, ids, values, lengths, dtype)
-    return slot, lengths, block
+    return slot, lengths, solve.gather(source, objective, ids, values.astype(dtype), lengths, dtype)
 
 
 def solve_block(
-    shape: Shape, fixed: Fixed, objective: Objective, block: Block, lengths: Array, z: Array
+    shape: Shape,
+    basis: Basis,
+    objective: Objective,
+    block: Block,
+    lengths: Array,
+    z: Array,
+    relaxation: Any = None,
 ) -> Array:
     """Solve rows (R, K) whose entries are in one block.
 
     `z` is where the iterative solvers start, in the eigenbasis; the result is in the caller's.
     """
-    d = solve.diagonal(fixed, objective, lengths)
+    d, before = solve.diagonal(basis, objective, lengths), z
     if shape.solver == "cholesky":
         z = solve.rows_exact(block, d, shape.positive)
     elif shape.solver == "subspace":
@@ -98,127 +143,151 @@ def solve_block(
             lambda p: solve.curvature(block, p),
             solve.residual(block, z), z, d, shape.steps,
         )  # fmt: skip
-    return finish(fixed, lengths, z)
+    return finish(basis, lengths, z if relaxation is None else solve.relax(before, z, relaxation))
 
 
-def finish(fixed: Fixed, lengths: Array, z: Array) -> Array:
+def finish(basis: Basis, lengths: Array, z: Array) -> Array:
     """Bring solved rows (R, K) back to the caller's basis; rows without entries are zero."""
-    return solve.zero_empty(solve.rotate(z, fixed.rotation.T), lengths)
+    return solve.zero_empty(solve.rotate(z, basis.rotation.T), lengths)
 
 
-def solve_rungs(shapes: tuple[Shape, ...], out: Array, own: Own, shared: Shared) -> Array:
+def solve_rungs(
+    shapes: tuple[Shape, ...], out: Array, own: Own, held: Array, shared: Shared
+) -> Array:
     """Solve all rows of some rungs into the shard's table `out` (S, K)."""
     for shape, span in zip(shapes, shared.spans, strict=True):
-        out = (_solve_long if shape.long else _solve_rung)(shape, span, out, own, shared)
+        out = _solve_rung(shape, span, out, own, held, shared)
     return out
 
 
-def _solve_rung(shape: Shape, span: Span, out: Array, own: Own, shared: Shared) -> Array:
-
-    def body(step: Any, out: Array) -> Array:
-        slot, lengths, block = _chunk(shape, span, own, shared, step)
+def _solve_rung(
+    shape: Shape, span: Span, out: Array, own: Own, held: Array, shared: Shared
+) -> Array:
+    def body(step: Any, source: Array, out: Array) -> Array:
+        slot, lengths, block = _chunk(shape, span, own, source, shared.objective, step)
         z = lax.dynamic_slice_in_dim(out, slot, shape.rows).astype(shape.dtype)
-        z = solve_block(shape, shared.fixed, shared.objective, block, lengths, z)
+        z = solve_block(shape, shared.basis, shared.objective, block, lengths, z, shared.relaxation)
         return lax.dynamic_update_slice_in_dim(out, z.astype(out.dtype), slot, 0)
 
-    return lax.fori_loop(0, span.count, body, out)
+    return _over_chunks(shape, span, own, held, body, out)
 
 
 def _over_blocks(
     shape: Shape,
-    span: Span,
-    own: Own,
-    shared: Shared,
-    row: Any,
-    part: Callable[[Block], Any],
+    long: Long,
+    held: Array,
+    objective: Objective,
+    batch: Any,
+    part: Callable[[Block, Any], Any],
     zero: Any,
 ) -> Any:
-    """Sum `part` over the blocks of one long row, which never stand in memory together."""
-    slot = span.first_slot + row
-    length = lax.dynamic_slice(own.lengths, (slot,), (1,))
-    first = own.long_cells[row]
+    """Sum part(block, row) of each row of a batch over its blocks, and over the shards.
 
-    def body(step: Any, total: Any) -> Any:
-        ids, values = _cells(shape, own, first + step * shape.length, 1)
-        left = length - step * shape.length
-        block = solve.gather(
-            shared.fixed, shared.objective, ids, values, left, jnp.dtype(shape.dtype)
+    Blocks never stand in memory together. `zero` has a leading axis of rows, as has the result.
+    """
+    dtype = jnp.dtype(shape.dtype)
+
+    def body(step: Any, sums: Any) -> Any:
+        ids, values, left = (
+            lax.dynamic_slice_in_dim(each, step, 1) for each in (long.ids, long.values, long.left)
         )
-        more = part(block)
-        if isinstance(total, tuple):
-            return tuple(a + b for a, b in zip(total, more, strict=True))
-        return total + more
+        block = solve.gather(held, objective, ids, values.astype(dtype), left, dtype)
+        row = long.rows[step]
 
-    blocks = (length[0] + shape.length - 1) // shape.length
-    return lax.fori_loop(0, blocks, body, zero)
+        def add(total: Array, more: Array) -> Array:
+            old = lax.dynamic_slice_in_dim(total, row, 1)
+            return lax.dynamic_update_slice_in_dim(total, old + more, row, 0)
+
+        return jax.tree.map(add, sums, part(block, row))
+
+    sums = lax.fori_loop(long.starts[batch], long.starts[batch + 1], body, zero)
+    return shape.together.total(sums)
 
 
-def _solve_long(shape: Shape, span: Span, out: Array, own: Own, shared: Shared) -> Array:
-    """Solve the shard's long rows, one by one."""
-    factors = out.shape[1]
-    vector = jnp.zeros((1, factors), shape.dtype)
+def _batch(shape: Shape, long: Long, table: Array, batch: Any) -> tuple[Array, Array, Array]:
+    """Slots and lengths of a batch of long rows, and their rows (LONG_ROWS, K) of a table."""
+    slots, lengths = (
+        lax.dynamic_slice_in_dim(each, batch * LONG_ROWS, LONG_ROWS)
+        for each in (long.slots, long.lengths)
+    )
+    rows = table.at[slots].get(mode="fill", fill_value=0).astype(shape.dtype)
+    return slots, lengths, shape.together.total(rows)
 
-    def body(row: Any, out: Array) -> Array:
-        slot = span.first_slot + row
-        lengths = lax.dynamic_slice(own.lengths, (slot,), (1,))
-        z = lax.dynamic_slice_in_dim(out, slot, 1).astype(shape.dtype)
 
-        def over(part: Callable[[Block], Any], zero: Any) -> Any:
-            return _over_blocks(shape, span, own, shared, row, part, zero)
+def solve_long(shape: Shape, out: Array, long: Long, held: Array, shared: Shared) -> Array:
+    """Solve the long rows, a batch at a time, each shard adding what its entries say."""
+    rows = LONG_ROWS
+    objective, basis = shared.objective, shared.basis
 
-        d = solve.diagonal(shared.fixed, shared.objective, lengths)
+    def body(batch: Any, out: Array) -> Array:
+        slots, lengths, z = _batch(shape, long, out, batch)
+        vector = jnp.zeros_like(z)
+
+        def over(part: Callable[[Block, Any], Any], zero: Any) -> Any:
+            return _over_blocks(shape, long, held, objective, batch, part, zero)
+
+        def of(p: Array, row: Any) -> Array:
+            return lax.dynamic_slice_in_dim(p, row, 1)
+
+        d, before = solve.diagonal(basis, objective, lengths), z
         if shape.solver == "cholesky":
-            zero = jnp.zeros((1, factors, factors), shape.dtype)
-            z = solve.rows_direct(over(solve.accumulate, (zero, vector)), d)
+            zero = jnp.zeros((rows, z.shape[1], z.shape[1]), shape.dtype)
+            z = solve.rows_direct(over(lambda b, _: solve.accumulate(b), (zero, vector)), d)
         else:
             # Also for "subspace": its predictions of a row of any length would have to be kept.
-            r = over(lambda block: solve.residual(block, z), vector)
+            r = over(lambda b, row: solve.residual(b, of(before, row)), vector)
             z = solve.rows_cg(
-                lambda p: over(lambda block: solve.normal(block, p), vector),
-                lambda p: over(lambda block: solve.curvature(block, p), vector[:, :1]),
+                lambda p: over(lambda b, row: solve.normal(b, of(p, row)), vector),
+                lambda p: over(lambda b, row: solve.curvature(b, of(p, row)), vector[:, :1]),
                 r, z, d, shape.steps,
             )  # fmt: skip
-        z = finish(shared.fixed, lengths, z).astype(out.dtype)
-        return lax.dynamic_update_slice_in_dim(out, z, slot, 0)
+        z = finish(basis, lengths, solve.relax(before, z, shared.relaxation))
+        return out.at[slots].set(z.astype(out.dtype), mode="drop")
 
-    return lax.fori_loop(0, span.count, body, out)
+    return lax.fori_loop(0, shared.spans[0].count, body, out)
 
 
 class Measured(NamedTuple):
     """What a shard reads to measure its loss: its entries and its own table (S, K)."""
 
-    own: Own
+    own: Any
     table: Array
 
 
-def loss_rungs(shapes: tuple[Shape, ...], out: Array, own: Measured, shared: Shared) -> Array:
+def loss_rungs(
+    shapes: tuple[Shape, ...], out: Array, measured: Measured, held: Array, shared: Shared
+) -> Array:
     """Write what the stored cells of each row of some rungs add to the loss into `out` (S,)."""
     for shape, span in zip(shapes, shared.spans, strict=True):
-        out = (_loss_long if shape.long else _loss_rung)(shape, span, out, own, shared)
+        out = _loss_rung(shape, span, out, measured, held, shared)
     return out
 
 
-def _loss_rung(shape: Shape, span: Span, out: Array, measured: Measured, shared: Shared) -> Array:
-
-    def body(step: Any, out: Array) -> Array:
-        slot, _, block = _chunk(shape, span, measured.own, shared, step)
+def _loss_rung(
+    shape: Shape, span: Span, out: Array, measured: Measured, held: Array, shared: Shared
+) -> Array:
+    def body(step: Any, source: Array, out: Array) -> Array:
+        slot, _, block = _chunk(shape, span, measured.own, source, shared.objective, step)
         z = lax.dynamic_slice_in_dim(measured.table, slot, shape.rows)
         part = solve.cells_loss(block, z.astype(shape.dtype))
         return lax.dynamic_update_slice(out, part, (slot,))
 
-    return lax.fori_loop(0, span.count, body, out)
+    return _over_chunks(shape, span, measured.own, held, body, out)
 
 
-def _loss_long(shape: Shape, span: Span, out: Array, measured: Measured, shared: Shared) -> Array:
+def loss_long(shape: Shape, out: Array, measured: Measured, held: Array, shared: Shared) -> Array:
+    """Likewise for the long rows."""
+    long = measured.own
 
-    def body(row: Any, out: Array) -> Array:
-        slot = span.first_slot + row
-        z = lax.dynamic_slice_in_dim(measured.table, slot, 1)
-        z = z.astype(shape.dtype)
-        part = _over_blocks(
-            shape, span, measured.own, shared, row,
-            lambda block: solve.cells_loss(block, z), jnp.zeros(1, shape.dtype),
-        )  # fmt: skip
-        return lax.dynamic_update_slice(out, part, (slot,))
+    def body(batch: Any, out: Array) -> Array:
+        slots, _, z = _batch(shape, long, measured.table, batch)
 
-    return lax.fori_loop(0, span.count, body, out)
+        def part(block: Block, row: Any) -> Array:
+            return solve.cells_loss(block, lax.dynamic_slice_in_dim(z, row, 1))
+
+        sums = _over_blocks(
+            shape, long, held, shared.objective, batch, part, jnp.zeros(LONG_ROWS, shape.dtype)
+        )
+        return out.at[slots].set(sums, mode="drop")
+
+    return lax.fori_loop(0, shared.spans[0].count, body, out)

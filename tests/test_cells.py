@@ -1,0 +1,144 @@
+"""Every entry in exactly one cell, whatever the shapes and however the entries come."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import sparse
+
+from tpu_als import cells, layout
+from tpu_als.cells import InMemory, Long
+from tpu_als.layout import Plan, RowMap
+
+PLANS = st.builds(
+    Plan,
+    lengths=st.sampled_from([(8,), (8, 16), (8, 24, 64), (2, 3, 5), (1,)]),
+    chunk=st.sampled_from([1, 8, 32, 256]),
+    most_rows=st.sampled_from([1, 3, 1 << 30]),
+    n_shards=st.integers(1, 4),
+)
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> sparse.csr_matrix:
+    """Up to 40 x 70, of any density; stored zeros, empty rows and empty matrices among them."""
+    shape = draw(st.integers(0, 40)), draw(st.integers(1, 70))
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
+    stored = rng.random(shape) < rng.random((shape[0], 1)) * draw(st.sampled_from([0, 0.3, 1.5]))
+    rows, columns = np.nonzero(stored)
+    values = rng.integers(-3, 4, len(rows)).astype(draw(st.sampled_from([np.float32, np.float64])))
+    return sparse.csr_matrix((values, (rows, columns)), shape)
+
+
+def _maps(matrix: sparse.csr_matrix, plan: Plan) -> tuple[RowMap, RowMap]:
+    turned = matrix.T.tocsr()
+    return layout.map_rows(np.diff(matrix.indptr), plan), layout.map_rows(
+        np.diff(turned.indptr), plan
+    )
+
+
+def _in_memory(matrix: sparse.csr_matrix) -> InMemory:
+    return InMemory(matrix, matrix.T.tocsr())
+
+
+def _same(a: int) -> int:
+    return a
+
+
+@given(matrix=matrices(), plan=PLANS)
+def test_every_entry_of_a_short_row_is_in_one_cell(matrix: sparse.csr_matrix, plan: Plan) -> None:
+    rows, source = _maps(matrix, plan)
+    blocks = list(_in_memory(matrix).blocks("user"))
+    every = range(plan.n_shards)
+    ids, values = cells.fill(blocks, rows, source.slots, source.pad_slot, every, matrix.dtype)
+    assert ids.shape == values.shape == (rows.n_shards, rows.n_cells)
+    assert ids.dtype == np.int32 and values.dtype == matrix.dtype
+    for number in every:
+        one = range(number, number + 1)
+        part = cells.fill(blocks, rows, source.slots, source.pad_slot, one, matrix.dtype)
+        np.testing.assert_array_equal(part[0][0], ids[number])
+        np.testing.assert_array_equal(part[1][0], values[number])
+    flat_ids, flat_values = ids.ravel(), values.ravel()
+    free = np.ones(len(flat_ids), bool)
+    for row in np.flatnonzero(rows.cells >= 0):
+        entries = slice(matrix.indptr[row], matrix.indptr[row + 1])
+        own = slice(rows.cells[row], rows.cells[row] + entries.stop - entries.start)
+        np.testing.assert_array_equal(flat_ids[own], source.slots[matrix.indices[entries]])
+        np.testing.assert_array_equal(flat_values[own], matrix.data[entries])
+        assert free[own].all()
+        free[own] = False
+    assert np.all(flat_ids[free] == source.pad_slot) and np.all(flat_values[free] == 0)
+
+
+def _unpacked(long: Long, shard: int, block: int) -> dict[int, list[tuple[int, float]]]:
+    """Entries of each long row that a shard has: (what the cell points at, value)."""
+    found: dict[int, list[tuple[int, float]]] = {}
+    starts = long.starts[shard]
+    for batch in range(len(starts) - 1):
+        for at in range(starts[batch], starts[batch + 1]):
+            assert 0 < long.left[shard, at] <= block
+            row = batch * cells.LONG_ROWS + int(long.rows[shard, at])
+            kept = slice(0, long.left[shard, at])
+            own = found.setdefault(row, [])
+            own += zip(long.ids[shard, at, kept], long.values[shard, at, kept], strict=True)
+    return found
+
+
+@given(matrix=matrices(), plan=PLANS, spread=st.booleans(), turned=st.booleans())
+def test_every_entry_of_a_long_row_is_in_one_block(
+    matrix: sparse.csr_matrix, plan: Plan, spread: bool, turned: bool
+) -> None:
+    rows, source = _maps(matrix, plan)
+    lengths, block = np.diff(matrix.indptr), plan.lengths[-1]
+    both = _in_memory(matrix)
+    found = cells.long_entries(both.blocks("item" if turned else "user"), rows, turned)
+    of_row = rows.slots[rows.long] // rows.n_slots
+    shard = source.slots[found[1]] // source.n_slots if spread else of_row[found[0]]
+    every = range(plan.n_shards)
+    long = cells.fill_long(found, shard, source.slots[found[1]], rows, lengths, block, every, _same)
+    total: dict[int, list[tuple[int, float]]] = {}
+    for number in every:
+        for place, entries in _unpacked(long, number, block).items():
+            total.setdefault(place, []).extend(entries)
+            if spread:
+                assert all(slot // source.n_slots == number for slot, _ in entries)
+            else:
+                assert of_row[place] == number
+        mine = long.slots[number] < rows.n_slots
+        np.testing.assert_array_equal(np.flatnonzero(mine), np.flatnonzero(of_row == number))
+        np.testing.assert_array_equal(
+            long.slots[number][mine], rows.slots[rows.long][of_row == number] % rows.n_slots
+        )
+        np.testing.assert_array_equal(long.lengths[number][: len(rows.long)], lengths[rows.long])
+        assert not long.lengths[number][len(rows.long) :].any()
+    for place, row in enumerate(rows.long):
+        entries = slice(matrix.indptr[row], matrix.indptr[row + 1])
+        slots = source.slots[matrix.indices[entries]]
+        expected = zip(slots, matrix.data[entries], strict=True)
+        assert sorted(total.pop(place)) == sorted(expected)
+    assert not total
+
+
+def test_blocks_of_a_matrix_are_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = sparse.random(50, 40, 0.4, "csr", random_state=3)
+    both = _in_memory(matrix)
+    monkeypatch.setattr(cells, "_BLOCK_ENTRIES", 5)  # below the longest row
+    for side, whole in (("user", matrix), ("item", matrix.T.tocsr())):
+        rows, blocks = zip(*both.blocks(side), strict=True)
+        assert len(blocks) > 10
+        np.testing.assert_array_equal(np.concatenate(rows), np.arange(whole.shape[0]))
+        assert (sparse.vstack(blocks, "csr") != whole).nnz == 0
+        np.testing.assert_array_equal(both.lengths(side)[1], np.diff(whole.indptr))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (4, 5)])
+def test_a_matrix_without_entries(shape: tuple[int, int]) -> None:
+    matrix = sparse.csr_matrix(shape, dtype=np.float32)
+    plan = Plan(layout.ladder(np.diff(matrix.indptr), 10.0), 64, 8, 2)
+    rows = layout.map_rows(np.diff(matrix.indptr), plan)
+    blocks = _in_memory(matrix).blocks("user")
+    ids, values = cells.fill(blocks, rows, np.arange(5), 7, range(2), np.float32)
+    assert np.all(ids == 7) and not values.any()
+    assert len(rows.long) == 0 and len(np.unique(rows.slots)) == shape[0]

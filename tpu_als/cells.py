@@ -1,0 +1,260 @@
+"""Entries into the padded cells that a layout has for them. NumPy only.
+
+Entries come in blocks of rows, from memory or from disk, and only the shards of this process are
+filled. Axis letters as in `layout`; J long rows, B blocks of long rows of one shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from scipy import sparse
+
+from tpu_als import layout
+from tpu_als.layout import RowMap
+
+LONG_ROWS = 16  # long rows that are solved together
+_BLOCK_ENTRIES = 1 << 22  # entries filled at once, which bounds the temporaries
+
+Blocks = Iterable[tuple[np.ndarray, sparse.csr_matrix]]
+
+
+class Entries(Protocol):
+    """A matrix that can be read by rows of either side ("user", "item"), in blocks.
+
+    `part` of `parts` is this process's portion where the matrix stands on disk.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Users and items."""
+
+    @property
+    def nnz(self) -> int:
+        """Stored entries."""
+
+    def lengths(self, side: str, part: int = 0, parts: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Row ids and their stored entries; rows that are missing have none."""
+
+    def blocks(self, side: str, part: int = 0, parts: int = 1) -> Blocks:
+        """Row ids (m,) and canonical CSR (m, n_columns), block after block."""
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A canonical CSR matrix as `Entries`, in both orientations. Every process has all of it."""
+
+    user_items: sparse.csr_matrix
+    item_users: sparse.csr_matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Users and items."""
+        return self.user_items.shape
+
+    @property
+    def nnz(self) -> int:
+        """Stored entries."""
+        return int(self.user_items.nnz)
+
+    def lengths(self, side: str, part: int = 0, parts: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and stored entries of all rows."""
+        lengths = np.diff(self._matrix(side).indptr)
+        return np.arange(len(lengths)), lengths
+
+    def blocks(
+        self, side: str, part: int = 0, parts: int = 1
+    ) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
+        """All rows, in blocks of a few million entries."""
+        matrix = self._matrix(side)
+        indptr, n_rows = matrix.indptr.astype(np.int64, copy=False), matrix.shape[0]
+        low = 0
+        while low < n_rows:
+            high = int(np.searchsorted(indptr, indptr[low] + _BLOCK_ENTRIES, side="right")) - 1
+            high = min(max(high, low + 1), n_rows)
+            at = slice(indptr[low], indptr[high])
+            parts_ = (matrix.data[at], matrix.indices[at], indptr[low : high + 1] - indptr[low])
+            yield np.arange(low, high), sparse.csr_matrix(parts_, (high - low, matrix.shape[1]))
+            low = high
+
+    def _matrix(self, side: str) -> sparse.csr_matrix:
+        return self.user_items if side == "user" else self.item_users
+
+
+def fill(
+    blocks: Blocks, rows: RowMap, source_slots: np.ndarray, pad: int, shards: range, dtype: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lay entries into the cells that a row map names; long rows are left out.
+
+    Parameters
+    ----------
+    blocks : iterable of (row ids, CSR matrix)
+        Rows of other shards are passed over.
+    rows : RowMap
+        The map of the target rows.
+    source_slots : int array (N,)
+        Global slot of each source row.
+    pad : int
+        What a cell without an entry points at.
+    shards : range
+        The shards to fill.
+    dtype : dtype
+        Of the values.
+
+    Returns
+    -------
+    ids : int32 array (len(shards), cells)
+        Source slot of each cell.
+    values : array (len(shards), cells)
+        Stored value of each cell, 0 in a pad.
+    """
+    n_cells = len(shards) * rows.n_cells
+    ids, values = np.full(n_cells, pad, np.int32), np.zeros(n_cells, dtype)
+    source_slots = source_slots.astype(np.int32)
+    for row_ids, block in blocks:
+        first = rows.cells[row_ids] - shards.start * rows.n_cells
+        mine = (rows.cells[row_ids] >= 0) & (first >= 0) & (first < n_cells)
+        if not mine.all():
+            first, block = first[mine], block[mine]
+        where = np.repeat(first - block.indptr[:-1], np.diff(block.indptr)) + np.arange(block.nnz)
+        ids[where] = source_slots[block.indices]
+        values[where] = block.data
+    return ids.reshape(len(shards), -1), values.reshape(len(shards), -1)
+
+
+class Long(NamedTuple):
+    """Long rows, in blocks of at most L entries; of each shard of a leading axis.
+
+    The blocks of `LONG_ROWS` rows at a time follow each other. A shard may hold blocks of rows that
+    live on another: then the shards' sums are added.
+
+    Attributes
+    ----------
+    ids : int32 array (B, L)
+        What each cell points at.
+    values : array (B, L)
+        Stored values.
+    rows : int32 array (B,)
+        Row of each block, counted within its batch of rows.
+    left : int32 array (B,)
+        Entries of each block.
+    starts : int32 array (J / LONG_ROWS + 1,)
+        First block of each batch of rows.
+    slots : int32 array (J,)
+        Local slot of each long row, or the number of slots where another shard has it.
+    lengths : int32 array (J,)
+        Stored entries of each long row, over all shards.
+    """
+
+    ids: Any
+    values: Any
+    rows: Any
+    left: Any
+    starts: Any
+    slots: Any
+    lengths: Any
+
+
+def long_entries(
+    blocks: Blocks, rows: RowMap, turned: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Long row (its place in ``rows.long``), source row and value of each of their entries.
+
+    `turned` says that the blocks hold rows of the source side, whose columns are target rows.
+    """
+    place = np.full(len(rows.slots), -1, np.int32)
+    place[rows.long] = np.arange(len(rows.long))
+    found: list[tuple[np.ndarray, ...]] = [(np.empty(0, np.int32), np.empty(0, int), np.empty(0))]
+    for row_ids, block in blocks:
+        if turned:
+            long, source = place[block.indices], np.repeat(row_ids, np.diff(block.indptr))
+            keep = long >= 0
+            found.append((long[keep], source[keep], block.data[keep]))
+        else:
+            mine = place[row_ids] >= 0
+            own = block[mine]
+            found.append(
+                (np.repeat(place[row_ids[mine]], np.diff(own.indptr)), own.indices, own.data)
+            )
+    long, source, values = (np.concatenate(each) for each in zip(*found, strict=True))
+    return long, source, values
+
+
+def fill_long(
+    entries: tuple[np.ndarray, np.ndarray, np.ndarray],
+    shard: np.ndarray,
+    ids: np.ndarray,
+    rows: RowMap,
+    lengths: np.ndarray,
+    block: int,
+    shards: range,
+    agree: Callable[[int], int],
+) -> Long:
+    """Lay the entries of long rows into blocks.
+
+    Parameters
+    ----------
+    entries : tuple of arrays
+        As from `long_entries`.
+    shard : int array
+        The shard of each entry; those of other processes are left out.
+    ids : int array
+        What a cell is to point at, for each entry.
+    rows : RowMap
+        The map of the target rows.
+    lengths : int array (M,)
+        Stored entries of each row.
+    block : int
+        Entries L of a block.
+    shards : range
+        The shards to fill.
+    agree : callable
+        The largest of a number over all processes.
+    """
+    long, _, values = entries
+    n_rows = max(-(-len(rows.long) // LONG_ROWS), 1) * LONG_ROWS
+    mine = np.flatnonzero((shard >= shards.start) & (shard < shards.stop))
+    # by shard, then by row; the row's own order stays
+    key = (shard[mine] - shards.start) * n_rows + long[mine]
+    order = np.argsort(key, kind="stable")
+    counts = np.bincount(key, minlength=len(shards) * n_rows).reshape(len(shards), n_rows)
+    blocks = -(-counts // block)
+    n_blocks = layout.round_up(agree(int(blocks.sum(axis=1).max(initial=0))))
+    ends = np.cumsum(blocks, axis=1)
+    first = ends - blocks
+    begin = np.cumsum(counts) - counts.ravel()
+    inside = np.arange(len(mine)) - begin[key[order]]
+    shard_first = np.repeat(np.arange(len(shards)) * n_blocks, n_rows)
+    where = (shard_first + first.ravel())[key[order]] * block + inside
+    size = (len(shards), n_blocks, block)
+    out_ids, out_values = np.zeros(size, np.int32), np.zeros(size, values.dtype)
+    out_ids.reshape(-1)[where] = ids[mine][order]
+    out_values.reshape(-1)[where] = values[mine][order]
+    of_block = np.zeros((len(shards), n_blocks), np.int32)
+    left = np.zeros((len(shards), n_blocks), np.int32)
+    for at in range(len(shards)):
+        row = np.repeat(np.arange(n_rows), blocks[at])
+        number = np.arange(len(row)) - first[at][row]
+        of_block[at, : len(row)] = row % LONG_ROWS
+        left[at, : len(row)] = np.minimum(counts[at][row] - number * block, block)
+    starts = np.concatenate([first[:, ::LONG_ROWS], ends[:, -1:]], axis=1).astype(np.int32)
+    return Long(
+        out_ids, out_values, of_block, left, starts, *_long_tables(rows, lengths, n_rows, shards)
+    )
+
+
+def _long_tables(
+    rows: RowMap, lengths: np.ndarray, n_rows: int, shards: range
+) -> tuple[np.ndarray, np.ndarray]:
+    """Slots and lengths of the long rows, for each shard."""
+    shard, slot = np.divmod(rows.slots[rows.long], rows.n_slots)
+    slots = np.full((len(shards), n_rows), rows.n_slots, np.int32)
+    for at, number in enumerate(shards):
+        own = np.flatnonzero(shard == number)
+        slots[at, own] = slot[own]
+    table = np.zeros((len(shards), n_rows), np.int32)
+    table[:, : len(rows.long)] = lengths[rows.long]
+    return slots, table
