@@ -24,7 +24,7 @@ FLOORS = [
     ["_foldin"],
     ["_tables"],
     ["early_stopping"],
-    ["checkpoint"],
+    ["model_file"],
     ["evaluation", "weighting", "datasets", "shards"],
     ["_shard_writer"],
     ["_shard_reader"],

@@ -16,7 +16,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils.validation import check_is_fitted, validate_data
 from tqdm.auto import tqdm
 
-from . import als, checkpoint, holdout, validation
+from . import als, holdout, model_file, validation
 from ._serving import Serving
 from .early_stopping import EarlyStopping
 
@@ -297,7 +297,7 @@ class TPUAlternatingLeastSquares(
         fitted = {name: getattr(self, name, None) for name in ("n_iter_", "history_")}
         fitted["feature_names_in_"] = getattr(self, "feature_names_in_", None)
         fitted.update(user_factors=self._table("user"), item_factors=self._table("item"))
-        checkpoint.save_model(fileobj_or_path, self.get_params(deep=False), fitted)
+        model_file.save_model(fileobj_or_path, self.get_params(deep=False), fitted)
 
     @classmethod
     def load(cls, fileobj_or_path: str | os.PathLike | BinaryIO) -> Self:
@@ -308,7 +308,7 @@ class TPUAlternatingLeastSquares(
         fileobj_or_path : str, path or binary file object
             A path may lack its ".npz".
         """
-        parameters, fitted = checkpoint.load_model(fileobj_or_path, cls._get_param_names())
+        parameters, fitted = model_file.load_model(fileobj_or_path, cls._get_param_names())
         model = cls(**parameters)
         for side in ("user", "item"):
             name = f"{side}_factors"

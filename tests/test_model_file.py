@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tpu_als import checkpoint
+from tpu_als import model_file
 
 PARAMETERS = {
     "factors": 2,
@@ -33,13 +33,13 @@ FITTED = {
 def saved(**changes: Any) -> io.BytesIO:
     """A file in memory that holds the model, at its start."""
     file = io.BytesIO()
-    checkpoint.save_model(file, {**PARAMETERS, **changes}, FITTED)
+    model_file.save_model(file, {**PARAMETERS, **changes}, FITTED)
     file.seek(0)
     return file
 
 
 def test_a_round_trip() -> None:
-    parameters, fitted = checkpoint.load_model(saved(), PARAMETERS)
+    parameters, fitted = model_file.load_model(saved(), PARAMETERS)
     expected = {name: value for name, value in PARAMETERS.items() if value is not None}
     assert parameters == expected
     assert parameters["dtype"] is np.float32
@@ -68,46 +68,46 @@ def test_only_implicits_names_stand_without_a_prefix() -> None:
 def test_bfloat16_reads_as_float32_elsewhere() -> None:
     with np.load(saved(dtype="bfloat16"), allow_pickle=False) as data:
         assert str(data["dtype"]) == "float32"
-    parameters, _ = checkpoint.load_model(saved(dtype="bfloat16"), PARAMETERS)
+    parameters, _ = model_file.load_model(saved(dtype="bfloat16"), PARAMETERS)
     assert parameters["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("seed", [np.random.default_rng(0), np.random.RandomState(0)])
 def test_generators_are_left_out(seed: Any) -> None:
-    parameters, _ = checkpoint.load_model(saved(random_state=seed), PARAMETERS)
+    parameters, _ = model_file.load_model(saved(random_state=seed), PARAMETERS)
     assert "random_state" not in parameters
 
 
 def test_handles_of_devices_are_left_out() -> None:
-    assert "devices" not in checkpoint.load_model(saved(devices=[object()]), PARAMETERS)[0]
-    assert checkpoint.load_model(saved(devices=2), PARAMETERS)[0]["devices"] == 2
+    assert "devices" not in model_file.load_model(saved(devices=[object()]), PARAMETERS)[0]
+    assert model_file.load_model(saved(devices=2), PARAMETERS)[0]["devices"] == 2
 
 
 def test_an_unfitted_model() -> None:
     file = io.BytesIO()
-    checkpoint.save_model(file, PARAMETERS, dict.fromkeys(FITTED))
+    model_file.save_model(file, PARAMETERS, dict.fromkeys(FITTED))
     file.seek(0)
-    assert checkpoint.load_model(file, PARAMETERS)[1] == {}
+    assert model_file.load_model(file, PARAMETERS)[1] == {}
 
 
 @pytest.mark.parametrize("name", ["model", "model.npz", "model.v2"])
 @pytest.mark.parametrize("kind", [str, Path])
 def test_paths(tmp_path: Path, name: str, kind: Any) -> None:
     path = kind(tmp_path / name)
-    checkpoint.save_npz(path, {"factors": 3})
+    model_file.save_npz(path, {"factors": 3})
     assert [p.name for p in tmp_path.iterdir()] == [
         name if name.endswith(".npz") else name + ".npz"
     ]
-    assert checkpoint.load_npz(path) == {"factors": 3}
+    assert model_file.load_npz(path) == {"factors": 3}
     with pytest.raises(FileNotFoundError):
-        checkpoint.load_npz(kind(tmp_path / "another"))
+        model_file.load_npz(kind(tmp_path / "another"))
 
 
 def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model.npz"
-    checkpoint.save_npz(path, {"factors": 3})
+    model_file.save_npz(path, {"factors": 3})
 
     def half(file: Any, **arrays: Any) -> None:
         file.write(b"half of it")
@@ -115,18 +115,18 @@ def test_a_failed_write_leaves_the_old_file(
 
     monkeypatch.setattr(np, "savez", half)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save_npz(path, {"factors": 4})
+        model_file.save_npz(path, {"factors": 4})
     assert [p.name for p in tmp_path.iterdir()] == ["model.npz"]
-    assert checkpoint.load_npz(path) == {"factors": 3}
+    assert model_file.load_npz(path) == {"factors": 3}
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
     np.savez(tmp_path / "bad.npz", alpha=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="allow_pickle=False"):
-        checkpoint.load_npz(tmp_path / "bad.npz")
+        model_file.load_npz(tmp_path / "bad.npz")
 
 
 def test_a_later_format_is_refused(tmp_path: Path) -> None:
-    np.savez(tmp_path / "later.npz", tpu_als_format=checkpoint.FORMAT + 1)
+    np.savez(tmp_path / "later.npz", tpu_als_format=model_file.FORMAT + 1)
     with pytest.raises(ValueError, match="written by a later tpu_als; upgrade"):
-        checkpoint.load_npz(tmp_path / "later.npz")
+        model_file.load_npz(tmp_path / "later.npz")
