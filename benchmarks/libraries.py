@@ -57,9 +57,11 @@ class Library(Protocol):
 class Ours:
     """The engine, as `fit` calls it."""
 
-    def __init__(self, problem: Problem, solver: str = "cg", **options: Any) -> None:
+    def __init__(
+        self, problem: Problem, solver: str = "cg", over_relaxation: float = 1.0, **options: Any
+    ) -> None:
         placing = {key: options.pop(key) for key in ("devices", "num_threads") if key in options}
-        self.problem = problem
+        self.problem, self.over_relaxation = problem, over_relaxation
         params = als.AlsParams(problem.factors, linear_solver=solver, **options)
         self.data = als.place(problem.matrix, params, mesh.workplace(**placing))
         self.objective = solve.objective("implicit", problem.regularization, problem.alpha)
@@ -67,10 +69,12 @@ class Ours:
 
     def reset(self) -> None:
         self.state = als.start(self.data, *self.problem.tables())
+        self.relaxation = 1.0
 
     def step(self) -> None:
         # the counts of failed rows are read on the host, so the iteration has ended
-        self.state, failed = als.epoch(self.state, self.data, self.objective)
+        self.state, failed = als.epoch(self.state, self.data, self.objective, self.relaxation)
+        self.relaxation = self.over_relaxation
         if any(failed):
             raise FloatingPointError(f"{failed} rows are not finite")
 
@@ -176,6 +180,7 @@ class ImplicitGpu:
 
 BUILDERS: dict[str, Callable[[Problem], Library]] = {
     "tpu_als cg": lambda problem: Ours(problem, "cg"),
+    "tpu_als relaxed": lambda problem: Ours(problem, "cg", over_relaxation=1.5),
     "tpu_als cholesky": lambda problem: Ours(problem, "cholesky"),
     "tpu_als subspace": lambda problem: Ours(problem, "subspace"),
     "tpu_als auto": lambda problem: Ours(problem, "auto"),
@@ -199,7 +204,7 @@ def available(names: list[str]) -> list[str]:
 def _exists(name: str) -> bool:
     package, solver = name.split()
     if package == "tpu_als":
-        return solver in solve.SOLVERS
+        return True
     if solver == "gpu" and importlib.util.find_spec("implicit"):
         import implicit.gpu
 

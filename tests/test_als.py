@@ -217,8 +217,14 @@ def _small(draw: st.DrawFn) -> sparse.csr_matrix:
 
 
 @pytest.mark.parametrize(
-    ("solver", "steps", "block"),
-    [("cg", 1, 1), ("cg", 3, 1), ("cholesky", 1, 1), ("subspace", 2, 2)],
+    ("solver", "steps", "block", "relaxation"),
+    [
+        ("cg", 1, 1, 1.0),
+        ("cg", 3, 1, 1.5),
+        ("cholesky", 1, 1, 1.0),
+        ("cholesky", 1, 1, 1.9),
+        ("subspace", 2, 2, 1.0),
+    ],
 )
 @hypothesis.settings(max_examples=15)
 @given(
@@ -233,9 +239,14 @@ def _small(draw: st.DrawFn) -> sparse.csr_matrix:
     ),
 )
 def test_the_loss_never_rises(
-    solver: str, steps: int, block: int, matrix: sparse.csr_matrix, objective: oracle.Objective
+    solver: str,
+    steps: int,
+    block: int,
+    relaxation: float,
+    matrix: sparse.csr_matrix,
+    objective: oracle.Objective,
 ) -> None:
-    """Not from one half-epoch to the next, and not even where a solve stops early."""
+    """Not from one half-epoch to the next, not where a solve stops early, nor where it goes on."""
     params = AlsParams(4, "float64", solver, steps, block)
     data = _data(matrix, params, _place(1, 2), (8,), 256)
     state = als.start(data, *_tables(matrix, 4, np.float64))
@@ -245,8 +256,9 @@ def test_the_loss_never_rises(
         for target in ("users", "items"):
             source = "items" if target == "users" else "users"
             table = als.half_epoch(
-                getattr(state, target), getattr(state, source), data, ours, target=target
-            )
+                getattr(state, target), getattr(state, source), data, ours, relaxation,
+                target=target,
+            )  # fmt: skip
             state = state._replace(**{target: table})
             losses.append(als.loss(state, data, ours))
     assert np.all(np.isfinite(losses))
@@ -255,6 +267,23 @@ def test_the_loss_never_rises(
         matrix, als.user_factors(state, data), als.item_factors(state, data), objective
     )
     assert losses[-1] == pytest.approx(expected, rel=1e-8, abs=1e-12)
+
+
+@pytest.mark.parametrize(("solver", "place"), list(zip(EXACT, PLACES[2:], strict=True)), ids=str)
+def test_relaxed_rows_lie_beyond_the_solved_ones(solver: str, place: tuple[int, int, str]) -> None:
+    data = _data(MIXED, EXACT[solver], _place(*place))
+    tables = _tables(MIXED, EXACT[solver].factors)
+    objective, exact = solve.objective("implicit", 0.5, 2.0), oracle.Objective("implicit", 0.5, 2.0)
+    state, failed = als.epoch(als.start(data, *tables), data, objective, 1.5)
+    assert failed == (0, 0)
+    users, items = als.user_factors(state, data), als.item_factors(state, data)
+    for matrix, before, source, after in (
+        (MIXED, tables[0], tables[1], users),
+        (MIXED.T.tocsr(), tables[1], users, items),
+    ):
+        solved = oracle.half_epoch(matrix, source.astype(np.float64), exact)
+        expected = np.where(solved.any(axis=1)[:, None], 1.5 * solved - 0.5 * before, 0)
+        _close(after, expected, "float32")
 
 
 @pytest.mark.parametrize("place", [PLACES[1], PLACES[-1]], ids=str)

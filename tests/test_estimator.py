@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from typing import Any
 
@@ -301,3 +302,28 @@ class TestClass:
                 model(linear_solver="cg"), grid, cv=[(np.arange(30),) * 2], refit=False
             ).fit(COUNTS, show_progress=False)
         assert many.programs <= one.programs
+
+
+class TestOverRelaxation:
+    def test_fewer_iterations_reach_the_loss(self) -> None:
+        counts = random_counts(200, 120, seed=1)
+        settings = dict(factors=8, alpha=40.0, regularization=1.0, calculate_training_loss=True)
+        plain = model(iterations=16, **settings).fit(counts, show_progress=False)
+        relaxed = model(iterations=10, over_relaxation=1.5, **settings)
+        losses = relaxed.fit(counts, show_progress=False).history_["loss"]
+        assert losses[-1] < plain.history_["loss"][-1]
+        assert all(after < before for before, after in itertools.pairwise(losses))
+
+    def test_the_first_and_the_last_iteration_are_plain(self) -> None:
+        assert same_tables(fitted(iterations=2), fitted(iterations=2, over_relaxation=1.5))
+        three = fitted(iterations=3, over_relaxation=1.5)
+        assert not same_tables(fitted(iterations=3), three)
+        solved = three.recalculate_item(np.arange(20), COUNTS.T.tocsr())
+        np.testing.assert_allclose(three.item_factors, solved, rtol=0, atol=1e-4)
+
+
+def same_tables(one: Any, other: Any) -> bool:
+    """Whether two models have the same tables, bit for bit."""
+    return np.array_equal(one.user_factors, other.user_factors) and np.array_equal(
+        one.item_factors, other.item_factors
+    )

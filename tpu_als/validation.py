@@ -62,6 +62,10 @@ _PARAMETERS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "cg_steps": (_integer(1), "an integer of at least 1"),
     "block_size": (_integer(1), "an integer of at least 1"),
+    "over_relaxation": (
+        _real(0.0, 2.0, is_open=True),
+        "a number between 0 and 2, where 1 is plain ALS",
+    ),
     "validation_fraction": (_real(0.0, 1.0, is_open=True), "a number between 0 and 1"),
     "n_iter_no_change": (_integer(1), "an integer of at least 1"),
     "tol": (_real(0.0), "a finite number of at least 0"),
