@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from scipy import sparse
 
 from tpu_als import cells, exchange, layout, solve, sweep
@@ -43,6 +43,7 @@ _RUNG_CELLS = {"cpu": 4e6, "other": 1e8}
 _RUNGS_A_PROGRAM = 4
 _SIDES = ("user", "item")
 _LADDER_SLACK = 1.1  # padding accepted, against the best ladder's, for a ladder compiled before
+_DRAWN = 1 << 14  # rows drawn at once, which bounds the generator's scratch
 _SHARED_WASTE = 1 << 26  # bytes of unused slots that sharing programs between the sides may cost
 
 
@@ -105,8 +106,8 @@ class Side:
     ----------
     rows : RowMap
         Where the rows live.
-    own : Own
-        Their entries, long rows aside.
+    own : Own or None
+        Their entries, long rows aside; None of a side that is only read.
     long : Long or None
         The entries of long rows, where there are any.
     routes : tuple of Route or None
@@ -116,7 +117,7 @@ class Side:
     """
 
     rows: RowMap
-    own: Own
+    own: Any
     long: Long | None
     routes: tuple[Route, ...] | None
     lengths: np.ndarray
@@ -124,7 +125,7 @@ class Side:
     @property
     def n_rows(self) -> int:
         """Rows of the table, unused slots not counted."""
-        return len(self.lengths)
+        return len(self.rows.slots)
 
     @property
     def received_rows(self) -> int:
@@ -246,6 +247,30 @@ def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Wor
     )
 
 
+def place_rows(
+    rows: sparse.csr_matrix, source: RowMap, params: AlsParams, place: Workplace
+) -> Data:
+    """Lay out the rows of a matrix to be solved against an item table that is there already.
+
+    Parameters
+    ----------
+    rows : CSR matrix (M, N)
+        Canonical; with several processes each passes all of it.
+    source : RowMap
+        Where the rows of the table are.
+    params : AlsParams
+        As in `place`.
+    place : Workplace
+        That of the table.
+    """
+    entries, lengths = InMemory(rows, None), np.diff(rows.indptr).astype(np.int64)
+    plan = make_plan(lengths, params, place)
+    items = Side(source, None, None, None, np.zeros(len(source.slots), np.int64))
+    fill = _Filling(entries, plan, params, place, False)
+    users = fill.side("user", layout.map_rows(lengths, plan), source, lengths)
+    return Data(users, items, plan, params, place, rows.nnz, fill.absolute_sum)
+
+
 def _lengths(entries: Entries, side: str, place: Workplace) -> tuple[np.ndarray, np.ndarray | None]:
     """Entries (M,) of all rows of a side and, if each process has its part, whose they are."""
     n_rows = entries.shape[_SIDES.index(side)]
@@ -295,11 +320,7 @@ class _Filling:
             counts = layout.to_slots(lengths.astype(np.int32), rows, local)
             own = Own(*(place.put(each) for each in (ids, values, counts, sends)))
             if routes is not None:
-                groups = tuple(
-                    (route.groups(rung.n_chunks), route.rows)
-                    for route, rung in zip(routes, rows.rungs, strict=True)
-                )
-                _, _, sends = place.whole(_turn, groups)(own.sends, None)
+                _, _, sends = turning(rows, routes, place)(own.sends, None)
                 own = own._replace(sends=sends)
             long = self._long(name, rows, source, lengths) if len(rows.long) else None
         return Side(rows, own, long, routes, lengths)
@@ -333,6 +354,13 @@ class _Filling:
         return Long(*(place.put(each) for each in long))
 
 
+def turning(rows: RowMap, routes: tuple[Route, ...], place: Workplace) -> Callable[..., Any]:
+    """Program (requests, None) -> (None, None, sends) of a side."""
+    pairs = zip(routes, rows.rungs, strict=True)
+    groups = tuple((route.groups(rung.n_chunks), route.rows) for route, rung in pairs)
+    return place.whole(_turn, groups)
+
+
 def _turn(
     groups: tuple[tuple[int, int], ...], together: Together, requests: Array, _: None
 ) -> tuple[None, None, Array]:
@@ -352,6 +380,36 @@ def start(data: Data, user_factors: np.ndarray, item_factors: np.ndarray) -> Als
         with precision(data.params.dtype):
             tables.append(data.place.put(slots))
     return AlsState(*tables)
+
+
+def draw(data: Data, seed: int, scale: float, *, normal: bool) -> AlsState:
+    """Draw initial tables on the devices: a row's values depend on the seed and its number alone.
+
+    Uniform from [0, scale), or normal with that deviation. No host ever holds a table.
+    """
+    params, tables = data.params, []
+    with precision(params.dtype):
+        program = data.place.whole(_draw, (params.factors, params.dtype, normal))
+        for number, side in enumerate((data.users, data.items)):
+            rows = layout.rows_of_slots(side.rows, data.place.local).astype(np.int32)
+            given = np.uint32(seed), np.uint32(number), np.dtype(params.compute_dtype).type(scale)
+            tables.append(program(data.place.put(rows), given)[2])
+    return AlsState(*tables)
+
+
+def _draw(
+    static: tuple[int, str, bool], _: Together, rows: Shards, given: tuple[Array, Array, Array]
+) -> tuple[None, None, Shards]:
+    factors, dtype, normal = static
+    seed, side, scale = given
+    key, kind = jax.random.fold_in(jax.random.key(seed), side), scale.dtype
+
+    def one(row: Array) -> Array:
+        own = jax.random.fold_in(key, row)
+        values = (jax.random.normal if normal else jax.random.uniform)(own, (factors,), kind)
+        return jnp.where(row < 0, 0, values * scale).astype(DTYPES[dtype])
+
+    return None, None, jax.tree.map(lambda part: lax.map(one, part, batch_size=_DRAWN), rows)
 
 
 def user_factors(state: AlsState, data: Data) -> np.ndarray:
@@ -416,15 +474,27 @@ def half_epoch(
     params, where = data.params, data.place
     side, source = (data.users, data.items)[:: 1 if target == "users" else -1]
     with precision(params.dtype):
-        prepare = where.whole(_prepare, params.compute_dtype)
-        basis, held, begin = prepare(
+        basis, held, begin = preparing(data)(
             (source_table, target_table, side.own.lengths), np.int32(source.n_rows)
         )
-        given = _shared(basis, objective, params, relaxation)
-        programs = _programs(sweep.solve_rungs, side, side.own, data, given)
-        if side.long is not None:
-            programs.append(_long_program(sweep.solve_long, side, side.long, data, given))
+        programs = passes(side, data, basis, objective, relaxation)
         return where.run(programs, begin, held, params.dtype)
+
+
+def passes(
+    side: Side, data: Data, basis: Basis, objective: Objective, relaxation: float = 1.0
+) -> list[tuple[Any, Any, Shared]]:
+    """Programs, with what they read, that in turn solve all rows of a side (`Workplace.run`)."""
+    given = _shared(basis, objective, data.params, relaxation)
+    programs = _programs(sweep.solve_rungs, side, side.own, data, given)
+    if side.long is not None:
+        programs.append(_long_program(sweep.solve_long, side, side.long, data, given))
+    return programs
+
+
+def preparing(data: Data) -> Callable[..., Any]:
+    """Program ((source, target, lengths), n_source) -> (basis, held, begin) of a half-epoch."""
+    return data.place.whole(_prepare, data.params.compute_dtype)
 
 
 def _prepare(
@@ -539,8 +609,17 @@ def _summary(
     eye = jnp.eye(rows.shape[1], dtype=dtype)
     basis = Basis(eye, jnp.diagonal(eye), n_rows.astype(dtype))
 
-    def squares(part: Array) -> Array:
-        return jnp.sum(jnp.square(part.astype(dtype)), axis=1)
+    gram, _, squares = gramian_and_squares(dtype, together, table, None)
+    return (basis, gram), together.hold(rows), squares
 
-    gram = together.total(solve.gramian(rows, dtype))
-    return (basis, gram), together.hold(rows), jax.tree.map(squares, table)
+
+def gramian_and_squares(
+    dtype: str, together: Together, table: Shards, _: None
+) -> tuple[Array, None, Shards]:
+    """Gramian of a table, and the squared lengths of its rows."""
+    gramian = together.total(solve.gramian(together.join(table), dtype))
+    return gramian, None, jax.tree.map(lambda part: _squares(part, dtype), table)
+
+
+def _squares(rows: Array, dtype: str) -> Array:
+    return jnp.sum(jnp.square(rows.astype(dtype)), axis=1)

@@ -180,7 +180,7 @@ class Workplace:
 
     def each(self, fn: Callable[..., Any], static: Any) -> Callable[..., Any]:
         """Compile fn(static, out, own, held, shared) -> out for one shard; `out` is donated."""
-        return _each(fn, static, self.mesh, self.together)
+        return _each(fn, static, self.mesh, self.together, self.platform)
 
     def run(
         self, programs: Sequence[tuple[Any, Any, Any]], out: Shards, held: Any, dtype: str
@@ -266,12 +266,11 @@ def _whole(
 
 @functools.cache
 def _each(
-    fn: Callable[..., Any], static: Any, mesh: Mesh | None, together: Together
+    fn: Callable[..., Any], static: Any, mesh: Mesh | None, together: Together, platform: str
 ) -> Callable[..., Any]:
+    options = _compiler_options(platform)
     if mesh is None:
-        return jax.jit(
-            functools.partial(fn, static), donate_argnums=0, compiler_options=_compiler_options()
-        )
+        return jax.jit(functools.partial(fn, static), donate_argnums=0, compiler_options=options)
 
     def local(out: Any, own: Any, held: Any, shared: Any) -> Any:
         held = held[0] if together.sharded else held
@@ -282,7 +281,7 @@ def _each(
     mapped = jax.shard_map(
         local, mesh=mesh, in_specs=(own, own, held, everywhere), out_specs=own, check_vma=False
     )
-    return jax.jit(mapped, donate_argnums=0, compiler_options=_compiler_options())
+    return jax.jit(mapped, donate_argnums=0, compiler_options=options)
 
 
 def _first(own: Any) -> Any:
@@ -290,9 +289,9 @@ def _first(own: Any) -> Any:
     return jax.tree.map(lambda part: part[0], own)
 
 
-def _compiler_options() -> dict[str, Any] | None:
+def _compiler_options(platform: str) -> dict[str, Any] | None:
     """Options for the loops over chunks on CPU, where LLVM's level 3 makes slower code than 2."""
-    return {"xla_backend_optimization_level": 2} if jax.default_backend() == "cpu" else None
+    return {"xla_backend_optimization_level": 2} if platform == "cpu" else None
 
 
 def precision(dtype: str) -> contextlib.AbstractContextManager[Any]:
