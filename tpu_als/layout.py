@@ -16,12 +16,13 @@ The last slot of the last shard is never a row's: its table row is zero, and pad
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 SHORTEST = 8  # cells; below this, padding costs less than a compiled program
-LONGEST = 4096  # cells; a longer row is worked on in blocks of the last rung
+LONGEST = 4096  # cells by default; a longer row is worked on in blocks of the last rung
 _SMALL_CELLS = 1 << 18
 
 
@@ -99,7 +100,9 @@ class RowMap:
         return self.n_shards * self.n_slots - 1
 
 
-def ladder(lengths: np.ndarray, rung_cells: float, most: int = 16) -> tuple[int, ...]:
+def ladder(
+    lengths: np.ndarray, rung_cells: float, most: int = 16, longest: int = LONGEST
+) -> tuple[int, ...]:
     """Choose the rungs' lengths from a histogram of row lengths, at the least total cost.
 
     Dynamic programming over a geometric grid: each row is padded to the next rung, and a rung
@@ -113,13 +116,15 @@ def ladder(lengths: np.ndarray, rung_cells: float, most: int = 16) -> tuple[int,
         Cells whose work in all iterations takes as long as compiling a rung.
     most : int, default=16
         Most rungs.
+    longest : int, default=LONGEST
+        Bound on the rungs' lengths.
 
     Returns
     -------
     tuple of int
-        Ascending. The last one holds the longest row, or is `LONGEST`.
+        Ascending. The last one holds the longest row, or is `longest`.
     """
-    grid = _grid(int(lengths.max(initial=1)))
+    grid = _grid(int(lengths.max(initial=1)), longest)
     rows = np.searchsorted(np.sort(lengths), grid, side="right")
     below = np.concatenate([[0], rows])
     # cost[j]: least cells for the rows up to grid[j - 1] with the rungs chosen so far
@@ -146,11 +151,11 @@ def padded_cells(lengths: np.ndarray, ladder: tuple[int, ...]) -> int:
     return int((rungs[at] * np.maximum(-(-lengths // rungs[at]), 1)).sum())
 
 
-def _grid(longest: int) -> np.ndarray:
-    """Lengths a rung may have: a tenth apart, up to somewhat over the longest row."""
+def _grid(longest: int, bound: int) -> np.ndarray:
+    """Lengths a rung may have: a tenth apart, up to somewhat over the longest row or a bound."""
     grain = max((1 << max(longest - 1, 1).bit_length()) >> 3, SHORTEST)
-    top = min(-(-longest // grain) * grain, LONGEST)
-    steps = np.arange(np.ceil(np.log(LONGEST / SHORTEST) / np.log(1.1)) + 1)
+    top = min(-(-longest // grain) * grain, bound)
+    steps = np.arange(np.ceil(np.log(bound / SHORTEST) / np.log(1.1)) + 1)
     grid = np.unique(np.ceil(1.1**steps).astype(np.int64)) * SHORTEST
     return np.append(grid[grid < top], top)
 
@@ -183,27 +188,33 @@ def map_rows(lengths: np.ndarray, plan: Plan, owners: np.ndarray | None = None) 
     order = np.argsort(lengths, kind="stable")
     ends = np.searchsorted(lengths[order], plan.lengths, side="right")
     slots, cells, shard_of = (np.full(len(lengths), -1, np.int64) for _ in range(3))
-    rungs, slot, cell, low = [], 0, 0, 0
-    for length, high in zip(plan.lengths, ends, strict=True):
-        members, low = order[low:high], high
-        if len(members) == 0:
-            continue
-        rows = plan.rows(length)
+    *short, long = np.split(order, ends)
+    turns, most = [], []
+    for members in (*short, long):
         shard_of[members], turn = _deal(members, plan, owners)
-        n_chunks = -(-(int(turn.max()) + 1) // rows)
-        rungs.append(Rung(length, rows, slot, cell, n_chunks))
-        slots[members] = slot + turn
-        cells[members] = cell + turn * length
-        slot += n_chunks * rows
-        cell += n_chunks * rows * length
-    long = order[low:]
-    shard_of[long], turn = _deal(long, plan, owners)
-    slots[long] = slot + turn
-    n_slots = round_up(slot + int(turn.max(initial=-1)) + 2)
-    n_cells = round_up(cell, _SMALL_CELLS)
+        turns.append(turn)
+        most.append(int(turn.max(initial=-1)) + 1)
+    rungs, n_slots, n_cells = stack(most, plan)
+    filled = [(members, turn) for members, turn in zip(short, turns, strict=False) if len(members)]
+    for rung, (members, turn) in zip(rungs, filled, strict=True):
+        slots[members] = rung.first_slot + turn
+        cells[members] = rung.first_cell + turn * rung.length + shard_of[members] * n_cells
+    slots[long] = sum(rung.n_chunks * rung.rows for rung in rungs) + turns[-1]
     slots += shard_of * n_slots
-    cells[order[:low]] += shard_of[order[:low]] * n_cells
-    return RowMap(slots, cells, long, tuple(rungs), n_slots, n_cells, plan.n_shards)
+    return RowMap(slots, cells, long, rungs, n_slots, n_cells, plan.n_shards)
+
+
+def stack(rows: Sequence[int], plan: Plan) -> tuple[tuple[Rung, ...], int, int]:
+    """Rungs, slots and cells of a shard, given the most rows of each rung and long ones on it."""
+    rungs, slot, cell = [], 0, 0
+    for length, count in zip(plan.lengths, rows[:-1], strict=True):
+        if count:
+            size = plan.rows(length)
+            n_chunks = -(-count // size)
+            rungs.append(Rung(length, size, slot, cell, n_chunks))
+            slot += n_chunks * size
+            cell += n_chunks * size * length
+    return tuple(rungs), round_up(slot + rows[-1] + 1), round_up(cell, _SMALL_CELLS)
 
 
 def _deal(
