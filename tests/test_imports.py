@@ -31,7 +31,7 @@ FLOORS = [
     ["_transpose"],
     ["holdout"],
     ["ranking"],
-    ["fold_in"],
+    ["resident", "fold_in"],
     ["als"],
     ["sweep"],
     ["exchange", "cells"],

@@ -45,10 +45,13 @@ class Entries(Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """A canonical CSR matrix as `Entries`, in both orientations. Every process has all of it."""
+    """A canonical CSR matrix as `Entries`. Every process has all of it.
+
+    The other orientation may be left out where only users are to be solved.
+    """
 
     user_items: sparse.csr_matrix
-    item_users: sparse.csr_matrix
+    item_users: sparse.csr_matrix | None
 
     @property
     def shape(self) -> tuple[int, int]:
