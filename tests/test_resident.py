@@ -14,12 +14,6 @@ from tpu_als.resident import Table
 
 COUNTS = random_counts(70, 50, seed=3)
 PLACES = [(1, 1, "auto"), (1, 2, "auto"), (2, 0, "replicated"), (4, 0, "sharded")]
-    (1, 1, "auto"),
-    (1, 2, "auto"),
-    (2, 0, "sharded"),
-    (4, 0, "replicated"),
-    (4, 0, "sharded"),
-]
 
 
 def _tables(
