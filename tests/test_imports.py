@@ -31,7 +31,7 @@ FLOORS = [
     ["_transpose"],
     ["holdout"],
     ["ranking"],
-    ["resident", "fold_in"],
+    ["resident", "fold_in", "checkpoint"],
     ["als"],
     ["sweep"],
     ["exchange", "cells"],

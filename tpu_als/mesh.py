@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 AXIS = "shards"
 LAYOUTS = ("auto", "replicated", "sharded")
@@ -128,11 +128,17 @@ class Workplace:
         )  # fmt: skip
         return replace(self, table_layout=chosen)
 
+    def sharding(self, axis: int = 0) -> Sharding:
+        """How an array lies of which each device has an equal part along an axis."""
+        if self.mesh is None:
+            return SingleDeviceSharding(self.devices[0])
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXIS))
+
     def put(self, stacked: np.ndarray) -> Shards:
         """Place an array (len(local), ...), one slice of the leading axis on each own shard."""
         if self.mesh is None:
             return [jax.device_put(part, self.devices[0]) for part in stacked]
-        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        sharding = self.sharding()
         shape, first = (self.n_shards, *stacked.shape[1:]), self.local.start
 
         def part(at: Any) -> np.ndarray:
