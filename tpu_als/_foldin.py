@@ -139,17 +139,18 @@ class FoldIn(FactorTables):
         user_weights : tuple
             Cholesky factor of the user's system, as `scipy.linalg.cho_factor` gives it.
         """
-        table, n = self._fitted_table("item"), validation.result_count(N)
+        n_items, n = self._shape("item")[0], validation.result_count(N)
         validation.warn_if_converted(user_items)
-        rows = validation.rows_for(user_items, None, len(table), strict=False)
+        rows = validation.rows_for(user_items, None, n_items, strict=False)
         user = validation.ids_of(userid, rows.shape[0], "userid (a row of the whole user_items)")
-        item = validation.ids_of(itemid, len(table), "itemid")
+        item = validation.ids_of(itemid, n_items, "itemid")
         row = rows[user[0][0]]
         w, v = solve.confidence(self._objective(), row.data.astype(np.float64))
+        liked = self._rows("item", row.indices)
         if user_weights is None:
-            user_weights = self._factorize(table, row.indices, w)
-        weighted = linalg.cho_solve(user_weights, table[item[0][0]].astype(np.float64))
-        scores = (table[row.indices] @ weighted) * v
+            user_weights = self._factorize(liked.astype(np.float64), w, n_items)
+        wanted = self._rows("item", item[0][:1])[0].astype(np.float64)
+        scores = (liked @ linalg.cho_solve(user_weights, wanted)) * v
         order = [i for i in np.argsort(-scores, kind="stable") if row.data[i] >= 0][:n]
         top = [(int(row.indices[i]), float(scores[i])) for i in order]
         return np.float64(scores.sum()), top, user_weights
@@ -206,22 +207,26 @@ class FoldIn(FactorTables):
     def _recalculate(self, ids: Any, matrix: Any, name: str, source: str) -> np.ndarray:
         which = "userid" if source == "item" else "itemid"
         ids, is_scalar, mask = validation.ids_of(ids, None, which)
-        n_columns = len(self._fitted_table(source))
+        n_columns = self._shape(source)[0]
         rows = validation.rows_for(matrix, len(ids), n_columns, name, strict=False, mask=mask)
         solved = self._fold_in(rows, source)
         return solved[0] if is_scalar else solved
 
     def _fold_in(self, rows: sparse.csr_matrix, side: str) -> np.ndarray:
         """Solve equation (1) exactly for canonical rows against the table of a side."""
-        table, place = self._fitted_table(side), self._place()
+        # Only one that was assigned: a result must not depend on what was computed before it.
+        gramian = self._YtY if side == "item" else self._XtX
+        on_devices = self._resident(side)
+        if on_devices is not None and gramian is None:
+            solved = on_devices.solve(rows, self._objective())
+            return validation.finite_rows(solved, "the given rows")
+        table, place = self._fitted_table(side), self._own_place()
         params = self._params(table, "cholesky")
         source = self._kept(
             f"{side} source",
             (self._stamp(side), place, params),
             lambda: fold_in.source(table, params, place),
         )
-        # Only one that was assigned: a result must not depend on what was computed before it.
-        gramian = self._YtY if side == "item" else self._XtX
         solved = fold_in.solve_rows(rows, source, self._objective(), params, gramian=gramian)
         return validation.finite_rows(solved.astype(table.dtype, copy=False), "the given rows")
 
@@ -235,14 +240,12 @@ class FoldIn(FactorTables):
         grown[ids] = rows
         self._store(side, grown)
 
-    def _factorize(
-        self, table: np.ndarray, ids: np.ndarray, w: np.ndarray
-    ) -> tuple[np.ndarray, bool]:
-        """Cholesky factor of the matrix of equation (1) for one user, in float64."""
-        objective, rows = self._objective(), table[ids].astype(np.float64)
-        lam = solve.ridge(objective, float(len(ids)), float(len(table)))
+    def _factorize(self, rows: np.ndarray, w: np.ndarray, n_items: int) -> tuple[np.ndarray, bool]:
+        """Cholesky factor of the matrix of equation (1) for one user's items, in float64."""
+        objective = self._objective()
+        lam = solve.ridge(objective, float(len(rows)), float(n_items))
         matrix = objective.unobserved_weight * self.YtY.astype(np.float64)
-        matrix = matrix + lam * np.eye(table.shape[1]) + (rows.T * w) @ rows
+        matrix = matrix + lam * np.eye(rows.shape[1]) + (rows.T * w) @ rows
         try:
             return linalg.cho_factor(matrix)
         except linalg.LinAlgError:

@@ -65,15 +65,15 @@ class Serving(FoldIn):
         IndexError
             For ids that are not in the model.
         """
-        n, table = validation.result_count(N), self._fitted_table("item")
-        users = None if recalculate_user else self._fitted_table("user")
-        ids, is_scalar, mask = validation.ids_of(userid, None if users is None else len(users))
+        n, n_items = validation.result_count(N), self._shape("item")[0]
+        n_users = None if recalculate_user else self._shape("user")[0]
+        ids, is_scalar, mask = validation.ids_of(userid, n_users)
         rows = None
         if filter_already_liked_items or recalculate_user:
-            rows = validation.rows_for(user_items, len(ids), len(table), mask=mask)
+            rows = validation.rows_for(user_items, len(ids), n_items, mask=mask)
         names = ("items", "filter_items")
-        chosen, excluded = validation.selection(items, filter_items, len(table), names)
-        queries = self._fold_in(rows, "item") if users is None else users[ids]
+        chosen, excluded = validation.selection(items, filter_items, n_items, names)
+        queries = self._fold_in(rows, "item") if recalculate_user else self._rows("user", ids)
         seen = rows if filter_already_liked_items else None
         found = self._rank(queries, "item", n, seen=seen, chosen=chosen, excluded=excluded)
         return _unwrapped(found, is_scalar)
@@ -157,15 +157,15 @@ class Serving(FoldIn):
         ndarray of the factors' dtype and shape (n,)
             Inner products, the scores that `recommend` ranks by; 0-d for two single ids.
         """
-        users, items = self._fitted_table("user"), self._fitted_table("item")
-        users_at, one_user, _ = validation.ids_of(userids, len(users), "userids")
-        items_at, one_item, _ = validation.ids_of(itemids, len(items), "itemids")
+        users_at, one_user, _ = validation.ids_of(userids, self._shape("user")[0], "userids")
+        items_at, one_item, _ = validation.ids_of(itemids, self._shape("item")[0], "itemids")
         if len(users_at) != len(items_at) and not (one_user or one_item):
             raise ValueError(
                 f"userids and itemids must be of equal length, got {len(users_at)} and "
                 f"{len(items_at)}: pairs are scored, not every combination"
             )
-        scores = np.einsum("...k,...k->...", users[users_at], items[items_at])
+        users, items = self._rows("user", users_at), self._rows("item", items_at)
+        scores = np.einsum("...k,...k->...", users, items)
         return scores[0] if one_user and one_item else scores
 
     def recommend_all(
@@ -221,14 +221,19 @@ class Serving(FoldIn):
     ) -> np.ndarray:
         if recalculate_user:
             return self.recalculate_user(userid, user_items)
-        return _rows_of(self._fitted_table("user"), userid, "userid")
+        return self._rows_of("user", userid)
 
     def _item_factor(
         self, itemid: Any, item_users: Any, recalculate_item: bool = False
     ) -> np.ndarray:
         if recalculate_item:
             return self.recalculate_item(itemid, item_users)
-        return _rows_of(self._fitted_table("item"), itemid, "itemid")
+        return self._rows_of("item", itemid)
+
+    def _rows_of(self, side: str, ids: Any) -> np.ndarray:
+        at, is_scalar, _ = validation.ids_of(ids, self._shape(side)[0], f"{side}id")
+        rows = self._rows(side, at)
+        return rows[0] if is_scalar else rows
 
     def _similar(
         self,
@@ -316,12 +321,6 @@ def _fill(
         places = np.flatnonzero(ids[row] == NO_ID)
         tail = out[::-1][: len(places)]
         ids[row, places[: len(tail)]] = tail
-
-
-def _rows_of(table: np.ndarray, ids: Any, name: str) -> np.ndarray:
-    at, is_scalar, _ = validation.ids_of(ids, len(table), name)
-    rows = np.array(table[at])
-    return rows[0] if is_scalar else rows
 
 
 def _unwrapped(

@@ -12,18 +12,19 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from sklearn.exceptions import NotFittedError
 
-from . import als, mesh, validation
+from . import als, mesh, resident, validation
+from .resident import Table
 
 Kept = TypeVar("Kept")
 
 _DERIVED = {"user": ("_XtX", "_user_norms"), "item": ("_YtY", "_item_norms")}
-_FETCH = {"user": als.user_factors, "item": als.item_factors}
 _FITTED = ("_user_factors", "_item_factors", "_assigned", "_YtY", "_XtX", "_user_norms")
 
 
@@ -34,7 +35,7 @@ class _Runtime:
     Attributes
     ----------
     pending : dict
-        By side, the engine's state and data that hold a newer table than the estimator does.
+        By side, a table on the devices that is newer than the estimator's.
     kept : dict
         By name, a stamp of what a value was made from, and the value.
     stamps : dict
@@ -43,7 +44,7 @@ class _Runtime:
         Sides whose array has been handed out, so that it may have been written into.
     """
 
-    pending: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    pending: dict[str, Table] = field(default_factory=dict)
     kept: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     stamps: dict[str, int] = field(default_factory=dict)
     exposed: set[str] = field(default_factory=set)
@@ -99,28 +100,32 @@ class FactorTables:
     @property
     def YtY(self) -> np.ndarray:
         """Gramian of the item table, ndarray of shape (factors, factors), no regularization."""
-        return self._derived("_YtY", "item", _gramian)
+        return self._derived("_YtY", "item", _gramian, Table.gramian)
 
     @property
     def XtX(self) -> np.ndarray:
         """Gramian of the user table, ndarray of shape (factors, factors), no regularization."""
-        return self._derived("_XtX", "user", _gramian)
+        return self._derived("_XtX", "user", _gramian, Table.gramian)
 
     @property
     def user_norms(self) -> np.ndarray:
         """Lengths of the user vectors, ndarray of shape (n_users,); 1e-10 in place of 0."""
-        return self._derived("_user_norms", "user", norms)
+        return self._derived("_user_norms", "user", norms, _norms_of)
 
     @property
     def item_norms(self) -> np.ndarray:
         """Lengths of the item vectors, ndarray of shape (n_items,); 1e-10 in place of 0."""
-        return self._derived("_item_norms", "item", norms)
+        return self._derived("_item_norms", "item", norms, _norms_of)
 
     def __sklearn_is_fitted__(self) -> bool:
-        return self._table("user") is not None and self._table("item") is not None
+        return all(
+            self._resident(side) is not None or self._table(side) is not None
+            for side in ("user", "item")
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
+        for side in ("user", "item"):
+            self._table(side)
         state = dict(super().__getstate__())  # type: ignore[call-overload]
         # Device handles cannot be pickled and mean nothing elsewhere; their number does.
         state["devices"] = _device_count(self.devices)
@@ -146,9 +151,25 @@ class FactorTables:
         """The current table of a side, fetched from the devices where a newer one is there."""
         runtime = _RUNTIMES.get(self)
         if runtime is not None and side in runtime.pending:
-            setattr(self, f"_{side}_factors", _FETCH[side](*runtime.pending[side]))
+            setattr(self, f"_{side}_factors", runtime.pending[side].fetch())
             del runtime.pending[side]
+            self._drop_kept(f"{side} ")
         return getattr(self, f"_{side}_factors")
+
+    def _resident(self, side: str) -> Table | None:
+        """The table of a side if it is to stay on the devices until somebody reads all of it."""
+        runtime = _RUNTIMES.get(self)
+        table = None if runtime is None else runtime.pending.get(side)
+        return table if table is not None and table.is_resident else None
+
+    def _shape(self, side: str) -> tuple[int, int]:
+        """Rows and factors of a fitted table."""
+        return (self._resident(side) or self._fitted_table(side)).shape
+
+    def _rows(self, side: str, ids: np.ndarray) -> np.ndarray:
+        """Some rows of a fitted table, a copy; the ids are known to be in range."""
+        table = self._resident(side)
+        return self._fitted_table(side)[ids] if table is None else table.take(ids)
 
     def _fitted_table(self, side: str) -> np.ndarray:
         table = self._table(side)
@@ -184,75 +205,93 @@ class FactorTables:
                 self.n_features_in_ = n_items
 
     def _forget(self, side: str) -> None:
-        runtime = self._runtime()
-        runtime.stamps.pop(side, None)
-        for name in [name for name in runtime.kept if name.startswith(side)]:
-            del runtime.kept[name]
+        self._runtime().stamps.pop(side, None)
+        self._drop_kept(f"{side} ")
         for name in _DERIVED[side]:
             self.__dict__.pop(name, None)
 
+    def _drop_kept(self, prefix: str) -> None:
+        kept = self._runtime().kept
+        for name in [name for name in kept if name.startswith(prefix)]:
+            del kept[name]
+
     def _publish(self, state: Any, data: Any) -> None:
         """Make the engine's tables the current ones, fetched only when somebody reads them."""
-        for side in ("user", "item"):
+        for side, table in resident.tables(state, data).items():
             self._forget(side)
-            self._runtime().pending[side] = (state, data)
+            self._runtime().pending[side] = table
         self.__dict__.pop("_assigned", None)
 
     def _settle(self) -> None:
-        """Fetch what is pending, so that no engine state is needed any more."""
+        """Fetch what is pending, unless it is to stay on the devices."""
         for side in ("user", "item"):
-            self._table(side)
+            if self._resident(side) is None:
+                self._table(side)
 
-    def _fitted_state(self) -> dict[str, Any]:
-        self._settle()
+    def _fitted_state(self) -> tuple[dict[str, Any], dict[str, Table]]:
+        """What a fit changes: attributes, and tables on the devices."""
         names = (*_FITTED, "_item_norms")
-        return {
+        attributes = {
             name: value
             for name, value in vars(self).items()
             if name in names or (name.endswith("_") and not name.startswith("_"))
         }
+        return attributes, dict(self._runtime().pending)
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: tuple[dict[str, Any], dict[str, Table]]) -> None:
         """Return to a state that `_fitted_state` gave."""
-        self._runtime().pending.clear()
-        self._runtime().stamps.clear()
-        for name in self._fitted_state():
+        for side in ("user", "item"):
+            self._forget(side)
+        for name in self._fitted_state()[0]:
             del self.__dict__[name]
-        self.__dict__.update(state)
+        attributes, pending = state
+        self.__dict__.update(attributes)
+        self._runtime().pending = dict(pending)
 
     @contextlib.contextmanager
-    def _undone_on_error(self, before: dict[str, Any]) -> Iterator[None]:
+    def _undone_on_error(self, before: tuple[dict[str, Any], dict[str, Table]]) -> Iterator[None]:
         """Return to the model before `fit` on an error, but keep what a Ctrl-C cuts short."""
         try:
             yield
         except BaseException as error:
             # Each fit begins a history of its own.
-            begun = getattr(self, "history_", None) is not before.get("history_")
+            begun = getattr(self, "history_", None) is not before[0].get("history_")
             if not (isinstance(error, KeyboardInterrupt) and begun and self.n_iter_ > 0):
                 self._restore(before)
             raise
 
-    def _start_tables(self, shape: tuple[int, int]) -> list[np.ndarray]:
-        """Tables to start from: assigned or, with `warm_start`, present ones; else drawn.
+    def _start(self, data: als.Data, on_devices: bool) -> als.AlsState:
+        """Place tables to start from: assigned or, with `warm_start`, present ones; else drawn.
 
-        Users are drawn first and only what is missing is drawn, like in implicit, whose tables
-        these equal bit by bit for "implicit" and an integer seed.
+        On the host, users are drawn first and only what is missing is drawn, like in implicit,
+        whose tables these equal bit by bit for "implicit" and an integer seed.
         """
-        rng = validation.random_generator(self.random_state)
-        dtype = np.float64 if validation.storage_dtype(self.dtype) == "float64" else np.float32
+        random_state, place, normal = self.random_state, data.place, self.objective == "ials"
+        if len(place.processes) > 1 and not isinstance(random_state, Integral):
+            # Chance must be the same in all processes.
+            random_state = place.agree(validation.random_seed(random_state))
+        # Deviation 0.1 / sqrt(K), as Rendle et al. (2022).
+        scale = 0.1 / np.sqrt(self.factors) if normal else 0.01
+        given = {
+            side: self._table(side) if self.warm_start or side in self._assigned else None
+            for side in ("user", "item")
+        }
+        if on_devices and all(table is None for table in given.values()):
+            return als.draw(data, validation.random_seed(random_state), scale, normal=normal)
+        rng = validation.random_generator(random_state)
+        dtype = np.dtype(data.params.compute_dtype).type
         tables = []
-        for side, n_rows in zip(("user", "item"), shape, strict=True):
+        for (side, table), n_rows in zip(
+            given.items(), (data.users.n_rows, data.items.n_rows), strict=True
+        ):
             size = (n_rows, int(self.factors))
-            table = self._table(side) if self.warm_start or side in self._assigned else None
             if table is not None:
                 tables.append(validation.start_table(table, size, f"{side}_factors"))
-            elif self.objective == "ials":
-                # Deviation 0.1 / sqrt(K), as Rendle et al. (2022); filled row by row.
-                scale = dtype(0.1 / np.sqrt(self.factors))
-                tables.append(rng.standard_normal(size, dtype=dtype) * scale)
+            elif normal:
+                tables.append(rng.standard_normal(size, dtype=dtype) * dtype(scale))
             else:
-                tables.append(rng.random(size, dtype=dtype) * 0.01)
-        return tables
+                tables.append(rng.random(size, dtype=dtype) * scale)
+        return als.start(data, *tables)
 
     def _stamp(self, side: str) -> int:
         """Fingerprint of a table's content.
@@ -278,22 +317,41 @@ class FactorTables:
         return held[1]
 
     def _derived(
-        self, name: str, side: str, compute: Callable[[np.ndarray], np.ndarray]
+        self,
+        name: str,
+        side: str,
+        on_host: Callable[[np.ndarray], np.ndarray],
+        on_devices: Callable[[Table], np.ndarray],
     ) -> np.ndarray:
         assigned = getattr(self, name)
         if assigned is not None:
             return assigned
-        return self._kept(name, self._stamp(side), lambda: compute(self._fitted_table(side)))
+        table = self._resident(side)
+        if table is not None:
+            return self._kept(f"{side} {name}", None, lambda: on_devices(table))
+        return self._kept(name, self._stamp(side), lambda: on_host(self._fitted_table(side)))
 
     def _place(self) -> mesh.Workplace:
+        """Where `fit` works: with several processes, together with the others."""
         where = (self.devices, self.num_threads, self.use_gpu, self.table_layout)
         return self._kept("place", where, lambda: mesh.workplace(*where))
+
+    def _own_place(self) -> mesh.Workplace:
+        """Where tables on the host are worked with: on this process's devices alone."""
+        return self._place().alone
 
 
 def norms(table: np.ndarray) -> np.ndarray:
     """Lengths (n,) of the rows of a table (n, K); 1e-10 in place of 0, so that one may divide."""
-    lengths = np.linalg.norm(table, axis=-1)
-    return np.where(lengths == 0, table.dtype.type(1e-10), lengths)
+    return _divisible(np.linalg.norm(table, axis=-1))
+
+
+def _norms_of(table: Table) -> np.ndarray:
+    return _divisible(table.norms())
+
+
+def _divisible(lengths: np.ndarray) -> np.ndarray:
+    return np.where(lengths == 0, lengths.dtype.type(1e-10), lengths)
 
 
 def _gramian(table: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ Axis letters: W work shards, S slots of a shard, K factors, M target rows, N sou
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -226,6 +227,7 @@ def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Wor
         Where it goes.
     """
     if isinstance(user_items, sparse.csr_matrix):
+        _check_same(user_items, place)
         user_items = InMemory(user_items, user_items.T.tocsr())
     lengths, owners = zip(*(_lengths(user_items, side, place) for side in _SIDES), strict=True)
     if params.linear_solver == "auto":
@@ -245,6 +247,20 @@ def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Wor
         user_items.nnz,
         fill.absolute_sum,
     )
+
+
+def _check_same(matrix: sparse.csr_matrix, place: Workplace) -> None:
+    """Raise where the processes were given different matrices."""
+    if len(place.processes) == 1:
+        return
+    parts = (matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64), matrix.data)
+    sums = [*matrix.shape, *(zlib.crc32(part.tobytes()) for part in parts)]
+    every = place.gather_processes(np.array(sums, np.int64))
+    if (every != every[0]).any():
+        raise ValueError(
+            "the processes were given different matrices: pass the whole matrix in each, or "
+            "directories of shards (tpu_als.shards.open_shards), of which each reads its part"
+        )
 
 
 def place_rows(
@@ -349,9 +365,14 @@ class _Filling:
         ids = local_slot if place.together.sharded else source.slots[found[1]]
         long = cells.fill_long(
             (found[0], found[1], found[2].astype(self._dtype)),
-            shard, ids, rows, lengths, self._plan.lengths[-1], place.local, place.agree,
+            shard, ids, rows, lengths, long_block(self._plan, place), place.local, place.agree,
         )  # fmt: skip
         return Long(*(place.put(each) for each in long))
+
+
+def long_block(plan: Plan, place: Workplace) -> int:
+    """Cells of a block of long rows."""
+    return plan.lengths[-1]
 
 
 def turning(rows: RowMap, routes: tuple[Route, ...], place: Workplace) -> Callable[..., Any]:

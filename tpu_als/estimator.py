@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from . import als, holdout, model_file, validation
 from ._serving import Serving
 from .early_stopping import EarlyStopping
+from .shards import ShardedMatrix
 
 log = logging.getLogger("tpu_als")
 
@@ -199,7 +200,9 @@ class TPUAlternatingLeastSquares(
         ----------
         user_items : csr_matrix, csr_array or array-like of shape (n_users, n_items)
             Confidences. Stored zeros are entries, duplicates are summed, and values are used as
-            float32. Other sparse formats are converted, with a ParameterWarning.
+            float32. Other sparse formats are converted, with a ParameterWarning. Or a
+            `tpu_als.shards.ShardedMatrix`, of which each process reads its part; tables then
+            begin with values drawn on the devices.
         y : None
             Ignored. A bool is taken for `show_progress`, so that implicit's positional calls work.
         show_progress : bool, default=True
@@ -219,6 +222,8 @@ class TPUAlternatingLeastSquares(
             For parameters or data out of range, before any work.
         ModelFitError
             Where factors became infinite or NaN. The model stays as it was before the call.
+        RuntimeError
+            Where another process that takes part has ended.
         """
         show_progress, callback = validation.fit_arguments(y, show_progress, callback)
         validation.warn_if_converted(user_items)
@@ -226,14 +231,14 @@ class TPUAlternatingLeastSquares(
         try:
             with self._undone_on_error(before):
                 params = self._checked_params()
-                rows = self._validated(user_items, reset=True)
-                rows, monitor = self._held_out(rows)
+                rows, monitor = self._held_out(self._interactions(user_items))
                 data = als.place(rows, params, self._place())
-                state = als.start(data, *self._start_tables(rows.shape))
+                state = self._start(data, on_devices=isinstance(rows, ShardedMatrix))
                 self._begin(state, data)
-            with tqdm(total=self.iterations, disable=not show_progress) as progress:
+            is_shown = show_progress and data.place.process == 0
+            with tqdm(total=self.iterations, disable=not is_shown) as progress:
                 for iteration in range(self.iterations):
-                    with self._undone_on_error(before):
+                    with self._undone_on_error(before), data.place.watched():
                         state, report = self._iterate(state, data, monitor)
                     self._show(progress, report)
                     if callback:
@@ -368,7 +373,22 @@ class TPUAlternatingLeastSquares(
         )
         return validation.canonical_csr(X)
 
-    def _held_out(self, rows: sparse.csr_matrix) -> tuple[sparse.csr_matrix, EarlyStopping | None]:
+    def _interactions(self, user_items: Any) -> sparse.csr_matrix | ShardedMatrix:
+        """What `fit` learns from."""
+        if not isinstance(user_items, ShardedMatrix):
+            return self._validated(user_items, reset=True)
+        if self.early_stopping:
+            raise ValueError(
+                "early_stopping=True needs a matrix in memory, got a ShardedMatrix: measure on "
+                "its held_out() in a callback"
+            )
+        self._count_features(None)
+        self._count_features(user_items.shape[1])
+        return user_items
+
+    def _held_out(
+        self, rows: sparse.csr_matrix | ShardedMatrix
+    ) -> tuple[sparse.csr_matrix | ShardedMatrix, EarlyStopping | None]:
         if not self.early_stopping:
             return rows, None
         train, hidden = holdout.hide(rows, self.validation_fraction)
@@ -391,7 +411,7 @@ class TPUAlternatingLeastSquares(
             report["loss"] = als.loss(state, data, objective)
         if monitor is not None:
             tables = als.user_factors(state, data), als.item_factors(state, data)
-            report["ndcg"] = monitor.measure(*tables, data.place)
+            report["ndcg"] = monitor.measure(*tables, data.place.alone)
         self._publish(state, data)
         self.n_iter_ += 1
         for name, value in report.items():

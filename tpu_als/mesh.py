@@ -12,7 +12,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,6 +116,14 @@ class Workplace:
         each = self.n_shards // len(self.processes)
         return range(self.process * each, (self.process + 1) * each)
 
+    @functools.cached_property
+    def alone(self) -> Workplace:
+        """The part of this process alone, for work that the others do not share."""
+        if len(self.processes) == 1:
+            return self
+        own = tuple(d for d in self.devices if d.process_index == self.processes[self.process])
+        return replace(self, devices=own, n_shards=len(own))
+
     def with_layout(self, table_bytes: int) -> Workplace:
         """Decide what "auto" means for source tables of so many bytes."""
         if self.table_layout != "auto":
@@ -170,6 +178,20 @@ class Workplace:
             return values[None]
         with precision("float64"):
             return np.asarray(multihost_utils.process_allgather(values, tiled=False))
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Scope in which a collective that failed is told as what it means for the user."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if len(self.processes) == 1:
+                raise
+            raise RuntimeError(
+                f"process {self.process} of {len(self.processes)} lost touch with another one, "
+                "which has most likely ended: see its output, then start all processes anew (with "
+                "checkpoint_dir they go on from the last checkpoint)"
+            ) from error
 
     def agree(self, number: int) -> int:
         """Return the largest of a number over all processes."""

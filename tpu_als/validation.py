@@ -121,6 +121,11 @@ def random_generator(random_state: Any) -> np.random.Generator:
     return np.random.default_rng(random_state)
 
 
+def random_seed(random_state: Any) -> int:
+    """Draw a seed from what `random_generator` makes of this."""
+    return int(random_generator(random_state).integers(1 << 31))
+
+
 def fit_arguments(y: Any, show_progress: Any, callback: Any) -> tuple[bool, Callable | None]:
     """Tell scikit-learn's `fit(X, y)` from implicit's `fit(user_items, show_progress, callback)`.
 
