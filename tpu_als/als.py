@@ -39,6 +39,9 @@ _SCRATCH = {
     "other": 1 << 26,
 }  # bytes of a gathered chunk; a core's own cache on CPU
 _SYSTEMS = {"cpu": 1 << 22, "other": 1 << 28}  # bytes of the K x K systems of a chunk
+# Cells of the longest rung: what is longer is worked on by all shards together, row after row.
+_LONGEST = {"cpu": layout.LONGEST, "other": 1 << 16}
+_SHORTEST_BLOCK = 128  # cells of a block of a long row, of which each shard has a share
 # Factors times cells that take as long, over a fit or a few, as compiling one more rung.
 _RUNG_CELLS = {"cpu": 4e6, "other": 1e8}
 _RUNGS_A_PROGRAM = 4
@@ -164,7 +167,8 @@ def make_plan(lengths: np.ndarray, params: AlsParams, place: Workplace) -> Plan:
     """
     chunk, most_rows = chunk_sizes(params, place)
     rung_cells = _RUNG_CELLS[backend_kind(place)] / params.factors
-    best = layout.ladder(lengths, rung_cells)
+    longest = min(max(chunk, layout.LONGEST), _LONGEST[backend_kind(place)])
+    best = layout.ladder(lengths, rung_cells, longest=longest)
     known = _ladders.setdefault((params, place), [])
     bound = _LADDER_SLACK * layout.padded_cells(lengths, best) + rung_cells
     for ladder in known:
@@ -371,8 +375,10 @@ class _Filling:
 
 
 def long_block(plan: Plan, place: Workplace) -> int:
-    """Cells of a block of long rows."""
-    return plan.lengths[-1]
+    """Cells of a block of long rows: about what a shard has of one just longer than all rungs."""
+    if place.mesh is None:
+        return plan.lengths[-1]
+    return min(max(plan.lengths[-1] // place.n_shards, _SHORTEST_BLOCK), plan.lengths[-1])
 
 
 def turning(rows: RowMap, routes: tuple[Route, ...], place: Workplace) -> Callable[..., Any]:

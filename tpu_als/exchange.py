@@ -76,7 +76,7 @@ def plan(
     routes, requests = [], []
     for rung in rungs:
         size = rung.rows * rung.length
-        chunks = min(max(GROUP_CELLS // size, 1), rung.n_chunks)
+        chunks = group_chunks(rung, n_devices)
         last = rung.first_cell + rung.n_chunks * size
         groups = [
             slice(at, min(at + chunks * size, last))
@@ -84,7 +84,7 @@ def plan(
         ]
         wanted = [[_distinct(own[group], bounds) for group in groups] for own in ids]
         most = max((int(np.diff(ends).max()) for own in wanted for _, ends in own), default=0)
-        route = Route(chunks, layout.round_up(agree(most), small=64))
+        route = Route(chunks, message_rows(agree(most)))
         asked = np.zeros((len(ids), len(groups), n_devices * route.rows), np.int32)
         for shard, own in enumerate(wanted):
             for number, (slots, ends) in enumerate(own):
@@ -98,6 +98,16 @@ def plan(
         requests.append(asked.reshape(len(ids), -1))
     empty = np.zeros((len(ids), 0), np.int32)
     return tuple(routes), np.concatenate([empty, *requests], axis=1)
+
+
+def group_chunks(rung: Rung, n_devices: int) -> int:
+    """Chunks of a rung whose rows arrive together."""
+    return min(max(GROUP_CELLS // (rung.rows * rung.length), 1), rung.n_chunks)
+
+
+def message_rows(most: int) -> int:
+    """Rows of all messages of a rung, given those that the fullest one needs."""
+    return layout.round_up(most, small=64)
 
 
 def _distinct(ids: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
