@@ -1,0 +1,214 @@
+"""Does training fit a TPU slice, and how long must an epoch take? Answered without a TPU.
+
+The programs of training and of ranking are compiled ahead of time for the slice's topology by
+libtpu (``pip install "tpu-als[plan]"``), on shapes that the package's planner makes of stated
+distributions of row lengths. Nothing runs: memory is what the compiler says, times are the least
+that the counted work takes at published rates.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before JAX starts: no TPU and no metadata server are there to be asked.
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_ACCELERATOR_TYPE="v5litepod-256",
+    TPU_WORKER_HOSTNAMES="localhost",
+)
+
+import argparse
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+import common
+import jax
+import numpy as np
+import tpu_roofline
+import tpu_sizes
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tpu_als import als, solve
+from tpu_als.als import AlsParams, Data, Side
+from tpu_als.mesh import Workplace
+
+OBJECTIVE = solve.objective("ials", 1e-3, 1.0, 1e-3)
+
+
+def workplace(topology: str) -> Workplace:
+    """The chips of a topology as a workplace whose tables are sharded."""
+    kind = topology.partition(":")[0]
+    # Both cores of a v4 chip pose as one device, as they do on a TPU.
+    config = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **config)
+    return Workplace(tuple(found.devices), len(found.devices), "sharded")
+
+
+def programs(data: Data) -> list[tuple[str, Any, tuple[Any, ...]]]:
+    """Name, program and abstract arguments of all that an epoch runs, and of placing the data."""
+    make = tpu_sizes.sharded(data.place)
+    assert data.place.mesh is not None
+    everywhere = NamedSharding(data.place.mesh, PartitionSpec())
+    tables = [
+        make((side.rows.n_slots, data.params.factors), als.DTYPES[data.params.dtype])
+        for side in (data.users, data.items)
+    ]
+    found: list[tuple[str, Any, tuple[Any, ...]]] = []
+    pairs = (data.users, tables[0], tables[1], "users"), (data.items, tables[1], tables[0], "items")
+    for side, target, source, name in pairs:
+        count = np.int32(side.n_rows)
+        prepare, given = als.preparing(data), ((source, target, side.own.lengths), count)
+        found.append((f"{name}: rotate", prepare, given))
+        basis = jax.eval_shape(prepare, *given)[0]
+        basis = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), basis
+        )
+        for number, (program, own, shared) in enumerate(als.passes(side, data, basis, OBJECTIVE)):
+            long = side.long is not None and own is side.long
+            label = "long rows" if long else f"solve {number}"
+            found.append((f"{name}: {label}", program, (target, own, source, shared)))
+        assert side.routes is not None
+        turning = als.turning(side.rows, side.routes, data.place)
+        found.append((f"{name}: requests, once", turning, (side.own.sends, None)))
+    return found
+
+
+def compiled(name: str, program: Any, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Compile one program: bytes of a chip and the compiler's counts, or its error."""
+    started = time.perf_counter()
+    try:
+        done = program.lower(*args).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return {"program": name, "compiles": False, "error": str(error)}
+    memory, cost = done.memory_analysis(), done.cost_analysis()
+    return {
+        "program": name,
+        "compiles": True,
+        "compile_s": time.perf_counter() - started,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "scratch_bytes": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "flops_bodies_once": cost.get("flops"),
+        "bytes_bodies_once": cost.get("bytes accessed"),
+        "text": done.as_text(),
+    }
+
+
+def resident(data: Data) -> dict[str, int]:
+    """Bytes of a chip that stay for a half-epoch, by kind, from shapes alone."""
+
+    def size(tree: Any) -> int:
+        return sum(
+            int(np.prod(leaf.shape[1:])) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+        )
+
+    row = data.params.factors * np.dtype(als.DTYPES[data.params.dtype]).itemsize
+    slots = data.users.rows.n_slots + data.items.rows.n_slots
+    sides: tuple[Side, ...] = (data.users, data.items)
+    return {
+        "tables": slots * row,
+        # The source rotated, and the target that is being written.
+        "tables_of_a_half_epoch": slots * row,
+        "entries": size([(side.own.ids, side.own.values) for side in sides]),
+        "long_entries": size([side.long for side in sides if side.long is not None]),
+        "messages": size([side.own.sends for side in sides]),
+        "lengths": size([side.own.lengths for side in sides]),
+    }
+
+
+def layout_of(data: Data) -> dict[str, Any]:
+    """The plan in figures, by side."""
+    found: dict[str, Any] = {"chunk": data.plan.chunk, "most_rows": data.plan.most_rows}
+    for name, side in (("users", data.users), ("items", data.items)):
+        assert side.routes is not None
+        found[name] = {
+            "rungs": [[r.length, r.rows, r.n_chunks] for r in side.rows.rungs],
+            "routes": [list(route) for route in side.routes],
+            "slots": side.rows.n_slots,
+            "cells": side.rows.n_cells,
+            "long_rows": len(side.rows.long),
+            "long_blocks": list(side.long.ids.shape[1:]) if side.long is not None else None,
+            "received_rows": side.received_rows,
+        }
+    return found
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--topology", default="v5e:16x16", help="such as v5e:16x16 or v4:2x2x4")
+    parser.add_argument("--slices", type=int, default=1, help="joined by network; not compiled")
+    parser.add_argument("--rows", type=float, default=365.4e6)
+    parser.add_argument("--cols", type=float, default=365.4e6)
+    parser.add_argument("--entries", type=float, default=30e9)
+    parser.add_argument("--factors", type=int, default=128)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--linear-solver", choices=(*solve.SOLVERS, "auto"), default="auto")
+    parser.add_argument("--deviation", type=float, default=1.1, help="of the log of rows' lengths")
+    parser.add_argument(
+        "--exponent", type=float, default=0.88,
+        help="columns' lengths fall as rank ** -exponent; 0 is uniform",
+    )  # fmt: skip
+    parser.add_argument("--no-compile", action="store_true", help="the arithmetic only")
+    parser.add_argument("--hlo", help="directory for the compiled programs' text")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the assumptions, each program, the memory, and the least time of an epoch."""
+    args = parse()
+    kind, _, shape = args.topology.partition(":")
+    where = tpu_roofline.Slice(
+        tpu_roofline.CHIPS[kind], tuple(int(axis) for axis in shape.split("x")), args.slices
+    )
+    rows, cols = int(args.rows), int(args.cols)
+    problem = tpu_sizes.Problem(
+        tpu_sizes.activity(rows, args.entries, cols, args.deviation),
+        tpu_sizes.popularity(cols, args.entries, rows, args.exponent),
+        AlsParams(args.factors, args.dtype, args.linear_solver),
+    )
+    place = workplace(args.topology)
+    data = tpu_sizes.data(problem, place)
+    common.emit(
+        benchmark="tpu_plan", what="assumptions", topology=args.topology, slices=args.slices,
+        n_chips=where.n_chips, shape=[rows, cols], entries=args.entries, factors=args.factors,
+        dtype=args.dtype, linear_solver=data.params.linear_solver,
+        rows_log_normal_deviation=args.deviation, columns_rank_exponent=args.exponent,
+        longest_row=problem.users.values[-1], longest_column=problem.items.values[-1],
+        published=asdict(where.chip), versions=common.versions(),
+    )  # fmt: skip
+    common.emit(benchmark="tpu_plan", what="layout", **layout_of(data))
+    results = []
+    for name, program, given in [] if args.no_compile else programs(data):
+        result = compiled(name, program, given)
+        text = result.pop("text", None)
+        if args.hlo and text:
+            os.makedirs(args.hlo, exist_ok=True)
+            with open(f"{args.hlo}/{name.replace(': ', '-').replace(' ', '-')}.txt", "w") as file:
+                file.write(text)
+        common.emit(benchmark="tpu_plan", what="program", **result)
+        results.append(result)
+    kept = resident(data)
+    scratch = max((result.get("scratch_bytes", 0) for result in results), default=0)
+    code = sum(result.get("code_bytes", 0) for result in results)
+    total = sum(kept.values()) + scratch + code
+    common.emit(
+        benchmark="tpu_plan", what="memory", topology=args.topology, **kept, scratch=scratch,
+        code=code, total=total, total_gib=total / 2**30, of=where.chip.memory,
+    )  # fmt: skip
+    common.emit(
+        benchmark="tpu_plan", what="epoch", topology=args.topology, n_chips=where.n_chips,
+        **tpu_roofline.report(data, where),
+    )  # fmt: skip
+    if not all(result["compiles"] for result in results):
+        sys.exit("a program does not compile for this topology: see its error above")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Least time of an epoch by phase on a TPU slice: counts of the engine's own loops over published
+rates.
+
+Flops, bytes of memory and bytes of interconnect are counted from the rungs, chunks and messages of
+the plan, not taken from the compiler, whose cost analysis counts the body of a loop once. A phase
+takes as long as the slowest of the three; phases are added, as nothing is assumed to overlap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from tpu_als import cells
+from tpu_als.als import AlsParams, Data, Side
+
+# Products of float32 operands at the highest precision are six of bfloat16 ones.
+FLOAT32_PASSES = 6
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Published rates of a chip, bytes and flops a second.
+
+    Attributes
+    ----------
+    flops : float
+        Peak of bfloat16 products.
+    memory_bandwidth, memory : float
+        Of HBM, bytes a second and bytes.
+    link : float
+        One way over one of the links to neighbours: a part of the bandwidth that is published for
+        all of them, and both ways.
+    links : int
+        Neighbours: 4 in a 2D torus, 6 in a 3D one.
+    whole : int
+        Chips along an axis whose ends are joined; a multiple of it for 3D.
+    pod : int
+        Chips of a slice at most; beyond, slices are joined by the data center's network.
+    network : float
+        Of that network, one way for all of a pod.
+    """
+
+    flops: float
+    memory_bandwidth: float
+    memory: float
+    link: float
+    links: int
+    whole: int
+    pod: int
+    network: float
+    source: str
+
+
+# https://docs.cloud.google.com/tpu/docs/v5e: 197 TFLOPs, 16 GB, 819 GBps, ICI 400 GBps both ways,
+#   2D torus; 256 chips, 1.6 TBps over the bisection, 6.4 Tbps of network per pod.
+# https://docs.cloud.google.com/tpu/docs/v4: 275 TFLOPs, 32 GiB, 1200 GBps, 3D, 4096 chips, 24 TB/s
+#   over the bisection, which is 50 GB/s one way for each of 512 links, less some.
+# https://docs.cloud.google.com/tpu/docs/v5p: 459 TFLOPs, 95 GB, 2765 GBps, ICI 1200 GBps both ways,
+#   3D torus; jobs of up to 6144 chips; 50 Gbps of network per chip.
+CHIPS = {
+    "v5e": Chip(
+        197e12, 819e9, 16e9, 50e9, 4, 16, 256, 0.8e12, "docs.cloud.google.com/tpu/docs/v5e"
+    ),
+    "v4": Chip(
+        275e12, 1200e9, 32 * 2**30, 47e9, 6, 4, 4096, 0, "docs.cloud.google.com/tpu/docs/v4"
+    ),
+    "v5p": Chip(459e12, 2765e9, 95e9, 100e9, 6, 4, 6144, 0, "docs.cloud.google.com/tpu/docs/v5p"),
+}
+
+
+@dataclass
+class Work:
+    """What a chip does in a phase.
+
+    Attributes
+    ----------
+    flops : float
+        On the matrix units, in bfloat16 products.
+    memory : float
+        Bytes read and written.
+    interconnect : float
+        Bytes that leave the chip for others.
+    trips : int
+        Steps of loops, whose own cost is not in the least time.
+    """
+
+    flops: float = 0.0
+    memory: float = 0.0
+    interconnect: float = 0.0
+    trips: int = 0
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A slice: its kind of chip, chips along each axis, and how many such slices."""
+
+    chip: Chip
+    axes: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def n_chips(self) -> int:
+        """Chips of all slices."""
+        return int(np.prod(self.axes)) * self.slices
+
+    def exchange_seconds(self, sent: float) -> float:
+        """Least time of an all-to-all in which each chip sends so many bytes, equally to all.
+
+        Bound by what a chip can send, by the links over the middle of the longest axis, and by the
+        network between slices.
+        """
+        n_chips, own = self.n_chips, int(np.prod(self.axes))
+        to_each = sent / max(n_chips - 1, 1)
+        ends = (
+            1 if len([axis for axis in self.axes if axis > 1]) == 0 else self._ends(max(self.axes))
+        )
+        across = ends * own / max(self.axes) * self.chip.link
+        bounds = [sent / (self.chip.link * self.chip.links), to_each * (own / 2) ** 2 / across]
+        if self.slices > 1:
+            bounds.append(to_each * own * (n_chips - own) / self.chip.network)
+        return max(bounds)
+
+    def _ends(self, axis: int) -> int:
+        """Crossings of a cut over an axis: two where its ends are joined."""
+        if self.chip.links == 4:
+            return 2 if axis == self.chip.whole else 1
+        return 2 if all(each % self.chip.whole == 0 for each in self.axes) else 1
+
+    def seconds(self, work: Work) -> dict[str, float]:
+        """Least time of a phase by each bound."""
+        return {
+            "flops_s": work.flops / self.chip.flops,
+            "memory_s": work.memory / self.chip.memory_bandwidth,
+            "interconnect_s": self.exchange_seconds(work.interconnect),
+        }
+
+
+def products(params: AlsParams) -> int:
+    """Times that a solver reads the gathered rows: products with them or their transpose."""
+    if params.linear_solver == "cg":
+        return 2 * params.cg_steps + 1
+    return 2 if params.linear_solver == "cholesky" else 3
+
+
+def phases(side: Side, source: Side, data: Data) -> dict[str, Work]:
+    """What a chip does for the half-epoch of a side."""
+    params = data.params
+    found = {"rotate": _rotate(side, source, params)}
+    found["exchange"] = _exchange(side, data)
+    found["solve"], found["write"] = _solve(side, params), _write(side, params)
+    if side.long is not None:
+        found["long"] = _long(side, params, data.place.n_shards)
+    return found
+
+
+def _table_bytes(side: Side, params: AlsParams) -> float:
+    return side.rows.n_slots * params.factors * _stored(params)
+
+
+def _stored(params: AlsParams) -> int:
+    return {"bfloat16": 2, "float32": 4, "float64": 8}[params.dtype]
+
+
+def _rotate(side: Side, source: Side, params: AlsParams) -> Work:
+    """Gramian and rotation of the source table, rotation of the target table."""
+    rows = 2 * source.rows.n_slots + side.rows.n_slots
+    moved = 3 * _table_bytes(source, params) + 2 * _table_bytes(side, params)
+    # The sum of the gramians: a ring sends each part twice.
+    return Work(FLOAT32_PASSES * 2 * rows * params.factors**2, moved, 2 * 4 * params.factors**2)
+
+
+def _exchange(side: Side, data: Data) -> Work:
+    """Rows gathered for the messages, sent, received."""
+    assert side.routes is not None
+    row = data.params.factors * _stored(data.params)
+    pairs = list(zip(side.routes, side.rows.rungs, strict=True))
+    groups = sum(route.groups(rung.n_chunks) for route, rung in pairs)
+    handled = side.received_rows * data.place.n_shards / (data.place.n_shards - 1)
+    # Its place is read; the row is read, written to the message, read from it, and written.
+    return Work(0.0, handled * (4 + 4 * row), side.received_rows * row, groups)
+
+
+def _cell_work(cells_: float, rows: float, params: AlsParams) -> tuple[float, float]:
+    """Flops and bytes of gathering cells and solving rows."""
+    factors = params.factors
+    read = products(params) * 4 * factors
+    moved = cells_ * (8 + _stored(params) * factors + 4 * factors + read)
+    if params.linear_solver == "cg":
+        flops = cells_ * 2 * factors * products(params)
+    else:
+        block = factors if params.linear_solver == "cholesky" else params.block_size
+        sweeps = -(-factors // block)
+        flops = cells_ * 2 * factors * (block + 2)
+        flops += rows * sweeps * (block**3 / 3 + 2 * block**2)
+        moved += rows * sweeps * 4 * block**2 * 4
+    return FLOAT32_PASSES * flops, moved
+
+
+def _solve(side: Side, params: AlsParams) -> Work:
+    """Rows gathered from what has arrived, and the systems solved."""
+    chunks = [(rung.n_chunks, rung.rows, rung.length) for rung in side.rows.rungs]
+    flops, moved = _cell_work(
+        sum(n * rows * length for n, rows, length in chunks),
+        sum(n * rows for n, rows, _ in chunks), params,
+    )  # fmt: skip
+    return Work(flops, moved, 0.0, sum(n for n, _, _ in chunks))
+
+
+def _write(side: Side, params: AlsParams) -> Work:
+    """Start read, solved rows rotated back, and written."""
+    rows = side.rows.n_slots
+    flops = FLOAT32_PASSES * 2 * rows * params.factors**2
+    return Work(flops, 2 * _table_bytes(side, params) + rows * 4 * params.factors * 2)
+
+
+def _long(side: Side, params: AlsParams, n_shards: int) -> Work:
+    """Long rows: their entries gathered again for every product, the shards' sums added."""
+    assert side.long is not None
+    n_blocks, length = side.long.ids.shape[1:]
+    batches = side.long.starts.shape[1] - 1
+    factors, size = params.factors, n_blocks * length
+    # Residual, steps - 1 products with the matrix, and half a one; or the matrix itself.
+    passes = 1 if params.linear_solver == "cholesky" else params.cg_steps + 1
+    sums = cells.LONG_ROWS * factors * 4
+    if params.linear_solver == "cholesky":
+        flops = size * 2 * factors * (factors + 1) + batches * cells.LONG_ROWS * factors**3 / 3
+        reads, sums = 2, sums * (factors + 1)
+    else:
+        flops, reads = size * 2 * factors * (2 * params.cg_steps + 1), 2
+    gathered = 8 + _stored(params) * factors + 4 * factors * (1 + reads)
+    sent = 2 * batches * (passes + 1) * sums * (n_shards - 1) / n_shards
+    return Work(FLOAT32_PASSES * flops, passes * size * gathered, sent, passes * n_blocks)
+
+
+def report(data: Data, where: Slice) -> dict[str, Any]:
+    """Phases of both sides with their least times, and their sum."""
+    total, sides = 0.0, {}
+    for name, side, source in (
+        ("users", data.users, data.items),
+        ("items", data.items, data.users),
+    ):
+        sides[name] = {}
+        for phase, work in phases(side, source, data).items():
+            bounds = where.seconds(work)
+            total += max(bounds.values())
+            sides[name][phase] = {**asdict(work), **bounds}
+    sent = sum(phase["interconnect"] for side in sides.values() for phase in side.values())
+    return {"epoch_s": total, "interconnect_bytes": sent, **sides}

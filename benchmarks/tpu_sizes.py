@@ -1,0 +1,210 @@
+"""Shapes of a training run on data too large to be here, from stated distributions of row lengths.
+
+Rungs, chunks and groups are chosen by the package's own planner, from a sample of the lengths; the
+rows of each rung, the distinct source rows of a group and the blocks of long rows are expected
+counts over all rows. Nothing is placed: every array is a shape, a dtype and a sharding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from scipy import special, stats
+
+from tpu_als import als, cells, exchange, layout
+from tpu_als.als import AlsParams, Data, Side
+from tpu_als.cells import Long
+from tpu_als.exchange import Route
+from tpu_als.layout import Plan, RowMap, Rung
+from tpu_als.mesh import AXIS, Workplace
+from tpu_als.sweep import Own
+
+SAMPLE = 1 << 20  # rows of a side that the planner sees
+_BUCKETS = 20_000
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Row lengths of a side as a histogram.
+
+    Attributes
+    ----------
+    values : array (B,)
+        Entries of a row, ascending.
+    counts : array (B,)
+        Rows of that length; a fraction where only an expectation is meant.
+    """
+
+    values: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def n_rows(self) -> float:
+        """Rows."""
+        return float(self.counts.sum())
+
+    @property
+    def n_entries(self) -> float:
+        """Entries."""
+        return float(self.values @ self.counts)
+
+    def sample(self, size: int = SAMPLE) -> np.ndarray:
+        """Lengths of evenly spaced rows, shortest first."""
+        at = (np.arange(size) + 0.5) / size * self.n_rows
+        found = np.searchsorted(np.cumsum(self.counts), at)
+        return np.rint(self.values[np.minimum(found, len(self.values) - 1)]).astype(np.int64)
+
+    def over(self, length: int) -> Lengths:
+        """Rows longer than this."""
+        longer = self.values > length
+        return Lengths(self.values[longer], self.counts[longer])
+
+
+def activity(n_rows: int, n_entries: float, most: int, deviation: float = 1.1) -> Lengths:
+    """Log-normal lengths, as `datasets.power_law` has them for users."""
+    edges = np.linspace(-8, 8, _BUCKETS + 1)
+    counts = n_rows * np.diff(special.ndtr(edges))
+    values = np.exp(deviation * (edges[1:] + edges[:-1]) / 2)
+    return _scaled(values, counts, n_entries, most)
+
+
+def popularity(n_rows: int, n_entries: float, most: int, exponent: float) -> Lengths:
+    """Lengths that fall as rank ** -exponent, as `datasets.power_law` has them for items."""
+    edges = np.unique(np.geomspace(1, n_rows + 1, _BUCKETS).astype(np.int64))
+    power = 1 - exponent
+    # Mean over the bucket of the continuous curve.
+    values = np.diff((edges - 0.5) ** power) / (power * np.diff(edges))
+    return _scaled(values[::-1], np.diff(edges)[::-1].astype(float), n_entries, most)
+
+
+def _scaled(values: np.ndarray, counts: np.ndarray, n_entries: float, most: int) -> Lengths:
+    """Bring the sum to `n_entries` with no row longer than `most`."""
+    scale = n_entries / (values @ counts)
+    for _ in range(100):
+        scale *= n_entries / (np.minimum(values * scale, most) @ counts)
+    return Lengths(np.minimum(values * scale, most), counts)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be trained: the lengths of both sides and the parameters."""
+
+    users: Lengths
+    items: Lengths
+    params: AlsParams
+
+
+def solver(problem: Problem, place: Workplace) -> AlsParams:
+    """The parameters, with "auto" replaced as `als.place` does."""
+    params = problem.params
+    if params.linear_solver != "auto":
+        return params
+    # The choice rests on entries a row alone, so a sample will do.
+    lengths = (problem.users.sample(), problem.items.sample())
+    name = als.cheapest_solver(lengths, params, place)
+    return AlsParams(params.factors, params.dtype, name, params.cg_steps, params.block_size)
+
+
+def data(problem: Problem, place: Workplace, shape: Callable[..., Any] | None = None) -> Data:
+    """What `als.place` would return, with shapes in place of arrays.
+
+    `shape` makes an abstract array of the shape of a shard and a dtype; by default one that is
+    sharded over the workplace's mesh.
+    """
+    params = solver(problem, place)
+    samples = problem.users.sample(), problem.items.sample()
+    plan = als.make_plan(np.concatenate(samples), params, place)
+    shape = shape or sharded(place)
+    sides = (problem.users, problem.items)
+    users, items = (
+        _side(own, other, plan, params, place, shape)
+        for own, other in zip(sides, sides[::-1], strict=True)
+    )
+    return Data(users, items, plan, params, place, int(problem.users.n_entries), 0.0)
+
+
+def sharded(place: Workplace) -> Callable[..., Any]:
+    """Maker of abstract arrays with a leading axis of shards."""
+    assert place.mesh is not None
+    sharding = NamedSharding(place.mesh, PartitionSpec(AXIS))
+
+    def make(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((place.n_shards, *shape), dtype, sharding=sharding)
+
+    return make
+
+
+def _side(
+    own: Lengths,
+    source: Lengths,
+    plan: Plan,
+    params: AlsParams,
+    place: Workplace,
+    shape: Callable[..., Any],
+) -> Side:
+    rung_of = np.searchsorted(plan.lengths, np.rint(own.values))
+    rows = np.bincount(rung_of, own.counts, minlength=len(plan.lengths) + 1)
+    most = [math.ceil(count / plan.n_shards) for count in rows]
+    rungs, n_slots, n_cells = layout.stack(most, plan)
+    routes = tuple(_route(rung, source, place.n_shards) for rung in rungs)
+    long = own.over(plan.lengths[-1])
+    row_map = RowMap(
+        np.empty(0, np.int64), np.empty(0, np.int64), np.empty(round(long.n_rows), np.int8),
+        rungs, n_slots, n_cells, place.n_shards,
+    )  # fmt: skip
+    sends = sum(
+        route.groups(rung.n_chunks) * route.rows * place.n_shards
+        for route, rung in zip(routes, rungs, strict=True)
+    )
+    cell = np.dtype(params.compute_dtype)
+    entries = Own(
+        shape((n_cells,), np.int32), shape((n_cells,), cell), shape((n_slots,), np.int32),
+        shape((sends,), np.int32),
+    )  # fmt: skip
+    blocks = _long(long, plan, place, cell, shape) if len(row_map.long) else None
+    return Side(row_map, entries, blocks, routes, np.broadcast_to(np.int64(0), round(own.n_rows)))
+
+
+def _route(rung: Rung, source: Lengths, n_devices: int) -> Route:
+    """The route that `exchange.plan` would find: rows for the fullest of all messages."""
+    chunks = exchange.group_chunks(rung, n_devices)
+    route = Route(chunks, 0)
+    mean = distinct(source, chunks * rung.rows * rung.length) / n_devices
+    messages = n_devices**2 * route.groups(rung.n_chunks)
+    # The counts of a message are close to Poisson's; this is the largest of so many.
+    most = mean + math.sqrt(2 * math.log(messages) * mean) + 1
+    return Route(chunks, exchange.message_rows(math.ceil(most)))
+
+
+def distinct(source: Lengths, draws: int) -> float:
+    """Expected distinct source rows among so many entries, drawn as often as rows are long."""
+    chance = source.values / source.n_entries
+    return float(source.counts @ -np.expm1(-draws * chance))
+
+
+def _long(
+    long: Lengths, plan: Plan, place: Workplace, cell: Any, shape: Callable[..., Any]
+) -> Long:
+    """Blocks of long rows; the entries of each are spread over all shards by their source rows."""
+    length = als.long_block(plan, place)
+    share = long.values / place.n_shards
+    full = share / length
+    blocks = full + 0.5
+    few = full < 8
+    edges = np.arange(20)[:, None] * length
+    blocks[few] = stats.poisson.sf(edges, share[few]).sum(axis=0)
+    count = float(long.counts @ blocks)
+    n_blocks = layout.round_up(math.ceil(count + 6 * math.sqrt(count)))
+    n_rows = -(-round(long.n_rows) // cells.LONG_ROWS) * cells.LONG_ROWS
+    return Long(
+        shape((n_blocks, length), np.int32), shape((n_blocks, length), cell),
+        shape((n_blocks,), np.int32), shape((n_blocks,), np.int32),
+        shape((n_rows // cells.LONG_ROWS + 1,), np.int32),
+        shape((n_rows,), np.int32), shape((n_rows,), np.int32),
+    )  # fmt: skip
