@@ -1,0 +1,67 @@
+"""One of several processes that fit together; started by `processes.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matrices import random_counts
+
+from tpu_als import TPUAlternatingLeastSquares, layout
+from tpu_als.shards import open_shards
+
+SETTINGS = dict(factors=8, alpha=4.0, regularization=0.1, iterations=3, random_state=0)
+USERS = np.array([5, 0, 89])
+
+
+def join() -> None:
+    """Set devices and, with several processes, meet the others; as a user's program would."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", int(os.environ["DEVICES"]))
+    count = int(os.environ["PROCESSES"])
+    if count > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            f"localhost:{os.environ['PORT']}",
+            num_processes=count,
+            process_id=int(os.environ["PROCESS"]),
+            heartbeat_timeout_seconds=20,
+            shutdown_timeout_seconds=20,
+        )
+
+
+def fitted(case: dict[str, Any], folder: Path) -> dict[str, np.ndarray]:
+    """Fit, and use the tables as they stand on the devices before reading them."""
+    counts = random_counts(90, 60, seed=5)
+    data = open_shards(folder / "shards") if case.pop("shards") else counts
+    model = TPUAlternatingLeastSquares(**SETTINGS, calculate_training_loss=True, **case)
+    model.fit(data, show_progress=False)
+    found = {"loss": model.history_["loss"], "norms": model.item_norms, "gramian": model.YtY}
+    found["folded"] = model.transform(counts[:11])
+    found["pairs"] = model.score_pairs(USERS, USERS % 7)
+    found["ids"], found["scores"] = model.recommend(USERS, counts[USERS], N=4)
+    found["near"], _ = model.similar_items([3, 4], N=3)
+    found["quality"] = model.score(counts)
+    found["users"], found["items"] = model.user_factors, model.item_factors
+    # once more, from the host's copies
+    found["ids_again"], _ = model.recommend(USERS, counts[USERS], N=4)
+    return {name: np.asarray(value) for name, value in found.items()}
+
+
+def main() -> None:
+    """Run all cases, and write what this process found."""
+    folder = Path(sys.argv[1])
+    join()
+    layout.LONGEST = 16  # so that some rows are long, and the processes have to add up their sums
+    for number, case in enumerate(json.loads(sys.argv[2])):
+        found = fitted(case, folder)
+        np.savez(folder / f"case{number}-process{os.environ['PROCESS']}.npz", **found)
+
+
+if __name__ == "__main__":
+    main()
