@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 
-# Before JAX starts: no TPU and no metadata server are there to be asked.
+# Before JAX starts: no TPU and no metadata server are there to be asked, and none to be locked.
 os.environ.update(
     JAX_PLATFORMS="cpu",
     TPU_SKIP_MDS_QUERY="1",
     TPU_ACCELERATOR_TYPE="v5litepod-256",
     TPU_WORKER_HOSTNAMES="localhost",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
 )
 
 import argparse
@@ -39,11 +40,13 @@ from tpu_als.mesh import Workplace
 OBJECTIVE = solve.objective("ials", 1e-3, 1.0, 1e-3)
 
 
-def workplace(topology: str) -> Workplace:
+def workplace(topology: str, slices: int = 1) -> Workplace:
     """The chips of a topology as a workplace whose tables are sharded."""
     kind = topology.partition(":")[0]
     # Both cores of a v4 chip pose as one device, as they do on a TPU.
-    config = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    config: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    if slices > 1:
+        config["num_slices"] = slices
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **config)
     return Workplace(tuple(found.devices), len(found.devices), "sharded")
 
@@ -143,13 +146,15 @@ def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--topology", default="v5e:16x16", help="such as v5e:16x16 or v4:2x2x4")
-    parser.add_argument("--slices", type=int, default=1, help="joined by network; not compiled")
+    parser.add_argument(
+        "--slices", type=int, default=1, help="so many such slices, joined by network"
+    )
     parser.add_argument("--rows", type=float, default=365.4e6)
     parser.add_argument("--cols", type=float, default=365.4e6)
     parser.add_argument("--entries", type=float, default=30e9)
     parser.add_argument("--factors", type=int, default=128)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--linear-solver", choices=(*solve.SOLVERS, "auto"), default="auto")
+    parser.add_argument("--linear-solver", choices=(*solve.SOLVERS, "auto"), default="cg")
     parser.add_argument("--deviation", type=float, default=1.1, help="of the log of rows' lengths")
     parser.add_argument(
         "--exponent", type=float, default=0.88,
@@ -173,7 +178,7 @@ def main() -> None:
         tpu_sizes.popularity(cols, args.entries, rows, args.exponent),
         AlsParams(args.factors, args.dtype, args.linear_solver),
     )
-    place = workplace(args.topology)
+    place = workplace(args.topology, args.slices)
     data = tpu_sizes.data(problem, place)
     common.emit(
         benchmark="tpu_plan", what="assumptions", topology=args.topology, slices=args.slices,

@@ -76,7 +76,7 @@ def plan(
     routes, requests = [], []
     for rung in rungs:
         size = rung.rows * rung.length
-        chunks = group_chunks(rung, n_devices)
+        chunks = group_chunks(rung)
         last = rung.first_cell + rung.n_chunks * size
         groups = [
             slice(at, min(at + chunks * size, last))
@@ -100,7 +100,7 @@ def plan(
     return tuple(routes), np.concatenate([empty, *requests], axis=1)
 
 
-def group_chunks(rung: Rung, n_devices: int) -> int:
+def group_chunks(rung: Rung) -> int:
     """Chunks of a rung whose rows arrive together."""
     return min(max(GROUP_CELLS // (rung.rows * rung.length), 1), rung.n_chunks)
 
