@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from tpu_als import ranking
-from tpu_als.mesh import Workplace, workplace
+from tpu_als import als, layout, ranking
+from tpu_als.layout import RowMap
+from tpu_als.mesh import Shards, Workplace, workplace
 
 LOWEST = np.float32(-np.finfo(np.float32).max)
 PLACES = [(1, 1), (1, 2), (4, 0)]
@@ -139,7 +147,7 @@ def test_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> 
     catalog = ranking.catalog(rng.normal(size=(200, 4)).astype(np.float32), _place(1, 2))
     together = ranking.top_k(queries, catalog, 10, seen=seen)
     single = [ranking.top_k(queries[[n]], catalog, 10, seen=seen[n]) for n in range(37)]
-    monkeypatch.setattr(ranking, "_BATCH_BYTES", 1 << 10, raising=False)
+    monkeypatch.setitem(ranking._BATCH_BYTES, "cpu", 1 << 10)
     small = ranking.top_k(queries, catalog, 10, seen=seen)
     for other in (small, tuple(np.concatenate(part) for part in zip(*single, strict=True))):
         np.testing.assert_array_equal(other[0], together[0])
@@ -182,3 +190,136 @@ def test_a_catalog_is_reused_without_compiling(new_compilations) -> None:
         ranking.top_k(-queries, catalog, 9, excluded=np.arange(4))
         ranking.top_k(queries[:59], again, 10, seen=seen[:59])
     assert count.programs == 0
+
+
+def _in_slots(table: np.ndarray, place: Workplace, dtype: str) -> tuple[Shards, RowMap, np.ndarray]:
+    """A table in slot order on the devices, its map, and the rows in float64 as they are stored."""
+    lengths = np.random.default_rng(1).integers(0, 40, len(table))
+    rows = layout.map_rows(lengths, layout.Plan((8, 16, 32), 64, 16, place.n_shards))
+    stored = table.astype(als.DTYPES[dtype])
+    with ranking.precision(dtype):
+        shards = place.put(layout.to_slots(stored, rows, place.local))
+    return shards, rows, stored.astype(np.float64)
+
+
+@pytest.mark.parametrize("devices", [(1, 1), (1, 3), (1, 8), (2, 0), (4, 0)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@given(problem=problems(), k=st.sampled_from([1, 10, 45]))
+def test_a_table_is_ranked_where_it_lies(
+    devices: tuple[int, int], dtype: str, problem: tuple, k: int
+) -> None:
+    queries, table, seen, excluded = problem
+    place = _place(*devices)
+    shards, rows, stored = _in_slots(table, place, dtype)
+    catalog = ranking.catalog_of(shards, rows, place)
+    assert catalog.rows is shards
+    wide = "float64" if dtype == "float64" else "float32"
+    found = ranking.top_k(queries.astype(wide), catalog, k, seen=seen, excluded=excluded)
+    _check(found, k, *_scores(queries.astype(wide), stored, seen, excluded), wide)
+
+
+@pytest.mark.parametrize("devices", [(1, 3), (4, 0)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_cosines(devices: tuple[int, int], dtype: str) -> None:
+    rng, place = np.random.default_rng(0), _place(*devices)
+    wide = "float64" if dtype == "float64" else "float32"
+    table = rng.normal(size=(300, 5)).astype(wide)
+    table[7] = 0  # has no direction, and a cosine of 0
+    shards, rows, stored = _in_slots(table, place, dtype)
+    lengths = np.linalg.norm(stored, axis=1)
+    lengths[7] = 1e-10
+    queries = stored[:20] / lengths[:20, None]
+    expected = _scores(queries, stored / lengths[:, None], None, None)
+    for catalog in (
+        ranking.catalog_of(shards, rows, place, cosine=True),
+        ranking.catalog_of(shards, rows, place, lengths=lengths),
+        ranking.catalog(stored.astype(wide), place, lengths=lengths),
+    ):
+        found = ranking.top_k(queries.astype(wide), catalog, 25)
+        _check(found, 25, *expected, wide)
+        np.testing.assert_array_equal(found[0][:7, 0], np.arange(7))
+
+
+def test_only_the_best_of_each_part_travel() -> None:
+    """No array that a collective makes is as large as a part of the table, or of its scores."""
+    place = _place(4, 0)
+    shards, rows, _ = _in_slots(np.ones((20_000, 8)), place, "float32")
+    catalog = ranking.catalog_of(shards, rows, place)
+    program = place.whole(ranking._rank, (16, "float32", None))
+    seen = ranking._seen(None, catalog)
+    own = (catalog.rows, catalog.lengths, catalog.shown)
+    text = program.lower(own, (np.ones((8, 8), np.float32), seen)).as_text()
+    gathered = [line for line in text.splitlines() if "stablehlo.all_gather" in line]
+    assert len(gathered) == 2 and all("-> tensor<4x8x16x" in line for line in gathered)
+    assert not any(
+        name in text for name in ("all_to_all", "all_reduce", "collective_permute", "all-gather")
+    )
+
+
+@pytest.mark.parametrize("devices", [(1, 2), (4, 0)], ids=str)
+def test_approximate_search_is_exact_where_there_is_no_approximate_one(
+    devices: tuple[int, int],
+) -> None:
+    rng = np.random.default_rng(0)
+    queries, table = rng.normal(size=(9, 8)), rng.normal(size=(3000, 8))
+    catalog = ranking.catalog(table.astype(np.float32), _place(*devices))
+    found = ranking.top_k(queries.astype(np.float32), catalog, 50, approximate_recall=0.9)
+    _check(found, 50, *_scores(queries, table, None, None), "float32")
+    for wrong in (0, 1.5, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="approximate_recall must be above 0 and at most 1"):
+            ranking.top_k(queries, catalog, 5, approximate_recall=wrong)
+
+
+_PROCESS = """
+    import sys
+    import jax, numpy as np
+    from scipy import sparse
+    jax.config.update("jax_num_cpu_devices", 4)
+    jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+    from tpu_als import layout, ranking
+    from tpu_als.mesh import workplace
+
+    place = workplace()
+    assert len(place.devices) == 8 and len(place.processes) == 2
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(500, 6)).astype(np.float32)
+    queries = rng.normal(size=(30, 6)).astype(np.float32)
+    stored = rng.random((30, 500)) < 0.2
+    seen, excluded = sparse.csr_matrix(stored.astype(np.float32)), np.arange(0, 500, 7)
+    rows = layout.map_rows(rng.integers(0, 40, 500), layout.Plan((8, 32), 64, 16, 8, 2))
+    shards = place.put(layout.to_slots(table, rows, place.local))
+    scores = queries.astype(float) @ table.T.astype(float)
+    cosines = scores / np.linalg.norm(table, axis=1)
+    for expected, found in (
+        (scores, ranking.catalog_of(shards, rows, place)),
+        (cosines, ranking.catalog_of(shards, rows, place, cosine=True)),
+        (scores, ranking.catalog(table, place)),
+    ):
+        expected[stored] = expected[:, excluded] = -np.inf
+        ids, best = ranking.top_k(queries, found, 12, seen=seen, excluded=excluded)
+        np.testing.assert_array_equal(ids, np.argsort(-expected, axis=1)[:, :12])
+        np.testing.assert_allclose(best, -np.sort(-expected, axis=1)[:, :12], rtol=1e-4)
+    print("answered")
+"""
+
+
+def test_every_process_gets_the_whole_answer() -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    code = textwrap.dedent(_PROCESS)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, address, str(number)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    try:
+        for process in running:
+            out, errors = process.communicate(timeout=120)
+            assert process.returncode == 0 and "answered" in out, errors[-3000:]
+    finally:
+        for process in running:
+            process.kill()

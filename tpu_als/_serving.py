@@ -267,14 +267,16 @@ class Serving(FoldIn):
         lengths: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The n best rows of a table for each query, by product, over `lengths` where given."""
-        table = self._fitted_table(side)
+        resident, count = self._resident(side), self._shape(side)[0]
+        dtype = self._fitted_table(side).dtype if resident is None else resident.dtype
         n = n if chosen is None else min(n, len(chosen))
-        k = min(n, len(table))
+        k = min(n, count)
         ids = np.full((len(queries), n), NO_ID, np.int32)
-        scores = np.full((len(queries), n), NO_SCORE, table.dtype)
+        scores = np.full((len(queries), n), NO_SCORE, dtype)
         if k and len(queries):
-            queries = queries.astype(table.dtype, copy=False)
-            if len(queries) <= ranking.HOST_QUERIES:
+            queries = queries.astype(dtype, copy=False)
+            if resident is None and len(queries) <= ranking.HOST_QUERIES:
+                table = self._fitted_table(side)
                 best = ranking.top_k_on_host(
                     queries, table, k, lengths=lengths, seen=seen, excluded=excluded
                 )
@@ -286,19 +288,23 @@ class Serving(FoldIn):
             _fill(ids[:, :k], seen, left_out, chosen)
         return ids, scores
 
-    def _catalog(self, side: str, lengths: np.ndarray | None) -> Any:
-        table, place = self._fitted_table(side), self._place()
-        if lengths is None:
-            stamp = (self._stamp(side), place)
-            return self._kept(f"{side} catalog", stamp, lambda: ranking.catalog(table, place))
+    def _catalog(self, side: str, lengths: np.ndarray | None) -> ranking.Catalog:
+        """A side's table on the devices: the very one of the training where it stayed there."""
+        resident = self._resident(side)
+        name = f"{side} catalog" if lengths is None else f"{side} directions"
 
-        def make() -> tuple[Any, np.ndarray]:
-            scaled = (table / lengths[:, None]).astype(table.dtype, copy=False)
-            return ranking.catalog(scaled, place), lengths
+        def make() -> tuple[ranking.Catalog, np.ndarray | None]:
+            if resident is None:
+                table, place = self._fitted_table(side), self._own_place()
+                made = ranking.catalog(table, place, lengths=lengths)
+            else:
+                shards, rows, place = resident.shards, resident.rows, resident.place
+                made = ranking.catalog_of(shards, rows, place, lengths=lengths)
+            return made, lengths
 
         # The kept pair holds the lengths, so that their identity cannot be taken by another array.
-        version = (self._stamp(side), place, id(lengths))
-        return self._kept(f"{side} directions", version, make)[0]
+        stamp = (self._stamp(side), self._own_place()) if resident is None else None
+        return self._kept(name, (stamp, id(lengths)), make)[0]
 
 
 def _fill(

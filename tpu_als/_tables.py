@@ -302,9 +302,9 @@ class FactorTables:
         runtime, table = self._runtime(), self._fitted_table(side)
         if side not in runtime.stamps or side in runtime.exposed:
             runtime.stamps[side] = _fingerprint(table)
-            # Our own attribute, the name `table`, the argument and a catalog on the host: with no
-            # more references than these, nobody else can write into it.
-            if sys.getrefcount(table) <= 3 + (f"{side} catalog" in runtime.kept):
+            # Our own attribute, the name `table` and the argument: with no more references than
+            # these, nobody else can write into it.
+            if sys.getrefcount(table) <= 3:
                 runtime.exposed.discard(side)
         return runtime.stamps[side]
 

@@ -1,12 +1,15 @@
 """Scores, filters and exact top-k over a catalog of items.
 
-Axis letters: B queries of a batch, N items, K factors.
+A catalog lies on the devices like a table of the engine, each device with its own part. All of
+them score the same queries, and only the best few of each part travel.
+
+Axis letters: B queries of a batch, N items, K factors, W work shards, S slots of a shard.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,49 +18,150 @@ from jax import Array, lax
 from scipy import sparse
 
 from tpu_als import layout
-from tpu_als.mesh import Workplace, precision
+from tpu_als.layout import RowMap
+from tpu_als.mesh import Shards, Together, Workplace, precision
 
-_BATCH_BYTES = 1 << 23  # of scores kept at once by a thread
+# Bytes of scores kept at once: by a thread of a CPU, by another device.
+_BATCH_BYTES = {"cpu": 1 << 23, "other": 1 << 28}
 _BLOCKS = (32, 8)
+_SEEN = 1 << 12  # least length that lists of seen items are padded to, so that shapes are few
+_SHORTEST = 1e-10  # stands in for the length of a zero row, so that one may divide
 _HOST_BLOCK = 64
 HOST_QUERIES = 4  # up to so many queries, a dispatch costs more than the product
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """A table to rank.
+    """A table to rank, on the devices.
 
     Attributes
     ----------
-    table : array (N, K)
-        The rows, on the host.
-    placed : tuple of arrays (N', K)
-        The rows on each device, in equal parts, each padded to N'.
+    rows : Shards (W, S, K)
+        The table.
+    lengths : Shards (W, S) or None
+        What scores are divided by.
+    shown : Shards (W, S)
+        Whether a slot has a row.
+    slots : int array (N,)
+        Global slot of each row.
+    ids : int32 array (W, S)
+        Row of each slot, or -1.
     place : Workplace
         Where they are.
+    dtype : {"float32", "float64"}
+        Of queries and scores; the table may be kept in bfloat16.
     """
 
-    table: np.ndarray
-    placed: tuple[Array, ...]
+    rows: Shards
+    lengths: Shards | None
+    shown: Shards
+    slots: np.ndarray
+    ids: np.ndarray
     place: Workplace
-
-    @property
-    def dtype(self) -> str:
-        """Name of the dtype, "float32" or "float64"."""
-        return self.table.dtype.name
+    dtype: str
 
 
-def catalog(table: np.ndarray, place: Workplace) -> Catalog:
-    """Place a table (N, K), float32 or float64, to rank its rows."""
-    part = layout.round_up(max(-(-len(table) // len(place.devices)), 1))
-    placed = []
+class _Seen(NamedTuple):
+    """Items to leave out: the query, and the shard and slot of the item, padded with shard -1."""
+
+    query: Any
+    shard: Any
+    slot: Any
+
+
+def catalog(table: np.ndarray, place: Workplace, *, lengths: np.ndarray | None = None) -> Catalog:
+    """Place a table of the host to rank its rows, in equal parts.
+
+    Parameters
+    ----------
+    table : array (N, K)
+        float32 or float64.
+    place : Workplace
+        Where to.
+    lengths : array (N,), optional
+        What scores are divided by: the rows' lengths, for cosines with unit queries.
+    """
+    n_slots = layout.round_up(max(-(-len(table) // place.n_shards), 1))
+    slots = np.arange(len(table))
     with precision(table.dtype.name):
-        for number, device in enumerate(place.devices):
-            rows = np.zeros((part, table.shape[1]), table.dtype)
-            own = table[number * part : (number + 1) * part]
-            rows[: len(own)] = own
-            placed.append(jax.device_put(rows, device))
-    return Catalog(table, tuple(placed), place)
+        rows = place.put(_in_parts(table, slots, n_slots, place))
+    return _made(rows, slots, n_slots, place, lengths, table.dtype.name)
+
+
+def catalog_of(
+    table: Shards,
+    rows: RowMap,
+    place: Workplace,
+    *,
+    cosine: bool = False,
+    lengths: np.ndarray | None = None,
+) -> Catalog:
+    """Rank the rows of a table of the engine where they are: nothing of it is copied or moved.
+
+    With several processes all of them have to make this call, and the same calls of `top_k`.
+
+    Parameters
+    ----------
+    table : Shards (W, S, K)
+        In slot order, float32, float64 or bfloat16; scores of the latter are float32.
+    rows : RowMap
+        Which row is where.
+    place : Workplace
+        Where it is.
+    cosine : bool, default=False
+        Divide scores by the rows' lengths, which the devices compute; 1e-10 in place of 0.
+    lengths : array (N,), optional
+        Divide scores by these instead.
+    """
+    first = table if place.mesh is not None else table[0]
+    dtype = "float64" if first.dtype == np.float64 else "float32"
+    made = _made(table, rows.slots, rows.n_slots, place, lengths, dtype)
+    if not cosine or lengths is not None:
+        return made
+    with precision(dtype):
+        own = place.whole(_lengths, dtype)(table, None)[2]
+    return Catalog(table, own, made.shown, made.slots, made.ids, place, dtype)
+
+
+def _made(
+    rows: Shards,
+    slots: np.ndarray,
+    n_slots: int,
+    place: Workplace,
+    lengths: np.ndarray | None,
+    dtype: str,
+) -> Catalog:
+    ids = np.full((place.n_shards, n_slots), -1, np.int32)
+    ids.ravel()[slots] = np.arange(len(slots), dtype=np.int32)
+    divisors = None
+    with precision(dtype):
+        if lengths is not None:
+            own = _in_parts(lengths.astype(dtype, copy=False), slots, n_slots, place)
+            divisors = place.put(np.where(own == 0, np.ones((), dtype), own))
+        shown = place.put(ids[_local(place)] >= 0)
+    return Catalog(rows, divisors, shown, slots, ids, place, dtype)
+
+
+def _local(place: Workplace) -> slice:
+    """The shards of this process."""
+    return slice(place.local.start, place.local.stop)
+
+
+def _in_parts(values: np.ndarray, slots: np.ndarray, n_slots: int, place: Workplace) -> np.ndarray:
+    """Values (N, ...) of the rows as this process places them: (its shards, S, ...), else 0."""
+    first, count = place.local.start * n_slots, len(place.local) * n_slots
+    out = np.zeros((count, *values.shape[1:]), values.dtype)
+    own = (slots >= first) & (slots < first + count)
+    out[slots[own] - first] = values[own]
+    return out.reshape(-1, n_slots, *values.shape[1:])
+
+
+def _lengths(dtype: str, _: Together, rows: Shards, __: None) -> tuple[None, None, Shards]:
+    def part(own: Array) -> Array:
+        squares = jnp.sum(jnp.square(own.astype(dtype)), axis=1)
+        return jnp.where(squares == 0, jnp.asarray(_SHORTEST, dtype), jnp.sqrt(squares))
+
+    return None, None, jax.tree.map(part, rows)
 
 
 def top_k(
@@ -67,8 +171,11 @@ def top_k(
     *,
     seen: sparse.csr_matrix | None = None,
     excluded: np.ndarray | None = None,
+    approximate_recall: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Best k items of each query by inner product, exactly; best first.
+
+    With several processes every one passes the same arguments and gets the whole result.
 
     Parameters
     ----------
@@ -82,28 +189,157 @@ def top_k(
         Items to leave out of each query's result.
     excluded : int array, optional
         Items to leave out of every result.
+    approximate_recall : float, optional
+        Accept that this share of the k best is found in expectation, for a faster search on TPUs
+        (Chern et al. 2022, arXiv 2206.14286). Other backends search exactly all the same.
 
     Returns
     -------
     ids : int32 array (B, k)
         -1 at the tail where fewer than k items were left.
     scores : array (B, k)
-        Inner products; -FLT_MAX where the id is -1.
+        Inner products, over the catalog's lengths if it has any; -FLT_MAX where the id is -1.
+
+    Raises
+    ------
+    ValueError
+        For an `approximate_recall` that is not above 0 and at most 1.
     """
-    ids, scores = _empty(len(queries), k, catalog.table.dtype)
-    width = min(k, len(catalog.table))
+    if approximate_recall is not None and not 0 < approximate_recall <= 1:
+        raise ValueError(
+            f"approximate_recall must be above 0 and at most 1, or None for an exact search, "
+            f"got {approximate_recall!r}"
+        )
+    ids, scores = _empty(len(queries), k, np.dtype(catalog.dtype))
+    width = min(k, len(catalog.slots))
     if width == 0 or len(queries) == 0:
         return ids, scores
-    batch = _batch(len(queries), catalog)
+    batch, place = _batch(len(queries), catalog), catalog.place
+    program = place.whole(_rank, (_wide(k), catalog.dtype, approximate_recall))
+    with precision(catalog.dtype):
+        own = (catalog.rows, catalog.lengths, _shown(catalog, excluded))
 
     def work(low: int) -> None:
         at = slice(low, low + batch)
-        own = seen[at] if seen is not None else None
-        found = _rank_on_devices(queries[at], catalog, width, own, excluded, batch)
-        _keep_finite(ids[at, :width], scores[at, :width], *found)
+        asked = np.zeros((batch, queries.shape[1]), catalog.dtype)
+        asked[: len(queries[at])] = queries[at]
+        hidden = _seen(seen[at] if seen is not None else None, catalog)
+        with precision(catalog.dtype):
+            found = [np.asarray(part) for part in program(own, (asked, hidden))[0]]
+        shard, slot, best = (part[: len(queries[at]), :width] for part in found)
+        _keep_finite(ids[at, :width], scores[at, :width], catalog.ids[shard, slot], best)
 
-    catalog.place.threads(work, range(0, len(queries), batch))
+    jobs = range(0, len(queries), batch)
+    if place.mesh is None:
+        place.threads(work, jobs)
+    else:  # programs that talk must start in the same order everywhere
+        for low in jobs:
+            work(low)
     return ids, scores
+
+
+def _batch(n_queries: int, catalog: Catalog) -> int:
+    """Queries ranked at once: a power of two, so that few shapes are compiled."""
+    place = catalog.place
+    kind = "cpu" if place.platform == "cpu" else "other"
+    on_one = catalog.ids.size // len(place.devices)
+    most = max(_BATCH_BYTES[kind] // (on_one * np.dtype(catalog.dtype).itemsize), 8)
+    share = -(-n_queries // (place.n_shards if place.mesh is None else 1))
+    return 1 << min(int(most).bit_length() - 1, max(share - 1, 7).bit_length())
+
+
+def _wide(k: int) -> int:
+    """Compile for a few widths only."""
+    return 1 << max(k - 1, 15).bit_length()
+
+
+def _shown(catalog: Catalog, excluded: np.ndarray | None) -> Shards:
+    if excluded is None or len(excluded) == 0:
+        return catalog.shown
+    shown = catalog.ids >= 0
+    shown.ravel()[catalog.slots[excluded]] = False
+    return catalog.place.put(shown[_local(catalog.place)])
+
+
+def _seen(seen: sparse.csr_matrix | None, catalog: Catalog) -> _Seen:
+    count = 0 if seen is None else seen.nnz
+    padded = np.full((3, max(_SEEN, 1 << max(count - 1, 0).bit_length())), -1, np.int32)
+    if seen is not None:
+        padded[0, :count] = np.repeat(np.arange(seen.shape[0]), np.diff(seen.indptr))
+        padded[1:, :count] = np.divmod(catalog.slots[seen.indices], catalog.ids.shape[1])
+    return _Seen(*padded)
+
+
+def _rank(
+    static: tuple[int, str, float | None],
+    together: Together,
+    own: tuple[Shards, Shards | None, Shards],
+    shared: tuple[Array, _Seen],
+) -> tuple[tuple[Array, Array, Array], None, None]:
+    """Shards, slots and scores (B, k) of the best over all shards, on every device."""
+    k, dtype, recall = static
+    queries, seen = shared
+    parts = [own] if together.axis is not None else _by_shard(own)
+    found = []
+    for number, part in enumerate(parts):
+        shard = number if together.axis is None else lax.axis_index(together.axis)
+        # Beyond the part, and so dropped, unless the item is of this shard.
+        slot = jnp.where(seen.shard == shard, seen.slot, part[0].shape[0])
+        scores = _scores(queries, part, seen.query, slot, dtype)
+        found.append(_best_columns(scores, min(k, scores.shape[1]), recall))
+    best, slots = (jnp.stack(each) for each in zip(*found, strict=True))
+    if together.axis is not None:
+        best, slots = (lax.all_gather(e, together.axis, tiled=True) for e in (best, slots))
+    n_parts, n_queries, width = best.shape
+    flat = (n_queries, n_parts * width)
+    best, at = lax.top_k(jnp.moveaxis(best, 0, 1).reshape(flat), min(k, flat[1]))
+    slots = jnp.take_along_axis(jnp.moveaxis(slots, 0, 1).reshape(flat), at, axis=1)
+    return (at // width, slots, best), None, None
+
+
+def _by_shard(own: tuple[Shards, Shards | None, Shards]) -> list[tuple[Array, Any, Array]]:
+    rows, lengths, shown = own
+    return list(zip(rows, lengths or [None] * len(rows), shown, strict=True))
+
+
+def _scores(
+    queries: Array, part: tuple[Array, Array | None, Array], query: Array, slot: Array, dtype: str
+) -> Array:
+    """Scores (B, S) of one part of the catalog, -inf for what is hidden."""
+    rows, lengths, shown = part
+    scores = jnp.matmul(queries, rows.astype(dtype).T, precision=lax.Precision.HIGHEST)
+    if lengths is not None:
+        scores = scores / lengths[None, :]
+    scores = jnp.where(shown[None, :], scores, -jnp.inf)
+    return scores.at[query, slot].set(-jnp.inf, mode="drop")
+
+
+def _best_columns(scores: Array, k: int, recall: float | None) -> tuple[Array, Array]:
+    if recall is not None:
+        best, columns = lax.approx_max_k(scores, k, recall_target=recall)
+        return best, columns
+    return _best(scores, k)
+
+
+def _best(scores: Array, k: int) -> tuple[Array, Array]:
+    """Top k values (B, k) and columns of scores (B, n), by blocks while that pays.
+
+    The k best stand in the k blocks with the largest maxima, so only those are sorted. Items of a
+    block lie a whole number of blocks apart: a maximum over them is one over contiguous runs.
+    """
+    n_queries, n_columns = scores.shape
+    for size in _BLOCKS:
+        n_blocks = n_columns // size
+        if n_columns % size == 0 and n_blocks >= 4 * k:
+            break
+    else:
+        best, columns = lax.top_k(scores, k)
+        return best, columns
+    members = scores.reshape(n_queries, size, n_blocks)
+    _, blocks = lax.top_k(members.max(axis=1), k)
+    inside = jnp.take_along_axis(members, blocks[:, None, :], axis=2, mode="promise_in_bounds")
+    best, at = _best(inside.reshape(n_queries, -1), k)
+    return best, at // k * n_blocks + jnp.take_along_axis(blocks, at % k, axis=1)
 
 
 def top_k_on_host(
@@ -168,87 +404,3 @@ def _keep_finite(
     """Write the results that are not hidden ones."""
     kept = np.isfinite(products)
     ids[kept], scores[kept] = found[kept], products[kept]
-
-
-def _batch(n_queries: int, catalog: Catalog) -> int:
-    """Queries ranked at once: a power of two, so that few shapes are compiled."""
-    size = catalog.table.dtype.itemsize
-    most = max(_BATCH_BYTES // (catalog.placed[0].shape[0] * size), 8)
-    share = -(-n_queries // catalog.place.n_shards)
-    return 1 << min(int(most).bit_length() - 1, max(share - 1, 7).bit_length())
-
-
-def _rank_on_devices(
-    queries: np.ndarray,
-    catalog: Catalog,
-    k: int,
-    seen: sparse.csr_matrix | None,
-    excluded: np.ndarray | None,
-    batch: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    n_items, part = len(catalog.table), catalog.placed[0].shape[0]
-    padded = np.zeros((batch, queries.shape[1]), queries.dtype)
-    padded[: len(queries)] = queries
-    hidden = _hidden(batch, part * len(catalog.placed), seen, excluded, n_items)
-    found = []
-    with precision(catalog.dtype):
-        for number, rows in enumerate(catalog.placed):
-            own = np.ascontiguousarray(hidden[:, number * part : (number + 1) * part])
-            found.append(_rank(padded, rows, own, min(_wide(k), part)))
-    scores = np.concatenate([np.asarray(s) for s, _ in found], axis=1)[: len(queries)]
-    ids = np.concatenate(
-        [np.asarray(i) + number * part for number, (_, i) in enumerate(found)], axis=1
-    )[: len(queries)]
-    # Stable, so that among equal scores the smaller id of the earlier part comes first.
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
-
-
-def _wide(k: int) -> int:
-    """Compile for a few widths only."""
-    return 1 << max(k - 1, 15).bit_length()
-
-
-def _hidden(
-    n_rows: int,
-    n_columns: int,
-    seen: sparse.csr_matrix | None,
-    excluded: np.ndarray | None,
-    n_items: int,
-) -> np.ndarray:
-    """Whether an item must not be recommended, (n_rows, n_columns)."""
-    hidden = np.zeros((n_rows, n_columns), bool)
-    hidden[:, n_items:] = True
-    if excluded is not None:
-        hidden[:, excluded] = True
-    if seen is not None:
-        hidden[np.repeat(np.arange(seen.shape[0]), np.diff(seen.indptr)), seen.indices] = True
-    return hidden
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _rank(queries: Array, rows: Array, hidden: Array, k: int) -> tuple[Array, Array]:
-    """Top k scores (B, k) and row numbers of one part of the catalog.
-
-    The k best stand in the k blocks with the largest maxima, so only those are sorted. Items of a
-    block lie a whole number of blocks apart: a maximum over them is one over contiguous runs.
-    """
-    scores = jnp.matmul(queries, rows.T, precision=lax.Precision.HIGHEST)
-    scores = jnp.where(hidden, -jnp.inf, scores)
-    return _best(scores, k)
-
-
-def _best(scores: Array, k: int) -> tuple[Array, Array]:
-    """Top k values (B, k) and columns of scores (B, n), by blocks while that pays."""
-    n_queries, n_columns = scores.shape
-    for size in _BLOCKS:
-        n_blocks = n_columns // size
-        if n_columns % size == 0 and n_blocks >= 4 * k:
-            break
-    else:
-        return lax.top_k(scores, k)
-    members = scores.reshape(n_queries, size, n_blocks)
-    _, blocks = lax.top_k(members.max(axis=1), k)
-    inside = jnp.take_along_axis(members, blocks[:, None, :], axis=2, mode="promise_in_bounds")
-    best, at = _best(inside.reshape(n_queries, -1), k)
-    return best, at // k * n_blocks + jnp.take_along_axis(blocks, at % k, axis=1)
