@@ -32,6 +32,7 @@ FLOORS = [
     ["holdout"],
     ["ranking"],
     ["resident", "fold_in", "checkpoint"],
+    ["_orbax", "relayout"],
     ["als"],
     ["sweep"],
     ["exchange", "cells"],

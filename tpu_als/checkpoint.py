@@ -11,17 +11,16 @@ Several processes make the same calls and see the same directory: a shared file 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from tpu_als import layout
+from tpu_als import _orbax, relayout
 from tpu_als.als import AlsState, Data, Side
 from tpu_als.mesh import Shards, Workplace, precision
 
@@ -29,8 +28,8 @@ FORMAT = 1
 # A directory of their own in the given one: what lies beside is neither read nor removed.
 FOLDER = "tpu_als_checkpoints"
 _CHUNK_BYTES = 1 << 26  # of a table that reading a part of it has to read at once
-_PIECE_BYTES = 1 << 26  # of a table on its way to other slots
 _SUM_TOLERANCE = 1e-6  # relative: sums depend on their order, and so on the number of processes
+_SIDES = ("users", "items")
 _SUM = "sum of absolute values"
 
 log = logging.getLogger("tpu_als")
@@ -90,17 +89,12 @@ class Checkpoints:
         for name, value in (("every", every), ("keep", keep)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        self._orbax, path_class = _orbax()
-        text = os.fspath(directory)
-        given = path_class(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
-        if given.exists() and not given.is_dir():
-            raise NotADirectoryError(
-                f"checkpoints need a directory, but {given} is a file; give another path"
-            )
-        self._root, self._every, self._keep = given / FOLDER, int(every), int(keep)
+        self._orbax = _orbax.load()
+        self._root = _orbax.path(directory) / FOLDER
+        self._every, self._keep = int(every), int(keep)
         self._manager: Any = None
         self._at_close = contextlib.ExitStack()
-        self._placed: tuple[Data, dict[str, _Placed]] | None = None
+        self._known: _Known | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -191,13 +185,13 @@ class Checkpoints:
         manager, args, extra = self._open(data.place), self._orbax.args, extra or {}
         if iteration in manager.all_steps():
             return False
-        placed = self._places(data)
+        known = self._know(data)
         meta = {
             "format": FORMAT,
             "iteration": iteration,
             "settings": _plain(settings),
-            "data": _fingerprint(data),
-            "slots": {name: place.layout for name, place in placed.items()},
+            "data": known.fingerprint,
+            "slots": known.slots,
             "history": {name: [float(value) for value in row] for name, row in history.items()},
             "extra": sorted(extra),
         }
@@ -206,7 +200,7 @@ class Checkpoints:
             items["extra"] = args.PyTreeSave({name: np.asarray(extra[name]) for name in extra})
         how = self._orbax.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
         for name, table in zip(_SIDES, state, strict=True):
-            tree = {"rows": _listed(placed[name].rows), "table": _listed(table)}
+            tree = {"rows": relayout.listed(known.rows[name]), "table": relayout.listed(table)}
             options = {key: [how] * len(arrays) for key, arrays in tree.items()}
             items[name] = args.PyTreeSave(tree, options)
         with precision(data.params.dtype):
@@ -215,28 +209,21 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for what is being written."""
-        manager, self._manager, self._placed = self._manager, None, None
+        manager, self._manager, self._known = self._manager, None, None
         with self._at_close:
             if manager is not None:
                 manager.close()
 
     def _open(self, place: Workplace) -> Any:
         if self._manager is None:
-            self._at_close.enter_context(_handlers_kept())
-            self._root.mkdir(parents=True, exist_ok=True)
-            first = min(place.processes)
-            together = self._orbax.options.MultiprocessingOptions(
-                primary_host=first,
-                active_processes=set(place.processes),
-                barrier_sync_key_prefix=f"tpu_als_{first}",
-            )
-            options = self._orbax.CheckpointManagerOptions(
-                max_to_keep=self._keep,
-                create=False,
-                cleanup_tmp_directories=True,
-                multiprocessing_options=together,
-            )
-            self._manager = self._orbax.CheckpointManager(self._root, options=options)
+            if not place.is_complete:
+                raise ValueError(
+                    "checkpoints are written by all processes of a job together, but these "
+                    f"devices are of process {list(place.processes)} only; fit on devices of all "
+                    "processes, or in a job of this process alone"
+                )
+            self._at_close.enter_context(_orbax.handlers_kept())
+            self._manager = _orbax.manager(self._root, self._keep, place.processes)
         return self._manager
 
     def _path(self, step: int) -> str:
@@ -267,18 +254,21 @@ class Checkpoints:
                 f"directory, or remove {self._root} to start afresh"
             )
 
-    def _places(self, data: Data) -> dict[str, _Placed]:
-        """Row numbers of all slots, placed like the tables; once per data."""
-        if self._placed is None or self._placed[0] is not data:
-            sides = zip(_SIDES, (data.users, data.items), strict=True)
-            self._placed = data, {name: _placed(side, data) for name, side in sides}
-        return self._placed[1]
+    def _know(self, data: Data) -> _Known:
+        if self._known is None or self._known.data is not data:
+            rows, slots = {}, {}
+            for name in _SIDES:
+                side: Side = getattr(data, name)
+                rows[name] = data.place.put(relayout.row_numbers(side.rows, data.place))
+                slots[name] = relayout.described(side.rows, data.params.factors, data.place)
+            self._known = _Known(data, _fingerprint(data), rows, slots)
+        return self._known
 
     def _table(self, step: int, name: str, saved: dict[str, Any], data: Data) -> Shards:
         """Read a table into the slots of the data."""
         side: Side = getattr(data, name)
-        place, now = data.place, _layout(side, data)
-        is_same = saved == now
+        place = data.place
+        is_same = saved == relayout.described(side.rows, data.params.factors, place)
         arrays = []
         for shape in saved["shapes"]:
             axis = 0 if is_same else len(shape) - 2
@@ -289,7 +279,7 @@ class Checkpoints:
             arrays.append((tuple(shape), place.sharding(axis)))
         found = self._arrays(step, name, arrays)
         if not is_same:
-            return place.put(_moved(found, side, place))
+            return place.put(relayout.moved(found["rows"], found["table"], side.rows, place))
         return found["table"] if place.mesh is None else found["table"][0]
 
     def _arrays(
@@ -319,60 +309,17 @@ class Checkpoints:
         return {name: np.asarray(found[name]) for name in names}
 
 
-_SIDES = ("users", "items")
-
-
 class _UnusableError(Exception):
     """A checkpoint that can be read but not resumed from."""
 
 
-class _Placed(NamedTuple):
-    rows: Shards
-    layout: dict[str, Any]
+class _Known(NamedTuple):
+    """What every checkpoint of the same data has in common."""
 
-
-def _placed(side: Side, data: Data) -> _Placed:
-    numbers = layout.rows_of_slots(side.rows, data.place.local) + 1  # 0: no row
-    return _Placed(data.place.put(numbers.astype(np.int32)), _layout(side, data))
-
-
-def _layout(side: Side, data: Data) -> dict[str, Any]:
-    """Shapes of a table's arrays and, in short, the slot of every row."""
-    shape, count = [side.rows.n_slots, data.params.factors], side.rows.n_shards
-    shapes = [shape] * count if data.place.mesh is None else [[count, *shape]]
-    return {"shapes": shapes, "slots": _digest(side.rows.slots)}
-
-
-def _listed(table: Shards) -> list[Any]:
-    return table if isinstance(table, list) else [table]
-
-
-def _moved(found: dict[str, list[Any]], side: Side, place: Workplace) -> np.ndarray:
-    """Rows of this process's shards (len(local), S, K), out of slots of another layout.
-
-    Every process has read an equal part. The parts pass by all processes piece by piece, and each
-    picks its own rows.
-    """
-    n_slots, first = side.rows.n_slots, place.local.start * side.rows.n_slots
-    dtype, factors = found["table"][0].dtype, found["table"][0].shape[-1]
-    out = np.zeros((len(place.local) * n_slots, factors), dtype)
-    step = max(_PIECE_BYTES // (dtype.itemsize * factors * len(place.processes)), 1)
-    for rows, table in zip(*(_own_parts(found[key]) for key in ("rows", "table")), strict=True):
-        rows, table = rows.ravel(), table.reshape(-1, factors)
-        for low in range(0, len(rows), step):
-            numbers = place.gather_processes(rows[low : low + step]).ravel()
-            piece = place.gather_processes(table[low : low + step]).reshape(-1, factors)
-            used = np.flatnonzero(numbers)
-            slots = side.rows.slots[numbers[used] - 1] - first
-            mine = (slots >= 0) & (slots < len(out))
-            out[slots[mine]] = piece[used[mine]]
-    return out.reshape(len(place.local), n_slots, factors)
-
-
-def _own_parts(arrays: Iterable[Any]) -> Iterator[np.ndarray]:
-    for array in arrays:
-        for shard in array.addressable_shards:
-            yield np.asarray(shard.data)
+    data: Data
+    fingerprint: dict[str, Any]
+    rows: dict[str, Shards]
+    slots: dict[str, dict[str, Any]]
 
 
 def _fingerprint(data: Data) -> dict[str, Any]:
@@ -382,14 +329,10 @@ def _fingerprint(data: Data) -> dict[str, Any]:
         "dtype": data.params.dtype,
         "shape": [data.users.n_rows, data.items.n_rows],
         "number of entries": int(data.n_entries),
-        "entries per user (digest)": _digest(data.users.lengths),
-        "entries per item (digest)": _digest(data.items.lengths),
+        "entries per user (digest)": relayout.digest(data.users.lengths),
+        "entries per item (digest)": relayout.digest(data.items.lengths),
         _SUM: float(data.absolute_sum),
     }
-
-
-def _digest(numbers: np.ndarray) -> str:
-    return hashlib.sha256(np.asarray(numbers, np.int64).tobytes()).hexdigest()[:16]
 
 
 def _same(name: str, saved: Any, now: Any) -> bool:
@@ -401,33 +344,3 @@ def _same(name: str, saved: Any, now: Any) -> bool:
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings as they come back from JSON, such as lists for tuples."""
     return json.loads(json.dumps(settings))
-
-
-def _orbax() -> tuple[Any, Any]:
-    """Import orbax, and the class of paths that may lie in a bucket."""
-    try:
-        with _handlers_kept():
-            import orbax.checkpoint as ocp
-            from etils import epath
-    except ImportError as error:
-        raise ImportError(
-            'checkpoints need orbax-checkpoint: pip install "tpu-als[checkpoint]"'
-        ) from error
-    return ocp, epath.Path
-
-
-@contextlib.contextmanager
-def _handlers_kept() -> Iterator[None]:
-    """Keep absl from giving the root logger a handler, as it does at any message without one.
-
-    Meanwhile Python's own last resort stands there, which prints what it would have anyway.
-    """
-    root, stand_in = logging.getLogger(), logging.lastResort
-    if root.handlers or stand_in is None:
-        yield
-        return
-    root.addHandler(stand_in)
-    try:
-        yield
-    finally:
-        root.removeHandler(stand_in)

@@ -111,6 +111,11 @@ class Workplace:
         return self.processes.index(self.devices[0].client.process_index())
 
     @property
+    def is_complete(self) -> bool:
+        """Whether every process of the job has a part of it."""
+        return len(self.processes) == jax.process_count()
+
+    @property
     def local(self) -> range:
         """The shards of this process."""
         each = self.n_shards // len(self.processes)
@@ -128,7 +133,9 @@ class Workplace:
         """Decide what "auto" means for source tables of so many bytes."""
         if self.table_layout != "auto":
             return self
-        budget = _REPLICATED_SHARE * _memory(self.devices[0])
+        # Processes can ask about devices of their own only, and all have to choose alike.
+        memory = -self.agree(-_memory(self.devices[self.local.start]))
+        budget = _REPLICATED_SHARE * memory
         chosen = "replicated" if self.mesh is None or table_bytes <= budget else "sharded"
         log.info(
             "table_layout: %s, for a table of %.1f MB and a budget of %.1f MB a device",
