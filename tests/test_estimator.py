@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import oracle
 import pytest
 from matrices import random_counts
 from scipy import sparse
@@ -17,6 +19,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 
 from tpu_als import ModelFitError, TPUAlternatingLeastSquares, als
+from tpu_als.shards import write_shards
 
 COUNTS = random_counts(30, 20)
 
@@ -327,3 +330,89 @@ def same_tables(one: Any, other: Any) -> bool:
     return np.array_equal(one.user_factors, other.user_factors) and np.array_equal(
         one.item_factors, other.item_factors
     )
+
+
+class TestCheckpoints:
+    def test_a_fit_that_was_cut_off_ends_as_if_it_was_not(self, tmp_path: Path) -> None:
+        settings = dict(iterations=5, over_relaxation=1.4, calculate_training_loss=True)
+        whole = fitted(**settings)
+
+        def stop(iteration: int, seconds: float, loss: float | None) -> None:
+            if iteration == 2:
+                raise KeyboardInterrupt
+
+        settings["checkpoint_dir"] = tmp_path
+        with pytest.raises(KeyboardInterrupt):
+            model(**settings).fit(COUNTS, show_progress=False, callback=stop)
+        seen = []
+        resumed = model(**settings)
+        resumed.fit(COUNTS, show_progress=False, callback=lambda i, s, loss: seen.append(i))
+        assert seen == [3, 4] and resumed.n_iter_ == 5
+        assert same_tables(whole, resumed)
+        assert resumed.history_["loss"] == whole.history_["loss"]
+        # nothing is left to do, so nothing is done
+        again = model(**settings).fit(COUNTS, show_progress=False)
+        assert same_tables(whole, again) and again.n_iter_ == 5
+
+    def test_every_and_the_last_are_saved(self, tmp_path: Path) -> None:
+        fitted(checkpoint_dir=str(tmp_path), checkpoint_every=3, iterations=7)
+        saved = sorted(path.name for path in tmp_path.glob("*/[0-9]*"))
+        assert saved == ["3", "6", "7"]
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [
+            ({"alpha": 2.0}, "alpha was 1.0 and is 2.0"),
+            ({"random_state": 1}, "random_state was 0 and is 1"),
+            ({"factors": 5}, "factors was 4 and is 5"),
+            ({"iterations": 3}, "is of iteration 4, but iterations=3"),
+        ],
+    )
+    def test_another_model_is_refused(
+        self, change: dict[str, Any], named: str, tmp_path: Path
+    ) -> None:
+        before = fitted(checkpoint_dir=tmp_path)
+        users = before.user_factors.copy()
+        with pytest.raises(ValueError, match=named):
+            before.set_params(**change).fit(COUNTS, show_progress=False)
+        np.testing.assert_array_equal(before.user_factors, users)
+
+    def test_early_stopping_goes_on_as_well(self, tmp_path: Path) -> None:
+        settings = dict(iterations=30, early_stopping=True, n_iter_no_change=3)
+        whole = fitted(**settings)
+        assert 3 < whole.n_iter_ < 30
+
+        def stop(iteration: int, seconds: float, loss: float | None) -> None:
+            if iteration == 2:
+                raise KeyboardInterrupt
+
+        settings["checkpoint_dir"] = tmp_path
+        with pytest.raises(KeyboardInterrupt):
+            model(**settings).fit(COUNTS, show_progress=False, callback=stop)
+        for _ in range(2):
+            resumed = model(**settings).fit(COUNTS, show_progress=False)
+            assert resumed.history_["ndcg"] == whole.history_["ndcg"]
+            assert same_tables(whole, resumed)
+
+
+class TestShards:
+    def test_a_directory_takes_the_place_of_a_matrix(self, tmp_path: Path) -> None:
+        rows = write_shards(COUNTS, tmp_path / "counts", n_shards=3)
+        settings = dict(random_state=3, iterations=40, alpha=3.0)
+        found = model(**settings).fit(rows, show_progress=False)
+        assert found.n_features_in_ == 20
+        solved = found.transform(COUNTS)
+        expected = oracle.half_epoch(
+            COUNTS, found.item_factors, oracle.Objective("implicit", 0.1, 3.0)
+        )
+        np.testing.assert_allclose(solved, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+        np.testing.assert_allclose(found.user_factors, solved, rtol=0, atol=0.03)
+        again = model(**settings).fit(rows, show_progress=False)
+        assert same_tables(found, again)
+        other = model(**{**settings, "random_state": 4}).fit(rows, show_progress=False)
+        assert not same_tables(found, other)
+
+    def test_no_part_of_it_can_be_held_out(self, tmp_path: Path) -> None:
+        rows = write_shards(COUNTS, tmp_path / "counts", n_shards=1)
+        with pytest.raises(ValueError, match="early_stopping=True needs a matrix in memory"):
+            model(early_stopping=True).fit(rows, show_progress=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,14 @@ def fitted(case: dict[str, Any], folder: Path) -> dict[str, np.ndarray]:
     """Fit, and use the tables as they stand on the devices before reading them."""
     counts = random_counts(90, 60, seed=5)
     data = open_shards(folder / "shards") if case.pop("shards") else counts
-    model = TPUAlternatingLeastSquares(**SETTINGS, calculate_training_loss=True, **case)
-    model.fit(data, show_progress=False)
+    killed = case.pop("kill", None)
+
+    def kill(iteration: int, seconds: float, loss: float | None) -> None:
+        if [int(os.environ["PROCESS"]), iteration] == killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    model = TPUAlternatingLeastSquares(**{**SETTINGS, "calculate_training_loss": True, **case})
+    model.fit(data, show_progress=False, callback=kill)
     found = {"loss": model.history_["loss"], "norms": model.item_norms, "gramian": model.YtY}
     found["folded"] = model.transform(counts[:11])
     found["pairs"] = model.score_pairs(USERS, USERS % 7)

@@ -54,7 +54,19 @@ class EarlyStopping:
         k = min(holdout.CUTOFF, len(item_factors))
         ids, _ = ranking.top_k(user_factors[self._users], catalog, k, seen=self._train)
         score = holdout.mean_ndcg(ids, self._hidden)
-        self._stale = 0 if score > self._best_score + self._tol else self._stale + 1
-        if score > self._best_score:
-            self._best_score, self.best = score, (user_factors, item_factors)
+        if self._note(score):
+            self.best = user_factors, item_factors
         return score
+
+    def resume(self, scores: list[float], best: tuple[np.ndarray, np.ndarray]) -> None:
+        """Take up what was measured before, and the tables of the best of it."""
+        for score in scores:
+            self._note(score)
+        self.best = best
+
+    def _note(self, score: float) -> bool:
+        """Count a score; whether it is the best so far."""
+        self._stale = 0 if score > self._best_score + self._tol else self._stale + 1
+        is_best = score > self._best_score
+        self._best_score = max(score, self._best_score)
+        return is_best

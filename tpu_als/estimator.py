@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, BinaryIO, Self
 
 import numpy as np
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 
 from . import als, holdout, model_file, validation
 from ._serving import Serving
+from .checkpoint import Checkpoints
 from .early_stopping import EarlyStopping
 from .shards import ShardedMatrix
 
@@ -90,6 +92,11 @@ class TPUAlternatingLeastSquares(
         Iterations without improvement before stopping.
     tol : float, default=1e-4
         Least gain in NDCG@10 that counts as improvement.
+    checkpoint_dir : str or path-like, default=None
+        Directory, or bucket, from which `fit` goes on where it was cut off with the same
+        parameters and data, be it on other devices. Needs the extra ``checkpoint``.
+    checkpoint_every : int, default=1
+        Iterations between checkpoints, of which the last three are kept; the last is always made.
 
     Attributes
     ----------
@@ -160,6 +167,8 @@ class TPUAlternatingLeastSquares(
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 3,
         tol: float = 1e-4,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 1,
     ) -> None:
         self.factors = factors
         self.regularization = regularization
@@ -186,6 +195,8 @@ class TPUAlternatingLeastSquares(
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
         self.tol = tol
+        self.checkpoint_dir = checkpoint_dir
+        self.checkpoint_every = checkpoint_every
 
     def fit(
         self,
@@ -219,7 +230,7 @@ class TPUAlternatingLeastSquares(
         Raises
         ------
         ValueError
-            For parameters or data out of range, before any work.
+            For parameters or data out of range, before any work; for a checkpoint of others.
         ModelFitError
             Where factors became infinite or NaN. The model stays as it was before the call.
         RuntimeError
@@ -230,22 +241,25 @@ class TPUAlternatingLeastSquares(
         callback, before = callback or self.fit_callback, self._fitted_state()
         try:
             with self._undone_on_error(before):
-                params = self._checked_params()
-                rows, monitor = self._held_out(self._interactions(user_items))
-                data = als.place(rows, params, self._place())
-                state = self._start(data, on_devices=isinstance(rows, ShardedMatrix))
-                self._begin(state, data)
-            is_shown = show_progress and data.place.process == 0
-            with tqdm(total=self.iterations, disable=not is_shown) as progress:
-                for iteration in range(self.iterations):
-                    with self._undone_on_error(before), data.place.watched():
-                        state, report = self._iterate(state, data, monitor)
-                    self._show(progress, report)
-                    if callback:
-                        callback(iteration, report["seconds"], report.get("loss"))
-                    if monitor is not None and monitor.is_over:
-                        break
-            self._finish(monitor)
+                params, checkpoints = self._checked_params(), self._checkpoints()
+            with contextlib.closing(checkpoints) if checkpoints else contextlib.nullcontext():
+                with self._undone_on_error(before):
+                    rows, monitor = self._held_out(self._interactions(user_items))
+                    data = als.place(rows, params, self._place())
+                    on_devices = isinstance(rows, ShardedMatrix)
+                    state = self._begin(data, on_devices, monitor, checkpoints)
+                is_shown = show_progress and data.place.process == 0
+                done, disable = self.n_iter_, not is_shown
+                with tqdm(total=self.iterations, initial=done, disable=disable) as progress:
+                    for iteration in range(done, self.iterations):
+                        if monitor is not None and monitor.is_over:
+                            break
+                        with self._undone_on_error(before), data.place.watched():
+                            state, report = self._iterate(state, data, monitor, checkpoints)
+                        self._show(progress, report)
+                        if callback:
+                            callback(iteration, report["seconds"], report.get("loss"))
+                self._finish(monitor)
         finally:
             self._settle()
         return self
@@ -394,13 +408,55 @@ class TPUAlternatingLeastSquares(
         train, hidden = holdout.hide(rows, self.validation_fraction)
         return train, EarlyStopping(train, hidden, self.n_iter_no_change, self.tol)
 
-    def _begin(self, state: als.AlsState, data: als.Data) -> None:
+    def _checkpoints(self) -> Checkpoints | None:
+        if self.checkpoint_dir is None:
+            return None
+        return Checkpoints(self.checkpoint_dir, self.checkpoint_every)
+
+    def _begin(
+        self,
+        data: als.Data,
+        on_devices: bool,
+        monitor: EarlyStopping | None,
+        checkpoints: Checkpoints | None,
+    ) -> als.AlsState:
+        """Make the tables that training starts from, or goes on from, the fitted ones."""
+        resumed = checkpoints.restore(self._settings(), data) if checkpoints else None
+        if resumed is None:
+            state, self.n_iter_, self.history_ = self._start(data, on_devices), 0, {"seconds": []}
+        else:
+            if resumed.iteration > self.iterations:
+                raise ValueError(
+                    f"the last checkpoint in {self.checkpoint_dir} is of iteration "
+                    f"{resumed.iteration}, but iterations={self.iterations}: ask for no fewer, or "
+                    "give another directory"
+                )
+            state, self.n_iter_, self.history_ = resumed.state, resumed.iteration, resumed.history
+            if monitor is not None and resumed.extra:
+                best = resumed.extra["best_users"], resumed.extra["best_items"]
+                monitor.resume(self.history_["ndcg"], best)
         self._publish(state, data)
-        self.n_iter_ = 0
-        self.history_ = {"seconds": []}
+        return state
+
+    def _settings(self) -> dict[str, Any]:
+        """What must not change between a checkpoint and what resumes from it."""
+        is_seed = isinstance(self.random_state, Integral)
+        watching = ("validation_fraction", "n_iter_no_change", "tol") if self.early_stopping else ()
+        return {
+            **{name: float(value) for name, value in self._objective()._asdict().items()},
+            "linear_solver": self._linear_solver(),
+            "random_state": int(self.random_state) if is_seed else None,
+            **{name: int(getattr(self, name)) for name in ("cg_steps", "block_size")},
+            **{name: float(getattr(self, name)) for name in ("over_relaxation", *watching)},
+            "early_stopping": bool(self.early_stopping),
+        }
 
     def _iterate(
-        self, state: als.AlsState, data: als.Data, monitor: EarlyStopping | None
+        self,
+        state: als.AlsState,
+        data: als.Data,
+        monitor: EarlyStopping | None,
+        checkpoints: Checkpoints | None,
     ) -> tuple[als.AlsState, dict[str, float]]:
         """Run one iteration and make it the fitted one."""
         started, objective = time.perf_counter(), self._objective()
@@ -416,6 +472,14 @@ class TPUAlternatingLeastSquares(
         self.n_iter_ += 1
         for name, value in report.items():
             self.history_.setdefault(name, []).append(value)
+        if checkpoints is not None:
+            is_last = self.n_iter_ == self.iterations or (monitor is not None and monitor.is_over)
+            extra = {}
+            if monitor is not None and monitor.best is not None:
+                extra = dict(zip(("best_users", "best_items"), monitor.best, strict=True))
+            checkpoints.save(
+                self.n_iter_, state, data, self._settings(), self.history_, extra, force=is_last
+            )
         return state, report
 
     def _relaxation(self, iteration: int) -> float:

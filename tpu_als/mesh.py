@@ -194,11 +194,14 @@ class Workplace:
         except jax.errors.JaxRuntimeError as error:
             if len(self.processes) == 1:
                 raise
-            raise RuntimeError(
+            message = (
                 f"process {self.process} of {len(self.processes)} lost touch with another one, "
                 "which has most likely ended: see its output, then start all processes anew (with "
                 "checkpoint_dir they go on from the last checkpoint)"
-            ) from error
+            )
+            # At once: JAX's own watch over the processes may end this one before it can tell.
+            log.error(message)
+            raise RuntimeError(message) from error
 
     def agree(self, number: int) -> int:
         """Return the largest of a number over all processes."""

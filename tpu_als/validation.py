@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import warnings
 from collections.abc import Callable, Collection, Iterable
 from numbers import Integral, Real
@@ -68,6 +69,11 @@ _PARAMETERS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "validation_fraction": (_real(0.0, 1.0, is_open=True), "a number between 0 and 1"),
     "n_iter_no_change": (_integer(1), "an integer of at least 1"),
+    "checkpoint_dir": (
+        lambda v: v is None or isinstance(v, (str, os.PathLike)),
+        "None or the path of a directory",
+    ),
+    "checkpoint_every": (_integer(1), "an integer of at least 1"),
     "tol": (_real(0.0), "a finite number of at least 0"),
 }
 
