@@ -33,7 +33,7 @@ import tpu_sizes
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tpu_als import als, solve
+from tpu_als import als, ranking, solve
 from tpu_als.als import AlsParams, Data, Side
 from tpu_als.mesh import Workplace
 
@@ -78,6 +78,31 @@ def programs(data: Data) -> list[tuple[str, Any, tuple[Any, ...]]]:
         turning = als.turning(side.rows, side.routes, data.place)
         found.append((f"{name}: requests, once", turning, (side.own.sends, None)))
     return found
+
+
+def ranking_program(
+    data: Data, k: int, n_queries: int
+) -> tuple[dict[str, Any], tuple[str, Any, tuple[Any, ...]]]:
+    """What ranks a batch of queries against the items' table as training leaves it; its work."""
+    make, place, rows = tpu_sizes.sharded(data.place), data.place, data.items.rows
+    dtype = np.dtype(als.DTYPES[data.params.dtype])
+    slots = (place.n_shards, rows.n_slots)
+    catalog = ranking.Catalog(
+        make((rows.n_slots, data.params.factors), dtype), None, make((rows.n_slots,), bool),
+        np.empty(0, np.int64), np.broadcast_to(np.int32(0), slots), place, "float32",
+    )  # fmt: skip
+    batch = ranking.batch_size(n_queries, catalog)
+    queries = jax.ShapeDtypeStruct((batch, data.params.factors), np.float32)
+    seen = ranking.Seen(*(jax.ShapeDtypeStruct((ranking.SEEN,), np.int32) for _ in range(3)))
+    own = (catalog.rows, catalog.lengths, catalog.shown)
+    work = {
+        "batch": batch,
+        "k": k,
+        "flops": tpu_roofline.FLOAT32_PASSES * 2 * batch * rows.n_slots * data.params.factors,
+        # The table once; scores written, and read for the largest of each block.
+        "memory": rows.n_slots * (data.params.factors * dtype.itemsize + 2 * 4 * batch),
+    }
+    return work, ("rank", ranking.ranking(catalog, k), (own, (queries, seen)))
 
 
 def compiled(name: str, program: Any, args: tuple[Any, ...]) -> dict[str, Any]:
@@ -160,6 +185,8 @@ def parse() -> argparse.Namespace:
         "--exponent", type=float, default=0.88,
         help="columns' lengths fall as rank ** -exponent; 0 is uniform",
     )  # fmt: skip
+    parser.add_argument("--k", type=int, default=100, help="items ranked for a query")
+    parser.add_argument("--queries", type=int, default=1024, help="asked at once, in batches")
     parser.add_argument("--no-compile", action="store_true", help="the arithmetic only")
     parser.add_argument("--hlo", help="directory for the compiled programs' text")
     return parser.parse_args()
@@ -189,8 +216,14 @@ def main() -> None:
         published=asdict(where.chip), versions=common.versions(),
     )  # fmt: skip
     common.emit(benchmark="tpu_plan", what="layout", **layout_of(data))
+    work, rank = ranking_program(data, args.k, args.queries)
+    seconds = where.seconds(tpu_roofline.Work(flops=work["flops"], memory=work["memory"]))
+    common.emit(
+        benchmark="tpu_plan", what="ranking", **work, **seconds,
+        most_users_a_second=work["batch"] / max(seconds.values()),
+    )  # fmt: skip
     results = []
-    for name, program, given in [] if args.no_compile else programs(data):
+    for name, program, given in [] if args.no_compile else [rank, *programs(data)]:
         result = compiled(name, program, given)
         text = result.pop("text", None)
         if args.hlo and text:

@@ -60,14 +60,11 @@ class Chip:
 #   over the bisection, which is 50 GB/s one way for each of 512 links, less some.
 # https://docs.cloud.google.com/tpu/docs/v5p: 459 TFLOPs, 95 GB, 2765 GBps, ICI 1200 GBps both ways,
 #   3D torus; jobs of up to 6144 chips; 50 Gbps of network per chip.
+_DOCS = "https://docs.cloud.google.com/tpu/docs"
 CHIPS = {
-    "v5e": Chip(
-        197e12, 819e9, 16e9, 50e9, 4, 16, 256, 0.8e12, "docs.cloud.google.com/tpu/docs/v5e"
-    ),
-    "v4": Chip(
-        275e12, 1200e9, 32 * 2**30, 47e9, 6, 4, 4096, 0, "docs.cloud.google.com/tpu/docs/v4"
-    ),
-    "v5p": Chip(459e12, 2765e9, 95e9, 100e9, 6, 4, 6144, 0, "docs.cloud.google.com/tpu/docs/v5p"),
+    "v5e": Chip(197e12, 819e9, 16e9, 50e9, 4, 16, 256, 0.8e12, f"{_DOCS}/v5e"),
+    "v4": Chip(275e12, 1200e9, 32 * 2**30, 47e9, 6, 4, 4096, 0, f"{_DOCS}/v4"),
+    "v5p": Chip(459e12, 2765e9, 95e9, 100e9, 6, 4, 6144, 0, f"{_DOCS}/v5p"),
 }
 
 
@@ -79,6 +76,8 @@ class Work:
     ----------
     flops : float
         On the matrix units, in bfloat16 products.
+    vector_flops : float
+        On the vector units, for whose rate nothing is published: not in the least time.
     memory : float
         Bytes read and written.
     interconnect : float
@@ -88,6 +87,7 @@ class Work:
     """
 
     flops: float = 0.0
+    vector_flops: float = 0.0
     memory: float = 0.0
     interconnect: float = 0.0
     trips: int = 0
@@ -114,19 +114,16 @@ class Slice:
         """
         n_chips, own = self.n_chips, int(np.prod(self.axes))
         to_each = sent / max(n_chips - 1, 1)
-        ends = (
-            1 if len([axis for axis in self.axes if axis > 1]) == 0 else self._ends(max(self.axes))
-        )
-        across = ends * own / max(self.axes) * self.chip.link
+        across = self._ends() * own / max(self.axes) * self.chip.link
         bounds = [sent / (self.chip.link * self.chip.links), to_each * (own / 2) ** 2 / across]
         if self.slices > 1:
             bounds.append(to_each * own * (n_chips - own) / self.chip.network)
         return max(bounds)
 
-    def _ends(self, axis: int) -> int:
-        """Crossings of a cut over an axis: two where its ends are joined."""
+    def _ends(self) -> int:
+        """Crossings of a cut over the longest axis: two where its ends are joined."""
         if self.chip.links == 4:
-            return 2 if axis == self.chip.whole else 1
+            return 2 if max(self.axes) == self.chip.whole else 1
         return 2 if all(each % self.chip.whole == 0 for each in self.axes) else 1
 
     def seconds(self, work: Work) -> dict[str, float]:
@@ -141,7 +138,7 @@ class Slice:
 def products(params: AlsParams) -> int:
     """Times that a solver reads the gathered rows: products with them or their transpose."""
     if params.linear_solver == "cg":
-        return 2 * params.cg_steps + 1
+        return 2 * params.cg_steps + 1  # two for the residual, two a step, one for the last
     return 2 if params.linear_solver == "cholesky" else 3
 
 
@@ -169,7 +166,8 @@ def _rotate(side: Side, source: Side, params: AlsParams) -> Work:
     rows = 2 * source.rows.n_slots + side.rows.n_slots
     moved = 3 * _table_bytes(source, params) + 2 * _table_bytes(side, params)
     # The sum of the gramians: a ring sends each part twice.
-    return Work(FLOAT32_PASSES * 2 * rows * params.factors**2, moved, 2 * 4 * params.factors**2)
+    flops = FLOAT32_PASSES * 2 * rows * params.factors**2
+    return Work(flops, memory=moved, interconnect=2 * 4 * params.factors**2)
 
 
 def _exchange(side: Side, data: Data) -> Work:
@@ -180,40 +178,38 @@ def _exchange(side: Side, data: Data) -> Work:
     groups = sum(route.groups(rung.n_chunks) for route, rung in pairs)
     handled = side.received_rows * data.place.n_shards / (data.place.n_shards - 1)
     # Its place is read; the row is read, written to the message, read from it, and written.
-    return Work(0.0, handled * (4 + 4 * row), side.received_rows * row, groups)
-
-
-def _cell_work(cells_: float, rows: float, params: AlsParams) -> tuple[float, float]:
-    """Flops and bytes of gathering cells and solving rows."""
-    factors = params.factors
-    read = products(params) * 4 * factors
-    moved = cells_ * (8 + _stored(params) * factors + 4 * factors + read)
-    if params.linear_solver == "cg":
-        flops = cells_ * 2 * factors * products(params)
-    else:
-        block = factors if params.linear_solver == "cholesky" else params.block_size
-        sweeps = -(-factors // block)
-        flops = cells_ * 2 * factors * (block + 2)
-        flops += rows * sweeps * (block**3 / 3 + 2 * block**2)
-        moved += rows * sweeps * 4 * block**2 * 4
-    return FLOAT32_PASSES * flops, moved
+    sent = side.received_rows * row
+    return Work(memory=handled * (4 + 4 * row), interconnect=sent, trips=groups)
 
 
 def _solve(side: Side, params: AlsParams) -> Work:
-    """Rows gathered from what has arrived, and the systems solved."""
+    """Rows gathered from what has arrived, and the systems solved.
+
+    The gathered chunk is written once and read for every product, in the storage dtype; the
+    compiler keeps it in on-chip memory where it fits, so this is more than what HBM sees.
+    """
     chunks = [(rung.n_chunks, rung.rows, rung.length) for rung in side.rows.rungs]
-    flops, moved = _cell_work(
-        sum(n * rows * length for n, rows, length in chunks),
-        sum(n * rows for n, rows, _ in chunks), params,
-    )  # fmt: skip
-    return Work(flops, moved, 0.0, sum(n for n, _, _ in chunks))
+    n_cells = sum(n * rows * length for n, rows, length in chunks)
+    factors, reads = params.factors, products(params)
+    moved = n_cells * (8 + _stored(params) * factors * (2 + reads))
+    work = Work(memory=moved, trips=sum(n for n, _, _ in chunks))
+    if params.linear_solver == "cg":
+        work.vector_flops = n_cells * 2 * factors * reads
+        return work
+    block = factors if params.linear_solver == "cholesky" else params.block_size
+    systems = sum(n * rows for n, rows, _ in chunks) * -(-factors // block)
+    work.flops = FLOAT32_PASSES * n_cells * 2 * factors * block
+    work.vector_flops = n_cells * 4 * factors + systems * (block**3 / 3 + 2 * block**2)
+    # A system is written, factorised, and read again for its two substitutions.
+    work.memory += systems * 4 * block**2 * 5
+    return work
 
 
 def _write(side: Side, params: AlsParams) -> Work:
     """Start read, solved rows rotated back, and written."""
     rows = side.rows.n_slots
     flops = FLOAT32_PASSES * 2 * rows * params.factors**2
-    return Work(flops, 2 * _table_bytes(side, params) + rows * 4 * params.factors * 2)
+    return Work(flops, memory=2 * _table_bytes(side, params) + rows * 4 * params.factors * 2)
 
 
 def _long(side: Side, params: AlsParams, n_shards: int) -> Work:
@@ -224,20 +220,23 @@ def _long(side: Side, params: AlsParams, n_shards: int) -> Work:
     factors, size = params.factors, n_blocks * length
     # Residual, steps - 1 products with the matrix, and half a one; or the matrix itself.
     passes = 1 if params.linear_solver == "cholesky" else params.cg_steps + 1
-    sums = cells.LONG_ROWS * factors * 4
+    sums, work = cells.LONG_ROWS * factors * 4, Work(trips=passes * n_blocks)
     if params.linear_solver == "cholesky":
-        flops = size * 2 * factors * (factors + 1) + batches * cells.LONG_ROWS * factors**3 / 3
-        reads, sums = 2, sums * (factors + 1)
+        work.flops = FLOAT32_PASSES * size * 2 * factors**2
+        work.vector_flops = batches * cells.LONG_ROWS * factors**3 / 3
+        sums *= factors + 1
     else:
-        flops, reads = size * 2 * factors * (2 * params.cg_steps + 1), 2
-    gathered = 8 + _stored(params) * factors + 4 * factors * (1 + reads)
-    sent = 2 * batches * (passes + 1) * sums * (n_shards - 1) / n_shards
-    return Work(FLOAT32_PASSES * flops, passes * size * gathered, sent, passes * n_blocks)
+        work.vector_flops = size * 2 * factors * (2 * params.cg_steps + 1)
+    # Read where it is, written, and read for a product and one with the transpose.
+    work.memory = passes * size * (8 + 4 * _stored(params) * factors)
+    work.interconnect = 2 * batches * (passes + 1) * sums * (n_shards - 1) / n_shards
+    return work
 
 
 def report(data: Data, where: Slice) -> dict[str, Any]:
     """Phases of both sides with their least times, and their sum."""
-    total, sides = 0.0, {}
+    total = 0.0
+    sides: dict[str, dict[str, Any]] = {}
     for name, side, source in (
         ("users", data.users, data.items),
         ("items", data.items, data.users),

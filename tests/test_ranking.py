@@ -245,7 +245,7 @@ def test_only_the_best_of_each_part_travel() -> None:
     place = _place(4, 0)
     shards, rows, _ = _in_slots(np.ones((20_000, 8)), place, "float32")
     catalog = ranking.catalog_of(shards, rows, place)
-    program = place.whole(ranking._rank, (16, "float32", None))
+    program = ranking.ranking(catalog, 16)
     seen = ranking._seen(None, catalog)
     own = (catalog.rows, catalog.lengths, catalog.shown)
     text = program.lower(own, (np.ones((8, 8), np.float32), seen)).as_text()

@@ -24,7 +24,7 @@ from tpu_als.mesh import Shards, Together, Workplace, precision
 # Bytes of scores kept at once: by a thread of a CPU, by another device.
 _BATCH_BYTES = {"cpu": 1 << 23, "other": 1 << 28}
 _BLOCKS = (32, 8)
-_SEEN = 1 << 12  # least length that lists of seen items are padded to, so that shapes are few
+SEEN = 1 << 12  # least length that lists of seen items are padded to, so that shapes are few
 _SHORTEST = 1e-10  # stands in for the length of a zero row, so that one may divide
 _HOST_BLOCK = 64
 HOST_QUERIES = 4  # up to so many queries, a dispatch costs more than the product
@@ -61,7 +61,7 @@ class Catalog:
     dtype: str
 
 
-class _Seen(NamedTuple):
+class Seen(NamedTuple):
     """Items to leave out: the query, and the shard and slot of the item, padded with shard -1."""
 
     query: Any
@@ -81,11 +81,14 @@ def catalog(table: np.ndarray, place: Workplace, *, lengths: np.ndarray | None =
     lengths : array (N,), optional
         What scores are divided by: the rows' lengths, for cosines with unit queries.
     """
-    n_slots = layout.round_up(max(-(-len(table) // place.n_shards), 1))
-    slots = np.arange(len(table))
-    with precision(table.dtype.name):
-        rows = place.put(_in_parts(table, slots, n_slots, place))
-    return _made(rows, slots, n_slots, place, lengths, table.dtype.name)
+    n_parts = len(place.devices)
+    n_slots = layout.round_up(max(-(-len(table) // n_parts), 1))
+    slots, dtype = np.arange(len(table)), table.dtype
+    if lengths is not None:
+        table = (table / lengths[:, None]).astype(dtype, copy=False)
+    with precision(dtype.name):
+        rows = place.put(_in_parts(table, slots, n_slots, _local(n_parts, place)))
+    return _made(rows, slots, (n_parts, n_slots), place, None, dtype.name)
 
 
 def catalog_of(
@@ -115,7 +118,8 @@ def catalog_of(
     """
     first = table if place.mesh is not None else table[0]
     dtype = "float64" if first.dtype == np.float64 else "float32"
-    made = _made(table, rows.slots, rows.n_slots, place, lengths, dtype)
+    shape = (rows.n_shards, rows.n_slots)
+    made = _made(table, rows.slots, shape, place, lengths, dtype)
     if not cosine or lengths is not None:
         return made
     with precision(dtype):
@@ -126,34 +130,35 @@ def catalog_of(
 def _made(
     rows: Shards,
     slots: np.ndarray,
-    n_slots: int,
+    shape: tuple[int, int],
     place: Workplace,
     lengths: np.ndarray | None,
     dtype: str,
 ) -> Catalog:
-    ids = np.full((place.n_shards, n_slots), -1, np.int32)
+    ids = np.full(shape, -1, np.int32)
     ids.ravel()[slots] = np.arange(len(slots), dtype=np.int32)
-    divisors = None
+    own, divisors = _local(shape[0], place), None
     with precision(dtype):
         if lengths is not None:
-            own = _in_parts(lengths.astype(dtype, copy=False), slots, n_slots, place)
-            divisors = place.put(np.where(own == 0, np.ones((), dtype), own))
-        shown = place.put(ids[_local(place)] >= 0)
+            parts = _in_parts(lengths.astype(dtype, copy=False), slots, shape[1], own)
+            divisors = place.put(np.where(parts == 0, np.ones((), dtype), parts))
+        shown = place.put(ids[own] >= 0)
     return Catalog(rows, divisors, shown, slots, ids, place, dtype)
 
 
-def _local(place: Workplace) -> slice:
-    """The shards of this process."""
-    return slice(place.local.start, place.local.stop)
+def _local(n_parts: int, place: Workplace) -> slice:
+    """The parts of this process."""
+    return slice(n_parts) if place.mesh is None else slice(place.local.start, place.local.stop)
 
 
-def _in_parts(values: np.ndarray, slots: np.ndarray, n_slots: int, place: Workplace) -> np.ndarray:
-    """Values (N, ...) of the rows as this process places them: (its shards, S, ...), else 0."""
-    first, count = place.local.start * n_slots, len(place.local) * n_slots
-    out = np.zeros((count, *values.shape[1:]), values.dtype)
-    own = (slots >= first) & (slots < first + count)
-    out[slots[own] - first] = values[own]
-    return out.reshape(-1, n_slots, *values.shape[1:])
+def _in_parts(values: np.ndarray, slots: np.ndarray, n_slots: int, parts: slice) -> np.ndarray:
+    """Values (N, ...) of the rows in some of the parts (P, S, ...), 0 where there is no row."""
+    first, count = parts.start or 0, parts.stop - (parts.start or 0)
+    out = np.zeros((count * n_slots, *values.shape[1:]), values.dtype)
+    at = slots - first * n_slots
+    own = (at >= 0) & (at < len(out))
+    out[at[own]] = values[own]
+    return out.reshape(count, n_slots, *values.shape[1:])
 
 
 def _lengths(dtype: str, _: Together, rows: Shards, __: None) -> tuple[None, None, Shards]:
@@ -214,8 +219,8 @@ def top_k(
     width = min(k, len(catalog.slots))
     if width == 0 or len(queries) == 0:
         return ids, scores
-    batch, place = _batch(len(queries), catalog), catalog.place
-    program = place.whole(_rank, (_wide(k), catalog.dtype, approximate_recall))
+    batch, place = batch_size(len(queries), catalog), catalog.place
+    program = ranking(catalog, k, approximate_recall)
     with precision(catalog.dtype):
         own = (catalog.rows, catalog.lengths, _shown(catalog, excluded))
 
@@ -238,7 +243,15 @@ def top_k(
     return ids, scores
 
 
-def _batch(n_queries: int, catalog: Catalog) -> int:
+def ranking(catalog: Catalog, k: int, approximate_recall: float | None = None) -> Any:
+    """Program ((rows, lengths, shown), (queries, seen)) -> ((shards, slots, scores), None, None).
+
+    The best over all shards (B, at least k), on every device.
+    """
+    return catalog.place.whole(_rank, (_wide(k), catalog.dtype, approximate_recall))
+
+
+def batch_size(n_queries: int, catalog: Catalog) -> int:
     """Queries ranked at once: a power of two, so that few shapes are compiled."""
     place = catalog.place
     kind = "cpu" if place.platform == "cpu" else "other"
@@ -261,20 +274,20 @@ def _shown(catalog: Catalog, excluded: np.ndarray | None) -> Shards:
     return catalog.place.put(shown[_local(catalog.place)])
 
 
-def _seen(seen: sparse.csr_matrix | None, catalog: Catalog) -> _Seen:
+def _seen(seen: sparse.csr_matrix | None, catalog: Catalog) -> Seen:
     count = 0 if seen is None else seen.nnz
-    padded = np.full((3, max(_SEEN, 1 << max(count - 1, 0).bit_length())), -1, np.int32)
+    padded = np.full((3, max(SEEN, 1 << max(count - 1, 0).bit_length())), -1, np.int32)
     if seen is not None:
         padded[0, :count] = np.repeat(np.arange(seen.shape[0]), np.diff(seen.indptr))
         padded[1:, :count] = np.divmod(catalog.slots[seen.indices], catalog.ids.shape[1])
-    return _Seen(*padded)
+    return Seen(*padded)
 
 
 def _rank(
     static: tuple[int, str, float | None],
     together: Together,
     own: tuple[Shards, Shards | None, Shards],
-    shared: tuple[Array, _Seen],
+    shared: tuple[Array, Seen],
 ) -> tuple[tuple[Array, Array, Array], None, None]:
     """Shards, slots and scores (B, k) of the best over all shards, on every device."""
     k, dtype, recall = static
