@@ -1,0 +1,55 @@
+"""Trains with checkpoints, alone or with others, and may be killed; started by `processes.py`.
+
+Arguments: the directory of the checkpoints, the iterations to reach, and a file for the tables.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from matrices import random_counts
+from worker import join
+
+from tpu_als import als, solve
+from tpu_als.checkpoint import Checkpoints
+from tpu_als.mesh import workplace
+
+SETTINGS = {"alpha": 2.0, "regularization": 0.5}
+
+
+def begin(n_shards: int) -> tuple[als.Data, als.AlsState]:
+    """A matrix on all devices, and tables to start from."""
+    matrix = random_counts(70, 50, seed=3)
+    rng = np.random.default_rng(4)
+    tables = (rng.normal(0, 0.1, (n, 6)).astype(np.float32) for n in matrix.shape)
+    data = als.place(matrix, als.AlsParams(6), workplace(None, num_threads=n_shards))
+    return data, als.start(data, *tables)
+
+
+def main() -> None:
+    """Resume, train, and write the tables and where training was resumed."""
+    directory, last, result = sys.argv[1:]
+    join()
+    data, state = begin(int(os.environ["DEVICES"]))
+    objective = solve.objective("implicit", SETTINGS["regularization"], SETTINGS["alpha"])
+    history: dict[str, list[float]] = {"loss": []}
+    begun = 0
+    with Checkpoints(directory) as checkpoints:
+        resumed = checkpoints.restore(SETTINGS, data)
+        if resumed is not None:
+            state, begun, history = resumed.state, resumed.iteration, resumed.history
+        for iteration in range(begun, int(last)):
+            state, _ = als.epoch(state, data, objective)
+            history["loss"].append(als.loss(state, data, objective))
+            checkpoints.save(iteration + 1, state, data, SETTINGS, history)
+    tables = als.user_factors(state, data), als.item_factors(state, data)
+    if os.environ["PROCESS"] == "0":
+        found = {"users": tables[0], "items": tables[1], "loss": history["loss"], "begun": begun}
+        np.savez(Path(result), **found)
+
+
+if __name__ == "__main__":
+    main()
