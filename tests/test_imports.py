@@ -31,6 +31,7 @@ FLOORS = [
     ["_transpose"],
     ["holdout"],
     ["ranking"],
+    ["topk"],
     ["resident", "fold_in", "checkpoint"],
     ["_orbax", "relayout"],
     ["als"],

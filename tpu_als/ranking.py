@@ -17,16 +17,14 @@ import numpy as np
 from jax import Array, lax
 from scipy import sparse
 
-from tpu_als import layout
+from tpu_als import layout, topk
 from tpu_als.layout import RowMap
 from tpu_als.mesh import Shards, Together, Workplace, precision
 
 # Bytes of scores kept at once: by a thread of a CPU, by another device.
 _BATCH_BYTES = {"cpu": 1 << 23, "other": 1 << 28}
-_BLOCKS = (32, 8)
 SEEN = 1 << 12  # least length that lists of seen items are padded to, so that shapes are few
 _SHORTEST = 1e-10  # stands in for the length of a zero row, so that one may divide
-_HOST_BLOCK = 64
 HOST_QUERIES = 4  # up to so many queries, a dispatch costs more than the product
 
 
@@ -221,17 +219,27 @@ def top_k(
         return ids, scores
     batch, place = batch_size(len(queries), catalog), catalog.place
     program = ranking(catalog, k, approximate_recall)
+    shown = catalog.ids >= 0
+    if excluded is not None:
+        shown.ravel()[catalog.slots[excluded]] = False
     with precision(catalog.dtype):
-        own = (catalog.rows, catalog.lengths, _shown(catalog, excluded))
+        placed = catalog.shown if excluded is None else place.put(shown[_local(len(shown), place)])
+    own = (catalog.rows, catalog.lengths, placed)
 
     def work(low: int) -> None:
         at = slice(low, low + batch)
+        count = len(queries[at])
         asked = np.zeros((batch, queries.shape[1]), catalog.dtype)
-        asked[: len(queries[at])] = queries[at]
+        asked[:count] = queries[at]
         hidden = _seen(seen[at] if seen is not None else None, catalog)
         with precision(catalog.dtype):
-            found = [np.asarray(part) for part in program(own, (asked, hidden))[0]]
-        shard, slot, best = (part[: len(queries[at]), :width] for part in found)
+            found = program(own, (asked, hidden))[0]
+        found = [None if part is None else np.asarray(part)[:count] for part in found]
+        if _sorts_on_host(catalog):
+            best, slot = topk.largest_of_blocks(*found, shown[0], width)
+            shard = np.zeros_like(slot)
+        else:
+            best, shard, slot = (part[:, :width] for part in found)
         _keep_finite(ids[at, :width], scores[at, :width], catalog.ids[shard, slot], best)
 
     jobs = range(0, len(queries), batch)
@@ -244,11 +252,18 @@ def top_k(
 
 
 def ranking(catalog: Catalog, k: int, approximate_recall: float | None = None) -> Any:
-    """Program ((rows, lengths, shown), (queries, seen)) -> ((shards, slots, scores), None, None).
+    """Program ((rows, lengths, shown), (queries, seen)) -> ((scores, shards, slots), None, None).
 
-    The best over all shards (B, at least k), on every device.
+    The best over all shards (B, at least k), on every device. On a single CPU device it gives
+    what `topk.largest_of_blocks` takes instead: NumPy sorts faster than XLA there.
     """
-    return catalog.place.whole(_rank, (_wide(k), catalog.dtype, approximate_recall))
+    static = (_wide(k), catalog.dtype, approximate_recall)
+    return catalog.place.whole(_score if _sorts_on_host(catalog) else _rank, static)
+
+
+def _sorts_on_host(catalog: Catalog) -> bool:
+    place = catalog.place
+    return place.platform == "cpu" and place.mesh is None and len(catalog.ids) == 1
 
 
 def batch_size(n_queries: int, catalog: Catalog) -> int:
@@ -266,14 +281,6 @@ def _wide(k: int) -> int:
     return 1 << max(k - 1, 15).bit_length()
 
 
-def _shown(catalog: Catalog, excluded: np.ndarray | None) -> Shards:
-    if excluded is None or len(excluded) == 0:
-        return catalog.shown
-    shown = catalog.ids >= 0
-    shown.ravel()[catalog.slots[excluded]] = False
-    return catalog.place.put(shown[_local(catalog.place)])
-
-
 def _seen(seen: sparse.csr_matrix | None, catalog: Catalog) -> Seen:
     count = 0 if seen is None else seen.nnz
     padded = np.full((3, max(SEEN, 1 << max(count - 1, 0).bit_length())), -1, np.int32)
@@ -289,17 +296,17 @@ def _rank(
     own: tuple[Shards, Shards | None, Shards],
     shared: tuple[Array, Seen],
 ) -> tuple[tuple[Array, Array, Array], None, None]:
-    """Shards, slots and scores (B, k) of the best over all shards, on every device."""
+    """Scores, shards and slots (B, k) of the best over all shards, on every device."""
     k, dtype, recall = static
     queries, seen = shared
-    parts = [own] if together.axis is not None else _by_shard(own)
     found = []
-    for number, part in enumerate(parts):
+    for number, part in enumerate(_parts(together, own)):
         shard = number if together.axis is None else lax.axis_index(together.axis)
         # Beyond the part, and so dropped, unless the item is of this shard.
         slot = jnp.where(seen.shard == shard, seen.slot, part[0].shape[0])
         scores = _scores(queries, part, seen.query, slot, dtype)
-        found.append(_best_columns(scores, min(k, scores.shape[1]), recall))
+        scores = jnp.where(part[2][None, :], scores, -jnp.inf)
+        found.append(topk.largest(scores, min(k, scores.shape[1]), recall))
     best, slots = (jnp.stack(each) for each in zip(*found, strict=True))
     if together.axis is not None:
         best, slots = (lax.all_gather(e, together.axis, tiled=True) for e in (best, slots))
@@ -307,10 +314,30 @@ def _rank(
     flat = (n_queries, n_parts * width)
     best, at = lax.top_k(jnp.moveaxis(best, 0, 1).reshape(flat), min(k, flat[1]))
     slots = jnp.take_along_axis(jnp.moveaxis(slots, 0, 1).reshape(flat), at, axis=1)
-    return (at // width, slots, best), None, None
+    return (best, at // width, slots), None, None
 
 
-def _by_shard(own: tuple[Shards, Shards | None, Shards]) -> list[tuple[Array, Any, Array]]:
+def _score(
+    static: tuple[int, str, float | None],
+    together: Together,
+    own: tuple[Shards, Shards | None, Shards],
+    shared: tuple[Array, Seen],
+) -> tuple[tuple[Array, Array | None], None, None]:
+    """Scores (B, S), seen items hidden, and maxima of their blocks; of a single part."""
+    k, dtype, _ = static
+    (part,) = _parts(together, own)
+    queries, seen = shared
+    slot = jnp.where(seen.shard == 0, seen.slot, part[0].shape[0])
+    scores = _scores(queries, part, seen.query, slot, dtype)
+    return (scores, topk.maxima(scores, part[2], k)), None, None
+
+
+def _parts(
+    together: Together, own: tuple[Shards, Shards | None, Shards]
+) -> list[tuple[Array, Array | None, Array]]:
+    """The parts that this program has: a device's own, or all."""
+    if together.axis is not None:
+        return [own]
     rows, lengths, shown = own
     return list(zip(rows, lengths or [None] * len(rows), shown, strict=True))
 
@@ -318,41 +345,12 @@ def _by_shard(own: tuple[Shards, Shards | None, Shards]) -> list[tuple[Array, An
 def _scores(
     queries: Array, part: tuple[Array, Array | None, Array], query: Array, slot: Array, dtype: str
 ) -> Array:
-    """Scores (B, S) of one part of the catalog, -inf for what is hidden."""
-    rows, lengths, shown = part
+    """Scores (B, S) of one part of the catalog, -inf at the given queries and slots."""
+    rows, lengths, _ = part
     scores = jnp.matmul(queries, rows.astype(dtype).T, precision=lax.Precision.HIGHEST)
     if lengths is not None:
         scores = scores / lengths[None, :]
-    scores = jnp.where(shown[None, :], scores, -jnp.inf)
     return scores.at[query, slot].set(-jnp.inf, mode="drop")
-
-
-def _best_columns(scores: Array, k: int, recall: float | None) -> tuple[Array, Array]:
-    if recall is not None:
-        best, columns = lax.approx_max_k(scores, k, recall_target=recall)
-        return best, columns
-    return _best(scores, k)
-
-
-def _best(scores: Array, k: int) -> tuple[Array, Array]:
-    """Top k values (B, k) and columns of scores (B, n), by blocks while that pays.
-
-    The k best stand in the k blocks with the largest maxima, so only those are sorted. Items of a
-    block lie a whole number of blocks apart: a maximum over them is one over contiguous runs.
-    """
-    n_queries, n_columns = scores.shape
-    for size in _BLOCKS:
-        n_blocks = n_columns // size
-        if n_columns % size == 0 and n_blocks >= 4 * k:
-            break
-    else:
-        best, columns = lax.top_k(scores, k)
-        return best, columns
-    members = scores.reshape(n_queries, size, n_blocks)
-    _, blocks = lax.top_k(members.max(axis=1), k)
-    inside = jnp.take_along_axis(members, blocks[:, None, :], axis=2, mode="promise_in_bounds")
-    best, at = _best(inside.reshape(n_queries, -1), k)
-    return best, at // k * n_blocks + jnp.take_along_axis(blocks, at % k, axis=1)
 
 
 def top_k_on_host(
@@ -370,40 +368,19 @@ def top_k_on_host(
     """
     ids, scores = _empty(len(queries), k, table.dtype)
     width = min(k, len(table))
-    if width == 0:
-        return ids, scores
     # One product a query: a thin matrix product is much slower than so many with a vector.
-    products = np.stack([table @ query for query in queries])
-    if lengths is not None:
-        products /= lengths
-    if seen is not None:
-        products[np.repeat(np.arange(len(queries)), np.diff(seen.indptr)), seen.indices] = -np.inf
-    if excluded is not None:
-        products[:, excluded] = -np.inf
-    best = _candidates(products, width)
-    found = np.take_along_axis(products, best, 1)
-    order = np.argsort(-found, axis=1, kind="stable")[:, :width]
-    best, found = np.take_along_axis(best, order, 1), np.take_along_axis(found, order, 1)
-    _keep_finite(ids[:, :width], scores[:, :width], best, found)
+    for row, query in enumerate(queries if width else ()):
+        products = table @ query
+        if lengths is not None:
+            products /= lengths
+        if seen is not None:
+            products[seen.indices[seen.indptr[row] : seen.indptr[row + 1]]] = -np.inf
+        if excluded is not None:
+            products[excluded] = -np.inf
+        best = np.argpartition(products, -width)[-width:]
+        best = best[np.argsort(products[best])[::-1]]
+        _keep_finite(ids[row, :width], scores[row, :width], best, products[best])
     return ids, scores
-
-
-def _candidates(products: np.ndarray, k: int) -> np.ndarray:
-    """Columns (B, at least k) among which the k best of each row are.
-
-    The k best stand in the k blocks with the largest maxima, or in what is left of a whole block.
-    """
-    n_queries, n_items = products.shape
-    n_blocks = n_items // _HOST_BLOCK
-    chosen = np.arange(n_items)[None].repeat(n_queries, 0)
-    if n_blocks > 2 * k:
-        whole = products[:, : n_blocks * _HOST_BLOCK].reshape(n_queries, n_blocks, _HOST_BLOCK)
-        blocks = np.argpartition(whole.max(axis=2), -k, axis=1)[:, -k:]
-        inside = blocks[:, :, None] * _HOST_BLOCK + np.arange(_HOST_BLOCK)
-        rest = chosen[:, n_blocks * _HOST_BLOCK :]
-        chosen = np.concatenate([inside.reshape(n_queries, -1), rest], axis=1)
-    best = np.argpartition(np.take_along_axis(products, chosen, 1), -k, axis=1)[:, -k:]
-    return np.take_along_axis(chosen, best, 1)
 
 
 def _empty(n_queries: int, k: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
