@@ -80,7 +80,7 @@ def test_a_lost_process_ends_the_other_and_a_restart_goes_on(
     victim: int, folder: Path, tmp_path: Path
 ) -> None:
     case: dict[str, Any] = {"shards": True, "table_layout": "sharded", "iterations": 6}
-    saved = {**case, "checkpoint_dir": str(tmp_path)}
+    saved = {**case, "checkpoint_dir": str(tmp_path / "saved")}
     running = processes.start([str(folder), json.dumps([{**saved, "kill": [victim, 3]}])], 2)
     output = processes.finish(running, 240)
     assert running[victim].returncode == -signal.SIGKILL
@@ -89,7 +89,7 @@ def test_a_lost_process_ends_the_other_and_a_restart_goes_on(
     assert "lost touch with another one" in output[1 - victim] or victim == 0
     assert "another" in output[1 - victim] or "coordination service" in output[1 - victim]
     uninterrupted, _ = _run((2, 1), folder, [case])[0]
-    elsewhere = shutil.copytree(tmp_path, tmp_path.with_name("copy"))
+    elsewhere = shutil.copytree(tmp_path / "saved", tmp_path / "copy")
     for found in _run((2, 1), folder, [saved])[0]:
         assert len(found["loss"]) == 6
         for name in ("users", "items", "loss"):
