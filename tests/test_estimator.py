@@ -416,3 +416,15 @@ class TestShards:
         rows = write_shards(COUNTS, tmp_path / "counts", n_shards=1)
         with pytest.raises(ValueError, match="early_stopping=True needs a matrix in memory"):
             model(early_stopping=True).fit(rows, show_progress=False)
+
+
+class TestApproximateRanking:
+    def test_a_cpu_ranks_exactly_all_the_same(self) -> None:
+        found = fitted().set_params(approximate_recall=0.9).recommend(np.arange(30), COUNTS, N=5)
+        for mine, exact in zip(found, fitted().recommend(np.arange(30), COUNTS, N=5), strict=True):
+            np.testing.assert_array_equal(mine, exact)
+
+    @pytest.mark.parametrize("value", [0, 1, 1.5, "0.9"])
+    def test_other_values_are_refused(self, value: Any) -> None:
+        with pytest.raises(ValueError, match="approximate_recall must be None or a number between"):
+            fitted(approximate_recall=value)

@@ -20,6 +20,8 @@ NO_SCORE = np.finfo(np.float32).min
 class Serving(FoldIn):
     """implicit's ranking surface."""
 
+    approximate_recall: float | None
+
     def recommend(
         self,
         userid: Any,
@@ -282,7 +284,10 @@ class Serving(FoldIn):
                 )
             else:
                 catalog = self._catalog(side, lengths)
-                best = ranking.top_k(queries, catalog, k, seen=seen, excluded=excluded)
+                best = ranking.top_k(
+                    queries, catalog, k, seen=seen, excluded=excluded,
+                    approximate_recall=self.approximate_recall,
+                )  # fmt: skip
             ids[:, :k], scores[:, :k] = best
             left_out = excluded if chosen is None else None
             _fill(ids[:, :k], seen, left_out, chosen)

@@ -92,6 +92,9 @@ class TPUAlternatingLeastSquares(
         Iterations without improvement before stopping.
     tol : float, default=1e-4
         Least gain in NDCG@10 that counts as improvement.
+    approximate_recall : float, default=None
+        Between 0 and 1: rank many queries approximately, expecting to find this part of the best
+        items. Faster on a TPU; other devices rank exactly all the same. None ranks exactly.
     checkpoint_dir : str or path-like, default=None
         Directory, or bucket, from which `fit` goes on where it was cut off with the same
         parameters and data, be it on other devices. Needs the extra ``checkpoint``.
@@ -167,6 +170,7 @@ class TPUAlternatingLeastSquares(
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 3,
         tol: float = 1e-4,
+        approximate_recall: float | None = None,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 1,
     ) -> None:
@@ -195,6 +199,7 @@ class TPUAlternatingLeastSquares(
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
         self.tol = tol
+        self.approximate_recall = approximate_recall
         self.checkpoint_dir = checkpoint_dir
         self.checkpoint_every = checkpoint_every
 

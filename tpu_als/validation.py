@@ -69,6 +69,10 @@ _PARAMETERS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "validation_fraction": (_real(0.0, 1.0, is_open=True), "a number between 0 and 1"),
     "n_iter_no_change": (_integer(1), "an integer of at least 1"),
+    "approximate_recall": (
+        lambda v: v is None or _real(0.0, 1.0, is_open=True)(v),
+        "None or a number between 0 and 1",
+    ),
     "checkpoint_dir": (
         lambda v: v is None or isinstance(v, (str, os.PathLike)),
         "None or the path of a directory",
