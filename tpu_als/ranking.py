@@ -8,7 +8,10 @@ Axis letters: B queries of a batch, N items, K factors, W work shards, S slots o
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +25,13 @@ from tpu_als.layout import RowMap
 from tpu_als.mesh import Shards, Together, Workplace, precision
 
 # Bytes of scores kept at once: by a thread of a CPU, by another device.
-_BATCH_BYTES = {"cpu": 1 << 23, "other": 1 << 28}
+_BATCH_BYTES = {"cpu": 1 << 24, "other": 1 << 28}
 SEEN = 1 << 12  # least length that lists of seen items are padded to, so that shapes are few
 _SHORTEST = 1e-10  # stands in for the length of a zero row, so that one may divide
+# Rows, lengths and whether they are shown: of all parts, and of one.
+_Own = tuple[Shards, Shards | None, Shards]
+_Part = tuple[Array, Array | None, Array]
+_Find = Callable[[np.ndarray, "Seen"], tuple[np.ndarray, np.ndarray]]
 HOST_QUERIES = 4  # up to so many queries, a dispatch costs more than the product
 
 
@@ -217,14 +224,18 @@ def top_k(
     width = min(k, len(catalog.slots))
     if width == 0 or len(queries) == 0:
         return ids, scores
-    batch, place = batch_size(len(queries), catalog), catalog.place
-    program = ranking(catalog, k, approximate_recall)
-    shown = catalog.ids >= 0
+    place, shown = catalog.place, catalog.ids >= 0
     if excluded is not None:
         shown.ravel()[catalog.slots[excluded]] = False
     with precision(catalog.dtype):
         placed = catalog.shown if excluded is None else place.put(shown[_local(len(shown), place)])
-    own = (catalog.rows, catalog.lengths, placed)
+    own, batch = (catalog.rows, catalog.lengths, placed), batch_size(len(queries), catalog)
+    on_host = place.platform == "cpu" and place.mesh is None and len(shown) == 1
+    find = (
+        _by_host(catalog, own, k, shown[0])
+        if on_host
+        else _by_devices(catalog, own, k, approximate_recall)
+    )
 
     def work(low: int) -> None:
         at = slice(low, low + batch)
@@ -233,14 +244,9 @@ def top_k(
         asked[:count] = queries[at]
         hidden = _seen(seen[at] if seen is not None else None, catalog)
         with precision(catalog.dtype):
-            found = program(own, (asked, hidden))[0]
-        found = [None if part is None else np.asarray(part)[:count] for part in found]
-        if _sorts_on_host(catalog):
-            best, slot = topk.largest_of_blocks(*found, shown[0], width)
-            shard = np.zeros_like(slot)
-        else:
-            best, shard, slot = (part[:, :width] for part in found)
-        _keep_finite(ids[at, :width], scores[at, :width], catalog.ids[shard, slot], best)
+            found, best = find(asked, hidden)
+        part = slice(count), slice(width)
+        _keep_finite(ids[at, :width], scores[at, :width], found[part], best[part])
 
     jobs = range(0, len(queries), batch)
     if place.mesh is None:
@@ -251,19 +257,48 @@ def top_k(
     return ids, scores
 
 
+def _by_devices(catalog: Catalog, own: _Own, k: int, recall: float | None) -> _Find:
+    """Find ids and scores with the devices' own search."""
+    program = ranking(catalog, k, recall)
+
+    def find(queries: np.ndarray, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+        best, shard, slot = (np.asarray(part) for part in program(own, (queries, seen))[0])
+        return catalog.ids[shard, slot], best
+
+    return find
+
+
+def _by_host(catalog: Catalog, own: _Own, k: int, shown: np.ndarray) -> _Find:
+    """Find ids and scores on a single CPU device: XLA multiplies, and NumPy sorts, faster than it.
+
+    Scores are written into the same memory again and again: new pages would cost as much time.
+    """
+    width, kept = min(k, len(catalog.slots)), SimpleQueue[Array]()
+    ((rows, lengths, placed),) = _parts(Together(), own)
+
+    def find(queries: np.ndarray, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            scratch = kept.get_nowait()
+        except Empty:
+            scratch = jnp.zeros((len(queries), len(shown)), catalog.dtype)
+        out, maxima = _score(scratch, queries, (rows, lengths, placed), seen, _wide(k))
+        # A view that lets go of the memory, which np.asarray would not.
+        scores = np.from_dlpack(out)
+        of_blocks = None if maxima is None else np.asarray(maxima)
+        best, slot = topk.largest_of_blocks(scores, of_blocks, shown, width)
+        del scores
+        kept.put(out)
+        return catalog.ids[0, slot], best
+
+    return find
+
+
 def ranking(catalog: Catalog, k: int, approximate_recall: float | None = None) -> Any:
     """Program ((rows, lengths, shown), (queries, seen)) -> ((scores, shards, slots), None, None).
 
-    The best over all shards (B, at least k), on every device. On a single CPU device it gives
-    what `topk.largest_of_blocks` takes instead: NumPy sorts faster than XLA there.
+    The best over all shards (B, at least k), on every device.
     """
-    static = (_wide(k), catalog.dtype, approximate_recall)
-    return catalog.place.whole(_score if _sorts_on_host(catalog) else _rank, static)
-
-
-def _sorts_on_host(catalog: Catalog) -> bool:
-    place = catalog.place
-    return place.platform == "cpu" and place.mesh is None and len(catalog.ids) == 1
+    return catalog.place.whole(_rank, (_wide(k), catalog.dtype, approximate_recall))
 
 
 def batch_size(n_queries: int, catalog: Catalog) -> int:
@@ -293,7 +328,7 @@ def _seen(seen: sparse.csr_matrix | None, catalog: Catalog) -> Seen:
 def _rank(
     static: tuple[int, str, float | None],
     together: Together,
-    own: tuple[Shards, Shards | None, Shards],
+    own: _Own,
     shared: tuple[Array, Seen],
 ) -> tuple[tuple[Array, Array, Array], None, None]:
     """Scores, shards and slots (B, k) of the best over all shards, on every device."""
@@ -317,24 +352,17 @@ def _rank(
     return (best, at // width, slots), None, None
 
 
+@functools.partial(jax.jit, static_argnums=4, donate_argnums=0, keep_unused=True)
 def _score(
-    static: tuple[int, str, float | None],
-    together: Together,
-    own: tuple[Shards, Shards | None, Shards],
-    shared: tuple[Array, Seen],
-) -> tuple[tuple[Array, Array | None], None, None]:
+    scratch: Array, queries: Array, part: _Part, seen: Seen, k: int
+) -> tuple[Array, Array | None]:
     """Scores (B, S), seen items hidden, and maxima of their blocks; of a single part."""
-    k, dtype, _ = static
-    (part,) = _parts(together, own)
-    queries, seen = shared
-    slot = jnp.where(seen.shard == 0, seen.slot, part[0].shape[0])
-    scores = _scores(queries, part, seen.query, slot, dtype)
-    return (scores, topk.maxima(scores, part[2], k)), None, None
+    slot = jnp.where(seen.shard == 0, seen.slot, len(part[0]))
+    scores = _scores(queries, part, seen.query, slot, scratch.dtype.name)
+    return scores, topk.maxima(scores, part[2], k)
 
 
-def _parts(
-    together: Together, own: tuple[Shards, Shards | None, Shards]
-) -> list[tuple[Array, Array | None, Array]]:
+def _parts(together: Together, own: _Own) -> list[_Part]:
     """The parts that this program has: a device's own, or all."""
     if together.axis is not None:
         return [own]
@@ -342,9 +370,7 @@ def _parts(
     return list(zip(rows, lengths or [None] * len(rows), shown, strict=True))
 
 
-def _scores(
-    queries: Array, part: tuple[Array, Array | None, Array], query: Array, slot: Array, dtype: str
-) -> Array:
+def _scores(queries: Array, part: _Part, query: Array, slot: Array, dtype: str) -> Array:
     """Scores (B, S) of one part of the catalog, -inf at the given queries and slots."""
     rows, lengths, _ = part
     scores = jnp.matmul(queries, rows.astype(dtype).T, precision=lax.Precision.HIGHEST)

@@ -8,6 +8,8 @@ Axis letters: B queries, n columns.
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -40,12 +42,17 @@ def largest(scores: Array, k: int, recall: float | None = None) -> tuple[Array, 
 
 
 def maxima(scores: Array, shown: Array, k: int) -> Array | None:
-    """Maxima (B, n / BLOCK) of the blocks for `largest_of_blocks`; None where they do not pay."""
-    n_queries, n_columns = scores.shape
+    """Maxima (B, n / BLOCK) of the blocks for `largest_of_blocks`; None where they do not pay.
+
+    Only columns that are `shown` (n,) count.
+    """
+    n_columns = scores.shape[1]
     if n_columns % BLOCK or n_columns < 4 * k * BLOCK:
         return None
-    masked = jnp.where(shown[None, :], scores, -jnp.inf)
-    return masked.reshape(n_queries, BLOCK, -1).max(axis=1)
+    # Of slices and with a sum, which XLA makes one loop of; a masked reduction took twice as long.
+    added = jnp.where(shown, 0, -jnp.inf).astype(scores.dtype).reshape(BLOCK, 1, -1)
+    parts = jnp.split(scores, BLOCK, axis=1)
+    return functools.reduce(jnp.maximum, map(jnp.add, parts, added))
 
 
 def largest_of_blocks(
