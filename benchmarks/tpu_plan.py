@@ -20,6 +20,7 @@ os.environ.update(
 )
 
 import argparse
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -37,6 +38,7 @@ from tpu_als import als, ranking, solve
 from tpu_als.als import AlsParams, Data, Side
 from tpu_als.mesh import Workplace
 
+_ALL_TO_ALL = re.compile(r"= (\w+\[[\d,]+\])\S* all-to-all\(")
 OBJECTIVE = solve.objective("ials", 1e-3, 1.0, 1e-3)
 
 
@@ -112,7 +114,7 @@ def compiled(name: str, program: Any, args: tuple[Any, ...]) -> dict[str, Any]:
         done = program.lower(*args).compile()
     except jax.errors.JaxRuntimeError as error:
         return {"program": name, "compiles": False, "error": str(error)}
-    memory, cost = done.memory_analysis(), done.cost_analysis()
+    memory, cost, text = done.memory_analysis(), done.cost_analysis(), done.as_text()
     return {
         "program": name,
         "compiles": True,
@@ -124,7 +126,8 @@ def compiled(name: str, program: Any, args: tuple[Any, ...]) -> dict[str, Any]:
         "code_bytes": memory.generated_code_size_in_bytes,
         "flops_bodies_once": cost.get("flops"),
         "bytes_bodies_once": cost.get("bytes accessed"),
-        "text": done.as_text(),
+        "all_to_all_bodies_once": _ALL_TO_ALL.findall(text),
+        "text": text,
     }
 
 

@@ -1,0 +1,109 @@
+"""Programs of training and ranking compile for TPUs that are not here, and are as large as planned.
+
+Each topology in a process of its own: libtpu needs its environment before JAX starts.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "tpu_plan.py"
+ROWS, COLS, FACTORS = 20_000, 10_000, 32
+# Lengths that are all the same: one rung a side.
+SMALL = f"--rows {ROWS} --cols {COLS} --entries 3e5 --factors {FACTORS} --k 10 --queries 64 "
+SMALL += "--deviation 0 --exponent 0"
+
+
+@functools.cache
+def _plan(topology: str, *options: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What the script prints by kind, and its programs by name."""
+    pytest.importorskip("libtpu")
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--topology", topology, *SMALL.split(), *options],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    programs = {line["program"]: line for line in lines if line["what"] == "program"}
+    return {line["what"]: line for line in lines}, programs
+
+
+TOPOLOGIES = ["v5e:2x2", "v4:2x2x1", "v5p:2x2x1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_all_programs_compile(topology: str) -> None:
+    lines, programs = _plan(topology)
+    parts = ("rotate", "solve 0", "requests, once")
+    assert set(programs) == {"rank"} | {f"{s}: {p}" for s in ("users", "items") for p in parts}
+    assert all(program["compiles"] for program in programs.values())
+    assert lines["assumptions"]["n_chips"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_memory_adds_up(topology: str) -> None:
+    """The compiler's bytes of arguments, from the plan's sizes by hand."""
+    lines, programs = _plan(topology)
+    kept, layout = lines["memory"], lines["layout"]
+    entries = messages = 0
+    for name, other in (("users", "items"), ("items", "users")):
+        side, source = layout[name], layout[other]
+        [[_, _, n_chunks]], [[chunks, rows]] = side["rungs"], side["routes"]
+        sends = 4 * 4 * rows * -(-n_chunks // chunks)  # int32, to each of four chips
+        cells = 8 * side["cells"]  # an int32 and a float32
+        tables = 2 * FACTORS * (side["slots"] + source["slots"])
+        expected = tables + cells + sends + 4 * side["slots"]
+        found = programs[f"{name}: solve 0"]
+        assert found["argument_bytes"] == pytest.approx(expected, abs=1 << 17)
+        assert found["output_bytes"] == pytest.approx(2 * FACTORS * side["slots"], abs=1 << 12)
+        assert found["alias_bytes"] == found["output_bytes"]
+        entries, messages = entries + cells, messages + sends
+    slots = layout["users"]["slots"] + layout["items"]["slots"]
+    assert kept["tables"] == kept["tables_of_a_half_epoch"] == slots * FACTORS * 2
+    assert (kept["entries"], kept["messages"]) == (entries, messages)
+    assert kept["scratch"] == max(program["scratch_bytes"] for program in programs.values())
+    assert sum(layout[name]["cells"] for name in ("users", "items")) * 4 >= 2 * 3e5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_what_travels_is_what_was_planned(topology: str) -> None:
+    """Rows of the storage dtype, as many as the route says, in one all-to-all a rung."""
+    lines, programs = _plan(topology)
+    for name in ("users", "items"):
+        [[_, rows]] = lines["layout"][name]["routes"]
+        found = programs[f"{name}: solve 0"]["all_to_all_bodies_once"]
+        assert found == [f"bf16[4,{rows},{FACTORS}]"]
+        received = lines["epoch"][name]["exchange"]["interconnect"]
+        assert received == lines["layout"][name]["received_rows"] * FACTORS * 2
+
+
+def test_bytes_fall_with_the_chips() -> None:
+    """At the size of WebGraph-sparse; the arithmetic alone."""
+    size = ("--rows", "365.4e6", "--cols", "365.4e6", "--entries", "30e9", "--factors", "128")
+    size += ("--deviation", "1.1", "--exponent", "0.88", "--no-compile")
+    found = [_plan(topology, *size)[0] for topology in ("v5e:8x8", "v5e:8x16", "v5e:16x16")]
+    for few, many in itertools.pairwise(found):
+        # Messages get shorter, and so less even: not quite half.
+        assert 0.5 <= many["epoch"]["interconnect_bytes"] / few["epoch"]["interconnect_bytes"] < 0.6
+        assert 0.45 <= many["memory"]["tables"] / few["memory"]["tables"] < 0.55
+        assert 0.45 <= many["memory"]["entries"] / few["memory"]["entries"] < 0.55
+    last = found[-1]
+    assert last["memory"]["total"] < 8 * 2**30
+    assert last["epoch"]["epoch_s"] < 20
+    phases = [phase for side in ("users", "items") for phase in last["epoch"][side].values()]
+    bounds = ("flops_s", "memory_s", "interconnect_s")
+    total = sum(max(phase[bound] for bound in bounds) for phase in phases)
+    assert last["epoch"]["epoch_s"] == pytest.approx(total)
