@@ -17,7 +17,7 @@ def load() -> ModuleType:
             import orbax.checkpoint as ocp
     except ImportError as error:
         raise ImportError(
-            'checkpoints need orbax-checkpoint: pip install "tpu-als[checkpoint]"'
+            f'checkpoints need orbax-checkpoint ({error}): pip install "tpu-als[checkpoint]"'
         ) from error
     return ocp
 
