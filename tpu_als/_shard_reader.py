@@ -73,6 +73,9 @@ class RowReader:
                     yield self._row_ids(ids), lists
         except pa.ArrowInvalid as error:
             raise ValueError(f"{self.file} cannot be read as a Parquet file: {error}") from error
+        finally:
+            # Arrow keeps what it once had; each process has better use for it.
+            pa.default_memory_pool().release_unused()
 
     def _find(self, names: list[str], schema: Any) -> list[str]:
         """Names under which the file has these columns, once their types are checked."""
