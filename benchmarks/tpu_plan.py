@@ -23,6 +23,7 @@ import argparse
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -153,6 +154,34 @@ def resident(data: Data) -> dict[str, int]:
     }
 
 
+def totals(kept: dict[str, int], results: list[dict[str, Any]]) -> dict[str, float]:
+    """Bytes of a chip while an epoch runs, while data are placed, and while a batch is ranked."""
+
+    def most(field: str, named: Callable[[str], bool]) -> int:
+        found = (result.get(field, 0) for result in results if named(result["program"]))
+        return max(found, default=0)
+
+    def in_epoch(name: str) -> bool:
+        return name != "rank" and not name.endswith("once")
+
+    scratch = most("scratch_bytes", in_epoch)
+    code = sum(result.get("code_bytes", 0) for result in results)
+    total = sum(kept.values()) + scratch + code
+    tables = kept["tables"] + kept["tables_of_a_half_epoch"]
+    once = ("argument_bytes", "scratch_bytes")
+    placing = sum(most(field, lambda name: name.endswith("once")) for field in once)
+    ranking_ = most("scratch_bytes", lambda name: name == "rank")
+    return {
+        "scratch": scratch,
+        "code": code,
+        "total": total,
+        "total_gib": total / 2**30,
+        # No table is there yet; the requests still are.
+        "total_placing": total - tables - scratch + placing,
+        "total_ranking": total - kept["tables_of_a_half_epoch"] - scratch + ranking_,
+    }
+
+
 def layout_of(data: Data) -> dict[str, Any]:
     """The plan in figures, by side."""
     found: dict[str, Any] = {"chunk": data.plan.chunk, "most_rows": data.plan.most_rows}
@@ -236,12 +265,9 @@ def main() -> None:
         common.emit(benchmark="tpu_plan", what="program", **result)
         results.append(result)
     kept = resident(data)
-    scratch = max((result.get("scratch_bytes", 0) for result in results), default=0)
-    code = sum(result.get("code_bytes", 0) for result in results)
-    total = sum(kept.values()) + scratch + code
     common.emit(
-        benchmark="tpu_plan", what="memory", topology=args.topology, **kept, scratch=scratch,
-        code=code, total=total, total_gib=total / 2**30, of=where.chip.memory,
+        benchmark="tpu_plan", what="memory", topology=args.topology, **kept,
+        **totals(kept, results), of=where.chip.memory,
     )  # fmt: skip
     common.emit(
         benchmark="tpu_plan", what="epoch", topology=args.topology, n_chips=where.n_chips,

@@ -73,7 +73,12 @@ def test_memory_adds_up(topology: str) -> None:
     slots = layout["users"]["slots"] + layout["items"]["slots"]
     assert kept["tables"] == kept["tables_of_a_half_epoch"] == slots * FACTORS * 2
     assert (kept["entries"], kept["messages"]) == (entries, messages)
-    assert kept["scratch"] == max(program["scratch_bytes"] for program in programs.values())
+    epoch = [program for name, program in programs.items() if name.endswith(("rotate", "solve 0"))]
+    code = sum(program["code_bytes"] for program in programs.values())
+    assert kept["scratch"] == max(program["scratch_bytes"] for program in epoch)
+    assert kept["code"] == code
+    parts = 2 * kept["tables"] + entries + messages + kept["lengths"] + kept["long_entries"]
+    assert kept["total"] == parts + kept["scratch"] + code
     assert sum(layout[name]["cells"] for name in ("users", "items")) * 4 >= 2 * 3e5
 
 
