@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
@@ -204,6 +204,7 @@ def _in_slots(table: np.ndarray, place: Workplace, dtype: str) -> tuple[Shards, 
 
 @pytest.mark.parametrize("devices", [(1, 1), (1, 3), (1, 8), (2, 0), (4, 0)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@settings(max_examples=6)
 @given(problem=problems(), k=st.sampled_from([1, 10, 45]))
 def test_a_table_is_ranked_where_it_lies(
     devices: tuple[int, int], dtype: str, problem: tuple, k: int

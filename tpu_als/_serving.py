@@ -12,9 +12,7 @@ from . import ranking, validation
 from ._foldin import FoldIn
 from ._tables import norms
 
-# What a place without a result holds: implicit's own convention for batches.
-NO_ID = -1
-NO_SCORE = np.finfo(np.float32).min
+NO_ID = -1  # what a place without a result holds: implicit's own convention for batches
 
 
 class Serving(FoldIn):
@@ -269,28 +267,19 @@ class Serving(FoldIn):
         lengths: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The n best rows of a table for each query, by product, over `lengths` where given."""
-        resident, count = self._resident(side), self._shape(side)[0]
-        dtype = self._fitted_table(side).dtype if resident is None else resident.dtype
+        resident = self._resident(side)
+        table: Any = resident or self._fitted_table(side)
         n = n if chosen is None else min(n, len(chosen))
-        k = min(n, count)
-        ids = np.full((len(queries), n), NO_ID, np.int32)
-        scores = np.full((len(queries), n), NO_SCORE, dtype)
-        if k and len(queries):
-            queries = queries.astype(dtype, copy=False)
-            if resident is None and len(queries) <= ranking.HOST_QUERIES:
-                table = self._fitted_table(side)
-                best = ranking.top_k_on_host(
-                    queries, table, k, lengths=lengths, seen=seen, excluded=excluded
-                )
-            else:
-                catalog = self._catalog(side, lengths)
-                best = ranking.top_k(
-                    queries, catalog, k, seen=seen, excluded=excluded,
-                    approximate_recall=self.approximate_recall,
-                )  # fmt: skip
-            ids[:, :k], scores[:, :k] = best
-            left_out = excluded if chosen is None else None
-            _fill(ids[:, :k], seen, left_out, chosen)
+        queries = queries.astype(table.dtype, copy=False)
+        hidden: dict[str, Any] = {"seen": seen, "excluded": excluded}
+        if resident is None and len(queries) <= ranking.HOST_QUERIES:
+            ids, scores = ranking.top_k_on_host(queries, table, n, lengths=lengths, **hidden)
+        else:
+            catalog, recall = self._catalog(side, lengths), self.approximate_recall
+            ids, scores = ranking.top_k(queries, catalog, n, approximate_recall=recall, **hidden)
+        k = min(n, table.shape[0])
+        if k:
+            _fill(ids[:, :k], seen, excluded if chosen is None else None, chosen)
         return ids, scores
 
     def _catalog(self, side: str, lengths: np.ndarray | None) -> ranking.Catalog:
@@ -322,7 +311,8 @@ def _fill(
 
     implicit's callers count on a whitelist coming back whole, with filtered items last.
     """
-    for row in np.flatnonzero(ids[:, -1] == NO_ID):
+    short = ids[:, -1] == NO_ID
+    for row in np.flatnonzero(short) if short.any() else ():
         out = np.empty(0, np.int64) if excluded is None else excluded
         if seen is not None:
             liked = seen.indices[seen.indptr[row] : seen.indptr[row + 1]]

@@ -9,6 +9,7 @@ Axis letters: B queries of a batch, N items, K factors, W work shards, S slots o
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -28,6 +29,8 @@ from tpu_als.mesh import Shards, Together, Workplace, precision
 _BATCH_BYTES = {"cpu": 1 << 24, "other": 1 << 28}
 SEEN = 1 << 12  # least length that lists of seen items are padded to, so that shapes are few
 _SHORTEST = 1e-10  # stands in for the length of a zero row, so that one may divide
+_KEPT_BYTES = 1 << 22
+_memory = threading.local()
 # Rows, lengths and whether they are shown: of all parts, and of one.
 _Own = tuple[Shards, Shards | None, Shards]
 _Part = tuple[Array, Array | None, Array]
@@ -232,9 +235,9 @@ def top_k(
     own, batch = (catalog.rows, catalog.lengths, placed), batch_size(len(queries), catalog)
     on_host = place.platform == "cpu" and place.mesh is None and len(shown) == 1
     find = (
-        _by_host(catalog, own, k, shown[0])
+        _by_host(catalog, own, width, shown[0])
         if on_host
-        else _by_devices(catalog, own, k, approximate_recall)
+        else _by_devices(catalog, own, width, approximate_recall)
     )
 
     def work(low: int) -> None:
@@ -273,7 +276,7 @@ def _by_host(catalog: Catalog, own: _Own, k: int, shown: np.ndarray) -> _Find:
 
     Scores are written into the same memory again and again: new pages would cost as much time.
     """
-    width, kept = min(k, len(catalog.slots)), SimpleQueue[Array]()
+    kept = SimpleQueue[Array]()
     ((rows, lengths, placed),) = _parts(Together(), own)
 
     def find(queries: np.ndarray, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
@@ -285,7 +288,7 @@ def _by_host(catalog: Catalog, own: _Own, k: int, shown: np.ndarray) -> _Find:
         # A view that lets go of the memory, which np.asarray would not.
         scores = np.from_dlpack(out)
         of_blocks = None if maxima is None else np.asarray(maxima)
-        best, slot = topk.largest_of_blocks(scores, of_blocks, shown, width)
+        best, slot = topk.largest_of_blocks(scores, of_blocks, shown, k)
         del scores
         kept.put(out)
         return catalog.ids[0, slot], best
@@ -396,17 +399,26 @@ def top_k_on_host(
     width = min(k, len(table))
     # One product a query: a thin matrix product is much slower than so many with a vector.
     for row, query in enumerate(queries if width else ()):
-        products = table @ query
+        products = np.matmul(table, query, out=_scratch(len(table), table.dtype))
         if lengths is not None:
             products /= lengths
         if seen is not None:
             products[seen.indices[seen.indptr[row] : seen.indptr[row + 1]]] = -np.inf
         if excluded is not None:
             products[excluded] = -np.inf
-        best = np.argpartition(products, -width)[-width:]
-        best = best[np.argsort(products[best])[::-1]]
-        _keep_finite(ids[row, :width], scores[row, :width], best, products[best])
+        best, found = topk.largest_of_row(products, width)
+        _keep_finite(ids[row, :width], scores[row, :width], found, best)
     return ids, scores
+
+
+def _scratch(length: int, dtype: np.dtype) -> np.ndarray:
+    """Memory of this thread, kept where it is small: new pages take half of a product's time."""
+    kept = getattr(_memory, "scratch", None)
+    if kept is None or len(kept) < length or kept.dtype != dtype:
+        kept = np.empty(length, dtype)
+        if kept.nbytes <= _KEPT_BYTES:
+            _memory.scratch = kept
+    return kept[:length]
 
 
 def _empty(n_queries: int, k: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:

@@ -186,7 +186,8 @@ def canonical_csr(matrix: Any) -> sparse.csr_matrix:
     csr = matrix.tocsr() if sparse.issparse(matrix) else sparse.csr_matrix(matrix)
     with np.errstate(over="ignore"):
         values = np.asarray(csr.data, dtype=np.float32)
-    assert_all_finite(values, input_name="user_items")
+    if not np.isfinite(values).all():  # scikit-learn words the error, but is slow for a single row
+        assert_all_finite(values, input_name="user_items")
     if csr.nnz and (csr.indices.min() < 0 or csr.indices.max() >= csr.shape[1]):
         raise ValueError(f"a column index of the sparse matrix lies outside its shape {csr.shape}")
     if isinstance(csr, sparse.csr_matrix) and values is csr.data and csr.has_canonical_format:
@@ -293,6 +294,8 @@ def ids_of(
         For ids that are not integers, negative, or beyond the table. JAX would clamp the latter
         silently, and NumPy would wrap the former.
     """
+    if type(ids) is int and count is not None and 0 <= ids < count:  # a server's usual call
+        return np.array([ids]), True, None
     array = np.asarray(list(ids) if isinstance(ids, Collection) and _unordered(ids) else ids)
     is_scalar, mask = array.ndim == 0, None
     if array.ndim > 1:
