@@ -283,7 +283,8 @@ def _by_host(catalog: Catalog, own: _Own, k: int, shown: np.ndarray) -> _Find:
         try:
             scratch = kept.get_nowait()
         except Empty:
-            scratch = jnp.zeros((len(queries), len(shown)), catalog.dtype)
+            shape, device = (len(queries), len(shown)), catalog.place.devices[0]
+            scratch = jnp.zeros(shape, catalog.dtype, device=device)
         out, maxima = _score(scratch, queries, (rows, lengths, placed), seen, _wide(k))
         # A view that lets go of the memory, which np.asarray would not.
         scores = np.from_dlpack(out)
