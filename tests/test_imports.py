@@ -22,7 +22,7 @@ FLOORS = [
     ["estimator"],
     ["_serving"],
     ["_foldin"],
-    ["_tables"],
+    ["_tables", "_training"],
     ["early_stopping"],
     ["model_file"],
     ["evaluation", "weighting", "datasets", "shards"],

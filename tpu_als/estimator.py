@@ -6,7 +6,6 @@ import contextlib
 import copy
 import logging
 import os
-import time
 from collections.abc import Callable
 from numbers import Integral
 from typing import Any, BinaryIO, Self
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 
 from . import als, holdout, model_file, validation
 from ._serving import Serving
+from ._training import Training
 from .checkpoint import Checkpoints
 from .early_stopping import EarlyStopping
 from .shards import ShardedMatrix
@@ -244,29 +244,22 @@ class TPUAlternatingLeastSquares(
         show_progress, callback = validation.fit_arguments(y, show_progress, callback)
         validation.warn_if_converted(user_items)
         callback, before = callback or self.fit_callback, self._fitted_state()
-        try:
+        with contextlib.ExitStack() as at_end:
+            at_end.callback(self._settle)
             with self._undone_on_error(before):
-                params, checkpoints = self._checked_params(), self._checkpoints()
-            with contextlib.closing(checkpoints) if checkpoints else contextlib.nullcontext():
-                with self._undone_on_error(before):
-                    rows, monitor = self._held_out(self._interactions(user_items))
-                    data = als.place(rows, params, self._place())
-                    on_devices = isinstance(rows, ShardedMatrix)
-                    state = self._begin(data, on_devices, monitor, checkpoints)
-                is_shown = show_progress and data.place.process == 0
-                done, disable = self.n_iter_, not is_shown
-                with tqdm(total=self.iterations, initial=done, disable=disable) as progress:
-                    for iteration in range(done, self.iterations):
-                        if monitor is not None and monitor.is_over:
-                            break
-                        with self._undone_on_error(before), data.place.watched():
-                            state, report = self._iterate(state, data, monitor, checkpoints)
-                        self._show(progress, report)
-                        if callback:
-                            callback(iteration, report["seconds"], report.get("loss"))
-                self._finish(monitor)
-        finally:
-            self._settle()
+                training = self._training(user_items, at_end)
+                self._take_over(training)
+            place, done = training.data.place, training.done
+            is_quiet = not show_progress or place.process != 0
+            with tqdm(total=self.iterations, initial=done, disable=is_quiet) as progress:
+                while not training.is_over:
+                    with self._undone_on_error(before), place.watched():
+                        report = training.step()
+                        self._take_over(training)
+                    self._show(progress, report)
+                    if callback:
+                        callback(self.n_iter_ - 1, report["seconds"], report.get("loss"))
+            self._finish(training.monitor)
         return self
 
     def transform(self, X: Any) -> np.ndarray:
@@ -405,43 +398,35 @@ class TPUAlternatingLeastSquares(
         self._count_features(user_items.shape[1])
         return user_items
 
-    def _held_out(
-        self, rows: sparse.csr_matrix | ShardedMatrix
-    ) -> tuple[sparse.csr_matrix | ShardedMatrix, EarlyStopping | None]:
-        if not self.early_stopping:
-            return rows, None
-        train, hidden = holdout.hide(rows, self.validation_fraction)
-        return train, EarlyStopping(train, hidden, self.n_iter_no_change, self.tol)
+    def _training(self, user_items: Any, at_end: contextlib.ExitStack) -> Training:
+        """Check everything, lay out the data, and stand where training starts or goes on."""
+        params, checkpoints, monitor = self._checked_params(), None, None
+        if self.checkpoint_dir is not None:
+            checkpoints = Checkpoints(self.checkpoint_dir, self.checkpoint_every)
+            at_end.callback(checkpoints.close)
+        rows = self._interactions(user_items)
+        if self.early_stopping:
+            rows, hidden = holdout.hide(rows, self.validation_fraction)
+            monitor = EarlyStopping(rows, hidden, self.n_iter_no_change, self.tol)
+        training = Training(
+            als.place(rows, params, self._place()),
+            self._objective(),
+            iterations=int(self.iterations),
+            over_relaxation=float(self.over_relaxation),
+            with_loss=bool(self.calculate_training_loss),
+            monitor=monitor,
+            checkpoints=checkpoints,
+            settings=self._settings(),
+        )
+        if not training.resume():
+            on_devices = isinstance(rows, ShardedMatrix)
+            training.state = self._start(training.data, on_devices)
+        return training
 
-    def _checkpoints(self) -> Checkpoints | None:
-        if self.checkpoint_dir is None:
-            return None
-        return Checkpoints(self.checkpoint_dir, self.checkpoint_every)
-
-    def _begin(
-        self,
-        data: als.Data,
-        on_devices: bool,
-        monitor: EarlyStopping | None,
-        checkpoints: Checkpoints | None,
-    ) -> als.AlsState:
-        """Make the tables that training starts from, or goes on from, the fitted ones."""
-        resumed = checkpoints.restore(self._settings(), data) if checkpoints else None
-        if resumed is None:
-            state, self.n_iter_, self.history_ = self._start(data, on_devices), 0, {"seconds": []}
-        else:
-            if resumed.iteration > self.iterations:
-                raise ValueError(
-                    f"the last checkpoint in {self.checkpoint_dir} is of iteration "
-                    f"{resumed.iteration}, but iterations={self.iterations}: ask for no fewer, or "
-                    "give another directory"
-                )
-            state, self.n_iter_, self.history_ = resumed.state, resumed.iteration, resumed.history
-            if monitor is not None and resumed.extra:
-                best = resumed.extra["best_users"], resumed.extra["best_items"]
-                monitor.resume(self.history_["ndcg"], best)
-        self._publish(state, data)
-        return state
+    def _take_over(self, training: Training) -> None:
+        """Make the present tables of a training the fitted ones."""
+        self._publish(training.state, training.data)
+        self.n_iter_, self.history_ = training.done, training.history
 
     def _settings(self) -> dict[str, Any]:
         """What must not change between a checkpoint and what resumes from it."""
@@ -455,42 +440,6 @@ class TPUAlternatingLeastSquares(
             **{name: float(getattr(self, name)) for name in ("over_relaxation", *watching)},
             "early_stopping": bool(self.early_stopping),
         }
-
-    def _iterate(
-        self,
-        state: als.AlsState,
-        data: als.Data,
-        monitor: EarlyStopping | None,
-        checkpoints: Checkpoints | None,
-    ) -> tuple[als.AlsState, dict[str, float]]:
-        """Run one iteration and make it the fitted one."""
-        started, objective = time.perf_counter(), self._objective()
-        state, failed = als.epoch(state, data, objective, self._relaxation(self.n_iter_))
-        validation.finite_counts(failed, self.n_iter_)
-        report = {"seconds": time.perf_counter() - started}
-        if self.calculate_training_loss:
-            report["loss"] = als.loss(state, data, objective)
-        if monitor is not None:
-            tables = als.user_factors(state, data), als.item_factors(state, data)
-            report["ndcg"] = monitor.measure(*tables, data.place.alone)
-        self._publish(state, data)
-        self.n_iter_ += 1
-        for name, value in report.items():
-            self.history_.setdefault(name, []).append(value)
-        if checkpoints is not None:
-            is_last = self.n_iter_ == self.iterations or (monitor is not None and monitor.is_over)
-            extra = {}
-            if monitor is not None and monitor.best is not None:
-                extra = dict(zip(("best_users", "best_items"), monitor.best, strict=True))
-            checkpoints.save(
-                self.n_iter_, state, data, self._settings(), self.history_, extra, force=is_last
-            )
-        return state, report
-
-    def _relaxation(self, iteration: int) -> float:
-        """Plain ALS from tables that mean nothing yet, and to end on rows that are solved."""
-        is_outer = iteration in (0, self.iterations - 1)
-        return 1.0 if is_outer else float(self.over_relaxation)
 
     def _finish(self, monitor: EarlyStopping | None) -> None:
         if monitor is not None and monitor.best is not None:

@@ -1,0 +1,109 @@
+"""A fit under way: its tables, what watches them and what keeps them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import als, validation
+from .checkpoint import Checkpoints
+from .early_stopping import EarlyStopping
+from .solve import Objective
+
+
+@dataclass
+class Training:
+    """Steps from one iteration to the next, from the start or from a checkpoint.
+
+    Attributes
+    ----------
+    data : Data
+        The matrix, laid out.
+    objective : Objective
+        What is minimised.
+    iterations : int
+        How many are wanted.
+    over_relaxation : float
+        Equation (6), of all iterations but the first and the last.
+    with_loss : bool
+        Whether to compute the loss after each.
+    monitor : EarlyStopping or None
+        What may end it sooner.
+    checkpoints : Checkpoints or None
+        Where to keep it.
+    settings : dict
+        What must be the same for a checkpoint to be resumed.
+    state : AlsState
+        The tables; set by `resume`, or by the caller.
+    done : int
+        Iterations run.
+    history : dict of list of float
+        By name, what each iteration reported.
+    """
+
+    data: als.Data
+    objective: Objective
+    iterations: int
+    over_relaxation: float
+    with_loss: bool
+    monitor: EarlyStopping | None
+    checkpoints: Checkpoints | None
+    settings: dict[str, Any]
+    state: als.AlsState = field(init=False)
+    done: int = 0
+    history: dict[str, list[float]] = field(default_factory=lambda: {"seconds": []})
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do."""
+        is_stale = self.monitor is not None and self.monitor.is_over
+        return is_stale or self.done >= self.iterations
+
+    def resume(self) -> bool:
+        """Take up the last checkpoint; False where there is none."""
+        found = self.checkpoints and self.checkpoints.restore(self.settings, self.data)
+        if not found:
+            return False
+        if found.iteration > self.iterations:
+            raise ValueError(
+                f"the last checkpoint is of iteration {found.iteration}, but iterations="
+                f"{self.iterations}: ask for no fewer, or give another checkpoint_dir"
+            )
+        self.state, self.done, self.history = found.state, found.iteration, found.history
+        if self.monitor is not None:
+            best = found.extra["best_users"], found.extra["best_items"]
+            self.monitor.resume(self.history["ndcg"], best)
+        return True
+
+    def step(self) -> dict[str, float]:
+        """Run one iteration; what is known of it."""
+        started = time.perf_counter()
+        # Plain ALS from tables that mean nothing yet, and to end on rows that are solved.
+        is_outer = self.done in (0, self.iterations - 1)
+        relaxation = 1.0 if is_outer else self.over_relaxation
+        self.state, failed = als.epoch(self.state, self.data, self.objective, relaxation)
+        validation.finite_counts(failed, self.done)
+        self.done += 1
+        report = {"seconds": time.perf_counter() - started}
+        if self.with_loss:
+            report["loss"] = als.loss(self.state, self.data, self.objective)
+        if self.monitor is not None:
+            users = als.user_factors(self.state, self.data)
+            items = als.item_factors(self.state, self.data)
+            report["ndcg"] = self.monitor.measure(users, items, self.data.place.alone)
+        for name, value in report.items():
+            self.history.setdefault(name, []).append(value)
+        self._save()
+        return report
+
+    def _save(self) -> None:
+        if self.checkpoints is None:
+            return
+        extra = {}
+        if self.monitor is not None and self.monitor.best is not None:
+            extra = dict(zip(("best_users", "best_items"), self.monitor.best, strict=True))
+        self.checkpoints.save(
+            self.done, self.state, self.data, self.settings, self.history, extra,
+            force=self.is_over,
+        )  # fmt: skip
