@@ -119,12 +119,16 @@ def test_tables_travel_there_and_back(lengths: np.ndarray, plan: Plan) -> None:
 ROW_LENGTHS = st.lists(st.integers(0, 9000), max_size=40).map(lambda n: np.array(n, np.int64))
 
 
-@given(lengths=ROW_LENGTHS, rung_cells=st.sampled_from([0.0, 10.0, 1e3, 1e9]))
-def test_ladders_hold_every_row(lengths: np.ndarray, rung_cells: float) -> None:
-    ladder = layout.ladder(lengths, rung_cells)
+@given(
+    lengths=ROW_LENGTHS,
+    rung_cells=st.sampled_from([0.0, 10.0, 1e3, 1e9]),
+    longest=st.sampled_from([layout.LONGEST, 1 << 16]),
+)
+def test_ladders_hold_every_row(lengths: np.ndarray, rung_cells: float, longest: int) -> None:
+    ladder = layout.ladder(lengths, rung_cells, longest=longest)
     assert list(ladder) == sorted(set(ladder))
     assert ladder[0] >= layout.SHORTEST and 1 <= len(ladder) <= 16
-    assert min(lengths.max(initial=1), layout.LONGEST) <= ladder[-1] <= layout.LONGEST
+    assert min(lengths.max(initial=1), longest) <= ladder[-1] <= longest
     if rung_cells == 1e9:
         assert len(ladder) == 1
     assert layout.padded_cells(lengths, ladder) >= lengths.sum()
