@@ -1,11 +1,13 @@
 """How fast are recommendations and neighbours, in batches and one at a time, beside implicit's?
 
 Both models get the same tables of normal numbers and the same users' items; the scores that they
-return are compared before the clock starts.
+return are compared before the clock starts. Calls of both take turns; a ratio is the median of the
+turns' ratios.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +69,21 @@ def agreement(made: dict[str, Any], user_items: sparse.csr_matrix, n: int) -> fl
     return float(max(np.abs(other - scores[0]).max() for other in scores))
 
 
+def in_turns(made: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.ndarray]:
+    """Wall-clock and core seconds (repeats, 2) of each call, in turns after an untimed round.
+
+    Core seconds, of all threads, hardly change when others use the machine.
+    """
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
+    for turn in range(-1, repeats):
+        for name in list(made)[:: 1 if turn % 2 == 0 else -1]:
+            core = time.process_time()
+            wall = common.seconds(made[name])
+            if turn >= 0:
+                taken[name].append((wall, time.process_time() - core))
+    return {name: np.array(values) for name, values in taken.items()}
+
+
 def main() -> None:
     """Time all calls for each N."""
     parser = common.parser(__doc__)
@@ -92,14 +109,17 @@ def main() -> None:
         by_model = {name: calls(model, user_items, n, singles) for name, model in made.items()}
         for what in by_model["tpu_als"]:
             count = by_model["tpu_als"][what][1]
-            taken = common.in_turns(
-                {name: c[what][0] for name, c in by_model.items()}, args.repeats
-            )
+            taken = in_turns({name: c[what][0] for name, c in by_model.items()}, args.repeats)
+            middle = {name: np.median(times, axis=0) for name, times in taken.items()}
+            ours, theirs = taken["tpu_als"], taken.get("implicit")
+            ratios = None if theirs is None else np.median(theirs / ours, axis=0)
             common.emit(
                 **about, what=what,
-                per_second={name: count / s for name, s in taken.items()},
-                milliseconds_each={name: 1e3 * s / count for name, s in taken.items()},
-                ratio=taken["implicit"] / taken["tpu_als"] if "implicit" in taken else None,
+                per_second={name: count / wall for name, (wall, _) in middle.items()},
+                milliseconds_each={name: 1e3 * wall / count for name, (wall, _) in middle.items()},
+                core_milliseconds_each={n: 1e3 * core / count for n, (_, core) in middle.items()},
+                ratio=None if ratios is None else ratios[0],
+                ratio_of_core_time=None if ratios is None else ratios[1],
             )  # fmt: skip
 
 

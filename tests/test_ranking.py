@@ -271,6 +271,22 @@ def test_approximate_search_is_exact_where_there_is_no_approximate_one(
             ranking.top_k(queries, catalog, 5, approximate_recall=wrong)
 
 
+def test_tpus_get_the_approximate_search_when_asked() -> None:
+    catalog = ranking.catalog(np.ones((20_000, 8), np.float32), _place(4, 0))
+    args = (
+        (catalog.rows, catalog.lengths, catalog.shown),
+        (
+            np.ones((8, 8), np.float32),
+            ranking._seen(None, catalog),
+        ),
+    )
+    for recall, expected in ((None, 0), (0.95, 1)):
+        traced = ranking.ranking(catalog, 16, recall).trace(*args)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+        assert text.count("@ApproxTopK(") == expected
+        assert text.count("recall_target = 0.9499") == expected
+
+
 _PROCESS = """
     import sys
     import jax, numpy as np
