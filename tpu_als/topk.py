@@ -88,13 +88,15 @@ def _take(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 def largest_of_row(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Top k values (k,), best first, and columns of scores (n,) in NumPy."""
+    # Methods, since numpy's functions around them cost as much as their work here.
     n_blocks = len(scores) // BLOCK
     if n_blocks < 4 * k:
-        columns = np.argpartition(scores, -k)[-k:]
+        columns = scores.argpartition(-k)[-k:]
     else:
         maxima = scores[: n_blocks * BLOCK].reshape(BLOCK, n_blocks).max(axis=0)
+        maxima.partition(n_blocks - k)
         # So many columns have at least this, and few more do.
-        columns = np.flatnonzero(scores >= np.partition(maxima, -k)[-k])
-    values = scores[columns]
-    order = np.argsort(values)[::-1][:k]
-    return values[order], columns[order]
+        columns = (scores >= maxima[n_blocks - k]).nonzero()[0]
+    values = scores.take(columns)
+    order = values.argsort()[: -k - 1 : -1]
+    return values.take(order), columns.take(order)
