@@ -117,6 +117,46 @@ def memory(library: str, file: str, fit: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def write_shards(
+    path: str, shape: tuple[int, int, int], n_blocks: int, n_shards: int
+) -> dict[str, float]:
+    """Seconds and bytes to write a seeded matrix, made in blocks of users."""
+    from tpu_als import datasets, shards
+
+    n_users, n_items, n_entries = (number // part for number, part in zip(
+        shape, (n_blocks, 1, n_blocks), strict=True
+    ))  # fmt: skip
+    before, peak, started = resident(), Peak(), time.perf_counter()
+    blocks = (
+        datasets.power_law(n_users, n_items, n_entries, random_state=block)
+        for block in range(n_blocks)
+    )
+    shards.write_shards(blocks, path, n_shards=n_shards)
+    taken = time.perf_counter() - started
+    files = sum(file.stat().st_size for file in Path(path).rglob("*.parquet"))
+    return {
+        "peak_bytes": peak.stop(), "before_bytes": before, "seconds": taken, "file_bytes": files
+    }  # fmt: skip
+
+
+def fit_shards(path: str, fit: dict[str, Any]) -> dict[str, float]:
+    """Seconds and bytes to fit from a directory of shards."""
+    import jax
+
+    from tpu_als.shards import open_shards
+
+    made, matrix = model_class("tpu_als")(**fit), open_shards(path)
+    jax.devices()
+    before, peak, started = resident(), Peak(), time.perf_counter()
+    made.fit(matrix, show_progress=False)
+    taken, steps = time.perf_counter() - started, made.history_["seconds"]
+    return {
+        "peak_bytes": peak.stop(), "before_bytes": before, "seconds": taken,
+        "compile_and_first_s": steps[0], "iteration_s": min(steps[1:]),
+        "layout_s": taken - sum(steps),
+    }  # fmt: skip
+
+
 def resident() -> float:
     """Bytes of memory the process holds now."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
@@ -148,6 +188,8 @@ PIECES: dict[str, Any] = {
     "import_floor": import_floor,
     "programs": programs,
     "memory": memory,
+    "write_shards": write_shards,
+    "fit_shards": fit_shards,
 }
 
 if __name__ == "__main__":

@@ -529,14 +529,16 @@ def _prepare(
 ) -> tuple[Basis, Array, Shards]:
     """Rotate the source table, and a copy of the target table to start from."""
     source, target, lengths = own
-    rows = together.join(source)
-    gram = together.total(solve.gramian(rows, dtype))
+    gram = together.total(sum(solve.gramian(part, dtype) for part in together.parts(source)))
     basis = solve.basis(gram, n_source.astype(dtype))
 
-    def begin(rows: Array, lengths: Array) -> Array:
-        return solve.zero_empty(solve.rotate(rows, basis.rotation), lengths)
+    def rotated(rows: Array) -> Array:
+        return solve.rotate(rows, basis.rotation)
 
-    held = together.hold(solve.rotate(rows, basis.rotation))
+    def begin(rows: Array, lengths: Array) -> Array:
+        return solve.zero_empty(rotated(rows), lengths)
+
+    held = together.hold(together.join(jax.tree.map(rotated, source)))
     return basis, held, jax.tree.map(begin, target, lengths)
 
 
@@ -544,8 +546,9 @@ def _count_failed(
     _: None, together: Together, own: tuple[Shards, Shards], __: None
 ) -> tuple[Array, None, None]:
     """Rows with entries that are not finite; a failed basis also spoils slots that no row uses."""
-    table, lengths = (together.join(each) for each in own)
-    return together.total(jnp.sum(~solve.finite_rows(table) & (lengths > 0))), None, None
+    parts = zip(*(together.parts(each) for each in own), strict=True)
+    failed = sum(jnp.sum(~solve.finite_rows(table) & (lengths > 0)) for table, lengths in parts)
+    return together.total(failed), None, None
 
 
 def _shared(basis: Basis, objective: Objective, params: AlsParams, relaxation: float) -> Shared:

@@ -9,9 +9,11 @@ all cores in without any global JAX setting.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -53,9 +55,21 @@ class Together:
         """Sum over the shards."""
         return value if self.axis is None else jax.lax.psum(value, self.axis)
 
+    def parts(self, own: Any) -> list[jax.Array]:
+        """What this program has of an array, shard by shard: all of it, or a device's own."""
+        return own if self.axis is None else [own]
+
     def join(self, own: Any) -> jax.Array:
-        """Rows of the shards that this program has: all, or a device's own."""
-        return jnp.concatenate(own) if self.axis is None else own
+        """Rows of the shards that this program has, one below the other."""
+        if self.axis is not None or len(own) == 1:
+            return own[0] if self.axis is None else own
+        # Part by part into one array: a concatenation would wait for all of them.
+        rows = jnp.zeros((sum(len(part) for part in own), *own[0].shape[1:]), own[0].dtype)
+        low = 0
+        for part in own:
+            rows = jax.lax.dynamic_update_slice_in_dim(rows, part, low, 0)
+            low += len(part)
+        return rows
 
     def hold(self, rows: jax.Array) -> jax.Array:
         """What a half-epoch is to read of a source table: all rows, or a device's own."""
@@ -258,6 +272,8 @@ class Workplace:
             _compiled.add(key)
 
         self.threads(work, list(new))
+        if new:
+            _trim()
 
     def threads(self, work: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
         """Map `work` over the jobs with as many threads as there are shards or cores."""
@@ -397,6 +413,14 @@ def enable_compilation_cache(path: str | os.PathLike[str]) -> None:
     # Ours are many small programs; by default only slow and large ones are kept.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _trim() -> None:
+    """Give back what compilers have freed: glibc would keep hundreds of megabytes of it."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _memory(device: jax.Device) -> int:
