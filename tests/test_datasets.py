@@ -11,7 +11,13 @@ import pandas as pd
 import pytest
 
 from tpu_als import datasets
-from tpu_als.datasets import interactions_from_frame, load_groceries, power_law, split_by_time
+from tpu_als.datasets import (
+    interactions_from_frame,
+    load_groceries,
+    power_law,
+    split_by_time,
+    web_graph,
+)
 
 
 @pytest.fixture
@@ -130,4 +136,61 @@ class TestPowerLaw:
     def test_is_vectorised(self) -> None:
         begin = time.perf_counter()
         assert power_law(14_000, 2_700, 1_000_000).nnz == 1_000_000
+        assert time.perf_counter() - begin < 10
+
+
+class TestWebGraph:
+    def test_shape_and_values(self) -> None:
+        got = web_graph(2_000, 30_000)
+        assert got.shape == (2_000, 2_000) and got.nnz == 30_000
+        assert got.dtype == np.float32 and np.all(got.data == 1)
+        assert got.format == "csr" and got.has_sorted_indices
+        assert len(set(zip(*got.nonzero(), strict=True))) == 30_000
+        assert got.diagonal().sum() == 0
+
+    def test_seeded(self) -> None:
+        first, same, other = (web_graph(200, 900, random_state=seed) for seed in (3, 3, 4))
+        assert (first != same).nnz == 0
+        assert (first != other).nnz > 0
+
+    def test_some_pages_are_popular(self) -> None:
+        got = web_graph(6_000, 120_000)
+        popularity = np.sort(np.diff(got.tocsc().indptr))
+        assert popularity[-1] > 30 * np.median(popularity)
+        assert popularity[-600:].sum() > 0.25 * got.nnz
+        links = np.diff(got.indptr)
+        assert links.max() > 5 * np.median(links)
+
+    @pytest.mark.parametrize("n_sites", [None, 40])
+    def test_most_links_stay_in_their_site(self, n_sites: int | None) -> None:
+        n_nodes = 5_000
+        got = web_graph(n_nodes, 80_000, n_sites=n_sites)
+        sites = np.arange(n_nodes) * (n_sites or n_nodes // 64) // n_nodes
+        pages, links = got.nonzero()
+        assert 0.65 < np.mean(sites[pages] == sites[links]) < 0.85
+
+    def test_the_first_page_of_a_site_is_the_most_popular(self) -> None:
+        got = web_graph(6_400, 60_000, n_sites=100)
+        popularity = np.diff(got.tocsc().indptr).reshape(100, 64)
+        assert np.all(popularity.argmax(axis=1) == 0)
+
+    @pytest.mark.parametrize("size", [(3, 1), (3, 2), (10, 30), (100, 3300), (65, 64)])
+    @pytest.mark.parametrize("n_sites", [None, 1, 3])
+    def test_small_and_full(self, size: tuple[int, int], n_sites: int | None) -> None:
+        got = web_graph(*size, n_sites=n_sites)
+        assert got.nnz == size[1] and got.diagonal().sum() == 0
+
+    @pytest.mark.parametrize("size", [(20, 0), (20, 127), (2, 1), (1, 1)])
+    def test_number_of_links(self, size: tuple[int, int]) -> None:
+        with pytest.raises(ValueError, match="n_links must be from 1 to a third of .* got"):
+            web_graph(*size)
+
+    @pytest.mark.parametrize("n_sites", [0, 21])
+    def test_number_of_sites(self, n_sites: int) -> None:
+        with pytest.raises(ValueError, match="n_sites must be from 1 to the 20 nodes, got"):
+            web_graph(20, 30, n_sites=n_sites)
+
+    def test_is_vectorised(self) -> None:
+        begin = time.perf_counter()
+        assert web_graph(30_000, 1_000_000).nnz == 1_000_000
         assert time.perf_counter() - begin < 10

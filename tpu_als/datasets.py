@@ -1,12 +1,18 @@
-"""Interaction data: data frames to CSR with id maps, real purchases, a seeded generator."""
+"""Interaction data: data frames to CSR with id maps, real purchases, seeded generators."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
+
+# Of `web_graph`: pages of a site, the part of the links within it, and the steepness of popularity.
+_SITE = 64
+_IN_SITE = 0.8
+_EXPONENT = 0.6
 
 
 @dataclass(frozen=True)
@@ -179,21 +185,101 @@ def power_law(
         )
     rng = np.random.default_rng(random_state)
     activity = rng.lognormal(0, 1.1, n_users)
-    activity = np.minimum(activity / activity.mean(), n_items / 3 * n_users / n_entries)
     names = rng.permutation(n_items)
+
+    def draw(users: np.ndarray) -> np.ndarray:
+        return users * n_items + names[_ranks(n_items, exponent, users, rng)]
+
+    return _distinct((n_users, n_items), n_entries, activity, draw, rng)
+
+
+def web_graph(
+    n_nodes: int,
+    n_links: int,
+    *,
+    n_sites: int | None = None,
+    random_state: int | np.random.Generator | None = 0,
+) -> sparse.csr_matrix:
+    """Generate a directed graph of pages that link within their site, and to popular pages.
+
+    Node i is a page of site ``i * n_sites // n_nodes``. Four of five links are drawn within the
+    site; the others go to a site of popularity rank r with probability proportional to
+    r ** -0.6. Pages are drawn likewise in their site, of which the first is the most popular.
+    How many links a page has is log-normal. No page links to itself, or to another twice.
+
+    Parameters
+    ----------
+    n_nodes : int
+        Pages, at least 3.
+    n_links : int
+        At least one, at most a third of the pairs of nodes. The more of a site's pages link to
+        each other already, the more links leave it.
+    n_sites : int, optional
+        From 1 to `n_nodes`; by default one for every 64 nodes.
+    random_state : int, Generator or None, default=0
+        Seed; the same integer gives the same graph.
+
+    Returns
+    -------
+    csr_matrix of shape (n_nodes, n_nodes)
+        float32 ones; rows link to columns.
+
+    Raises
+    ------
+    ValueError
+        For no links, more than a third of the pairs, or a number of sites out of range.
+    """
+    most = n_nodes * (n_nodes - 1) // 3
+    if not 1 <= n_links <= most:
+        raise ValueError(
+            f"n_links must be from 1 to a third of the pairs of {n_nodes} nodes, {most}, "
+            f"got {n_links}"
+        )
+    n_sites = max(n_nodes // _SITE, 1) if n_sites is None else n_sites
+    if not 1 <= n_sites <= n_nodes:
+        raise ValueError(f"n_sites must be from 1 to the {n_nodes} nodes, got {n_sites}")
+    rng = np.random.default_rng(random_state)
+    names = rng.permutation(n_sites)
+    site_of = np.arange(n_nodes) * n_sites // n_nodes
+    first = np.searchsorted(site_of, np.arange(n_sites + 1))
+
+    def draw(pages: np.ndarray) -> np.ndarray:
+        away = names[_ranks(n_sites, _EXPONENT, pages, rng)]
+        sites = np.where(rng.random(len(pages)) < _IN_SITE, site_of[pages], away)
+        sizes = first[sites + 1] - first[sites]
+        links = first[sites] + _ranks(sizes, _EXPONENT, pages, rng)
+        return (pages * n_nodes + links)[links != pages]
+
+    return _distinct((n_nodes, n_nodes), n_links, rng.lognormal(0, 1, n_nodes), draw, rng)
+
+
+def _ranks(
+    n: int | np.ndarray, exponent: float, like: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """One for each of `like`: from 0 to below n, rank r with probability ~ (r + 1) ** -exponent."""
+    return (n * rng.random(len(like)) ** (1 / (1 - exponent))).astype(np.int64)
+
+
+def _distinct(
+    shape: tuple[int, int],
+    n_entries: int,
+    activity: np.ndarray,
+    draw: Callable[[np.ndarray], np.ndarray],
+    rng: np.random.Generator,
+) -> sparse.csr_matrix:
+    """Ones in as many distinct cells; `draw` gives cells (row * n_columns + column) in rows."""
+    n_rows, n_columns = shape
+    activity = np.minimum(activity / activity.mean(), n_columns / 3 * n_rows / n_entries)
     keys = np.zeros(0, np.int64)
     while len(keys) < n_entries:
         missing = n_entries - len(keys)
-        counts = rng.poisson(activity * (1.3 * missing / n_users + 1e-3))
-        users = np.repeat(np.arange(n_users), counts)
-        ranks = n_items * rng.random(len(users)) ** (1 / (1 - exponent))
-        keys = np.concatenate([keys, users * n_items + names[ranks.astype(np.int64)]])
+        counts = rng.poisson(activity * (1.3 * missing / n_rows + 1e-3))
+        keys = np.concatenate([keys, draw(np.repeat(np.arange(n_rows), counts))])
         keys.sort()
         is_first = np.ones(len(keys), bool)
         is_first[1:] = keys[1:] != keys[:-1]
         keys = keys[is_first]
     keys = np.delete(keys, rng.choice(len(keys), len(keys) - n_entries, replace=False))
-    users, items = np.divmod(keys, n_items)
-    indptr = np.searchsorted(users, np.arange(n_users + 1))
-    ones = np.ones(n_entries, np.float32)
-    return sparse.csr_matrix((ones, items, indptr), shape=(n_users, n_items))
+    rows, columns = np.divmod(keys, n_columns)
+    indptr = np.searchsorted(rows, np.arange(n_rows + 1))
+    return sparse.csr_matrix((np.ones(n_entries, np.float32), columns, indptr), shape=shape)
