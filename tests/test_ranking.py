@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from tpu_als import als, layout, ranking
+from tpu_als import layout, placing, ranking, topk
 from tpu_als.layout import RowMap
 from tpu_als.mesh import Shards, Workplace, workplace
 
@@ -97,8 +97,10 @@ def test_top_k_equals_a_full_sort(
     queries, table, seen, excluded = problem
     queries, table = queries.astype(dtype), table.astype(dtype)
     catalog = ranking.catalog(table, _place(devices, threads))
-    found = ranking.top_k(queries, catalog, k, seen=seen, excluded=excluded)
-    _check(found, k, *_scores(queries, table, seen, excluded), dtype)
+    expected = _scores(queries, table, seen, excluded)
+    hidden = {"seen": seen, "excluded": excluded}
+    _check(ranking.top_k(queries, catalog, k, **hidden), k, *expected, dtype)
+    _check(topk.top_k_on_host(queries, table, k, **hidden), k, *expected, dtype)
 
 
 @pytest.mark.parametrize(("devices", "threads"), PLACES)
@@ -196,7 +198,7 @@ def _in_slots(table: np.ndarray, place: Workplace, dtype: str) -> tuple[Shards, 
     """A table in slot order on the devices, its map, and the rows in float64 as they are stored."""
     lengths = np.random.default_rng(1).integers(0, 40, len(table))
     rows = layout.map_rows(lengths, layout.Plan((8, 16, 32), 64, 16, place.n_shards))
-    stored = table.astype(als.DTYPES[dtype])
+    stored = table.astype(placing.DTYPES[dtype])
     with ranking.precision(dtype):
         shards = place.put(layout.to_slots(stored, rows, place.local))
     return shards, rows, stored.astype(np.float64)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from . import ranking, validation
+from . import ranking, topk, validation
 from ._foldin import FoldIn
 from ._tables import norms
 
@@ -272,8 +272,8 @@ class Serving(FoldIn):
         n = n if chosen is None else min(n, len(chosen))
         queries = queries.astype(table.dtype, copy=False)
         hidden: dict[str, Any] = {"seen": seen, "excluded": excluded}
-        if resident is None and len(queries) <= ranking.HOST_QUERIES:
-            ids, scores = ranking.top_k_on_host(queries, table, n, lengths=lengths, **hidden)
+        if resident is None and len(queries) <= topk.HOST_QUERIES:
+            ids, scores = topk.top_k_on_host(queries, table, n, lengths=lengths, **hidden)
         else:
             catalog, recall = self._catalog(side, lengths), self.approximate_recall
             ids, scores = ranking.top_k(queries, catalog, n, approximate_recall=recall, **hidden)

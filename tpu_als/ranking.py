@@ -9,7 +9,6 @@ Axis letters: B queries of a batch, N items, K factors, W work shards, S slots o
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -29,13 +28,10 @@ from tpu_als.mesh import Shards, Together, Workplace, precision
 _BATCH_BYTES = {"cpu": 1 << 24, "other": 1 << 28}
 SEEN = 1 << 12  # least length that lists of seen items are padded to, so that shapes are few
 _SHORTEST = 1e-10  # stands in for the length of a zero row, so that one may divide
-_KEPT_BYTES = 1 << 22
-_memory = threading.local()
 # Rows, lengths and whether they are shown: of all parts, and of one.
 _Own = tuple[Shards, Shards | None, Shards]
 _Part = tuple[Array, Array | None, Array]
 _Find = Callable[[np.ndarray, "Seen"], tuple[np.ndarray, np.ndarray]]
-HOST_QUERIES = 4  # up to so many queries, a dispatch costs more than the product
 
 
 @dataclass(frozen=True)
@@ -223,22 +219,15 @@ def top_k(
             f"approximate_recall must be above 0 and at most 1, or None for an exact search, "
             f"got {approximate_recall!r}"
         )
-    ids, scores = _empty(len(queries), k, np.dtype(catalog.dtype))
+    ids, scores = topk.empty(len(queries), k, np.dtype(catalog.dtype))
     width = min(k, len(catalog.slots))
     if width == 0 or len(queries) == 0:
         return ids, scores
-    place, shown = catalog.place, catalog.ids >= 0
-    if excluded is not None:
-        shown.ravel()[catalog.slots[excluded]] = False
-    with precision(catalog.dtype):
-        placed = catalog.shown if excluded is None else place.put(shown[_local(len(shown), place)])
-    own, batch = (catalog.rows, catalog.lengths, placed), batch_size(len(queries), catalog)
-    on_host = place.platform == "cpu" and place.mesh is None and len(shown) == 1
-    find = (
-        _by_host(catalog, own, width, shown[0])
-        if on_host
-        else _by_devices(catalog, own, width, approximate_recall)
-    )
+    batch, on_host = batch_size(len(queries), catalog), _sorts_on_host(catalog)
+    if on_host:
+        find = _by_host(catalog, excluded, width)
+    else:
+        find = _by_devices(catalog, excluded, width, approximate_recall)
 
     def work(low: int) -> None:
         at = slice(low, low + batch)
@@ -249,20 +238,45 @@ def top_k(
         with precision(catalog.dtype):
             found, best = find(asked, hidden)
         part = slice(count), slice(width)
-        _keep_finite(ids[at, :width], scores[at, :width], found[part], best[part])
+        topk.keep_finite(ids[at, :width], scores[at, :width], found[part], best[part])
 
     jobs = range(0, len(queries), batch)
-    if place.mesh is None:
-        place.threads(work, jobs)
+    if on_host:
+        catalog.place.threads(work, jobs)
     else:  # programs that talk must start in the same order everywhere
         for low in jobs:
             work(low)
     return ids, scores
 
 
-def _by_devices(catalog: Catalog, own: _Own, k: int, recall: float | None) -> _Find:
+def _sorts_on_host(catalog: Catalog) -> bool:
+    place = catalog.place
+    return place.platform == "cpu" and place.mesh is None and len(catalog.ids) == 1
+
+
+def _shown(catalog: Catalog, excluded: np.ndarray | None) -> np.ndarray:
+    """Which slots of this process (its shards, S) have a row that is not excluded."""
+    own = _local(len(catalog.ids), catalog.place)
+    shown = catalog.ids[own] >= 0
+    if excluded is not None:
+        at = catalog.slots[excluded] - (own.start or 0) * shown.shape[1]
+        shown.ravel()[at[(at >= 0) & (at < shown.size)]] = False
+    return shown
+
+
+def _placed(catalog: Catalog, excluded: np.ndarray | None) -> _Own:
+    shown = catalog.shown
+    if excluded is not None:
+        with precision(catalog.dtype):
+            shown = catalog.place.put(_shown(catalog, excluded))
+    return catalog.rows, catalog.lengths, shown
+
+
+def _by_devices(
+    catalog: Catalog, excluded: np.ndarray | None, k: int, recall: float | None
+) -> _Find:
     """Find ids and scores with the devices' own search."""
-    program = ranking(catalog, k, recall)
+    program, own = ranking(catalog, k, recall), _placed(catalog, excluded)
 
     def find(queries: np.ndarray, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
         best, shard, slot = (np.asarray(part) for part in program(own, (queries, seen))[0])
@@ -271,13 +285,13 @@ def _by_devices(catalog: Catalog, own: _Own, k: int, recall: float | None) -> _F
     return find
 
 
-def _by_host(catalog: Catalog, own: _Own, k: int, shown: np.ndarray) -> _Find:
+def _by_host(catalog: Catalog, excluded: np.ndarray | None, k: int) -> _Find:
     """Find ids and scores on a single CPU device: XLA multiplies, and NumPy sorts, faster than it.
 
     Scores are written into the same memory again and again: new pages would cost as much time.
     """
-    kept = SimpleQueue[Array]()
-    ((rows, lengths, placed),) = _parts(Together(), own)
+    kept, shown = SimpleQueue[Array](), _shown(catalog, excluded)[0]
+    (part,) = _parts(Together(), _placed(catalog, excluded))
 
     def find(queries: np.ndarray, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
         try:
@@ -285,7 +299,7 @@ def _by_host(catalog: Catalog, own: _Own, k: int, shown: np.ndarray) -> _Find:
         except Empty:
             shape, device = (len(queries), len(shown)), catalog.place.devices[0]
             scratch = jnp.zeros(shape, catalog.dtype, device=device)
-        out, maxima = _score(scratch, queries, (rows, lengths, placed), seen, _wide(k))
+        out, maxima = _score(scratch, queries, part, seen, _wide(k))
         # A view that lets go of the memory, which np.asarray would not.
         scores = np.from_dlpack(out)
         of_blocks = None if maxima is None else np.asarray(maxima)
@@ -381,55 +395,3 @@ def _scores(queries: Array, part: _Part, query: Array, slot: Array, dtype: str) 
     if lengths is not None:
         scores = scores / lengths[None, :]
     return scores.at[query, slot].set(-jnp.inf, mode="drop")
-
-
-def top_k_on_host(
-    queries: np.ndarray,
-    table: np.ndarray,
-    k: int,
-    *,
-    lengths: np.ndarray | None = None,
-    seen: sparse.csr_matrix | None = None,
-    excluded: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """`top_k` of a few queries over a table (N, K) in NumPy, without any dispatch.
-
-    `lengths` (N,), where given, divide the scores; the rest is as in `top_k`.
-    """
-    ids, scores = _empty(len(queries), k, table.dtype)
-    width = min(k, len(table))
-    # One product a query: a thin matrix product is much slower than so many with a vector.
-    for row, query in enumerate(queries if width else ()):
-        products = np.matmul(table, query, out=_scratch(len(table), table.dtype))
-        if lengths is not None:
-            products /= lengths
-        if seen is not None:
-            products[seen.indices[seen.indptr[row] : seen.indptr[row + 1]]] = -np.inf
-        if excluded is not None:
-            products[excluded] = -np.inf
-        best, found = topk.largest_of_row(products, width)
-        _keep_finite(ids[row, :width], scores[row, :width], found, best)
-    return ids, scores
-
-
-def _scratch(length: int, dtype: np.dtype) -> np.ndarray:
-    """Memory of this thread, kept where it is small: new pages take half of a product's time."""
-    kept = getattr(_memory, "scratch", None)
-    if kept is None or len(kept) < length or kept.dtype != dtype:
-        kept = np.empty(length, dtype)
-        if kept.nbytes <= _KEPT_BYTES:
-            _memory.scratch = kept
-    return kept[:length]
-
-
-def _empty(n_queries: int, k: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    ids = np.full((n_queries, k), -1, np.int32)
-    return ids, np.full((n_queries, k), -np.finfo(np.float32).max, dtype)
-
-
-def _keep_finite(
-    ids: np.ndarray, scores: np.ndarray, found: np.ndarray, products: np.ndarray
-) -> None:
-    """Write the results that are not hidden ones."""
-    kept = np.isfinite(products)
-    ids[kept], scores[kept] = found[kept], products[kept]

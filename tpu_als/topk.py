@@ -9,13 +9,18 @@ Axis letters: B queries, n columns.
 from __future__ import annotations
 
 import functools
+import threading
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from scipy import sparse
 
 BLOCK = 16  # columns of a block that NumPy sorts
 _BLOCKS = (32, 8)
+HOST_QUERIES = 4  # up to so many queries, a dispatch costs more than the product
+_KEPT_BYTES = 1 << 22
+_memory = threading.local()
 
 
 def largest(scores: Array, k: int, recall: float | None = None) -> tuple[Array, Array]:
@@ -100,3 +105,56 @@ def largest_of_row(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     values = scores.take(columns)
     order = values.argsort()[: -k - 1 : -1]
     return values.take(order), columns.take(order)
+
+
+def top_k_on_host(
+    queries: np.ndarray,
+    table: np.ndarray,
+    k: int,
+    *,
+    lengths: np.ndarray | None = None,
+    seen: sparse.csr_matrix | None = None,
+    excluded: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`ranking.top_k` of a few queries over a table (N, K) of the host, without any dispatch.
+
+    `lengths` (N,), where given, divide the scores; the rest is as there.
+    """
+    ids, scores = empty(len(queries), k, table.dtype)
+    width = min(k, len(table))
+    # One product a query: a thin matrix product is much slower than so many with a vector.
+    for row, query in enumerate(queries if width else ()):
+        products = np.matmul(table, query, out=_scratch(len(table), table.dtype))
+        if lengths is not None:
+            products /= lengths
+        if seen is not None:
+            products[seen.indices[seen.indptr[row] : seen.indptr[row + 1]]] = -np.inf
+        if excluded is not None:
+            products[excluded] = -np.inf
+        best, found = largest_of_row(products, width)
+        keep_finite(ids[row, :width], scores[row, :width], found, best)
+    return ids, scores
+
+
+def _scratch(length: int, dtype: np.dtype) -> np.ndarray:
+    """Memory of this thread, kept where it is small: new pages take half of a product's time."""
+    kept = getattr(_memory, "scratch", None)
+    if kept is None or len(kept) < length or kept.dtype != dtype:
+        kept = np.empty(length, dtype)
+        if kept.nbytes <= _KEPT_BYTES:
+            _memory.scratch = kept
+    return kept[:length]
+
+
+def empty(n_queries: int, k: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and scores (B, k) of places without a result."""
+    ids = np.full((n_queries, k), -1, np.int32)
+    return ids, np.full((n_queries, k), -np.finfo(np.float32).max, dtype)
+
+
+def keep_finite(
+    ids: np.ndarray, scores: np.ndarray, found: np.ndarray, products: np.ndarray
+) -> None:
+    """Write the results that are not hidden ones."""
+    kept = np.isfinite(products)
+    ids[kept], scores[kept] = found[kept], products[kept]
