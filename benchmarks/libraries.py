@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from scipy import sparse
 
-from tpu_als import als, mesh, solve
+from tpu_als import als, mesh, placing, solve
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Ours:
     def __init__(
         self, problem: Problem, solver: str = "cg", over_relaxation: float = 1.0, **options: Any
     ) -> None:
-        placing = {key: options.pop(key) for key in ("devices", "num_threads") if key in options}
+        chosen = {key: options.pop(key) for key in ("devices", "num_threads") if key in options}
         self.problem, self.over_relaxation = problem, over_relaxation
-        params = als.AlsParams(problem.factors, linear_solver=solver, **options)
-        self.data = als.place(problem.matrix, params, mesh.workplace(**placing))
+        params = placing.AlsParams(problem.factors, linear_solver=solver, **options)
+        self.data = placing.place(problem.matrix, params, mesh.workplace(**chosen))
         self.objective = solve.objective("implicit", problem.regularization, problem.alpha)
         self.reset()
 

@@ -1,7 +1,8 @@
 """How much memory does a fit need at its peak, beside implicit's, and what does the layout cost?
 
 The peak is the highest resident size during `fit`, sampled in a fresh process, less what the
-process held before. The layout's share is the time of `als.place` over that of the whole fit, warm.
+process held before. The layout's share is the time of `placing.place` over that of the whole
+fit, warm.
 """
 
 from __future__ import annotations

@@ -35,9 +35,9 @@ import tpu_sizes
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tpu_als import als, ranking, solve
-from tpu_als.als import AlsParams, Data, Side
+from tpu_als import als, placing, ranking, solve
 from tpu_als.mesh import Workplace
+from tpu_als.placing import AlsParams, Data, Side
 
 _ALL_TO_ALL = re.compile(r"= (\w+\[[\d,]+\])\S* all-to-all\(")
 OBJECTIVE = solve.objective("ials", 1e-3, 1.0, 1e-3)
@@ -60,7 +60,7 @@ def programs(data: Data) -> list[tuple[str, Any, tuple[Any, ...]]]:
     assert data.place.mesh is not None
     everywhere = NamedSharding(data.place.mesh, PartitionSpec())
     tables = [
-        make((side.rows.n_slots, data.params.factors), als.DTYPES[data.params.dtype])
+        make((side.rows.n_slots, data.params.factors), placing.DTYPES[data.params.dtype])
         for side in (data.users, data.items)
     ]
     found: list[tuple[str, Any, tuple[Any, ...]]] = []
@@ -78,7 +78,7 @@ def programs(data: Data) -> list[tuple[str, Any, tuple[Any, ...]]]:
             label = "long rows" if long else f"solve {number}"
             found.append((f"{name}: {label}", program, (target, own, source, shared)))
         assert side.routes is not None
-        turning = als.turning(side.rows, side.routes, data.place)
+        turning = placing.turning(side.rows, side.routes, data.place)
         found.append((f"{name}: requests, once", turning, (side.own.sends, None)))
     return found
 
@@ -88,7 +88,7 @@ def ranking_program(
 ) -> tuple[dict[str, Any], tuple[str, Any, tuple[Any, ...]]]:
     """What ranks a batch of queries against the items' table as training leaves it; its work."""
     make, place, rows = tpu_sizes.sharded(data.place), data.place, data.items.rows
-    dtype = np.dtype(als.DTYPES[data.params.dtype])
+    dtype = np.dtype(placing.DTYPES[data.params.dtype])
     slots = (place.n_shards, rows.n_slots)
     catalog = ranking.Catalog(
         make((rows.n_slots, data.params.factors), dtype), None, make((rows.n_slots,), bool),
@@ -140,7 +140,7 @@ def resident(data: Data) -> dict[str, int]:
             int(np.prod(leaf.shape[1:])) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
         )
 
-    row = data.params.factors * np.dtype(als.DTYPES[data.params.dtype]).itemsize
+    row = data.params.factors * np.dtype(placing.DTYPES[data.params.dtype]).itemsize
     slots = data.users.rows.n_slots + data.items.rows.n_slots
     sides: tuple[Side, ...] = (data.users, data.items)
     return {

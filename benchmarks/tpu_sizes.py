@@ -17,12 +17,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import special, stats
 
-from tpu_als import als, cells, exchange, layout
-from tpu_als.als import AlsParams, Data, Side
+from tpu_als import cells, exchange, layout, placing
 from tpu_als.cells import Long
 from tpu_als.exchange import Route
 from tpu_als.layout import Plan, RowMap, Rung
 from tpu_als.mesh import AXIS, Workplace
+from tpu_als.placing import AlsParams, Data, Side
 from tpu_als.sweep import Own
 
 SAMPLE = 1 << 20  # rows of a side that the planner sees
@@ -101,25 +101,25 @@ class Problem:
 
 
 def solver(problem: Problem, place: Workplace) -> AlsParams:
-    """The parameters, with "auto" replaced as `als.place` does."""
+    """The parameters, with "auto" replaced as `placing.place` does."""
     params = problem.params
     if params.linear_solver != "auto":
         return params
     # The choice rests on entries a row alone, so a sample will do.
     lengths = (problem.users.sample(), problem.items.sample())
-    name = als.cheapest_solver(lengths, params, place)
+    name = placing.cheapest_solver(lengths, params, place)
     return AlsParams(params.factors, params.dtype, name, params.cg_steps, params.block_size)
 
 
 def data(problem: Problem, place: Workplace, shape: Callable[..., Any] | None = None) -> Data:
-    """What `als.place` would return, with shapes in place of arrays.
+    """What `placing.place` would return, with shapes in place of arrays.
 
     `shape` makes an abstract array of the shape of a shard and a dtype; by default one that is
     sharded over the workplace's mesh.
     """
     params = solver(problem, place)
     samples = problem.users.sample(), problem.items.sample()
-    plan = als.make_plan(np.concatenate(samples), params, place)
+    plan = placing.make_plan(np.concatenate(samples), params, place)
     shape = shape or sharded(place)
     sides = (problem.users, problem.items)
     users, items = (
@@ -192,7 +192,7 @@ def _long(
     long: Lengths, plan: Plan, place: Workplace, cell: Any, shape: Callable[..., Any]
 ) -> Long:
     """Blocks of long rows; the entries of each are spread over all shards by their source rows."""
-    length = als.long_block(plan, place)
+    length = placing.long_block(plan, place)
     share = long.values / place.n_shards
     full = share / length
     blocks = full + 0.5

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from scipy import sparse
 
-from tpu_als import als, fold_in, mesh, ranking, solve
+from tpu_als import als, fold_in, mesh, placing, ranking, solve
 
 GROUPS, N_USERS, N_ITEMS, PER_USER = 8, 4000, 1600, 30
 
@@ -37,9 +37,9 @@ def main() -> None:
     user_items, user_groups, item_groups = grouped(rng)
 
     place = mesh.workplace(table_layout="sharded")
-    params = als.AlsParams(factors=16)
+    params = placing.AlsParams(factors=16)
     objective = solve.objective("implicit", regularization=1.0, alpha=10.0)
-    data = als.place(user_items, params, place)
+    data = placing.place(user_items, params, place)
     print(f"{len(place.devices)} {place.platform} devices, {user_items.nnz:,} entries")
     for name, side in (("users", data.users), ("items", data.items)):
         rungs = ", ".join(f"{rung.rows} x {rung.length}" for rung in side.rows.rungs)
@@ -65,7 +65,7 @@ def main() -> None:
     print(f"unseen items recommended from the user's own group: {hits.mean():.1%}")
 
     someone = sparse.csr_matrix((np.ones(3, np.float32), [3, 11, 19], [0, 3]), shape=(1, N_ITEMS))
-    exact = als.AlsParams(factors=16, linear_solver="cholesky")
+    exact = placing.AlsParams(factors=16, linear_solver="cholesky")
     rows = fold_in.solve_rows(someone, fold_in.source(items, exact, place), objective, exact)
     ids, _ = ranking.top_k(rows, catalog, 5, seen=someone)
     print(f"somebody new with three items of group 3 gets items of groups {item_groups[ids[0]]}")

@@ -13,19 +13,19 @@ import numpy as np
 from matrices import random_counts
 from worker import join
 
-from tpu_als import als, solve
+from tpu_als import als, placing, solve
 from tpu_als.checkpoint import Checkpoints
 from tpu_als.mesh import workplace
 
 SETTINGS = {"alpha": 2.0, "regularization": 0.5}
 
 
-def begin(n_shards: int) -> tuple[als.Data, als.AlsState]:
+def begin(n_shards: int) -> tuple[placing.Data, als.AlsState]:
     """A matrix on all devices, and tables to start from."""
     matrix = random_counts(70, 50, seed=3)
     rng = np.random.default_rng(4)
     tables = (rng.normal(0, 0.1, (n, 6)).astype(np.float32) for n in matrix.shape)
-    data = als.place(matrix, als.AlsParams(6), workplace(None, num_threads=n_shards))
+    data = placing.place(matrix, placing.AlsParams(6), workplace(None, num_threads=n_shards))
     return data, als.start(data, *tables)
 
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import sparse
 
-from tpu_als import als, layout, solve
-from tpu_als.als import AlsParams, AlsState, Data
+from tpu_als import als, layout, placing, solve
+from tpu_als.als import AlsState
 from tpu_als.mesh import Workplace, workplace
+from tpu_als.placing import AlsParams, Data
 
 # devices, threads, layout of the source table
 PLACES = [
@@ -53,14 +54,14 @@ def _data(
     chunk: int = 32,
 ) -> Data:
     """Place a matrix on a small ladder, so that a few rows make many chunks and long rows."""
-    planned = als.make_plan
+    planned = placing.make_plan
 
     def small(*args: object, **options: object) -> layout.Plan:
         return dataclasses.replace(planned(*args, **options), lengths=lengths, chunk=chunk)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(als, "make_plan", small)
-        data = als.place(matrix, params, place)
+        patch.setattr(placing, "make_plan", small)
+        data = placing.place(matrix, params, place)
     assert data.plan.lengths == lengths
     return data
 
@@ -130,7 +131,7 @@ def test_half_epochs_epochs_and_losses_equal_the_oracles(
 ) -> None:
     params = dataclasses.replace(EXACT[solver], dtype=dtype)
     data = _data(MIXED, params, _place(*place))
-    tables = _tables(MIXED, params.factors, als.DTYPES[dtype])
+    tables = _tables(MIXED, params.factors, placing.DTYPES[dtype])
     state = als.start(data, *tables)
     for given_objective in OBJECTIVES:
         objective = solve.objective(*given_objective)
@@ -174,7 +175,7 @@ def test_rows_longer_than_the_longest_rung(solver: str, place: tuple[int, int, s
     matrix = sparse.csr_matrix(np.where(stored, rng.integers(1, 4, stored.shape), 0), dtype="f4")
     assert np.count_nonzero(np.diff(matrix.indptr) > layout.LONGEST) == 2
     params = EXACT[solver]
-    data = als.place(matrix, params, _place(*place))
+    data = placing.place(matrix, params, _place(*place))
     tables = _tables(matrix, params.factors)
     state = als.start(data, *tables)
     objective = oracle.Objective("ials", 0.01, 2.0, 0.1)
@@ -364,7 +365,7 @@ def test_other_values_compile_nothing(
     where = _place(*place)
 
     def fit(matrix: sparse.csr_matrix, objective: solve.Objective) -> float:
-        data = als.place(matrix, params, where)
+        data = placing.place(matrix, params, where)
         state = als.start(data, *_tables(matrix, 4))
         for _ in range(2):
             state, _ = als.epoch(state, data, objective)
@@ -387,7 +388,7 @@ def test_a_matrix_without_entries_gives_zero_tables(
 ) -> None:
     matrix = sparse.csr_matrix((6, 5), dtype=np.float32)
     params = EXACT[solver]
-    data = als.place(matrix, params, _place(*place))
+    data = placing.place(matrix, params, _place(*place))
     state = als.start(data, *_tables(matrix, params.factors))
     objective = oracle.Objective("implicit", 0.5, 2.0)
     ours = solve.objective(*objective)
@@ -402,7 +403,7 @@ def test_a_matrix_without_entries_gives_zero_tables(
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1)])
 def test_matrices_of_one_row_or_column(shape: tuple[int, int]) -> None:
     matrix = sparse.csr_matrix(np.arange(1, 1 + shape[0] * shape[1], dtype="f4").reshape(shape))
-    data = als.place(matrix, EXACT["cholesky"], _place(4, 0))
+    data = placing.place(matrix, EXACT["cholesky"], _place(4, 0))
     tables = _tables(matrix, 16)
     objective = oracle.Objective("ials", 0.1, 2.0, 0.5)
     after, failed = als.epoch(als.start(data, *tables), data, solve.objective(*objective))
@@ -416,7 +417,7 @@ def test_without_a_ridge_the_solutions_still_fit() -> None:
     """Fewer items than factors leave equation (1) singular: any solution predicts the same."""
     matrix = sparse.csr_matrix(np.random.default_rng(0).integers(0, 3, (8, 4)).astype(np.float64))
     params = AlsParams(6, "float64", "cholesky")
-    data = als.place(matrix, params, _place(1, 2))
+    data = placing.place(matrix, params, _place(1, 2))
     tables = _tables(matrix, 6, np.float64)
     objective = oracle.Objective("implicit", 0.0, 2.0)
     state = als.start(data, *tables)
@@ -431,7 +432,7 @@ def test_without_a_ridge_the_solutions_still_fit() -> None:
 @pytest.mark.parametrize("entries", [0.05, 0.9])
 def test_the_cheapest_solver_is_one_of_the_solvers(entries: float) -> None:
     matrix = sparse.random(40, 30, entries, "csr", np.float32, random_state=0)
-    data = als.place(matrix, AlsParams(6, linear_solver="auto"), _place(1, 2))
+    data = placing.place(matrix, AlsParams(6, linear_solver="auto"), _place(1, 2))
     assert data.params.linear_solver in solve.SOLVERS
     _, failed = als.epoch(
         als.start(data, *_tables(matrix, 6)), data, solve.objective("ials", 0.1, 2.0)

@@ -19,10 +19,11 @@ import processes
 import pytest
 from matrices import random_counts
 
-from tpu_als import als, layout, relayout, solve
-from tpu_als.als import AlsParams, AlsState, Data
+from tpu_als import als, layout, placing, relayout, solve
+from tpu_als.als import AlsState
 from tpu_als.checkpoint import FOLDER, FORMAT, Checkpoints, Resumed
 from tpu_als.mesh import Workplace, workplace
+from tpu_als.placing import AlsParams, Data
 
 pytest.importorskip("orbax.checkpoint")
 
@@ -43,7 +44,7 @@ HISTORY = {"seconds": [0.1, 1 / 3], "loss": [float("nan"), 1e-300]}
 def placed() -> Any:
     """A matrix, with rows in several rungs and long ones, on any of the places."""
     matrix, made = random_counts(90, 40, density=0.3, seed=2), {}
-    planned = als.make_plan
+    planned = placing.make_plan
 
     def small(*args: object, **options: object) -> layout.Plan:
         return dataclasses.replace(planned(*args, **options), lengths=(8, 16), chunk=32)
@@ -53,8 +54,8 @@ def placed() -> Any:
             devices, threads, table_layout = PLACES[name]
             place = workplace(devices, num_threads=threads, table_layout=table_layout)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(als, "make_plan", small)
-                made[name, dtype] = als.place(matrix, AlsParams(7, dtype=dtype), place)
+                patch.setattr(placing, "make_plan", small)
+                made[name, dtype] = placing.place(matrix, AlsParams(7, dtype=dtype), place)
             assert len(made[name, dtype].users.rows.long) > 0
             assert len(made[name, dtype].users.rows.rungs) == 2
         return made[name, dtype]
@@ -210,12 +211,12 @@ def test_other_data_are_refused(placed: Any, tmp_path: Path) -> None:
         _restore(tmp_path, far)
     # one user's entries for another's: the numbers of entries are the same
     matrix = random_counts(90, 40, density=0.3, seed=2)[np.r_[1:90, 0]]
-    turned = als.place(matrix, data.params, data.place)
+    turned = placing.place(matrix, data.params, data.place)
     with pytest.raises(
         ValueError, match=r"data: entries per user \(digest\) was '\w+' and is '\w+'. G"
     ):
         _restore(tmp_path, turned)
-    wider = als.place(random_counts(90, 41), AlsParams(8), data.place)
+    wider = placing.place(random_counts(90, 41), AlsParams(8), data.place)
     with pytest.raises(ValueError, match="factors was 7 and is 8; shape was .*entries was"):
         _restore(tmp_path, wider)
 

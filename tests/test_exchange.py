@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import als, exchange, layout, solve
+from tpu_als import als, exchange, layout, placing, solve
 from tpu_als.datasets import power_law
 from tpu_als.layout import Plan, RowMap
 from tpu_als.mesh import workplace
@@ -82,9 +82,9 @@ def test_rows_arrive_as_requested(devices: int) -> None:
         np.testing.assert_array_equal(arrived[receiver, group, sender], expected)
 
 
-def _sharded(matrix: sparse.csr_matrix, devices: int, factors: int = 24) -> als.Data:
+def _sharded(matrix: sparse.csr_matrix, devices: int, factors: int = 24) -> placing.Data:
     place = workplace(devices, table_layout="sharded")
-    return als.place(matrix, als.AlsParams(factors), place)
+    return placing.place(matrix, placing.AlsParams(factors), place)
 
 
 def test_no_device_holds_a_full_table(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,8 +133,8 @@ def test_received_bytes_fall_with_the_devices() -> None:
     matrix = power_law(200_000, 100_000, 1_000_000, random_state=0)
     each = {}
     for devices in (1, 2, 4, 8):
-        plan = als.make_plan(
-            np.diff(matrix.indptr), als.AlsParams(64), workplace(1, num_threads=devices)
+        plan = placing.make_plan(
+            np.diff(matrix.indptr), placing.AlsParams(64), workplace(1, num_threads=devices)
         )
         rows, _, _, _, routes, _ = _planned(matrix, plan)
         each[devices] = exchange.received_rows(routes, rows.rungs, devices)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from tpu_als import fold_in, solve
-from tpu_als.als import AlsParams
 from tpu_als.mesh import workplace
+from tpu_als.placing import AlsParams
 
 EXACT = {
     "cg": AlsParams(4, cg_steps=7),

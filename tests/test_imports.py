@@ -35,6 +35,7 @@ FLOORS = [
     ["resident", "fold_in", "checkpoint"],
     ["_orbax", "relayout"],
     ["als"],
+    ["placing"],
     ["sweep"],
     ["exchange", "cells"],
     ["solve"],

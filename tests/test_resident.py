@@ -7,9 +7,9 @@ import oracle
 import pytest
 from matrices import random_counts
 
-from tpu_als import als, resident, solve
-from tpu_als.als import AlsParams
+from tpu_als import als, placing, resident, solve
 from tpu_als.mesh import workplace
+from tpu_als.placing import AlsParams
 from tpu_als.resident import Table
 
 COUNTS = random_counts(70, 50, seed=3)
@@ -21,13 +21,13 @@ def _tables(
 ) -> tuple[dict[str, Table], dict[str, np.ndarray]]:
     devices, threads, table_layout = place
     where = workplace(devices, num_threads=threads, table_layout=table_layout)
-    data = als.place(COUNTS, AlsParams(6, dtype), where)
+    data = placing.place(COUNTS, AlsParams(6, dtype), where)
     rng = np.random.default_rng(0)
     given = {
         s: rng.normal(size=(n, 6)) for s, n in zip(("user", "item"), COUNTS.shape, strict=True)
     }
     found = resident.tables(als.start(data, *given.values()), data)
-    return found, {side: t.astype(als.DTYPES[dtype]).astype("f8") for side, t in given.items()}
+    return found, {side: t.astype(placing.DTYPES[dtype]).astype("f8") for side, t in given.items()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
@@ -66,7 +66,7 @@ def test_drawn_rows_depend_on_seed_and_number_alone(normal: bool) -> None:
     found = []
     for devices, threads, table_layout in PLACES:
         where = workplace(devices, num_threads=threads, table_layout=table_layout)
-        data = als.place(random_counts(300, 200), AlsParams(16), where)
+        data = placing.place(random_counts(300, 200), AlsParams(16), where)
         state = als.draw(data, 7, 0.5, normal=normal)
         found.append((als.user_factors(state, data), als.item_factors(state, data)))
     for users, items in found:

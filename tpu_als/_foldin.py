@@ -9,7 +9,7 @@ import numpy as np
 from scipy import linalg, sparse
 from sklearn.utils import check_array
 
-from . import als, fold_in, mesh, solve, validation
+from . import fold_in, mesh, placing, solve, validation
 from ._tables import FactorTables
 
 
@@ -265,10 +265,10 @@ class FoldIn(FactorTables):
     def _linear_solver(self) -> str:
         return self.linear_solver or ("cg" if self.use_cg else "cholesky")
 
-    def _params(self, table: np.ndarray, linear_solver: str) -> als.AlsParams:
+    def _params(self, table: np.ndarray, linear_solver: str) -> placing.AlsParams:
         """Engine parameters for solves against a table as it is: its own width and dtype."""
         # bfloat16 is how tables are stored in `fit`; a fold-in does not round its results to it.
-        return als.AlsParams(
+        return placing.AlsParams(
             factors=table.shape[1],
             dtype="float64" if table.dtype == np.float64 else "float32",
             linear_solver="cg" if linear_solver == "auto" else linear_solver,

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from sklearn.exceptions import NotFittedError
 
-from . import als, mesh, resident, validation
+from . import als, mesh, placing, resident, validation
 from .resident import Table
 
 Kept = TypeVar("Kept")
@@ -260,7 +260,7 @@ class FactorTables:
                 self._restore(before)
             raise
 
-    def _start(self, data: als.Data, on_devices: bool) -> als.AlsState:
+    def _start(self, data: placing.Data, on_devices: bool) -> als.AlsState:
         """Place tables to start from: assigned or, with `warm_start`, present ones; else drawn.
 
         On the host, users are drawn first and only what is missing is drawn, like in implicit,

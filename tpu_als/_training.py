@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import als, validation
+from . import als, placing, validation
 from .checkpoint import Checkpoints
 from .early_stopping import EarlyStopping
 from .solve import Objective
@@ -42,7 +42,7 @@ class Training:
         By name, what each iteration reported.
     """
 
-    data: als.Data
+    data: placing.Data
     objective: Objective
     iterations: int
     over_relaxation: float

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from tpu_als import _orbax, relayout
-from tpu_als.als import AlsState, Data, Side
+from tpu_als.als import AlsState
 from tpu_als.mesh import Shards, Workplace, precision
+from tpu_als.placing import Data, Side
 
 FORMAT = 1
 # A directory of their own in the given one: what lies beside is neither read nor removed.

@@ -16,7 +16,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils.validation import check_is_fitted, validate_data
 from tqdm.auto import tqdm
 
-from . import als, holdout, model_file, validation
+from . import holdout, model_file, placing, validation
 from ._serving import Serving
 from ._training import Training
 from .checkpoint import Checkpoints
@@ -357,11 +357,11 @@ class TPUAlternatingLeastSquares(
     def _n_features_out(self) -> int:
         return self._fitted_table("item").shape[1]
 
-    def _checked_params(self) -> als.AlsParams:
+    def _checked_params(self) -> placing.AlsParams:
         """Interpret the constructor's parameters, or raise for one that is wrong."""
         validation.check_parameters(self.get_params(deep=False))
         self._objective()
-        return als.AlsParams(
+        return placing.AlsParams(
             factors=int(self.factors),
             dtype=validation.storage_dtype(self.dtype),
             linear_solver=self._linear_solver(),
@@ -409,7 +409,7 @@ class TPUAlternatingLeastSquares(
             rows, hidden = holdout.hide(rows, self.validation_fraction)
             monitor = EarlyStopping(rows, hidden, self.n_iter_no_change, self.tol)
         training = Training(
-            als.place(rows, params, self._place()),
+            placing.place(rows, params, self._place()),
             self._objective(),
             iterations=int(self.iterations),
             over_relaxation=float(self.over_relaxation),

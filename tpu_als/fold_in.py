@@ -20,9 +20,10 @@ from jax import Array
 from scipy import sparse
 
 from tpu_als import cells, layout, solve, sweep
-from tpu_als.als import DTYPES, AlsParams, backend_kind, chunk_sizes, typed
+from tpu_als.als import typed
 from tpu_als.layout import Plan, Rung
 from tpu_als.mesh import Workplace, precision
+from tpu_als.placing import DTYPES, AlsParams, backend_kind, chunk_sizes
 from tpu_als.solve import Basis, Objective
 from tpu_als.sweep import Shape
 

@@ -14,10 +14,11 @@ import numpy as np
 from jax import Array
 from scipy import sparse
 
-from tpu_als import als, layout
-from tpu_als.als import AlsParams, AlsState, Data
+from tpu_als import als, layout, placing
+from tpu_als.als import AlsState
 from tpu_als.layout import RowMap
 from tpu_als.mesh import Shards, Together, Workplace, precision
+from tpu_als.placing import AlsParams, Data
 from tpu_als.solve import Objective
 
 
@@ -90,10 +91,10 @@ class Table:
     def solve(self, rows: sparse.csr_matrix, objective: Objective) -> np.ndarray:
         """Solve canonical rows (n, M) exactly against it: (n, K)."""
         params = replace(self.params, linear_solver="cholesky")
-        data = als.place_rows(rows, self.rows, params, self.place)
+        data = placing.place_rows(rows, self.rows, params, self.place)
         with precision(params.dtype):
             zero = self.place.zeros(
-                (data.users.rows.n_slots, params.factors), als.DTYPES[params.dtype]
+                (data.users.rows.n_slots, params.factors), placing.DTYPES[params.dtype]
             )
         solved = als.half_epoch(zero, self.shards, data, objective, target="users")
         return Table(solved, data.users.rows, params, self.place).fetch()

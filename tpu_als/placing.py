@@ -1,0 +1,371 @@
+"""A matrix on its way to the devices: shapes planned, cells filled, both orientations placed.
+
+Axis letters: M and N rows and columns of the matrix, W work shards, K factors.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jax import Array
+from scipy import sparse
+
+from tpu_als import cells, exchange, layout
+from tpu_als.cells import Entries, InMemory, Long
+from tpu_als.exchange import Route
+from tpu_als.layout import Plan, RowMap
+from tpu_als.mesh import Together, Workplace, precision
+from tpu_als.sweep import Own, Shape
+
+DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16}
+# Bytes of a gathered chunk; a core's own cache on CPU.
+_SCRATCH = {"cpu": 1 << 20, "other": 1 << 26}
+_SYSTEMS = {"cpu": 1 << 22, "other": 1 << 28}  # bytes of the K x K systems of a chunk
+# Cells of the longest rung: what is longer is worked on by all shards together, row after row.
+_LONGEST = {"cpu": layout.LONGEST, "other": 1 << 16}
+_SHORTEST_BLOCK = 128  # cells of a block of a long row, of which each shard has a share
+# Factors times cells that take as long, over a fit or a few, as compiling one more rung.
+_RUNG_CELLS = {"cpu": 4e6, "other": 1e8}
+_LADDER_SLACK = 1.1  # padding accepted, against the best ladder's, for a ladder compiled before
+_SHARED_WASTE = 1 << 26  # bytes of unused slots that sharing programs between the sides may cost
+# Bytes a second that gathered entries are re-read with, and flops of batched products and solves.
+_SPEEDS = {"cpu": (1e11, 4e10), "other": (2e12, 2e13)}
+_SIDES = ("user", "item")
+_ladders: dict[Any, list[tuple[int, ...]]] = {}
+
+
+@dataclass(frozen=True)
+class AlsParams:
+    """What may recompile; everything else is traced.
+
+    Attributes
+    ----------
+    factors : int
+        K.
+    dtype : {"float32", "float64", "bfloat16"}
+        Storage of the tables. Sums are float32, or float64 with "float64".
+    linear_solver : {"cg", "cholesky", "subspace", "auto"}
+        How the rows' systems (1) are solved; "auto" takes the cheapest by `cheapest_solver`.
+    cg_steps : int
+        Steps of "cg".
+    block_size : int
+        Factors solved at once by "subspace".
+    positive : bool
+        No weight w will be negative, as with the objective "ials": "cholesky" may then solve short
+        rows through a system of their own length.
+    """
+
+    factors: int
+    dtype: str = "float32"
+    linear_solver: str = "cg"
+    cg_steps: int = 3
+    block_size: int = 64
+    positive: bool = False
+
+    @property
+    def compute_dtype(self) -> str:
+        """What sums and solves are done in."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    def shape(self, rows: int, length: int) -> Shape:
+        """The static part of a rung's program."""
+        return Shape(
+            self.linear_solver,
+            self.cg_steps,
+            self.block_size,
+            self.compute_dtype,
+            rows,
+            length,
+            self.positive and self.linear_solver == "cholesky",
+        )
+
+
+@dataclass(frozen=True)
+class Side:
+    """One orientation: the map of its rows and its placed cells.
+
+    Attributes
+    ----------
+    rows : RowMap
+        Where the rows live.
+    own : Own or None
+        Their entries, long rows aside; None of a side that is only read.
+    long : Long or None
+        The entries of long rows, where there are any.
+    routes : tuple of Route or None
+        How source rows arrive for each rung; None where every device holds them all.
+    lengths : int array (M,)
+        Stored entries of each row.
+    """
+
+    rows: RowMap
+    own: Any
+    long: Long | None
+    routes: tuple[Route, ...] | None
+    lengths: np.ndarray
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the table, unused slots not counted."""
+        return len(self.rows.slots)
+
+    @property
+    def received_rows(self) -> int:
+        """Source rows that a device receives from others for the chunks of a half-epoch."""
+        if self.routes is None:
+            return 0
+        return exchange.received_rows(self.routes, self.rows.rungs, self.rows.n_shards)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Both orientations of a matrix, laid out and placed; reusable for any parameter values."""
+
+    users: Side
+    items: Side
+    plan: Plan
+    params: AlsParams
+    place: Workplace
+    n_entries: int
+    absolute_sum: float
+
+
+def make_plan(lengths: np.ndarray, params: AlsParams, place: Workplace) -> Plan:
+    """Choose chunk sizes for the backend's memory, and rungs for the rows of both sides.
+
+    A ladder that this process has compiled is kept where it pads little more than the best one
+    for these rows, so that folds, refits and candidates compile nothing new.
+    """
+    chunk, most_rows = chunk_sizes(params, place)
+    rung_cells = _RUNG_CELLS[backend_kind(place)] / params.factors
+    longest = min(max(chunk, layout.LONGEST), _LONGEST[backend_kind(place)])
+    best = layout.ladder(lengths, rung_cells, longest=longest)
+    known = _ladders.setdefault((params, place), [])
+    bound = _LADDER_SLACK * layout.padded_cells(lengths, best) + rung_cells
+    for ladder in known:
+        if layout.padded_cells(lengths, ladder) <= bound:
+            best = ladder
+            break
+    else:
+        known.append(best)
+    return Plan(best, chunk, most_rows, place.n_shards, len(place.processes))
+
+
+def backend_kind(place: Workplace) -> str:
+    """Which of the measured constants hold: "cpu", or "other" for accelerators."""
+    return "cpu" if place.platform == "cpu" else "other"
+
+
+def chunk_sizes(params: AlsParams, place: Workplace) -> tuple[int, int]:
+    """Cells of a chunk, a power of two, and the most rows that its scratch allows."""
+    kind, size = backend_kind(place), np.dtype(params.compute_dtype).itemsize
+    chunk = max(_SCRATCH[kind] // (params.factors * size), 256)
+    system = {"cg": 0, "cholesky": params.factors, "subspace": params.block_size}
+    system_bytes = system[params.linear_solver] ** 2 * size
+    most_rows = max(_SYSTEMS[kind] // system_bytes, 1) if system_bytes else 1 << 30
+    return 1 << (chunk.bit_length() - 1), most_rows
+
+
+def cheapest_solver(
+    lengths: tuple[np.ndarray, np.ndarray], params: AlsParams, place: Workplace
+) -> str:
+    """Name the solver with the least predicted time for one iteration.
+
+    "cg" and "subspace" read each gathered entry a few times, at the speed of memory; "cholesky" and
+    "subspace" multiply, at the speed of the matrix units. The two speeds of a CPU are measured
+    (docs/performance.md); those of accelerators are of the order that their makers state.
+    """
+    entries, rows = (float(sum(f(each) for each in lengths)) for f in (np.sum, len))
+    read, multiply = _SPEEDS[backend_kind(place)]
+    factors, block = params.factors, min(params.block_size, params.factors)
+    passes = 2 * (params.cg_steps + 1)
+    seconds = {
+        "cg": entries * factors * 4 * passes / read,
+        "cholesky": (2 * entries * factors**2 + rows * factors**3 / 3) / multiply,
+        "subspace": entries * factors * 4 * 3 / read
+        + (2 * entries * factors * block + rows * factors * block**2 / 3) / multiply,
+    }
+    return min(seconds, key=lambda name: seconds[name])
+
+
+def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Workplace) -> Data:
+    """Lay out a matrix in both orientations and put it on the devices.
+
+    Parameters
+    ----------
+    user_items : CSR matrix (M, N) or Entries
+        A matrix is canonical: sorted indices, no duplicates. Stored zeros are entries. With several
+        processes each passes the whole matrix; of `Entries` on disk each reads its part only.
+    params : AlsParams
+        Decides chunk sizes and dtype.
+    place : Workplace
+        Where it goes.
+    """
+    if isinstance(user_items, sparse.csr_matrix):
+        _check_same(user_items, place)
+        user_items = InMemory(user_items, user_items.T.tocsr())
+    lengths, owners = zip(*(_lengths(user_items, side, place) for side in _SIDES), strict=True)
+    if params.linear_solver == "auto":
+        params = replace(params, linear_solver=cheapest_solver(lengths, params, place))
+    row_bytes = params.factors * np.dtype(DTYPES[params.dtype]).itemsize
+    place = place.with_layout(max(user_items.shape) * row_bytes)
+    plan = make_plan(np.concatenate(lengths), params, place)
+    users, items = (layout.map_rows(n, plan, own) for n, own in zip(lengths, owners, strict=True))
+    users, items = layout.share_shapes(users, items, _SHARED_WASTE // row_bytes)
+    fill = _Filling(user_items, plan, params, place, owners[0] is not None)
+    return Data(
+        fill.side("user", users, items, lengths[0]),
+        fill.side("item", items, users, lengths[1]),
+        plan,
+        params,
+        place,
+        user_items.nnz,
+        fill.absolute_sum,
+    )
+
+
+def _check_same(matrix: sparse.csr_matrix, place: Workplace) -> None:
+    """Raise where the processes were given different matrices."""
+    if len(place.processes) == 1:
+        return
+    parts = (matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64), matrix.data)
+    sums = [*matrix.shape, *(zlib.crc32(part.tobytes()) for part in parts)]
+    every = place.gather_processes(np.array(sums, np.int64))
+    if (every != every[0]).any():
+        raise ValueError(
+            "the processes were given different matrices: pass the whole matrix in each, or "
+            "directories of shards (tpu_als.shards.open_shards), of which each reads its part"
+        )
+
+
+def place_rows(
+    rows: sparse.csr_matrix, source: RowMap, params: AlsParams, place: Workplace
+) -> Data:
+    """Lay out the rows of a matrix to be solved against an item table that is there already.
+
+    Parameters
+    ----------
+    rows : CSR matrix (M, N)
+        Canonical; with several processes each passes all of it.
+    source : RowMap
+        Where the rows of the table are.
+    params : AlsParams
+        As in `place`.
+    place : Workplace
+        That of the table.
+    """
+    entries, lengths = InMemory(rows, None), np.diff(rows.indptr).astype(np.int64)
+    plan = make_plan(lengths, params, place)
+    items = Side(source, None, None, None, np.zeros(len(source.slots), np.int64))
+    fill = _Filling(entries, plan, params, place, False)
+    users = fill.side("user", layout.map_rows(lengths, plan), source, lengths)
+    return Data(users, items, plan, params, place, rows.nnz, fill.absolute_sum)
+
+
+def _lengths(entries: Entries, side: str, place: Workplace) -> tuple[np.ndarray, np.ndarray | None]:
+    """Entries (M,) of all rows of a side and, if each process has its part, whose they are."""
+    n_rows = entries.shape[_SIDES.index(side)]
+    rows, counts = entries.lengths(side, place.process, len(place.processes))
+    if isinstance(entries, InMemory):
+        return counts, None
+    lengths = np.zeros(n_rows, np.int64)
+    if len(place.processes) == 1:
+        lengths[rows] = counts
+        return lengths, None
+    pairs = np.full((place.agree(len(rows)), 2), -1, np.int64)
+    pairs[: len(rows)] = np.stack([rows, counts], axis=1)
+    # Rows without entries are in no file: anybody's.
+    owners = np.arange(n_rows) % len(place.processes)
+    for process, found in enumerate(place.gather_processes(pairs)):
+        found = found[found[:, 0] >= 0]
+        lengths[found[:, 0]], owners[found[:, 0]] = found[:, 1], process
+    return lengths, owners
+
+
+class _Filling:
+    """Fills and places one side after the other."""
+
+    def __init__(
+        self, entries: Entries, plan: Plan, params: AlsParams, place: Workplace, divided: bool
+    ) -> None:
+        self._entries, self._plan, self._params, self._place = entries, plan, params, place
+        self._divided = divided
+        self._dtype = np.dtype(params.compute_dtype)
+        self.absolute_sum = 0.0
+
+    def side(self, name: str, rows: RowMap, source: RowMap, lengths: np.ndarray) -> Side:
+        """Lay out and place one side."""
+        place, local = self._place, self._place.local
+        blocks = self._blocks(name)
+        if name == "user":
+            blocks = self._summed(blocks)
+        ids, values = cells.fill(blocks, rows, source.slots, source.pad_slot, local, self._dtype)
+        if name == "user" and self._divided:
+            self.absolute_sum = float(place.gather_processes(np.array(self.absolute_sum)).sum())
+        routes, sends = None, np.zeros((len(local), 0), np.int32)
+        if place.together.sharded:
+            routes, sends = exchange.plan(
+                ids, rows.rungs, place.n_shards, source.n_slots, place.agree
+            )
+        with precision(self._params.dtype):
+            counts = layout.to_slots(lengths.astype(np.int32), rows, local)
+            own = Own(*(place.put(each) for each in (ids, values, counts, sends)))
+            if routes is not None:
+                _, _, sends = turning(rows, routes, place)(own.sends, None)
+                own = own._replace(sends=sends)
+            long = self._long(name, rows, source, lengths) if len(rows.long) else None
+        return Side(rows, own, long, routes, lengths)
+
+    def _blocks(self, name: str) -> cells.Blocks:
+        return self._entries.blocks(name, self._place.process, len(self._place.processes))
+
+    def _summed(self, blocks: cells.Blocks) -> cells.Blocks:
+        for rows, block in blocks:
+            self.absolute_sum += float(np.abs(block.data).sum(dtype=np.float64))
+            yield rows, block
+
+    def _long(self, name: str, rows: RowMap, source: RowMap, lengths: np.ndarray) -> Long:
+        """Entries of long rows: with their row on a single device, else with their source row."""
+        place = self._place
+        other = _SIDES[name == "user"]
+        # A process that has read only its own rows finds them in those of the other side.
+        found = cells.long_entries(
+            self._blocks(other if self._divided else name), rows, self._divided
+        )
+        shard_of_source, local_slot = np.divmod(source.slots[found[1]], source.n_slots)
+        if place.mesh is None:
+            shard = rows.slots[rows.long][found[0]] // rows.n_slots
+        else:
+            shard = shard_of_source
+        ids = local_slot if place.together.sharded else source.slots[found[1]]
+        long = cells.fill_long(
+            (found[0], found[1], found[2].astype(self._dtype)),
+            shard, ids, rows, lengths, long_block(self._plan, place), place.local, place.agree,
+        )  # fmt: skip
+        return Long(*(place.put(each) for each in long))
+
+
+def long_block(plan: Plan, place: Workplace) -> int:
+    """Cells of a block of long rows: about what a shard has of one just longer than all rungs."""
+    if place.mesh is None:
+        return plan.lengths[-1]
+    return min(max(plan.lengths[-1] // place.n_shards, _SHORTEST_BLOCK), plan.lengths[-1])
+
+
+def turning(rows: RowMap, routes: tuple[Route, ...], place: Workplace) -> Callable[..., Any]:
+    """Program (requests, None) -> (None, None, sends) of a side."""
+    pairs = zip(routes, rows.rungs, strict=True)
+    groups = tuple((route.groups(rung.n_chunks), route.rows) for route, rung in pairs)
+    return place.whole(_turn, groups)
+
+
+def _turn(
+    groups: tuple[tuple[int, int], ...], together: Together, requests: Array, _: None
+) -> tuple[None, None, Array]:
+    assert together.axis is not None
+    return None, None, exchange.turn(groups, requests, together.axis)
