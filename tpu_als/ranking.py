@@ -8,9 +8,10 @@ Axis letters: B queries of a batch, N items, K factors, W work shards, S slots o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from tpu_als.mesh import Shards, Together, Workplace, precision
 
 # Bytes of scores kept at once: by a thread of a CPU, by another device.
 _BATCH_BYTES = {"cpu": 1 << 24, "other": 1 << 28}
+_KEPT = 2  # memories of so many bytes that a catalog on a CPU keeps between calls
 SEEN = 1 << 12  # least length that lists of seen items are padded to, so that shapes are few
 _SHORTEST = 1e-10  # stands in for the length of a zero row, so that one may divide
 # Rows, lengths and whether they are shown: of all parts, and of one.
@@ -54,6 +56,8 @@ class Catalog:
         Where they are.
     dtype : {"float32", "float64"}
         Of queries and scores; the table may be kept in bfloat16.
+    scratch : SimpleQueue
+        Memory for scores, which calls on a CPU leave to the next ones.
     """
 
     rows: Shards
@@ -63,6 +67,7 @@ class Catalog:
     ids: np.ndarray
     place: Workplace
     dtype: str
+    scratch: SimpleQueue[Array] = field(default_factory=SimpleQueue, repr=False, compare=False)
 
 
 class Seen(NamedTuple):
@@ -243,6 +248,8 @@ def top_k(
     jobs = range(0, len(queries), batch)
     if on_host:
         catalog.place.threads(work, jobs)
+        while catalog.scratch.qsize() > _KEPT:
+            catalog.scratch.get()
     else:  # programs that talk must start in the same order everywhere
         for low in jobs:
             work(low)
@@ -290,14 +297,14 @@ def _by_host(catalog: Catalog, excluded: np.ndarray | None, k: int) -> _Find:
 
     Scores are written into the same memory again and again: new pages would cost as much time.
     """
-    kept, shown = SimpleQueue[Array](), _shown(catalog, excluded)[0]
+    shown, device = _shown(catalog, excluded)[0], catalog.place.devices[0]
     (part,) = _parts(Together(), _placed(catalog, excluded))
 
     def find(queries: np.ndarray, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
-        try:
-            scratch = kept.get_nowait()
-        except Empty:
-            shape, device = (len(queries), len(shown)), catalog.place.devices[0]
+        shape, scratch = (len(queries), len(shown)), None
+        with contextlib.suppress(Empty):
+            scratch = catalog.scratch.get_nowait()
+        if scratch is None or scratch.shape != shape:
             scratch = jnp.zeros(shape, catalog.dtype, device=device)
         out, maxima = _score(scratch, queries, part, seen, _wide(k))
         # A view that lets go of the memory, which np.asarray would not.
@@ -305,7 +312,7 @@ def _by_host(catalog: Catalog, excluded: np.ndarray | None, k: int) -> _Find:
         of_blocks = None if maxima is None else np.asarray(maxima)
         best, slot = topk.largest_of_blocks(scores, of_blocks, shown, k)
         del scores
-        kept.put(out)
+        catalog.scratch.put(out)
         return catalog.ids[0, slot], best
 
     return find
