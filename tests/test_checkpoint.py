@@ -311,7 +311,10 @@ def test_no_traces_are_left(placed: Any, tmp_path: Path, monkeypatch: pytest.Mon
     _save(tmp_path, placed("four"))
     assert _restore(tmp_path, placed("two")) is not None
     assert logging.getLogger().handlers == []
-    assert not [t for t in threading.enumerate() if t not in threads and not t.daemon]
+    for thread in set(threading.enumerate()) - threads:
+        if not thread.daemon:
+            thread.join(20)  # on its way out
+            assert not thread.is_alive(), thread
     assert dict(jax.config.values) == options
 
 
