@@ -169,6 +169,51 @@ class TestRoundTrip:
         assert pickle.loads(packed) == written and len(packed) < 1000
 
 
+class TestHeldOut:
+    @given(matrices(), st.integers(1, 4), st.integers(1, 30), st.integers(0, 99))
+    def test_round_trip(self, known: Any, n_shards: int, memory: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        chosen = (rng.random(known.shape) < 0.3) & (rng.random((known.shape[0], 1)) < 0.5)
+        held_out = sparse.csr_matrix(chosen * np.float32(2))
+        with tempfile.TemporaryDirectory() as folder:
+            options = dict(held_out=held_out, memory_entries=memory)
+            written = write_shards(known, folder, n_shards, **options)
+            assert written == open_shards(folder)
+            assert written.shape == known.shape and written.nnz == known.nnz
+            assert_same(written.to_csr(), known.astype(np.float32))
+            row_ids, found = written.held_out()
+            blocks = list(written.blocks("user", entries=5))
+            ids = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in blocks)])
+            np.testing.assert_array_equal(ids, row_ids)
+            # Rows with nothing to fold in are there as well, and those with nothing at all are not.
+            lengths = known.getnnz(1) + held_out.getnnz(1)
+            np.testing.assert_array_equal(np.sort(row_ids), np.flatnonzero(lengths))
+            assert_same(found, (held_out != 0).astype(np.float32)[row_ids])
+
+    def test_layout(self, tmp_path: Path) -> None:
+        known = random_counts(9, 6)
+        written = write_shards(known, tmp_path, 2, held_out=known, shape=(9, 8))
+        assert written.shape == (9, 8) and written.has_values
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["totals.json", "user"]
+        names = ["row_id", "col_ids", "values", "gt_tag"]
+        assert [pq.read_schema(file).names for file in written.files("user")] == [names] * 2
+        with pytest.raises(ValueError, match="item has 0 Parquet files"):
+            written.blocks("item")
+
+    def test_refused(self, tmp_path: Path) -> None:
+        known = random_counts(4, 3)
+        with pytest.raises(ValueError, match="with held_out the data must be one CSR matrix"):
+            write_shards([known], tmp_path, held_out=known)
+        for wrong, got in ((known[:3], r"\(3, 3\)"), (known.toarray(), r"\(4, 3\)"), ([1], "list")):
+            with pytest.raises(ValueError, match=rf"data's shape \(4, 3\), got .*{got}"):
+                write_shards(known, tmp_path, held_out=wrong)
+        held_out = known.astype(np.float64)
+        held_out.data[0] = np.nan
+        with pytest.raises(ValueError):
+            write_shards(known, tmp_path, held_out=held_out)
+        assert not list(tmp_path.iterdir())
+
+
 class TestMemory:
     def test_runs_are_merged(self, tmp_path: Path) -> None:
         matrix = power_law(300, 80, 5000, exponent=0.8)

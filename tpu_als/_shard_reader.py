@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from numbers import Integral
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -205,6 +206,11 @@ def joined(
         return pieces[0]
     ids, rows = zip(*pieces, strict=True)
     return np.concatenate(ids), sparse.vstack(rows, format="csr")
+
+
+def is_count(number: Any, least: int = 1) -> bool:
+    """Whether it is an integer of at least so much."""
+    return isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= least
 
 
 def parquet_files(folder: Path) -> list[Path]:

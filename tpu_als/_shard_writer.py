@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import sparse
 
-from ._shard_reader import cut_rows, parquet_library
+from ._shard_reader import cut_rows, is_count, parquet_library
 from ._transpose import ExternalTranspose, index_dtype
 from .validation import canonical_csr
 
@@ -82,6 +82,39 @@ def write_sides(
     return n_rows, n_entries, found_values
 
 
+def write_test(
+    known: sparse.csr_matrix,
+    held_out: sparse.csr_matrix,
+    folder: Path,
+    n_columns: int,
+    settings: Settings,
+) -> tuple[int, int, bool]:
+    """Write the folder `user` of data for evaluation, with the column `gt_tag`.
+
+    Parameters
+    ----------
+    known, held_out : csr_matrix of one shape
+        Canonical, float32.
+    folder : Path
+        Exists.
+    n_columns : int
+        Items; at least the columns of the matrices.
+    settings : Settings
+
+    Returns
+    -------
+    n_rows, n_entries, has_values
+        Of `known`, as in `write_sides`.
+    """
+    has_values = bool(np.any(known.data != 1))
+    both = sparse.hstack([known, held_out], format="csr")
+    at_once = min(_ROW_GROUP_ENTRIES, settings.memory_entries // 4 + 1)
+    with PartWriter(folder / "user", n_columns, has_values, settings, held_out=True) as users:
+        for ids, rows in cut_rows(np.arange(both.shape[0]), both, at_once):
+            users.add(ids, rows)
+    return known.shape[0], known.nnz, has_values
+
+
 class PartWriter(contextlib.AbstractContextManager):
     """Rows to the files part-00000.parquet, ... of a folder: row `row_id % n_shards` to each.
 
@@ -95,16 +128,26 @@ class PartWriter(contextlib.AbstractContextManager):
         Whether the files have values; None: they have, but null for row groups of ones.
     settings : Settings
         The entries that wait for their row group are at most `memory_entries`, over all parts.
+    held_out : bool, default=False
+        Whether the second half of the rows' columns are the first half's again, held out.
     """
 
     def __init__(
-        self, folder: Path, n_columns: int, values: bool | None, settings: Settings
+        self,
+        folder: Path,
+        n_columns: int,
+        values: bool | None,
+        settings: Settings,
+        held_out: bool = False,
     ) -> None:
         pa, pq = parquet_library()
         n_shards = settings.n_shards
-        lists = [("col_ids", pa.list_(pa.from_numpy_dtype(index_dtype(n_columns))))]
+        ids = pa.list_(pa.from_numpy_dtype(index_dtype(n_columns)))
+        lists = [("col_ids", ids)]
         if values is not False:
             lists.append(("values", pa.list_(pa.float32())))
+        if held_out:
+            lists.append(("gt_tag", ids))
         self._schema = pa.schema([("row_id", pa.int64()), *lists])
         self._null_if_ones = values is None
         self._group = max(1, min(_ROW_GROUP_ENTRIES, settings.memory_entries // n_shards))
@@ -133,7 +176,7 @@ class PartWriter(contextlib.AbstractContextManager):
         order = stored[np.argsort(row_ids[stored] % n_shards, kind="stable")]
         row_ids, rows = row_ids[order], rows[order]
         bounds = np.searchsorted(row_ids % n_shards, np.arange(n_shards + 1))
-        for part, (begin, end) in enumerate(pairwise(bounds)):
+        for part, (begin, end) in enumerate(itertools.pairwise(bounds)):
             if begin < end:
                 piece = rows[begin:end]
                 self._held[part].append((row_ids[begin:end].copy(), piece))
@@ -154,16 +197,27 @@ class PartWriter(contextlib.AbstractContextManager):
         row_ids = np.concatenate([ids for ids, _ in self._held[part]])
         rows = sparse.vstack([rows for _, rows in self._held[part]], format="csr")
         self._held[part], self._n_held[part] = [], 0
-        offsets = pa.array(rows.indptr.astype(np.int32))
         kinds = {field.name: field.type for field in self._schema}
-        indices = pa.array(rows.indices, kinds["col_ids"].value_type, safe=False)
-        columns = [pa.array(row_ids, pa.int64()), pa.ListArray.from_arrays(offsets, indices)]
+        held_out = None
+        if "gt_tag" in kinds:
+            n_columns = rows.shape[1] // 2
+            rows, held_out = rows[:, :n_columns], rows[:, n_columns:]
+        columns = [pa.array(row_ids, pa.int64()), _id_lists(rows, kinds["col_ids"])]
         if "values" in kinds and self._null_if_ones and np.all(rows.data == 1):
             columns.append(pa.nulls(len(row_ids), kinds["values"]))
         elif "values" in kinds:
-            columns.append(pa.ListArray.from_arrays(offsets, pa.array(rows.data)))
+            columns.append(pa.ListArray.from_arrays(columns[1].offsets, pa.array(rows.data)))
+        if held_out is not None:
+            columns.append(_id_lists(held_out, kinds["gt_tag"]))
         table = pa.Table.from_arrays(columns, schema=self._schema)
         self._writers[part].write_table(table, row_group_size=len(row_ids))
+
+
+def _id_lists(rows: sparse.csr_matrix, kind: Any) -> Any:
+    """The columns of each row, as an Arrow array of lists."""
+    pa, _ = parquet_library()
+    offsets = pa.array(rows.indptr.astype(np.int32))
+    return pa.ListArray.from_arrays(offsets, pa.array(rows.indices, kind.value_type, safe=False))
 
 
 def canonical_blocks(
@@ -192,6 +246,37 @@ def canonical_blocks(
                 f"shape={tuple(shape)}"
             )
         yield canonical_csr(block)
+
+
+def fitting(held_out: Any, data: Any) -> sparse.csr_matrix:
+    """What is held out, canonical, or a ValueError where it does not fit the data."""
+    if not sparse.issparse(data):
+        raise ValueError("with held_out the data must be one CSR matrix, not blocks")
+    if not sparse.issparse(held_out) or held_out.shape != data.shape:
+        got = f"{type(held_out).__name__} {getattr(held_out, 'shape', '')}".rstrip()
+        raise ValueError(
+            f"held_out must be a CSR matrix of the data's shape {data.shape}, got {got}"
+        )
+    return next(canonical_blocks([held_out], None))
+
+
+def prepared(
+    data: Any, shape: tuple[int, int] | None
+) -> tuple[Iterator[sparse.csr_matrix], tuple[int | None, int], bool | None]:
+    """The checked blocks, users and items, and whether there are values; None: not known yet."""
+    is_matrix = sparse.issparse(data)
+    if shape is not None and not (len(shape) == 2 and all(is_count(n, 0) for n in shape)):
+        raise ValueError(f"shape must be two integers of at least 0, got {shape!r}")
+    blocks = canonical_blocks([data] if is_matrix else data, shape)
+    first = next(blocks, None)
+    if first is None:
+        if shape is None:
+            raise ValueError("the data have no block: pass shape=(n_users, n_items)")
+        return blocks, shape, None
+    n_users = data.shape[0] if is_matrix else None
+    has_values = bool(np.any(first.data != 1)) if is_matrix else None
+    sizes = (n_users, first.shape[1]) if shape is None else (int(shape[0]), int(shape[1]))
+    return itertools.chain([first], blocks), sizes, has_values
 
 
 @contextlib.contextmanager

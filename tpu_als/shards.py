@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from scipy import sparse
 
-from ._shard_reader import RowReader, joined, packed, parquet_files, parquet_library, read_totals
-from ._shard_writer import Settings, canonical_blocks, new_directory, write_sides, write_totals
+from ._shard_reader import (
+    RowReader,
+    is_count,
+    joined,
+    packed,
+    parquet_files,
+    parquet_library,
+    read_totals,
+)
+from ._shard_writer import (
+    Settings,
+    fitting,
+    new_directory,
+    prepared,
+    write_sides,
+    write_test,
+    write_totals,
+)
 from ._transpose import index_dtype
 
 FORMAT = 1
@@ -79,7 +93,7 @@ class ShardedMatrix:
         """
         if side not in SIDES:
             raise ValueError(f"side must be one of {SIDES}, got {side!r}")
-        if not (_is_count(parts) and _is_count(part, 0) and part < parts):
+        if not (is_count(parts) and is_count(part, 0) and part < parts):
             raise ValueError(f"part must be from 0 to below parts, got part {part} of {parts}")
         found = parquet_files(self.path / side)
         if len(found) != self.n_shards:
@@ -150,7 +164,7 @@ class ShardedMatrix:
             As in `files`; and, naming the file, for what is no such file, lacks a column, or
             holds an id out of range, a missing or infinite value, or a column twice in a row.
         """
-        if not _is_count(entries):
+        if not is_count(entries):
             raise ValueError(f"entries must be an integer of at least 1, got {entries!r}")
         return packed(self._readers(side, part, parts), self.has_values, int(entries))
 
@@ -260,6 +274,7 @@ def write_shards(
     n_shards: int = 8,
     *,
     shape: tuple[int, int] | None = None,
+    held_out: sparse.csr_matrix | None = None,
     compression: str = "zstd",
     memory_entries: int = 1 << 24,
 ) -> ShardedMatrix:
@@ -280,6 +295,9 @@ def write_shards(
         will read them.
     shape : (int, int), optional
         Users and items, where the last ones have no entries; by default what the data have.
+    held_out : csr_matrix of shape (n_users, n_items), optional
+        For evaluation: the items to find, when the data, one matrix, are what is known of the
+        users. It becomes the column `gt_tag`, and there is no folder `item`.
     compression : str, default="zstd"
         Or "snappy", "gzip", "brotli", "lz4" or "none".
     memory_entries : int, default=2**24
@@ -296,7 +314,8 @@ def write_shards(
         Where `path` is a file, or a directory that is not empty.
     ValueError
         For data that are neither, blocks of different widths, values that are not finite, a shape
-        too small, no block and no shape, or another argument out of range.
+        too small, no block and no shape, `held_out` that does not fit the data, or another
+        argument out of range.
     ImportError
         Where pyarrow, of the extra ``shards``, is not installed.
 
@@ -311,14 +330,20 @@ def write_shards(
     """
     parquet_library()
     for name, number in (("n_shards", n_shards), ("memory_entries", memory_entries)):
-        if not _is_count(number):
+        if not is_count(number):
             raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
     if compression not in _COMPRESSIONS:
         raise ValueError(f"compression must be one of {_COMPRESSIONS}, got {compression!r}")
-    blocks, sizes, has_values = _prepared(data, shape)
+    if held_out is not None:
+        held_out = fitting(held_out, data)
+    blocks, sizes, has_values = prepared(data, shape)
     with new_directory(Path(path).absolute(), SIDES) as folder:
         settings = Settings(int(n_shards), compression, int(memory_entries))
-        n_rows, n_entries, has_values = write_sides(blocks, folder, sizes, has_values, settings)
+        if held_out is None:
+            written = write_sides(blocks, folder, sizes, has_values, settings)
+        else:
+            written = write_test(next(blocks), held_out, folder, sizes[1], settings)
+        n_rows, n_entries, has_values = written
         totals = {
             "format": FORMAT,
             "n_users": n_rows if sizes[0] is None else sizes[0],
@@ -329,26 +354,3 @@ def write_shards(
         }
         write_totals(folder / TOTALS, totals)
     return open_shards(path)
-
-
-def _prepared(
-    data: Any, shape: tuple[int, int] | None
-) -> tuple[Iterator[sparse.csr_matrix], tuple[int | None, int], bool | None]:
-    """The checked blocks, users and items, and whether there are values; None: not known yet."""
-    is_matrix = sparse.issparse(data)
-    if shape is not None and not (len(shape) == 2 and all(_is_count(n, 0) for n in shape)):
-        raise ValueError(f"shape must be two integers of at least 0, got {shape!r}")
-    blocks = canonical_blocks([data] if is_matrix else data, shape)
-    first = next(blocks, None)
-    if first is None:
-        if shape is None:
-            raise ValueError("the data have no block: pass shape=(n_users, n_items)")
-        return blocks, shape, None
-    n_users = data.shape[0] if is_matrix else None
-    has_values = bool(np.any(first.data != 1)) if is_matrix else None
-    sizes = (n_users, first.shape[1]) if shape is None else (int(shape[0]), int(shape[1]))
-    return itertools.chain([first], blocks), sizes, has_values
-
-
-def _is_count(number: Any, least: int = 1) -> bool:
-    return isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= least
