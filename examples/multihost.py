@@ -58,7 +58,7 @@ def train(args: argparse.Namespace) -> None:
         factors=args.factors,
         objective="ials",
         regularization=0.003,
-        unobserved_weight=0.1,
+        unobserved_weight=0.01,
         iterations=args.iterations,
         table_layout="sharded",
         random_state=0,
@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nodes", type=int, default=60_000)
     parser.add_argument("--links", type=int, default=1_500_000)
-    parser.add_argument("--factors", type=int, default=32)
+    parser.add_argument("--factors", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=6)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--checkpoint-dir", help="shared by all processes; extra 'checkpoint'")

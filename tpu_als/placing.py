@@ -261,7 +261,7 @@ def place_rows(
     """
     entries, lengths = InMemory(rows, None), np.diff(rows.indptr).astype(np.int64)
     plan = make_plan(lengths, params, place)
-    items = Side(source, None, None, None, np.zeros(len(source.slots), np.int64))
+    items = Side(source, None, None, None, np.zeros(0, np.int64))
     fill = _Filling(entries, plan, params, place, False)
     users = fill.side("user", layout.map_rows(lengths, plan), source, lengths)
     return Data(users, items, plan, params, place, rows.nnz, fill.absolute_sum)
