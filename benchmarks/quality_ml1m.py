@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import common
+import jax
 import numpy as np
 from scipy import sparse
 
@@ -67,6 +68,7 @@ def fit_ours(train: sparse.csr_matrix, factors: int, seed: int, args: argparse.N
     model = TPUAlternatingLeastSquares(
         factors, REGULARIZATION, iterations=args.iterations, random_state=seed, dtype=args.dtype,
         objective="ials", unobserved_weight=UNOBSERVED_WEIGHT, linear_solver=args.solver,
+        table_layout=args.table_layout,
     )  # fmt: skip
     model.fit(train, show_progress=False)
     return np.asarray(model.user_factors), np.asarray(model.item_factors)
@@ -113,8 +115,9 @@ def run(library: str, factors: int, split: Split, args: argparse.Namespace) -> N
         dtype=args.dtype if ours else "float32",
         solver=args.solver or "default" if ours else args.irspack_solver,
         regularization=REGULARIZATION, unobserved_weight=UNOBSERVED_WEIGHT, exponent=EXPONENT,
-        iterations=args.iterations, fit_s=statistics.median(seconds), **figures,
-        machine=common.machine(),
+        iterations=args.iterations, devices=args.cpu_devices if ours else 1,
+        table_layout=args.table_layout if ours else None, fit_s=statistics.median(seconds),
+        **figures, machine=common.machine(),
     )  # fmt: skip
 
 
@@ -129,6 +132,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
     parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16"], default="float32")
+    parser.add_argument("--cpu-devices", type=int, default=1, help="that a CPU poses as")
+    parser.add_argument("--table-layout", choices=["auto", "replicated", "sharded"], default="auto")
     parser.add_argument("--solver", help="linear_solver of ours; the default one if not given")
     parser.add_argument("--irspack-solver", choices=["CG", "CHOLESKY", "IALSPP"], default="CG")
     parser.add_argument("--ours-only", action="store_true", help="leave irspack out")
@@ -142,6 +147,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.factors, args.seeds, args.iterations = [16], 1, 2
+    if args.cpu_devices > 1:
+        jax.config.update("jax_num_cpu_devices", args.cpu_devices)
     split = load(args.data)
     libraries = ["tpu_als"] + common.installed("irspack") * (not args.ours_only)
     for factors in args.factors:
