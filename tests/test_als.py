@@ -168,6 +168,42 @@ def test_half_epochs_epochs_and_losses_equal_the_oracles(
 
 
 @pytest.mark.parametrize(("solver", "place"), list(zip(EXACT, PLACES[1:4], strict=True)), ids=str)
+@pytest.mark.parametrize(("weight", "sign"), [(1.0, 1), (0.4, -1)])
+def test_without_weights_one_division_is_exact(
+    solver: str,
+    place: tuple[int, int, str],
+    weight: float,
+    sign: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the solver, and though a single step is asked for."""
+    signs = np.where(np.arange(MIXED.nnz) % 3 == 0, sign, 1)
+    matrix = sparse.csr_matrix((signs * np.float32(2), MIXED.indices, MIXED.indptr), MIXED.shape)
+    params = dataclasses.replace(EXACT[solver], factors=12, cg_steps=1, block_size=4)
+    data = _data(matrix, params, _place(*place))
+    tables = _tables(matrix, 12)
+    state = als.start(data, *tables)
+    exact = oracle.Objective("implicit", 0.5, weight / 2, weight)
+    objective = solve.objective(*exact)
+    compiled_in, each = [], Workplace.each
+    monkeypatch.setattr(
+        Workplace, "each", lambda self, f, shape: compiled_in.append(shape) or each(self, f, shape)
+    )
+    for target, source, one in (
+        ("users", tables[1], matrix),
+        ("items", tables[0], matrix.T.tocsr()),
+    ):
+        pair = (state.users, state.items)[:: 1 if target == "users" else -1]
+        found = als.half_epoch(*pair, data, objective, target=target)
+        state_of = (
+            AlsState(found, state.items) if target == "users" else AlsState(state.users, found)
+        )
+        table = (als.user_factors if target == "users" else als.item_factors)(state_of, data)
+        _close(table, oracle.half_epoch(one, source.astype(np.float64), exact), "float32")
+    assert compiled_in and all("'diagonal'" in repr(shape) for shape in compiled_in)
+
+
+@pytest.mark.parametrize(("solver", "place"), list(zip(EXACT, PLACES[1:4], strict=True)), ids=str)
 def test_rows_longer_than_the_longest_rung(solver: str, place: tuple[int, int, str]) -> None:
     """Real lengths: over 4096 entries, on the plan that `place` makes itself."""
     rng = np.random.default_rng(0)

@@ -14,6 +14,7 @@ Axis letters: W work shards, S slots of a shard, K factors, M target rows, N sou
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -156,10 +157,20 @@ def passes(
 ) -> list[tuple[Any, Any, Shared]]:
     """Programs, with what they read, that in turn solve all rows of a side (`Workplace.run`)."""
     given = _shared(basis, objective, data.params, relaxation)
+    if _weights_vanish(data, objective):
+        data = replace(data, params=replace(data.params, linear_solver="diagonal"))
     programs = _programs(sweep.solve_rungs, side, side.own, data, given)
     if side.long is not None:
         programs.append(_long_program(sweep.solve_long, side, side.long, data, given))
     return programs
+
+
+def _weights_vanish(data: Data, objective: Objective) -> bool:
+    """Whether every weight w of (1) is 0, as for binary data with alpha 1 and "implicit"."""
+    if data.magnitudes is None or data.magnitudes[0] != data.magnitudes[1]:
+        return False
+    value = np.asarray(data.magnitudes[0], data.params.compute_dtype)
+    return bool(solve.confidence(typed(objective, data.params), value)[0] == 0)
 
 
 def preparing(data: Data) -> Callable[..., Any]:

@@ -50,7 +50,8 @@ class AlsParams:
     dtype : {"float32", "float64", "bfloat16"}
         Storage of the tables. Sums are float32, or float64 with "float64".
     linear_solver : {"cg", "cholesky", "subspace", "auto"}
-        How the rows' systems (1) are solved; "auto" takes the cheapest by `cheapest_solver`.
+        How the rows' systems (1) are solved; "auto" takes the cheapest by `cheapest_solver`. Where
+        every w is 0 they are diagonal, and solved as such ("diagonal").
     cg_steps : int
         Steps of "cg".
     block_size : int
@@ -74,10 +75,11 @@ class AlsParams:
 
     def shape(self, rows: int, length: int) -> Shape:
         """The static part of a rung's program."""
+        steps, block_size = self.cg_steps, self.block_size
         return Shape(
             self.linear_solver,
-            self.cg_steps,
-            self.block_size,
+            steps if self.linear_solver != "diagonal" else 0,
+            block_size if self.linear_solver != "diagonal" else 0,
             self.compute_dtype,
             rows,
             length,
@@ -124,7 +126,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Data:
-    """Both orientations of a matrix, laid out and placed; reusable for any parameter values."""
+    """Both orientations of a matrix, laid out and placed; reusable for any parameter values.
+
+    `magnitudes` are the least and the largest absolute value of an entry, where they are known.
+    """
 
     users: Side
     items: Side
@@ -133,6 +138,7 @@ class Data:
     place: Workplace
     n_entries: int
     absolute_sum: float
+    magnitudes: tuple[float, float] | None = None
 
 
 def make_plan(lengths: np.ndarray, params: AlsParams, place: Workplace) -> Plan:
@@ -226,6 +232,7 @@ def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Wor
         place,
         user_items.nnz,
         fill.absolute_sum,
+        fill.magnitudes,
     )
 
 
@@ -296,7 +303,7 @@ class _Filling:
         self._entries, self._plan, self._params, self._place = entries, plan, params, place
         self._divided = divided
         self._dtype = np.dtype(params.compute_dtype)
-        self.absolute_sum = 0.0
+        self.absolute_sum, self.magnitudes = 0.0, (np.inf, -np.inf)
 
     def side(self, name: str, rows: RowMap, source: RowMap, lengths: np.ndarray) -> Side:
         """Lay out and place one side."""
@@ -306,7 +313,9 @@ class _Filling:
             blocks = self._summed(blocks)
         ids, values = cells.fill(blocks, rows, source.slots, source.pad_slot, local, self._dtype)
         if name == "user" and self._divided:
-            self.absolute_sum = float(place.gather_processes(np.array(self.absolute_sum)).sum())
+            found = np.array([self.absolute_sum, *self.magnitudes])
+            sums, least, most = place.gather_processes(found).T
+            self.absolute_sum, self.magnitudes = float(sums.sum()), (least.min(), most.max())
         routes, sends = None, np.zeros((len(local), 0), np.int32)
         if place.together.sharded:
             routes, sends = exchange.plan(
@@ -326,7 +335,9 @@ class _Filling:
 
     def _summed(self, blocks: cells.Blocks) -> cells.Blocks:
         for rows, block in blocks:
-            self.absolute_sum += float(np.abs(block.data).sum(dtype=np.float64))
+            sizes, (least, most) = np.abs(block.data), self.magnitudes
+            self.absolute_sum += float(sizes.sum(dtype=np.float64))
+            self.magnitudes = sizes.min(initial=least), sizes.max(initial=most)
             yield rows, block
 
     def _long(self, name: str, rows: RowMap, source: RowMap, lengths: np.ndarray) -> Long:

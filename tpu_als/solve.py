@@ -166,6 +166,11 @@ def residual(block: Block, z: Array) -> Array:
     return project(block, block.v - block.w * predict(block, z))
 
 
+def rows_diagonal(rhs: Array, d: Array) -> Array:
+    """Equation (3) where every w is 0: E^T v (R, K) over the diagonal part d."""
+    return rhs / d
+
+
 def rows_cg(
     normal: Callable[[Array], Array],
     curvature: Callable[[Array], Array],

@@ -133,7 +133,9 @@ def solve_block(
     `z` is where the iterative solvers start, in the eigenbasis; the result is in the caller's.
     """
     d, before = solve.diagonal(basis, objective, lengths), z
-    if shape.solver == "cholesky":
+    if shape.solver == "diagonal":
+        z = solve.rows_diagonal(solve.project(block, block.v), d)
+    elif shape.solver == "cholesky":
         z = solve.rows_exact(block, d, shape.positive)
     elif shape.solver == "subspace":
         z = solve.rows_subspace(block, d, z, shape.block_size)
@@ -230,7 +232,9 @@ def solve_long(shape: Shape, out: Array, long: Long, held: Array, shared: Shared
             return lax.dynamic_slice_in_dim(p, row, 1)
 
         d, before = solve.diagonal(basis, objective, lengths), z
-        if shape.solver == "cholesky":
+        if shape.solver == "diagonal":
+            z = solve.rows_diagonal(over(lambda b, _: solve.project(b, b.v), vector), d)
+        elif shape.solver == "cholesky":
             zero = jnp.zeros((rows, z.shape[1], z.shape[1]), shape.dtype)
             z = solve.rows_direct(over(lambda b, _: solve.accumulate(b), (zero, vector)), d)
         else:
