@@ -88,6 +88,8 @@ def test_a_lost_process_ends_the_other_and_a_restart_goes_on(
     # the process that keeps the others' addresses takes them with it, if JAX is quicker than we
     assert "lost touch with another one" in output[1 - victim] or victim == 0
     assert "another" in output[1 - victim] or "coordination service" in output[1 - victim]
+    if victim == 0:
+        return  # a restart is the same whoever was lost
     uninterrupted, _ = _run((2, 1), folder, [case])[0]
     elsewhere = shutil.copytree(tmp_path / "saved", tmp_path / "copy")
     for found in _run((2, 1), folder, [saved])[0]:
