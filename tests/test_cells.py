@@ -6,19 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import PLANS
 from scipy import sparse
 
 from tpu_als import cells, layout
 from tpu_als.cells import InMemory, Long
 from tpu_als.layout import Plan, RowMap
-
-PLANS = st.builds(
-    Plan,
-    lengths=st.sampled_from([(8,), (8, 16), (8, 24, 64), (2, 3, 5), (1,)]),
-    chunk=st.sampled_from([1, 8, 32, 256]),
-    most_rows=st.sampled_from([1, 3, 1 << 30]),
-    n_shards=st.integers(1, 4),
-)
 
 
 @st.composite

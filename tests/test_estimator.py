@@ -332,18 +332,23 @@ def same_tables(one: Any, other: Any) -> bool:
     )
 
 
+def cut_off(settings: dict[str, Any]) -> None:
+    """Begin a fit, and interrupt it after its third iteration."""
+
+    def stop(iteration: int, seconds: float, loss: float | None) -> None:
+        if iteration == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model(**settings).fit(COUNTS, show_progress=False, callback=stop)
+
+
 class TestCheckpoints:
     def test_a_fit_that_was_cut_off_ends_as_if_it_was_not(self, tmp_path: Path) -> None:
         settings = dict(iterations=5, over_relaxation=1.4, calculate_training_loss=True)
         whole = fitted(**settings)
-
-        def stop(iteration: int, seconds: float, loss: float | None) -> None:
-            if iteration == 2:
-                raise KeyboardInterrupt
-
         settings["checkpoint_dir"] = tmp_path
-        with pytest.raises(KeyboardInterrupt):
-            model(**settings).fit(COUNTS, show_progress=False, callback=stop)
+        cut_off(settings)
         seen = []
         resumed = model(**settings)
         resumed.fit(COUNTS, show_progress=False, callback=lambda i, s, loss: seen.append(i))
@@ -381,14 +386,8 @@ class TestCheckpoints:
         settings = dict(iterations=30, early_stopping=True, n_iter_no_change=3)
         whole = fitted(**settings)
         assert 3 < whole.n_iter_ < 30
-
-        def stop(iteration: int, seconds: float, loss: float | None) -> None:
-            if iteration == 2:
-                raise KeyboardInterrupt
-
         settings["checkpoint_dir"] = tmp_path
-        with pytest.raises(KeyboardInterrupt):
-            model(**settings).fit(COUNTS, show_progress=False, callback=stop)
+        cut_off(settings)
         for _ in range(2):
             resumed = model(**settings).fit(COUNTS, show_progress=False)
             assert resumed.history_["ndcg"] == whole.history_["ndcg"]

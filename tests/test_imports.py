@@ -41,11 +41,11 @@ FLOORS = [
     ["solve"],
     ["mesh"],
     ["layout"],
-    ["validation"],
+    ["validation", "_atomic"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 HOST_ONLY = ["layout", "cells", "validation", "evaluation", "weighting", "datasets", "holdout"]
-HOST_ONLY += ["shards", "_shard_writer", "_shard_reader", "_transpose"]
+HOST_ONLY += ["shards", "_shard_writer", "_shard_reader", "_transpose", "_atomic", "model_file"]
 
 
 def tree(path: Path) -> ast.Module:

@@ -8,17 +8,11 @@ import itertools
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import PLANS
 
 from tpu_als import layout
 from tpu_als.layout import Plan, RowMap
 
-PLANS = st.builds(
-    Plan,
-    lengths=st.sampled_from([(8,), (8, 16), (8, 24, 64), (2, 3, 5), (1,)]),
-    chunk=st.sampled_from([1, 8, 32, 256]),
-    most_rows=st.sampled_from([1, 3, 1 << 30]),
-    n_shards=st.integers(1, 4),
-)
 LENGTHS = st.lists(st.integers(0, 90), max_size=60).map(lambda n: np.array(n, np.int64))
 
 

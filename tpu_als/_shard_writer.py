@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from ._atomic import replacing
 from ._shard_reader import cut_rows, is_count, parquet_library
 from ._transpose import ExternalTranspose, index_dtype
 from .validation import canonical_csr
@@ -298,13 +298,5 @@ def new_directory(folder: Path, names: Iterable[str]) -> Iterator[Path]:
 
 def write_totals(file: Path, totals: dict[str, Any]) -> None:
     """Write a JSON file that has its name only once it is complete."""
-    part = file.with_name(f"_{file.name}.tmp")
-    try:
-        with open(part, "x", encoding="utf-8") as stream:
-            json.dump(totals, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, file)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with replacing(file) as stream:
+        stream.write(json.dumps(totals, indent=1).encode())

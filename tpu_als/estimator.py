@@ -77,7 +77,7 @@ class TPUAlternatingLeastSquares(
         parts, rows travelling to where they are needed. "auto" goes by a device's memory.
     over_relaxation : float, default=1.0
         How far `fit` moves rows towards their solution. 1 is ALS; 1.5 takes about half as many
-        iterations to the same loss. Between 0 and 2; the first and last iterations use 1.
+        iterations to the same loss. Between 0 and 2; the first and last of `iterations` use 1.
     warm_start : bool, default=False
         Start `fit` from the present tables, as implicit always does.
     use_gpu : bool, default=None
@@ -355,7 +355,7 @@ class TPUAlternatingLeastSquares(
 
     @property
     def _n_features_out(self) -> int:
-        return self._fitted_table("item").shape[1]
+        return self._shape("item")[1]
 
     def _checked_params(self) -> placing.AlsParams:
         """Interpret the constructor's parameters, or raise for one that is wrong."""
@@ -408,19 +408,21 @@ class TPUAlternatingLeastSquares(
         if self.early_stopping:
             rows, hidden = holdout.hide(rows, self.validation_fraction)
             monitor = EarlyStopping(rows, hidden, self.n_iter_no_change, self.tol)
-        training = Training(
-            placing.place(rows, params, self._place()),
-            self._objective(),
-            iterations=int(self.iterations),
-            over_relaxation=float(self.over_relaxation),
-            with_loss=bool(self.calculate_training_loss),
-            monitor=monitor,
-            checkpoints=checkpoints,
-            settings=self._settings(),
-        )
-        if not training.resume():
-            on_devices = isinstance(rows, ShardedMatrix)
-            training.state = self._start(training.data, on_devices)
+        place = self._place()
+        with place.watched():
+            training = Training(
+                placing.place(rows, params, place),
+                self._objective(),
+                iterations=int(self.iterations),
+                over_relaxation=float(self.over_relaxation),
+                with_loss=bool(self.calculate_training_loss),
+                monitor=monitor,
+                checkpoints=checkpoints,
+                settings=self._settings(),
+            )
+            if not training.resume():
+                on_devices = isinstance(rows, ShardedMatrix)
+                training.state = self._start(training.data, on_devices)
         return training
 
     def _take_over(self, training: Training) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from ._atomic import replacing
 from .validation import storage_dtype
 
 PREFIX = "tpu_als_"
@@ -113,7 +112,7 @@ def save_npz(target: str | os.PathLike | BinaryIO, values: dict[str, Any]) -> No
     if hasattr(target, "write"):
         np.savez(target, **arrays)
         return
-    with _replacing(_with_suffix(target)) as file:
+    with replacing(_with_suffix(target)) as file:
         np.savez(file, **arrays)
 
 
@@ -156,18 +155,3 @@ def load_npz(source: str | os.PathLike | BinaryIO) -> dict[str, Any]:
 def _with_suffix(path: str | os.PathLike) -> Path:
     text = os.fspath(path)
     return Path(text if text.endswith(".npz") else text + ".npz")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the name `path` only after all of it is on disk."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(part, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise

@@ -32,6 +32,7 @@ _SHORTEST_BLOCK = 128  # cells of a block of a long row, of which each shard has
 # Factors times cells that take as long, over a fit or a few, as compiling one more rung.
 _RUNG_CELLS = {"cpu": 4e6, "other": 1e8}
 _LADDER_SLACK = 1.1  # padding accepted, against the best ladder's, for a ladder compiled before
+_GATHERED = 1 << 20  # row lengths of each process gathered at once
 _SHARED_WASTE = 1 << 26  # bytes of unused slots that sharing programs between the sides may cost
 # Bytes a second that gathered entries are re-read with, and flops of batched products and solves.
 _SPEEDS = {"cpu": (1e11, 4e10), "other": (2e12, 2e13)}
@@ -288,9 +289,11 @@ def _lengths(entries: Entries, side: str, place: Workplace) -> tuple[np.ndarray,
     pairs[: len(rows)] = np.stack([rows, counts], axis=1)
     # Rows without entries are in no file: anybody's.
     owners = np.arange(n_rows) % len(place.processes)
-    for process, found in enumerate(place.gather_processes(pairs)):
-        found = found[found[:, 0] >= 0]
-        lengths[found[:, 0]], owners[found[:, 0]] = found[:, 1], process
+    # In pieces, as what is gathered passes through the devices.
+    for low in range(0, len(pairs), _GATHERED):
+        for process, found in enumerate(place.gather_processes(pairs[low : low + _GATHERED])):
+            found = found[found[:, 0] >= 0]
+            lengths[found[:, 0]], owners[found[:, 0]] = found[:, 1], process
     return lengths, owners
 
 
