@@ -427,3 +427,33 @@ class TestApproximateRanking:
     def test_other_values_are_refused(self, value: Any) -> None:
         with pytest.raises(ValueError, match="approximate_recall must be None or a number between"):
             fitted(approximate_recall=value)
+
+
+class TestTablesOnDevices:
+    def test_nothing_but_reading_them_brings_them_to_the_host(self) -> None:
+        settings = dict(devices=2, table_layout="sharded", alpha=3.0)
+        found, expected = fitted(**settings), fitted(alpha=3.0)
+        found.set_output(transform="pandas")
+        folded = found.transform(COUNTS)
+        assert list(folded.columns) == list(found.get_feature_names_out())
+        np.testing.assert_allclose(folded, expected.transform(COUNTS), rtol=0, atol=1e-4)
+        users = np.arange(8)
+        for name, arguments in (
+            ("recommend", (users, COUNTS[users], 5)),
+            ("similar_items", (users, 5)),
+            ("similar_users", (3, 5)),
+        ):
+            for mine, theirs in zip(
+                getattr(found, name)(*arguments), getattr(expected, name)(*arguments), strict=True
+            ):
+                np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(
+            found.score_pairs(users, users), expected.score_pairs(users, users), atol=1e-4
+        )
+        assert found.score(COUNTS) == pytest.approx(expected.score(COUNTS), abs=0.01)
+        explained = [m.explain(0, COUNTS, 1)[0] for m in (found, expected)]
+        assert explained[0] == pytest.approx(explained[1], abs=1e-4)
+        np.testing.assert_allclose(found.YtY, expected.YtY, rtol=1e-4, atol=1e-4)
+        assert all(found._resident(side) is not None for side in ("user", "item"))
+        np.testing.assert_allclose(found.item_factors, expected.item_factors, rtol=0, atol=1e-4)
+        assert found._resident("item") is None and found._resident("user") is not None
