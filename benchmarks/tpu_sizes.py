@@ -173,7 +173,7 @@ def _side(
 
 def _route(rung: Rung, source: Lengths, n_devices: int) -> Route:
     """The route that `exchange.plan` would find: rows for the fullest of all messages."""
-    chunks = exchange.group_chunks(rung)
+    chunks = exchange.group_chunks(rung, n_devices)
     route = Route(chunks, 0)
     mean = distinct(source, chunks * rung.rows * rung.length) / n_devices
     messages = n_devices**2 * route.groups(rung.n_chunks)

@@ -143,3 +143,17 @@ def test_received_bytes_fall_with_the_devices() -> None:
     for devices in (4, 8):
         ideal = each[2] * 2 * (devices - 1) / devices * 2 / devices
         assert each[devices] < 1.15 * ideal
+
+
+def test_messages_stay_long_with_many_devices() -> None:
+    """What a device receives for its share of the entries: no more a cell with many devices."""
+    rng, n_slots = np.random.default_rng(0), 1 << 22
+    each = {}
+    for devices in (64, 1024):
+        n_chunks = devices // 64
+        rung = layout.Rung(64, 1 << 11, 0, 0, n_chunks)
+        ids = rng.integers(0, n_slots, (1, n_chunks << 17)).astype(np.int32)
+        routes, requests = exchange.plan(ids, (rung,), devices, n_slots // devices, int)
+        assert requests.size == routes[0].groups(n_chunks) * devices * routes[0].rows
+        each[devices] = exchange.received_rows(routes, (rung,), devices) / n_chunks
+    assert each[1024] < 1.05 * each[64]

@@ -21,7 +21,10 @@ from jax import Array, lax
 from tpu_als import layout
 from tpu_als.layout import Rung
 
-GROUP_CELLS = 1 << 17  # cells whose rows arrive together: enough to share rows and fill messages
+# Cells whose rows arrive together: enough to share rows; and for each device, so that messages stay
+# long when there are many. All are as long as the fullest one, and short ones are uneven.
+GROUP_CELLS = 1 << 17
+_MESSAGE_CELLS = 1 << 11
 
 
 class Route(NamedTuple):
@@ -77,7 +80,7 @@ def plan(
     routes, requests = [], []
     for rung in rungs:
         size = rung.rows * rung.length
-        chunks = group_chunks(rung)
+        chunks = group_chunks(rung, n_devices)
         last = rung.first_cell + rung.n_chunks * size
         groups = [
             slice(at, min(at + chunks * size, last))
@@ -101,9 +104,10 @@ def plan(
     return tuple(routes), np.concatenate([empty, *requests], axis=1)
 
 
-def group_chunks(rung: Rung) -> int:
+def group_chunks(rung: Rung, n_devices: int) -> int:
     """Chunks of a rung whose rows arrive together."""
-    return min(max(GROUP_CELLS // (rung.rows * rung.length), 1), rung.n_chunks)
+    group = max(GROUP_CELLS, n_devices * _MESSAGE_CELLS)
+    return min(max(group // (rung.rows * rung.length), 1), rung.n_chunks)
 
 
 def message_rows(most: int) -> int:
