@@ -112,10 +112,9 @@ class Serving(FoldIn):
             Cosines.
         """
         n = validation.result_count(N)
-        factors = self._item_factor(itemid, item_users, recalculate_item)
-        lengths = norms(factors) if recalculate_item else None
+        factors = self.recalculate_item(itemid, item_users) if recalculate_item else None
         names = ("items", "filter_items")
-        return self._similar(itemid, "item", n, factors, lengths, items, filter_items, names)
+        return self._similar(itemid, "item", n, factors, items, filter_items, names)
 
     def similar_users(
         self, userid: Any, N: int = 10, filter_users: Any = None, users: Any = None
@@ -140,9 +139,8 @@ class Serving(FoldIn):
         scores : ndarray of the factors' dtype and the same shape
             Cosines.
         """
-        n, factors = validation.result_count(N), self._user_factor(userid, None)
-        names = ("users", "filter_users")
-        return self._similar(userid, "user", n, factors, None, users, filter_users, names)
+        n, names = validation.result_count(N), ("users", "filter_users")
+        return self._similar(userid, "user", n, None, users, filter_users, names)
 
     def score_pairs(self, userids: Any, itemids: Any) -> np.ndarray:
         """Score given pairs of a user and an item.
@@ -240,20 +238,22 @@ class Serving(FoldIn):
         ids: Any,
         side: str,
         n: int,
-        factors: np.ndarray,
-        lengths: np.ndarray | None,
+        factors: np.ndarray | None,
         chosen: Any,
         dropped: Any,
         names: tuple[str, str],
     ) -> tuple[np.ndarray, np.ndarray]:
-        table_norms = self.item_norms if side == "item" else self.user_norms
-        chosen, excluded = validation.selection(chosen, dropped, len(table_norms), names)
-        if lengths is None:
-            at, is_scalar, _ = validation.ids_of(ids, len(table_norms))
-            lengths = table_norms[at[0] if is_scalar else at]
-        queries = np.atleast_2d(factors) / np.reshape(lengths, (-1, 1))
-        found = self._rank(queries, side, n, chosen=chosen, excluded=excluded, lengths=table_norms)
-        return _unwrapped(found, factors.ndim == 1)
+        """Neighbours of some rows of a table, or of the factors that were solved in their place."""
+        lengths = self.item_norms if side == "item" else self.user_norms
+        chosen, excluded = validation.selection(chosen, dropped, len(lengths), names)
+        if factors is None:
+            at, is_scalar, _ = validation.ids_of(ids, len(lengths), f"{side}id")
+            queries = self._rows(side, at) / lengths[at, None]
+        else:
+            is_scalar = factors.ndim == 1
+            queries = np.atleast_2d(factors / norms(factors)[..., None])
+        found = self._rank(queries, side, n, chosen=chosen, excluded=excluded, lengths=lengths)
+        return _unwrapped(found, is_scalar)
 
     def _rank(
         self,
@@ -311,8 +311,7 @@ def _fill(
 
     implicit's callers count on a whitelist coming back whole, with filtered items last.
     """
-    short = ids[:, -1] == NO_ID
-    for row in np.flatnonzero(short) if short.any() else ():
+    for row in (ids[:, -1] == NO_ID).nonzero()[0]:
         out = np.empty(0, np.int64) if excluded is None else excluded
         if seen is not None:
             liked = seen.indices[seen.indptr[row] : seen.indptr[row + 1]]

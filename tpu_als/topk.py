@@ -98,7 +98,7 @@ def largest_of_row(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     if n_blocks < 4 * k:
         columns = scores.argpartition(-k)[-k:]
     else:
-        maxima = scores[: n_blocks * BLOCK].reshape(BLOCK, n_blocks).max(axis=0)
+        maxima = np.maximum.reduce(scores[: n_blocks * BLOCK].reshape(BLOCK, n_blocks))
         maxima.partition(n_blocks - k)
         # So many columns have at least this, and few more do.
         columns = (scores >= maxima[n_blocks - k]).nonzero()[0]
@@ -120,10 +120,12 @@ def top_k_on_host(
 
     `lengths` (N,), where given, divide the scores; the rest is as there.
     """
-    ids, scores = empty(len(queries), k, table.dtype)
     width = min(k, len(table))
+    if not width:
+        return empty(len(queries), k, table.dtype)
+    ids, scores = np.empty((len(queries), k), np.int32), np.empty((len(queries), k), table.dtype)
     # One product a query: a thin matrix product is much slower than so many with a vector.
-    for row, query in enumerate(queries if width else ()):
+    for row, query in enumerate(queries):
         products = np.matmul(table, query, out=_scratch(len(table), table.dtype))
         if lengths is not None:
             products /= lengths
@@ -132,7 +134,11 @@ def top_k_on_host(
         if excluded is not None:
             products[excluded] = -np.inf
         best, found = largest_of_row(products, width)
-        keep_finite(ids[row, :width], scores[row, :width], found, best)
+        if best[-1] > -np.inf and width == k:  # the usual call: nothing is missing
+            ids[row], scores[row] = found, best
+        else:
+            ids[row], scores[row] = empty(1, k, table.dtype)
+            keep_finite(ids[row, :width], scores[row, :width], found, best)
     return ids, scores
 
 
