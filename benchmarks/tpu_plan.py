@@ -211,6 +211,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--entries", type=float, default=30e9)
     parser.add_argument("--factors", type=int, default=128)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument(
+        "--values", choices=("float32", "bfloat16"), help="of the entries, unless all are 1"
+    )
     parser.add_argument("--linear-solver", choices=(*solve.SOLVERS, "auto"), default="cg")
     parser.add_argument("--deviation", type=float, default=1.1, help="of the log of rows' lengths")
     parser.add_argument(
@@ -236,13 +239,14 @@ def main() -> None:
         tpu_sizes.activity(rows, args.entries, cols, args.deviation),
         tpu_sizes.popularity(cols, args.entries, rows, args.exponent),
         AlsParams(args.factors, args.dtype, args.linear_solver),
+        None if args.values is None else np.dtype(placing.DTYPES[args.values]),
     )
     place = workplace(args.topology, args.slices)
     data = tpu_sizes.data(problem, place)
     common.emit(
         benchmark="tpu_plan", what="assumptions", topology=args.topology, slices=args.slices,
         n_chips=where.n_chips, shape=[rows, cols], entries=args.entries, factors=args.factors,
-        dtype=args.dtype, linear_solver=data.params.linear_solver,
+        dtype=args.dtype, values=args.values, linear_solver=data.params.linear_solver,
         rows_log_normal_deviation=args.deviation, columns_rank_exponent=args.exponent,
         longest_row=problem.users.values[-1], longest_column=problem.items.values[-1],
         published=asdict(where.chip), versions=common.versions(),

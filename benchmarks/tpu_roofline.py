@@ -161,6 +161,13 @@ def _stored(params: AlsParams) -> int:
     return {"bfloat16": 2, "float32": 4, "float64": 8}[params.dtype]
 
 
+def _cell(entries: Any) -> int:
+    """Bytes of what is kept of an entry: where its row is, and its value unless all are 1."""
+    return entries.ids.dtype.itemsize + (
+        0 if entries.values is None else entries.values.dtype.itemsize
+    )
+
+
 def _rotate(side: Side, source: Side, params: AlsParams) -> Work:
     """Gramian and rotation of the source table, rotation of the target table."""
     rows = 2 * source.rows.n_slots + side.rows.n_slots
@@ -191,7 +198,7 @@ def _solve(side: Side, params: AlsParams) -> Work:
     chunks = [(rung.n_chunks, rung.rows, rung.length) for rung in side.rows.rungs]
     n_cells = sum(n * rows * length for n, rows, length in chunks)
     factors, reads = params.factors, products(params)
-    moved = n_cells * (8 + _stored(params) * factors * (2 + reads))
+    moved = n_cells * (_cell(side.own) + _stored(params) * factors * (2 + reads))
     work = Work(memory=moved, trips=sum(n for n, _, _ in chunks))
     if params.linear_solver == "cg":
         work.vector_flops = n_cells * 2 * factors * reads
@@ -228,7 +235,7 @@ def _long(side: Side, params: AlsParams, n_shards: int) -> Work:
     else:
         work.vector_flops = size * 2 * factors * (2 * params.cg_steps + 1)
     # Read where it is, written, and read for a product and one with the transpose.
-    work.memory = passes * size * (8 + 4 * _stored(params) * factors)
+    work.memory = passes * size * (_cell(side.long) + 4 * _stored(params) * factors)
     work.interconnect = 2 * batches * (passes + 1) * sums * (n_shards - 1) / n_shards
     return work
 

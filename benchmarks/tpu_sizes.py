@@ -93,11 +93,22 @@ def _scaled(values: np.ndarray, counts: np.ndarray, n_entries: float, most: int)
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be trained: the lengths of both sides and the parameters."""
+    """What is to be trained.
+
+    Attributes
+    ----------
+    users, items : Lengths
+        The lengths of both sides.
+    params : AlsParams
+        The parameters.
+    values : dtype or None
+        What values are kept in; None where all are 1.
+    """
 
     users: Lengths
     items: Lengths
     params: AlsParams
+    values: Any = None
 
 
 def solver(problem: Problem, place: Workplace) -> AlsParams:
@@ -123,7 +134,7 @@ def data(problem: Problem, place: Workplace, shape: Callable[..., Any] | None = 
     shape = shape or sharded(place)
     sides = (problem.users, problem.items)
     users, items = (
-        _side(own, other, plan, params, place, shape)
+        _side(own, other, plan, place, shape, problem.values)
         for own, other in zip(sides, sides[::-1], strict=True)
     )
     return Data(users, items, plan, params, place, int(problem.users.n_entries), 0.0)
@@ -144,9 +155,9 @@ def _side(
     own: Lengths,
     source: Lengths,
     plan: Plan,
-    params: AlsParams,
     place: Workplace,
     shape: Callable[..., Any],
+    values: Any,
 ) -> Side:
     rung_of = np.searchsorted(plan.lengths, np.rint(own.values))
     rows = np.bincount(rung_of, own.counts, minlength=len(plan.lengths) + 1)
@@ -162,12 +173,11 @@ def _side(
         route.groups(rung.n_chunks) * route.rows * place.n_shards
         for route, rung in zip(routes, rungs, strict=True)
     )
-    cell = np.dtype(params.compute_dtype)
     entries = Own(
-        shape((n_cells,), np.int32), shape((n_cells,), cell), shape((n_slots,), np.int32),
-        shape((sends,), np.int32),
+        shape((n_cells,), np.int32), None if values is None else shape((n_cells,), values),
+        shape((n_slots,), np.int32), shape((sends,), np.int32),
     )  # fmt: skip
-    blocks = _long(long, plan, place, cell, shape) if len(row_map.long) else None
+    blocks = _long(long, plan, place, values, shape) if len(row_map.long) else None
     return Side(row_map, entries, blocks, routes, np.broadcast_to(np.int64(0), round(own.n_rows)))
 
 
@@ -189,7 +199,7 @@ def distinct(source: Lengths, draws: int) -> float:
 
 
 def _long(
-    long: Lengths, plan: Plan, place: Workplace, cell: Any, shape: Callable[..., Any]
+    long: Lengths, plan: Plan, place: Workplace, values: Any, shape: Callable[..., Any]
 ) -> Long:
     """Blocks of long rows; the entries of each are spread over all shards by their source rows."""
     length = placing.long_block(plan, place)
@@ -203,7 +213,8 @@ def _long(
     n_blocks = layout.round_up(math.ceil(count + 6 * math.sqrt(count)))
     n_rows = -(-round(long.n_rows) // cells.LONG_ROWS) * cells.LONG_ROWS
     return Long(
-        shape((n_blocks, length), np.int32), shape((n_blocks, length), cell),
+        shape((n_blocks, length), np.int32),
+        None if values is None else shape((n_blocks, length), values),
         shape((n_blocks,), np.int32), shape((n_blocks,), np.int32),
         shape((n_rows // cells.LONG_ROWS + 1,), np.int32),
         shape((n_rows,), np.int32), shape((n_rows,), np.int32),

@@ -86,11 +86,13 @@ def test_every_entry_of_a_long_row_is_in_one_block(
     rows, source = _maps(matrix, plan)
     lengths, block = np.diff(matrix.indptr), plan.lengths[-1]
     both = _in_memory(matrix)
-    found = cells.long_entries(both.blocks("item" if turned else "user"), rows, turned)
+    blocks = both.blocks("item" if turned else "user")
+    found = cells.long_entries(blocks, rows, turned, np.float32)
     of_row = rows.slots[rows.long] // rows.n_slots
-    shard = source.slots[found[1]] // source.n_slots if spread else of_row[found[0]]
+    slots = source.slots[found.source]
+    shard = slots // source.n_slots if spread else of_row[found.long]
     every = range(plan.n_shards)
-    long = cells.fill_long(found, shard, source.slots[found[1]], rows, lengths, block, every, _same)
+    long = cells.fill_long(found, shard, slots, rows, lengths, block, every, _same)
     total: dict[int, list[tuple[int, float]]] = {}
     for number in every:
         for place, entries in _unpacked(long, number, block).items():

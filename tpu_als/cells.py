@@ -6,6 +6,7 @@ filled. Axis letters as in `layout`; J long rows, B blocks of long rows of one s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -36,6 +37,10 @@ class Entries(Protocol):
     def nnz(self) -> int:
         """Stored entries."""
 
+    @property
+    def has_values(self) -> bool:
+        """Whether any stored value is other than 1."""
+
     def lengths(self, side: str, part: int = 0, parts: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Row ids and their stored entries; rows that are missing have none."""
 
@@ -63,6 +68,11 @@ class InMemory:
         """Stored entries."""
         return int(self.user_items.nnz)
 
+    @functools.cached_property
+    def has_values(self) -> bool:
+        """Whether any stored value is other than 1."""
+        return bool((self.user_items.data != 1).any())
+
     def lengths(self, side: str, part: int = 0, parts: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Ids and stored entries of all rows."""
         lengths = np.diff(self._matrix(side).indptr)
@@ -89,7 +99,7 @@ class InMemory:
 
 def fill(
     blocks: Blocks, rows: RowMap, source_slots: np.ndarray, pad: int, shards: range, dtype: Any
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Lay entries into the cells that a row map names; long rows are left out.
 
     Parameters
@@ -104,18 +114,19 @@ def fill(
         What a cell without an entry points at.
     shards : range
         The shards to fill.
-    dtype : dtype
-        Of the values.
+    dtype : dtype or None
+        Of the values; None keeps none.
 
     Returns
     -------
     ids : int32 array (len(shards), cells)
         Source slot of each cell.
-    values : array (len(shards), cells)
+    values : array (len(shards), cells) or None
         Stored value of each cell, 0 in a pad.
     """
     n_cells = len(shards) * rows.n_cells
-    ids, values = np.full(n_cells, pad, np.int32), np.zeros(n_cells, dtype)
+    ids = np.full(n_cells, pad, np.int32)
+    values = None if dtype is None else np.zeros(n_cells, dtype)
     source_slots = source_slots.astype(np.int32)
     for row_ids, block in blocks:
         first = rows.cells[row_ids] - shards.start * rows.n_cells
@@ -124,8 +135,10 @@ def fill(
             first, block = first[mine], block[mine]
         where = np.repeat(first - block.indptr[:-1], np.diff(block.indptr)) + np.arange(block.nnz)
         ids[where] = source_slots[block.indices]
-        values[where] = block.data
-    return ids.reshape(len(shards), -1), values.reshape(len(shards), -1)
+        if values is not None:
+            values[where] = block.data
+    shape = (len(shards), rows.n_cells)
+    return ids.reshape(shape), None if values is None else values.reshape(shape)
 
 
 class Long(NamedTuple):
@@ -138,8 +151,8 @@ class Long(NamedTuple):
     ----------
     ids : int32 array (B, L)
         What each cell points at.
-    values : array (B, L)
-        Stored values.
+    values : array (B, L) or None
+        Stored values; None where all are 1.
     rows : int32 array (B,)
         Row of each block, counted within its batch of rows.
     left : int32 array (B,)
@@ -161,33 +174,50 @@ class Long(NamedTuple):
     lengths: Any
 
 
-def long_entries(
-    blocks: Blocks, rows: RowMap, turned: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Long row (its place in ``rows.long``), source row and value of each of their entries.
+class LongEntries(NamedTuple):
+    """The entries of long rows, in the order in which they were read.
+
+    Attributes
+    ----------
+    long : int32 array (E,)
+        Row of each entry, as its place in ``RowMap.long``.
+    source : int32 array (E,)
+        Its source row.
+    values : array (E,) or None
+        Its stored value.
+    """
+
+    long: np.ndarray
+    source: np.ndarray
+    values: np.ndarray | None
+
+
+def long_entries(blocks: Blocks, rows: RowMap, turned: bool, dtype: Any) -> LongEntries:
+    """Collect the entries of long rows, with values of this dtype; None keeps none.
 
     `turned` says that the blocks hold rows of the source side, whose columns are target rows.
     """
     place = np.full(len(rows.slots), -1, np.int32)
     place[rows.long] = np.arange(len(rows.long))
-    found: list[tuple[np.ndarray, ...]] = [(np.empty(0, np.int32), np.empty(0, int), np.empty(0))]
+    found = [tuple(np.empty(0, each) for each in (np.int32, np.int32, dtype or np.int8))]
     for row_ids, block in blocks:
         if turned:
             long, source = place[block.indices], np.repeat(row_ids, np.diff(block.indptr))
             keep = long >= 0
-            found.append((long[keep], source[keep], block.data[keep]))
+            long, source, values = long[keep], source[keep], block.data[keep]
         else:
             mine = place[row_ids] >= 0
-            own = block[mine]
-            found.append(
-                (np.repeat(place[row_ids[mine]], np.diff(own.indptr)), own.indices, own.data)
-            )
+            block = block[mine]
+            long = np.repeat(place[row_ids[mine]], np.diff(block.indptr))
+            source, values = block.indices, block.data
+        values = np.empty(0, np.int8) if dtype is None else values.astype(dtype)
+        found.append((long, source.astype(np.int32), values))
     long, source, values = (np.concatenate(each) for each in zip(*found, strict=True))
-    return long, source, values
+    return LongEntries(long, source, None if dtype is None else values)
 
 
 def fill_long(
-    entries: tuple[np.ndarray, np.ndarray, np.ndarray],
+    entries: LongEntries,
     shard: np.ndarray,
     ids: np.ndarray,
     rows: RowMap,
@@ -200,8 +230,8 @@ def fill_long(
 
     Parameters
     ----------
-    entries : tuple of arrays
-        As from `long_entries`.
+    entries : LongEntries
+        Those of all long rows.
     shard : int array
         The shard of each entry; those of other processes are left out.
     ids : int array
@@ -217,25 +247,28 @@ def fill_long(
     agree : callable
         The largest of a number over all processes.
     """
-    long, _, values = entries
     n_rows = max(-(-len(rows.long) // LONG_ROWS), 1) * LONG_ROWS
     mine = np.flatnonzero((shard >= shards.start) & (shard < shards.stop))
     # by shard, then by row; the row's own order stays
-    key = (shard[mine] - shards.start) * n_rows + long[mine]
+    key = (shard[mine] - shards.start) * n_rows + entries.long[mine]
     order = np.argsort(key, kind="stable")
+    mine, key = mine[order], key[order]
     counts = np.bincount(key, minlength=len(shards) * n_rows).reshape(len(shards), n_rows)
     blocks = -(-counts // block)
     n_blocks = layout.round_up(agree(int(blocks.sum(axis=1).max(initial=0))))
     ends = np.cumsum(blocks, axis=1)
     first = ends - blocks
-    begin = np.cumsum(counts) - counts.ravel()
-    inside = np.arange(len(mine)) - begin[key[order]]
-    shard_first = np.repeat(np.arange(len(shards)) * n_blocks, n_rows)
-    where = (shard_first + first.ravel())[key[order]] * block + inside
+    first_cell = (first + n_blocks * np.arange(len(shards))[:, None]).ravel() * block
+    where = (first_cell - (np.cumsum(counts) - counts.ravel()))[key] + np.arange(len(mine))
     size = (len(shards), n_blocks, block)
-    out_ids, out_values = np.zeros(size, np.int32), np.zeros(size, values.dtype)
-    out_ids.reshape(-1)[where] = ids[mine][order]
-    out_values.reshape(-1)[where] = values[mine][order]
+
+    def laid(values: np.ndarray) -> np.ndarray:
+        out = np.zeros(size, values.dtype)
+        out.reshape(-1)[where] = values[mine]
+        return out
+
+    out_ids = laid(ids.astype(np.int32, copy=False))
+    out_values = None if entries.values is None else laid(entries.values)
     of_block = np.zeros((len(shards), n_blocks), np.int32)
     left = np.zeros((len(shards), n_blocks), np.int32)
     for at in range(len(shards)):

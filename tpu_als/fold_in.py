@@ -113,6 +113,7 @@ def solve_rows(
     blocks = [(np.arange(len(lengths)), rows)]
     pad, one = source.n_rows, range(1)
     all_ids, all_values = cells.fill(blocks, where, np.arange(pad), pad, one, dtype)
+    assert all_values is not None
     counts = layout.to_slots(lengths.astype(np.int32), where, one)[0]
     begin = np.zeros((rows.shape[0], params.factors), dtype) if start is None else start
     table = layout.to_slots(begin.astype(dtype), where, one)[0]
@@ -131,8 +132,9 @@ def solve_rows(
         at = slice(rung.first_slot + number * rung.rows, rung.first_slot + (number + 1) * rung.rows)
         cell = rung.first_cell + number * rung.rows * rung.length
         part = slice(cell, cell + rung.rows * rung.length)
-        ids = all_ids[0, part].reshape(rung.rows, rung.length)
-        values = all_values[0, part].reshape(rung.rows, rung.length)
+        ids, values = (
+            each[0, part].reshape(rung.rows, rung.length) for each in (all_ids, all_values)
+        )
         return at, (held, basis, objective, ids, values, counts[at], table[at])
 
     def work(job: tuple[Rung, int]) -> None:

@@ -273,7 +273,7 @@ class Workplace:
 
         self.threads(work, list(new))
         if new:
-            _trim()
+            give_back_memory()
 
     def threads(self, work: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
         """Map `work` over the jobs with as many threads as there are shards or cores."""
@@ -415,8 +415,8 @@ def enable_compilation_cache(path: str | os.PathLike[str]) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _trim() -> None:
-    """Give back what compilers have freed: glibc would keep hundreds of megabytes of it."""
+def give_back_memory() -> None:
+    """Give back what was freed: glibc would keep hundreds of megabytes after compiling."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

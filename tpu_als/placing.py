@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from jax import Array
@@ -19,7 +20,7 @@ from tpu_als import cells, exchange, layout
 from tpu_als.cells import Entries, InMemory, Long
 from tpu_als.exchange import Route
 from tpu_als.layout import Plan, RowMap
-from tpu_als.mesh import Together, Workplace, precision
+from tpu_als.mesh import Together, Workplace, give_back_memory, precision
 from tpu_als.sweep import Own, Shape
 
 DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16}
@@ -36,6 +37,8 @@ _GATHERED = 1 << 20  # row lengths of each process gathered at once
 _SHARED_WASTE = 1 << 26  # bytes of unused slots that sharing programs between the sides may cost
 # Bytes a second that gathered entries are re-read with, and flops of batched products and solves.
 _SPEEDS = {"cpu": (1e11, 4e10), "other": (2e12, 2e13)}
+_CHECKED = 1 << 20  # values looked at at once
+_MANY = 1 << 20  # entries whose temporaries are worth the milliseconds of giving them back
 _SIDES = ("user", "item")
 _ladders: dict[Any, list[tuple[int, ...]]] = {}
 
@@ -215,23 +218,32 @@ def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Wor
     """
     if isinstance(user_items, sparse.csr_matrix):
         _check_same(user_items, place)
-        user_items = InMemory(user_items, user_items.T.tocsr())
-    lengths, owners = zip(*(_lengths(user_items, side, place) for side in _SIDES), strict=True)
+        entries: Entries = InMemory(user_items, user_items.T.tocsr())
+    else:
+        entries = user_items
+    lengths, owners = zip(*(_lengths(entries, side, place) for side in _SIDES), strict=True)
     if params.linear_solver == "auto":
         params = replace(params, linear_solver=cheapest_solver(lengths, params, place))
     row_bytes = params.factors * np.dtype(DTYPES[params.dtype]).itemsize
-    place = place.with_layout(max(user_items.shape) * row_bytes)
+    place = place.with_layout(max(entries.shape) * row_bytes)
     plan = make_plan(np.concatenate(lengths), params, place)
     users, items = (layout.map_rows(n, plan, own) for n, own in zip(lengths, owners, strict=True))
     users, items = layout.share_shapes(users, items, _SHARED_WASTE // row_bytes)
-    fill = _Filling(user_items, plan, params, place, owners[0] is not None)
+    fill = _Filling(plan, params, place, _kept_as(entries, params), owners[0] is not None)
+    # Items first: then the matrix turned for them makes room for the users' cells.
+    item_side = fill.side("item", entries, items, users, lengths[1])
+    if isinstance(entries, InMemory):
+        entries = replace(entries, item_users=None)
+    user_side = fill.side("user", entries, users, items, lengths[0])
+    if entries.nnz > _MANY:
+        give_back_memory()
     return Data(
-        fill.side("user", users, items, lengths[0]),
-        fill.side("item", items, users, lengths[1]),
+        user_side,
+        item_side,
         plan,
         params,
         place,
-        user_items.nnz,
+        entries.nnz,
         fill.absolute_sum,
         fill.magnitudes,
     )
@@ -270,8 +282,9 @@ def place_rows(
     entries, lengths = InMemory(rows, None), np.diff(rows.indptr).astype(np.int64)
     plan = make_plan(lengths, params, place)
     items = Side(source, None, None, None, np.zeros(0, np.int64))
-    fill = _Filling(entries, plan, params, place, False)
-    users = fill.side("user", layout.map_rows(lengths, plan), source, lengths)
+    # Values as they come, so that one program serves all calls.
+    fill = _Filling(plan, params, place, np.dtype(params.compute_dtype), False)
+    users = fill.side("user", entries, layout.map_rows(lengths, plan), source, lengths)
     return Data(users, items, plan, params, place, rows.nnz, fill.absolute_sum)
 
 
@@ -297,21 +310,35 @@ def _lengths(entries: Entries, side: str, place: Workplace) -> tuple[np.ndarray,
     return lengths, owners
 
 
+def _kept_as(entries: Entries, params: AlsParams) -> Any:
+    """What dtype values are kept in: None at all where all are 1, bfloat16 where it holds them."""
+    if not entries.has_values:
+        return None
+    narrow = np.dtype(ml_dtypes.bfloat16)
+    if isinstance(entries, InMemory):
+        data = entries.user_items.data
+        parts = (data[low : low + _CHECKED] for low in range(0, len(data), _CHECKED))
+        if all(np.array_equal(part.astype(narrow).astype(part.dtype), part) for part in parts):
+            return narrow
+    return np.dtype(params.compute_dtype)
+
+
 class _Filling:
-    """Fills and places one side after the other."""
+    """Fills and places one side after the other, with values of a dtype, or None of them."""
 
     def __init__(
-        self, entries: Entries, plan: Plan, params: AlsParams, place: Workplace, divided: bool
+        self, plan: Plan, params: AlsParams, place: Workplace, dtype: Any, divided: bool
     ) -> None:
-        self._entries, self._plan, self._params, self._place = entries, plan, params, place
-        self._divided = divided
-        self._dtype = np.dtype(params.compute_dtype)
+        self._plan, self._params, self._place = plan, params, place
+        self._dtype, self._divided = dtype, divided
         self.absolute_sum, self.magnitudes = 0.0, (np.inf, -np.inf)
 
-    def side(self, name: str, rows: RowMap, source: RowMap, lengths: np.ndarray) -> Side:
+    def side(
+        self, name: str, entries: Entries, rows: RowMap, source: RowMap, lengths: np.ndarray
+    ) -> Side:
         """Lay out and place one side."""
         place, local = self._place, self._place.local
-        blocks = self._blocks(name)
+        blocks = self._blocks(name, entries)
         if name == "user":
             blocks = self._summed(blocks)
         ids, values = cells.fill(blocks, rows, source.slots, source.pad_slot, local, self._dtype)
@@ -326,15 +353,16 @@ class _Filling:
             )
         with precision(self._params.dtype):
             counts = layout.to_slots(lengths.astype(np.int32), rows, local)
-            own = Own(*(place.put(each) for each in (ids, values, counts, sends)))
+            own = jax.tree.map(place.put, Own(ids, values, counts, sends))
             if routes is not None:
                 _, _, sends = turning(rows, routes, place)(own.sends, None)
                 own = own._replace(sends=sends)
-            long = self._long(name, rows, source, lengths) if len(rows.long) else None
+            del ids, values
+            long = self._long(name, entries, rows, source, lengths) if len(rows.long) else None
         return Side(rows, own, long, routes, lengths)
 
-    def _blocks(self, name: str) -> cells.Blocks:
-        return self._entries.blocks(name, self._place.process, len(self._place.processes))
+    def _blocks(self, name: str, entries: Entries) -> cells.Blocks:
+        return entries.blocks(name, self._place.process, len(self._place.processes))
 
     def _summed(self, blocks: cells.Blocks) -> cells.Blocks:
         for rows, block in blocks:
@@ -343,25 +371,26 @@ class _Filling:
             self.magnitudes = sizes.min(initial=least), sizes.max(initial=most)
             yield rows, block
 
-    def _long(self, name: str, rows: RowMap, source: RowMap, lengths: np.ndarray) -> Long:
+    def _long(
+        self, name: str, entries: Entries, rows: RowMap, source: RowMap, lengths: np.ndarray
+    ) -> Long:
         """Entries of long rows: with their row on a single device, else with their source row."""
         place = self._place
         other = _SIDES[name == "user"]
         # A process that has read only its own rows finds them in those of the other side.
-        found = cells.long_entries(
-            self._blocks(other if self._divided else name), rows, self._divided
-        )
-        shard_of_source, local_slot = np.divmod(source.slots[found[1]], source.n_slots)
+        blocks = self._blocks(other if self._divided else name, entries)
+        found = cells.long_entries(blocks, rows, self._divided, self._dtype)
+        slots = source.slots[found.source]
         if place.mesh is None:
-            shard = rows.slots[rows.long][found[0]] // rows.n_slots
+            shard = (rows.slots[rows.long] // rows.n_slots)[found.long]
         else:
-            shard = shard_of_source
-        ids = local_slot if place.together.sharded else source.slots[found[1]]
+            shard = slots // source.n_slots
+        ids = slots % source.n_slots if place.together.sharded else slots
         long = cells.fill_long(
-            (found[0], found[1], found[2].astype(self._dtype)),
-            shard, ids, rows, lengths, long_block(self._plan, place), place.local, place.agree,
+            found, shard, ids, rows, lengths, long_block(self._plan, place), place.local,
+            place.agree,
         )  # fmt: skip
-        return Long(*(place.put(each) for each in long))
+        return jax.tree.map(place.put, long)
 
 
 def long_block(plan: Plan, place: Workplace) -> int:

@@ -130,12 +130,16 @@ class Block(NamedTuple):
 
 
 def gather(
-    table: Array, objective: Objective, ids: Array, values: Array, left: Array, dtype: Any
+    table: Array, objective: Objective, ids: Array, values: Array | None, left: Array, dtype: Any
 ) -> Block:
-    """Gather the rows of a table for cells (R, L), of which the first `left` (R,) are entries."""
+    """Gather the rows of a table for cells (R, L), of which the first `left` (R,) are entries.
+
+    `values` (R, L) may be of a narrower dtype; None means that all are 1.
+    """
     # Ids come from the layout, so they are in bounds; any other mode costs a select per element.
     rows = table.at[ids].get(mode="promise_in_bounds").astype(dtype)
     live = lax.broadcasted_iota(jnp.int32, ids.shape, 1) < left[:, None]
+    values = jnp.ones(ids.shape, dtype) if values is None else values.astype(dtype)
     w, v = confidence(objective, values)
     zero = jnp.zeros((), dtype)
     return Block(rows, jnp.where(live, w, zero), jnp.where(live, v, zero))

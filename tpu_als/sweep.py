@@ -29,18 +29,18 @@ class Own(NamedTuple):
     ----------
     ids : int32 array (cells,)
         Row of the source table of each cell; or, with an exchange, of what arrives for its group.
-    values : array (cells,)
-        Stored values.
+    values : array (cells,) or None
+        Stored values; None where all are 1.
     lengths : int32 array (S,)
         Entries of each slot's row.
     sends : int32 array
         What to send to whom; empty without an exchange.
     """
 
-    ids: Array
-    values: Array
-    lengths: Array
-    sends: Array
+    ids: Any
+    values: Any
+    lengths: Any
+    sends: Any
 
 
 class Span(NamedTuple):
@@ -111,12 +111,12 @@ def _chunk(
     first = span.first_cell + step * size
     slot = span.first_slot + step * shape.rows
     lengths = lax.dynamic_slice(own.lengths, (slot,), (shape.rows,))
-    ids, values = (
-        lax.dynamic_slice(each, (first,), (size,)).reshape(shape.rows, shape.length)
-        for each in (own.ids, own.values)
+    ids, values = jax.tree.map(
+        lambda each: lax.dynamic_slice(each, (first,), (size,)).reshape(shape.rows, shape.length),
+        (own.ids, own.values),
     )
     dtype = jnp.dtype(shape.dtype)
-    return slot, lengths, solve.gather(source, objective, ids, values.astype(dtype), lengths, dtype)
+    return slot, lengths, solve.gather(source, objective, ids, values, lengths, dtype)
 
 
 def solve_block(
@@ -190,10 +190,11 @@ def _over_blocks(
     dtype = jnp.dtype(shape.dtype)
 
     def body(step: Any, sums: Any) -> Any:
-        ids, values, left = (
-            lax.dynamic_slice_in_dim(each, step, 1) for each in (long.ids, long.values, long.left)
+        ids, values, left = jax.tree.map(
+            lambda each: lax.dynamic_slice_in_dim(each, step, 1),
+            (long.ids, long.values, long.left),
         )
-        block = solve.gather(held, objective, ids, values.astype(dtype), left, dtype)
+        block = solve.gather(held, objective, ids, values, left, dtype)
         row = long.rows[step]
 
         def add(total: Array, more: Array) -> Array:

@@ -1,0 +1,77 @@
+"""What is kept of a matrix on the devices: values as narrow as they can be, with equal results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from matrices import random_counts
+from scipy import sparse
+
+from tpu_als import als, placing, resident, shards, solve
+from tpu_als.mesh import workplace
+from tpu_als.placing import AlsParams
+
+FACTORS = 8
+
+
+def _tables(data: placing.Data) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    shape = (data.users.n_rows, data.items.n_rows)
+    start = (rng.normal(size=(n, FACTORS)).astype(np.float32) for n in shape)
+    state = als.start(data, *start)
+    objective = solve.objective("implicit", 0.1, 3.0)
+    for _ in range(2):
+        state, failed = als.epoch(state, data, objective)
+        assert failed == (0, 0)
+    loss = als.loss(state, data, objective)
+    found = resident.tables(state, data).values()
+    return [*(table.fetch() for table in found), np.array(loss)]
+
+
+def _matrix(values: list[float]) -> sparse.csr_matrix:
+    matrix = random_counts(90, 70, seed=4).astype(np.float32)
+    matrix.data[:] = np.resize(np.array(values, np.float32), matrix.nnz)
+    return matrix
+
+
+CASES = {"ones": ([1.0], None), "ratings": ([0.5, 3.0, -4.5, 0.0], ml_dtypes.bfloat16),
+         "counts": ([1.0, 257.0], np.float32)}  # fmt: skip
+
+
+@pytest.mark.parametrize("devices", [None, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_values_are_as_narrow_as_they_can_be(
+    case: str, devices: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values, expected = CASES[case]
+    # so that there are long rows too
+    monkeypatch.setattr(placing, "_LONGEST", {"cpu": 16, "other": 16})
+    monkeypatch.setattr(placing.layout, "LONGEST", 16)
+    place = workplace(devices or 1, num_threads=2, table_layout="sharded" if devices else "auto")
+    matrix, params = _matrix(values), AlsParams(FACTORS)
+    data = placing.place(matrix, params, place)
+    assert len(data.users.rows.long) and len(data.items.rows.long)
+    for side in (data.users, data.items):
+        for kept in (side.own.values, side.long.values if side.long is not None else None):
+            first: Any = kept[0] if isinstance(kept, list) else kept
+            assert (first is None) if expected is None else (first.dtype == expected)
+    monkeypatch.setattr(placing, "_kept_as", lambda *_: np.dtype(np.float32))
+    wide = placing.place(matrix, params, place)
+    for found, same in zip(_tables(data), _tables(wide), strict=True):
+        np.testing.assert_allclose(found, same, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("values", "kept"), [([1.0], False), ([2.0], True)])
+def test_shards_without_values_keep_none(values: list[float], kept: bool, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    matrix, place = _matrix(values), workplace(1)
+    opened = shards.write_shards(matrix, tmp_path / "data", 2)
+    params = AlsParams(FACTORS)
+    data, whole = (placing.place(each, params, place) for each in (opened, matrix))
+    assert (data.users.own.values is not None) == kept
+    for found, same in zip(_tables(data), _tables(whole), strict=True):
+        np.testing.assert_allclose(found, same, rtol=1e-4, atol=1e-5)
