@@ -23,10 +23,12 @@ from typing import Any, NamedTuple
 
 import common
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array, lax
 from scipy import sparse
 
-from tpu_als import TPUAlternatingLeastSquares
+from tpu_als import TPUAlternatingLeastSquares, solve
 
 REGULARIZATION, UNOBSERVED_WEIGHT, EXPONENT, ITERATIONS = 0.007, 0.3, 1.0, 12
 FILES = ("ml1m_ncf_train.npz", "ml1m_ncf_test.npz", "ml1m_ncf_test_negatives.npy")
@@ -92,6 +94,18 @@ def fit_irspack(
     return np.array(trainer.core_trainer.user), np.array(trainer.core_trainer.item)
 
 
+def stochastic(rows: Array, dtype: Any) -> Array:
+    """Round to bfloat16 up or down, by chance in proportion to what is cut off."""
+    if dtype != jnp.bfloat16:
+        return rows.astype(dtype)
+    bits = lax.bitcast_convert_type(rows.astype(jnp.float32), jnp.uint32)
+    # Another key for other rows; the low half, at random, decides what the cut does.
+    key = jax.random.key(jnp.sum(bits, dtype=jnp.uint32))
+    noise = jax.random.bits(key, rows.shape, jnp.uint16).astype(jnp.uint32)
+    cut = (bits + noise) & jnp.uint32(0xFFFF0000)
+    return lax.bitcast_convert_type(cut, jnp.float32).astype(dtype)
+
+
 LIBRARIES: dict[str, Callable[..., Tables]] = {"tpu_als": fit_ours, "irspack": fit_irspack}
 
 
@@ -112,7 +126,7 @@ def run(library: str, factors: int, split: Split, args: argparse.Namespace) -> N
         figures[f"{name}_at_10_by_seed"] = values
     common.emit(
         benchmark="quality_ml1m", library=library, factors=factors, seeds=args.seeds,
-        dtype=args.dtype if ours else "float32",
+        dtype=args.dtype if ours else "float32", rounding=args.rounding if ours else None,
         solver=args.solver or "default" if ours else args.irspack_solver,
         regularization=REGULARIZATION, unobserved_weight=UNOBSERVED_WEIGHT, exponent=EXPONENT,
         iterations=args.iterations, devices=args.cpu_devices if ours else 1,
@@ -132,6 +146,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
     parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16"], default="float32")
+    parser.add_argument("--rounding", choices=["nearest", "stochastic"], default="nearest")
     parser.add_argument("--cpu-devices", type=int, default=1, help="that a CPU poses as")
     parser.add_argument("--table-layout", choices=["auto", "replicated", "sharded"], default="auto")
     parser.add_argument("--solver", help="linear_solver of ours; the default one if not given")
@@ -149,6 +164,8 @@ def main() -> None:
         args.factors, args.seeds, args.iterations = [16], 1, 2
     if args.cpu_devices > 1:
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
+    if args.rounding == "stochastic":
+        solve.rounded = stochastic  # before any program is made
     split = load(args.data)
     libraries = ["tpu_als"] + common.installed("irspack") * (not args.ours_only)
     for factors in args.factors:

@@ -169,7 +169,7 @@ def _solve_rung(
         slot, lengths, block = _chunk(shape, span, own, source, shared.objective, step)
         z = lax.dynamic_slice_in_dim(out, slot, shape.rows).astype(shape.dtype)
         z = solve_block(shape, shared.basis, shared.objective, block, lengths, z, shared.relaxation)
-        return lax.dynamic_update_slice_in_dim(out, z.astype(out.dtype), slot, 0)
+        return lax.dynamic_update_slice_in_dim(out, solve.rounded(z, out.dtype), slot, 0)
 
     return _over_chunks(shape, span, own, held, body, out)
 
@@ -247,7 +247,7 @@ def solve_long(shape: Shape, out: Array, long: Long, held: Array, shared: Shared
                 r, z, d, shape.steps,
             )  # fmt: skip
         z = finish(basis, lengths, solve.relax(before, z, shared.relaxation))
-        return out.at[slots].set(z.astype(out.dtype), mode="drop")
+        return out.at[slots].set(solve.rounded(z, out.dtype), mode="drop")
 
     return lax.fori_loop(0, shared.spans[0].count, body, out)
 
