@@ -70,7 +70,7 @@ def fit_ours(train: sparse.csr_matrix, factors: int, seed: int, args: argparse.N
     model = TPUAlternatingLeastSquares(
         factors, REGULARIZATION, iterations=args.iterations, random_state=seed, dtype=args.dtype,
         objective="ials", unobserved_weight=UNOBSERVED_WEIGHT, linear_solver=args.solver,
-        table_layout=args.table_layout,
+        table_layout=args.table_layout, over_relaxation=args.over_relaxation,
     )  # fmt: skip
     model.fit(train, show_progress=False)
     return np.asarray(model.user_factors), np.asarray(model.item_factors)
@@ -129,7 +129,8 @@ def run(library: str, factors: int, split: Split, args: argparse.Namespace) -> N
         dtype=args.dtype if ours else "float32", rounding=args.rounding if ours else None,
         solver=args.solver or "default" if ours else args.irspack_solver,
         regularization=REGULARIZATION, unobserved_weight=UNOBSERVED_WEIGHT, exponent=EXPONENT,
-        iterations=args.iterations, devices=args.cpu_devices if ours else 1,
+        iterations=args.iterations, over_relaxation=args.over_relaxation if ours else None,
+        devices=args.cpu_devices if ours else 1,
         table_layout=args.table_layout if ours else None, fit_s=statistics.median(seconds),
         **figures, machine=common.machine(),
     )  # fmt: skip
@@ -145,6 +146,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--factors", type=int, nargs="+", default=[64, 128, 192])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
+    parser.add_argument("--over-relaxation", type=float, default=1.0, help="of ours")
     parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16"], default="float32")
     parser.add_argument("--rounding", choices=["nearest", "stochastic"], default="nearest")
     parser.add_argument("--cpu-devices", type=int, default=1, help="that a CPU poses as")
