@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import sparse
 
-from tpu_als import model_file
+from tpu_als import TPUAlternatingLeastSquares, model_file
 
 PARAMETERS = {
     "factors": 2,
@@ -130,3 +131,25 @@ def test_a_later_format_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "later.npz", tpu_als_format=model_file.FORMAT + 1)
     with pytest.raises(ValueError, match="written by a later tpu_als; upgrade"):
         model_file.load_npz(tmp_path / "later.npz")
+
+
+class _Wider(TPUAlternatingLeastSquares):
+    def __init__(self, factors: int = 4, extra: int = 0) -> None:
+        super().__init__(factors, iterations=1, random_state=0)
+        self.extra = extra
+
+
+def test_a_subclass_with_parameters_of_its_own(tmp_path: Path) -> None:
+    matrix = sparse.random(20, 15, 0.3, "csr", random_state=0, dtype=np.float32)
+    model = _Wider(3, extra=7)
+    model.fit(matrix, show_progress=False)
+    model.save(tmp_path / "model.npz")
+    read = _Wider.load(tmp_path / "model.npz")
+    assert (read.factors, read.extra) == (3, 7)
+    np.testing.assert_array_equal(read.item_factors, model.item_factors)
+
+
+def test_a_path_among_the_parameters(tmp_path: Path) -> None:
+    TPUAlternatingLeastSquares(checkpoint_dir=tmp_path / "here").save(tmp_path / "model")
+    read = TPUAlternatingLeastSquares.load(tmp_path / "model.npz")
+    assert read.checkpoint_dir == str(tmp_path / "here")

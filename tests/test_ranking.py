@@ -269,7 +269,7 @@ def test_approximate_search_is_exact_where_there_is_no_approximate_one(
     found = ranking.top_k(queries.astype(np.float32), catalog, 50, approximate_recall=0.9)
     _check(found, 50, *_scores(queries, table, None, None), "float32")
     for wrong in (0, 1.5, -0.1, float("nan")):
-        with pytest.raises(ValueError, match="approximate_recall must be above 0 and at most 1"):
+        with pytest.raises(ValueError, match="approximate_recall must be a number between 0 and 1"):
             ranking.top_k(queries, catalog, 5, approximate_recall=wrong)
 
 

@@ -12,6 +12,9 @@ from sklearn.utils import check_array
 from . import fold_in, mesh, placing, solve, validation
 from ._tables import FactorTables
 
+# Up to so many rows and entries, a dispatch to the devices takes longer than solving them here.
+_HOST_ROWS, _HOST_ENTRIES = 4, 1 << 14
+
 
 class FoldIn(FactorTables):
     """What an estimator does with new rows. Every fold-in is exact, whatever solver `fit` uses."""
@@ -148,7 +151,7 @@ class FoldIn(FactorTables):
         w, v = solve.confidence(self._objective(), row.data.astype(np.float64))
         liked = self._rows("item", row.indices)
         if user_weights is None:
-            user_weights = self._factorize(liked.astype(np.float64), w, n_items)
+            user_weights = self._factorize(liked.astype(np.float64), w, "item")
         wanted = self._rows("item", item[0][:1])[0].astype(np.float64)
         scores = (liked @ linalg.cho_solve(user_weights, wanted)) * v
         order = [i for i in np.argsort(-scores, kind="stable") if row.data[i] >= 0][:n]
@@ -209,7 +212,7 @@ class FoldIn(FactorTables):
         ids, is_scalar, mask = validation.ids_of(ids, None, which)
         n_columns = self._shape(source)[0]
         rows = validation.rows_for(matrix, len(ids), n_columns, name, strict=False, mask=mask)
-        solved = self._fold_in(rows, source)
+        solved = self._fold_in_fast(rows, source)
         return solved[0] if is_scalar else solved
 
     def _fold_in(self, rows: sparse.csr_matrix, side: str) -> np.ndarray:
@@ -220,15 +223,34 @@ class FoldIn(FactorTables):
         if on_devices is not None and gramian is None:
             solved = on_devices.solve(rows, self._objective())
             return validation.finite_rows(solved, "the given rows")
-        table, place = self._fitted_table(side), self._own_place()
+        # Before the table has a name here: see `_is_ours_alone`.
+        stamp, table, place = self._stamp(side), self._fitted_table(side), self._own_place()
         params = self._params(table, "cholesky")
         source = self._kept(
             f"{side} source",
-            (self._stamp(side), place, params),
+            (stamp, place, params),
             lambda: fold_in.source(table, params, place),
         )
         solved = fold_in.solve_rows(rows, source, self._objective(), params, gramian=gramian)
         return validation.finite_rows(solved.astype(table.dtype, copy=False), "the given rows")
+
+    def _fold_in_fast(self, rows: sparse.csr_matrix, side: str) -> np.ndarray:
+        """`_fold_in`, but a few rows are solved on the host; the same except for rounding."""
+        few = rows.shape[0] <= _HOST_ROWS and rows.nnz <= _HOST_ENTRIES
+        if self._resident(side) is not None or not few:
+            return self._fold_in(rows, side)
+        solved = np.zeros((rows.shape[0], self._shape(side)[1]), self._fitted_table(side).dtype)
+        for row in np.flatnonzero(np.diff(rows.indptr)):
+            at = slice(rows.indptr[row], rows.indptr[row + 1])
+            w, v = solve.confidence(self._objective(), rows.data[at].astype(np.float64))
+            source = self._rows(side, rows.indices[at]).astype(np.float64)
+            try:
+                factor = self._factorize(source, w, side)
+            except linalg.LinAlgError:
+                solved[row] = np.nan
+            else:
+                solved[row] = linalg.cho_solve(factor, v @ source, check_finite=False)
+        return validation.finite_rows(solved, "the given rows")
 
     def _store_rows(self, side: str, ids: Any, rows: np.ndarray) -> None:
         table = self._fitted_table(side)
@@ -240,18 +262,18 @@ class FoldIn(FactorTables):
         grown[ids] = rows
         self._store(side, grown)
 
-    def _factorize(self, rows: np.ndarray, w: np.ndarray, n_items: int) -> tuple[np.ndarray, bool]:
-        """Cholesky factor of the matrix of equation (1) for one user's items, in float64."""
-        objective = self._objective()
-        lam = solve.ridge(objective, float(len(rows)), float(n_items))
-        matrix = objective.unobserved_weight * self.YtY.astype(np.float64)
-        matrix = matrix + lam * np.eye(rows.shape[1]) + (rows.T * w) @ rows
+    def _factorize(self, rows: np.ndarray, w: np.ndarray, side: str) -> tuple[np.ndarray, bool]:
+        """Cholesky factor of the matrix of equation (1) for one row's entries, in float64."""
+        objective, gramian = self._objective(), self.YtY if side == "item" else self.XtX
+        lam = solve.ridge(objective, float(len(rows)), float(self._shape(side)[0]))
+        matrix = objective.unobserved_weight * gramian.astype(np.float64) + (rows.T * w) @ rows
+        matrix[np.diag_indices_from(matrix)] += lam
         try:
-            return linalg.cho_factor(matrix)
+            return linalg.cho_factor(matrix, check_finite=False)
         except linalg.LinAlgError:
-            # Rank-deficient and no ridge: a few rounding errors of the diagonal, as in `fit`.
-            jitter = np.finfo(np.float32).eps * np.trace(matrix) / len(matrix)
-            return linalg.cho_factor(matrix + jitter * np.eye(len(matrix)))
+            # Rank-deficient and no ridge: a few rounding errors of the gramian, as in `fit`.
+            jitter = 4 * np.finfo(np.float32).eps * np.trace(matrix)
+            return linalg.cho_factor(matrix + jitter * np.eye(len(matrix)), check_finite=False)
 
     def _objective(self) -> solve.Objective:
         return solve.objective(

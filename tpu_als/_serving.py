@@ -12,6 +12,7 @@ from . import ranking, topk, validation
 from ._foldin import FoldIn
 from ._tables import norms
 
+_FEW = 4  # a whitelist of at most this part of the table is ranked by itself, on the host
 NO_ID = -1  # what a place without a result holds: implicit's own convention for batches
 
 
@@ -73,7 +74,7 @@ class Serving(FoldIn):
             rows = validation.rows_for(user_items, len(ids), n_items, mask=mask)
         names = ("items", "filter_items")
         chosen, excluded = validation.selection(items, filter_items, n_items, names)
-        queries = self._fold_in(rows, "item") if recalculate_user else self._rows("user", ids)
+        queries = self._fold_in_fast(rows, "item") if recalculate_user else self._rows("user", ids)
         seen = rows if filter_already_liked_items else None
         found = self._rank(queries, "item", n, seen=seen, chosen=chosen, excluded=excluded)
         return _unwrapped(found, is_scalar)
@@ -267,20 +268,44 @@ class Serving(FoldIn):
         lengths: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The n best rows of a table for each query, by product, over `lengths` where given."""
-        resident = self._resident(side)
-        table: Any = resident or self._fitted_table(side)
-        n = n if chosen is None else min(n, len(chosen))
-        queries = queries.astype(table.dtype, copy=False)
-        hidden: dict[str, Any] = {"seen": seen, "excluded": excluded}
-        if resident is None and len(queries) <= topk.HOST_QUERIES:
-            ids, scores = topk.top_k_on_host(queries, table, n, lengths=lengths, **hidden)
+        ranking.check_recall(self.approximate_recall)
+        n_rows, hidden = self._shape(side)[0], excluded
+        if chosen is not None:
+            n = min(n, len(chosen))
+        if chosen is not None and len(chosen) <= n_rows // _FEW:
+            rows = self._rows(side, chosen)
+            own = None if lengths is None else lengths[chosen]
+            queries = queries.astype(rows.dtype, copy=False)
+            found = topk.top_k_of_chosen(queries, rows, chosen, n, lengths=own, seen=seen)
         else:
-            catalog, recall = self._catalog(side, lengths), self.approximate_recall
-            ids, scores = ranking.top_k(queries, catalog, n, approximate_recall=recall, **hidden)
-        k = min(n, table.shape[0])
-        if k:
-            _fill(ids[:, :k], seen, excluded if chosen is None else None, chosen)
-        return ids, scores
+            if chosen is not None:
+                hidden = np.setdiff1d(np.arange(n_rows), chosen, assume_unique=True)
+            found = self._rank_all(queries, side, n, seen, hidden, lengths)
+        if n and n_rows:
+            _fill(found[0][:, :n_rows], seen, excluded, chosen)
+        return found
+
+    def _rank_all(
+        self,
+        queries: np.ndarray,
+        side: str,
+        n: int,
+        seen: sparse.csr_matrix | None,
+        excluded: np.ndarray | None,
+        lengths: np.ndarray | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`_rank` over a whole table: a few queries on the host, else on the devices."""
+        if self._resident(side) is None and len(queries) <= topk.HOST_QUERIES:
+            table = self._fitted_table(side)
+            queries = queries.astype(table.dtype, copy=False)
+            return topk.top_k_on_host(
+                queries, table, n, lengths=lengths, seen=seen, excluded=excluded
+            )
+        catalog = self._catalog(side, lengths)
+        return ranking.top_k(
+            queries.astype(catalog.dtype, copy=False), catalog, n,
+            seen=seen, excluded=excluded, approximate_recall=self.approximate_recall,
+        )  # fmt: skip
 
     def _catalog(self, side: str, lengths: np.ndarray | None) -> ranking.Catalog:
         """A side's table on the devices: the very one of the training where it stayed there."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -299,14 +300,22 @@ class FactorTables:
         Users write into `item_factors`, as implicit lets them; a stale copy on a device would
         then answer. So the content is looked at again while somebody holds the array.
         """
-        runtime, table = self._runtime(), self._fitted_table(side)
+        runtime = self._runtime()
         if side not in runtime.stamps or side in runtime.exposed:
-            runtime.stamps[side] = _fingerprint(table)
-            # Our own attribute, the name `table` and the argument: with no more references than
-            # these, nobody else can write into it.
-            if sys.getrefcount(table) <= 3:
+            runtime.stamps[side] = _fingerprint(self._fitted_table(side))
+            if self._is_ours_alone(side):
                 runtime.exposed.discard(side)
         return runtime.stamps[side]
+
+    def _is_ours_alone(self, side: str) -> bool:
+        """Whether nobody else can write into a table: it is no view, and only we refer to it.
+
+        For this to see, callers of `_stamp` must not hold the table themselves.
+        """
+        held, name = vars(self), f"_{side}_factors"
+        # The dictionary's reference and the argument's, and no name's: what those count for differs
+        # between versions of Python.
+        return held[name].base is None and sys.getrefcount(held[name]) <= 2
 
     def _kept(self, name: str, stamp: Any, make: Callable[[], Kept]) -> Kept:
         """A value kept from an earlier call where `stamp` is still the same, else made anew."""
@@ -359,11 +368,9 @@ def _gramian(table: np.ndarray) -> np.ndarray:
 
 
 def _fingerprint(table: np.ndarray) -> int:
-    # Sums of the raw words by row and by column, then hashed: one fast pass that sees any single
-    # change, and rows or columns changing places.
-    words = np.ascontiguousarray(table).view(np.uint32)
-    sums = (words.sum(axis=axis, dtype=np.uint32).tobytes() for axis in (0, 1))
-    return hash((words.shape, table.dtype.char, *sums))
+    # About as fast as a sum; unlike sums it also sees signs flipped and numbers changing places.
+    content = np.ascontiguousarray(table).reshape(-1).view(np.uint8)
+    return hash((table.shape, table.dtype.char, zlib.crc32(content.data)))
 
 
 def _device_count(devices: Any) -> Any:

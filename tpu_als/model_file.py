@@ -45,16 +45,20 @@ def save_model(
     target : str, path or binary file object
         As in `save_npz`.
     parameters : dict
-        Constructor parameters. Random generators and device handles are left out.
+        Constructor parameters. Random generators and device handles are left out. A subclass may
+        lack any.
     fitted : dict
         Any of user_factors, item_factors, feature_names_in_, n_iter_ and history_.
     """
-    name = storage_dtype(parameters["dtype"])
+    # Subclasses may have parameters of their own only.
+    name = storage_dtype(parameters.get("dtype", np.float32))
     values = {**parameters, **fitted}
     # implicit knows no bfloat16, but reads what it finds under its own names.
     values.update(dtype=name.replace("bfloat16", "float32"), storage_dtype=name)
-    if not isinstance(values["devices"], int):
+    if not isinstance(values.get("devices"), int):
         values["devices"] = None
+    if values.get("checkpoint_dir") is not None:
+        values["checkpoint_dir"] = os.fspath(values["checkpoint_dir"])
     if values.get("feature_names_in_") is not None:
         values["feature_names_in_"] = values["feature_names_in_"].astype(str)
     for key, series in (values.pop("history_", None) or {}).items():
@@ -80,9 +84,11 @@ def load_model(
         Of what the file holds; other keys are ignored.
     """
     values = load_npz(source)
+    parameter_names = set(parameter_names)
     parameters = {name: values[name] for name in parameter_names if name in values}
     name = values.get("storage_dtype", values.get("dtype", "float32"))
-    parameters["dtype"] = name if name == "bfloat16" else np.dtype(name).type
+    if "dtype" in parameter_names:
+        parameters["dtype"] = name if name == "bfloat16" else np.dtype(name).type
     plain = ("user_factors", "item_factors", "n_iter_")
     fitted = {name: values[name] for name in plain if name in values}
     if "feature_names_in_" in values:

@@ -217,13 +217,9 @@ def top_k(
     Raises
     ------
     ValueError
-        For an `approximate_recall` that is not above 0 and at most 1.
+        For an `approximate_recall` that is not between 0 and 1.
     """
-    if approximate_recall is not None and not 0 < approximate_recall <= 1:
-        raise ValueError(
-            f"approximate_recall must be above 0 and at most 1, or None for an exact search, "
-            f"got {approximate_recall!r}"
-        )
+    check_recall(approximate_recall)
     ids, scores = topk.empty(len(queries), k, np.dtype(catalog.dtype))
     width = min(k, len(catalog.slots))
     if width == 0 or len(queries) == 0:
@@ -254,6 +250,15 @@ def top_k(
         for low in jobs:
             work(low)
     return ids, scores
+
+
+def check_recall(approximate_recall: float | None) -> None:
+    """Raise ValueError for a share that is not between 0 and 1."""
+    if approximate_recall is not None and not 0 < approximate_recall < 1:
+        raise ValueError(
+            f"approximate_recall must be a number between 0 and 1, or None for an exact search, "
+            f"got {approximate_recall!r}"
+        )
 
 
 def _sorts_on_host(catalog: Catalog) -> bool:

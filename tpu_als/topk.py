@@ -142,6 +142,38 @@ def top_k_on_host(
     return ids, scores
 
 
+def top_k_of_chosen(
+    queries: np.ndarray,
+    rows: np.ndarray,
+    chosen: np.ndarray,
+    k: int,
+    *,
+    lengths: np.ndarray | None = None,
+    seen: sparse.csr_matrix | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`top_k_on_host` of any number of queries over some rows (n, K) of a table.
+
+    `chosen` (n,) are their ids, ascending; `seen` is of the whole table.
+    """
+    ids, scores = empty(len(queries), k, rows.dtype)
+    width = min(k, len(chosen))
+    step = max(_KEPT_BYTES // max(rows.dtype.itemsize * len(chosen), 1), 1)
+    for low in range(0, len(queries) if width else 0, step):
+        at = slice(low, low + step)
+        products = queries[at] @ rows.T
+        if lengths is not None:
+            products /= lengths
+        if seen is not None:
+            part = seen[at]
+            place = np.minimum(np.searchsorted(chosen, part.indices), len(chosen) - 1)
+            hit = chosen[place] == part.indices
+            row = np.repeat(np.arange(len(products)), np.diff(part.indptr))
+            products[row[hit], place[hit]] = -np.inf
+        best, found = _sorted(products, width)
+        keep_finite(ids[at, :width], scores[at, :width], chosen[found], best)
+    return ids, scores
+
+
 def _scratch(length: int, dtype: np.dtype) -> np.ndarray:
     """Memory of this thread, kept where it is small: new pages take half of a product's time."""
     kept = getattr(_memory, "scratch", None)

@@ -237,17 +237,20 @@ def rows_for(
     """
     one_row = sparse.issparse(matrix) and matrix.ndim == 1
     if not sparse.issparse(matrix) or (strict and matrix.format != "csr" and not one_row):
+        advice = f"{name}.tocsr()" if sparse.issparse(matrix) else f"csr_matrix({name})"
+        if matrix is None:
+            advice = "the rows of the ids"
+            advice += ", or filter_already_liked_items=False" if strict else ""
         raise ValueError(
-            f"{name} needs to be a CSR sparse matrix, got {type(matrix).__name__}: "
-            f"pass {name}.tocsr()"
+            f"{name} needs to be a CSR sparse matrix, got {type(matrix).__name__}: pass {advice}"
         )
     rows = canonical_csr(matrix)
     if mask is not None and rows.shape[0] == len(mask):
         rows = rows[np.flatnonzero(mask)]
     if n_rows is not None and rows.shape[0] != n_rows:
-        ids = "userids" if name == "user_items" else "itemids"
+        of, ids = ("item", "itemids") if name == "item_users" else ("user", "userids")
         raise ValueError(
-            f"{name} must contain 1 row for every user in {ids}: got {rows.shape[0]} rows of "
+            f"{name} must contain 1 row for every {of} in {ids}: got {rows.shape[0]} rows of "
             f"shape {matrix.shape} for {n_rows} ids. Did you pass all rows? Use {name}[{ids}]"
         )
     return _fit_columns(rows, n_columns, name)
@@ -336,7 +339,7 @@ def selection(
     chosen : ndarray of int64 or None
         Sorted and distinct.
     excluded : ndarray of int64 or None
-        Ids that must not be ranked: those dropped, or all but the chosen.
+        Likewise those dropped.
     """
     kept = None if chosen is None else np.unique(ids_of(chosen, count, names[0])[0])
     out = None if dropped is None else np.unique(ids_of(dropped, count, names[1])[0])
@@ -344,7 +347,7 @@ def selection(
         return None, out if out is not None and out.size else None
     if out is not None and out.size:
         raise ValueError(f"Can't set both {names[0]} and {names[1]}: give one of them")
-    return kept, np.setdiff1d(np.arange(count), kept, assume_unique=True)
+    return kept, None
 
 
 def result_count(n: Any) -> int:

@@ -1,0 +1,103 @@
+"""Tables that users write into are looked at again; those that only we hold are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from tpu_als import TPUAlternatingLeastSquares, _tables
+
+USERS = np.arange(30)
+EMPTY = sparse.csr_matrix((30, 80), dtype=np.float32)
+ONE = sparse.csr_matrix(([1.0], ([0], [4])), shape=(1, 80))
+
+
+def _model() -> TPUAlternatingLeastSquares:
+    rng = np.random.default_rng(0)
+    model = TPUAlternatingLeastSquares(8)
+    model.user_factors = rng.normal(size=(30, 8)).astype(np.float32)
+    model.item_factors = rng.normal(size=(80, 8)).astype(np.float32)
+    return model
+
+
+def _recommended(model: Any) -> np.ndarray:
+    """By the devices: more users than the host ranks by itself."""
+    return model.recommend(USERS, EMPTY, N=5)[1]
+
+
+def _swap(table: np.ndarray) -> None:
+    table[[3, 7]] = table[[7, 3]] + 1
+
+
+def _turn(table: np.ndarray) -> None:
+    table[:] = table[::-1, ::-1].copy()
+
+
+def _flip(table: np.ndarray) -> None:
+    table[:, [0, 3]] *= -1
+
+
+CHANGES: dict[str, Callable[[np.ndarray], Any]] = {
+    "all signs": lambda table: np.negative(table, out=table),
+    "signs of two columns": _flip,
+    "one number everywhere": lambda table: table.fill(2),
+    "two rows": _swap,
+    "numbers in other places": _turn,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_writing_into_a_table_is_seen(change: str) -> None:
+    model = _model()
+    assert _recommended(model).shape == (30, 5) and model.YtY.shape == (8, 8)
+    CHANGES[change](model.item_factors)
+    expected = np.sort(model.user_factors @ model.item_factors.T, axis=1)[:, :-6:-1]
+    np.testing.assert_allclose(_recommended(model), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model.YtY, model.item_factors.T @ model.item_factors, rtol=1e-4)
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_writing_into_what_a_table_is_a_view_of_is_seen(calls: int) -> None:
+    model, rng = _model(), np.random.default_rng(1)
+    large = rng.normal(size=(200, 8)).astype(np.float32)
+    model.item_factors = large[:80]
+    for _ in range(calls):
+        model.similar_items(3)
+        _recommended(model)
+    large[:50] = 5
+    expected = np.sort(model.user_factors @ large[:80].T, axis=1)[:, :-6:-1]
+    np.testing.assert_allclose(_recommended(model), expected, rtol=1e-4, atol=1e-5)
+
+
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "recommend": _recommended,
+    "transform": lambda model: model.transform(EMPTY),
+    "recalculate_user": lambda model: model.recalculate_user([0], ONE),
+    "similar_items": lambda model: model.similar_items(3),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_table_that_nobody_holds_is_looked_at_once(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, looked = _model(), []
+    fingerprint = _tables._fingerprint
+
+    def counted(table: np.ndarray) -> int:
+        looked.append(table.shape)
+        return fingerprint(table)
+
+    monkeypatch.setattr(_tables, "_fingerprint", counted)
+    assert model.item_factors.shape == (80, 8)  # read, and let go
+    for _ in range(3):
+        CALLS[call](model)
+    assert looked == [(80, 8)]
+    held = model.item_factors
+    for _ in range(3):
+        CALLS[call](model)
+    assert len(looked) >= 4 and held is not None
