@@ -238,7 +238,11 @@ def main() -> None:
     problem = tpu_sizes.Problem(
         tpu_sizes.activity(rows, args.entries, cols, args.deviation),
         tpu_sizes.popularity(cols, args.entries, rows, args.exponent),
-        AlsParams(args.factors, args.dtype, args.linear_solver),
+        # No weight is negative with this objective. Cholesky is counted by its K x K systems all
+        # the same, also where shorter ones would do.
+        AlsParams(
+            args.factors, args.dtype, args.linear_solver, positive=args.linear_solver != "cholesky"
+        ),
         None if args.values is None else np.dtype(placing.DTYPES[args.values]),
     )
     place = workplace(args.topology, args.slices)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import hypothesis
 import ml_dtypes
@@ -474,6 +476,14 @@ def test_the_cheapest_solver_is_one_of_the_solvers(entries: float) -> None:
         als.start(data, *_tables(matrix, 6)), data, solve.objective("ials", 0.1, 2.0)
     )
     assert failed == (0, 0)
+
+
+def test_subspace_is_the_cheapest_where_it_multiplies_fast_and_gets_far() -> None:
+    lengths = (np.full(10_000, 150), np.full(2_000, 750))
+    accelerator: Any = SimpleNamespace(platform="tpu")
+    for positive, expected in ((True, {"subspace"}), (False, {"cg", "cholesky"})):
+        params = AlsParams(256, linear_solver="auto", positive=positive)
+        assert placing.cheapest_solver(lengths, params, accelerator) in expected
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -187,8 +187,10 @@ def cheapest_solver(
     """Name the solver with the least predicted time for one iteration.
 
     "cg" and "subspace" read each gathered entry a few times, at the speed of memory; "cholesky" and
-    "subspace" multiply, at the speed of the matrix units. The two speeds of a CPU are measured
-    (docs/performance.md); those of accelerators are of the order that their makers state.
+    "subspace" multiply, at the speed of the matrix units. The two speeds of a CPU are of the order
+    measured in docs/performance.md, those of accelerators of the order that their makers state.
+    Where weights may be large ("implicit"), an iteration of "subspace" gets less far, and is left
+    out.
     """
     entries, rows = (float(sum(f(each) for each in lengths)) for f in (np.sum, len))
     read, multiply = _SPEEDS[backend_kind(place)]
@@ -200,6 +202,8 @@ def cheapest_solver(
         "subspace": entries * factors * 4 * 3 / read
         + (2 * entries * factors * block + rows * factors * block**2 / 3) / multiply,
     }
+    if not params.positive:
+        del seconds["subspace"]
     return min(seconds, key=lambda name: seconds[name])
 
 
