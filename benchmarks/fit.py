@@ -15,7 +15,7 @@ from typing import Any
 import common
 import numpy as np
 from implicit.cpu.als import calculate_loss
-from libraries import Problem, Run, available
+from libraries import Problem, Run, available, race
 
 REFERENCE = "implicit cholesky"
 DEFAULT = [
@@ -52,22 +52,6 @@ def show_same_problem(problem: Problem, names: list[str], iterations: int) -> No
         regularization=problem.regularization, iterations=iterations, loss=last,
         difference_of_tables_after_one_exact_iteration=distance,
     )  # fmt: skip
-
-
-def race(problem: Problem, names: list[str], iterations: int, most: int) -> tuple[list[Run], float]:
-    """Step all libraries in turn; those above the target go on, to `most` iterations."""
-    judge = judge_of(problem)
-    runs = [Run.prepared(name, problem) for name in names]
-    for turn in range(iterations):
-        for run in runs[:: 1 if turn % 2 == 0 else -1]:
-            run.step(judge)
-    losses = {run.name: run.losses[-1] for run in runs}
-    target = 1.001 * losses.get(REFERENCE, min(losses.values()))
-    for _ in range(iterations, most):
-        for run in runs:
-            if run.reached(target) is None:
-                run.step(judge)
-    return runs, target
 
 
 def report(runs: list[Run], target: float, iterations: int, about: dict[str, Any]) -> None:
@@ -121,7 +105,9 @@ def main() -> None:
             problem = Problem(matrix, factors, alpha, regularization)
             if i == 0 and REFERENCE in names:
                 show_same_problem(problem, names, args.iterations)
-            runs, target = race(problem, names, args.iterations, args.most)
+            runs, target = race(
+                problem, names, judge_of(problem), REFERENCE, args.iterations, args.most
+            )
             about = {
                 "benchmark": "fit", "dataset": name, "shape": matrix.shape, "entries": matrix.nnz,
                 "dtype": "float32", "factors": factors, "alpha": alpha,

@@ -15,12 +15,12 @@ from typing import Any
 import common
 import jax
 import numpy as np
-from libraries import Ours, Problem, Run, available
+from libraries import Ours, Problem, Run, available, race
 
 from tpu_als import als
 
-DEFAULT = ["tpu_als cg", "tpu_als cholesky", "tpu_als auto", "implicit gpu"]
 REFERENCE = "tpu_als cholesky"
+DEFAULT = ["tpu_als cg", "tpu_als relaxed", REFERENCE, "tpu_als auto", "implicit gpu"]
 # bytes a second of device memory, as published by the vendor
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.0e12, "L4": 0.3e12, "T4": 0.32e12}
 
@@ -34,10 +34,12 @@ def judge_of(problem: Problem) -> Callable[[tuple[np.ndarray, np.ndarray]], floa
 def floor_bytes(problem: Problem, itemsize: int) -> float:
     """Bytes that an iteration cannot avoid to move.
 
-    Each entry's id, value and source row once for either side, and both tables read and written.
+    Each entry's id, its value unless all are 1, and its source row once for either side, and both
+    tables read and written.
     """
     row = problem.factors * itemsize
-    return 2.0 * problem.matrix.nnz * (row + 8) + 3.0 * sum(problem.matrix.shape) * row
+    entry = row + (4 if np.all(problem.matrix.data == 1) else 8)
+    return 2.0 * problem.matrix.nnz * entry + 3.0 * sum(problem.matrix.shape) * row
 
 
 def bandwidth(given: float | None) -> float | None:
@@ -56,20 +58,6 @@ def agreement(problem: Problem, tables: tuple[np.ndarray, np.ndarray], loss: flo
 
     own = calculate_loss(problem.confidences(), *tables, problem.regularization, 0)
     return abs(loss / own - 1)
-
-
-def race(problem: Problem, names: list[str], iterations: int, most: int) -> tuple[list[Run], float]:
-    """Step all in turn; those above the target go on, to `most` iterations."""
-    judge = judge_of(problem)
-    runs = [Run.prepared(name, problem) for name in names]
-    for turn in range(iterations):
-        for run in runs[:: 1 if turn % 2 == 0 else -1]:
-            run.step(judge)
-    target = 1.001 * next(run for run in runs if run.name == REFERENCE).losses[-1]
-    for run in runs:
-        while run.reached(target) is None and len(run.steps) < most:
-            run.step(judge)
-    return runs, target
 
 
 def report(
@@ -124,7 +112,9 @@ def main() -> None:
             "dtype": "float32", "factors": factors, "alpha": args.alpha,
             "regularization": args.regularization,
         }  # fmt: skip
-        runs, target = race(problem, names, args.iterations, args.most)
+        runs, target = race(
+            problem, names, judge_of(problem), REFERENCE, args.iterations, args.most
+        )
         report(runs, problem, target, bandwidth(args.bandwidth), about)
 
 

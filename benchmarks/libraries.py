@@ -256,3 +256,28 @@ class Run:
         """Set-up and iterations until the loss was at most `target`."""
         count = self.reached(target)
         return None if count is None else self.setup + sum(self.steps[:count])
+
+
+def race(
+    problem: Problem,
+    names: list[str],
+    judge: Callable[[tuple[np.ndarray, np.ndarray]], float],
+    reference: str,
+    iterations: int,
+    most: int,
+) -> tuple[list[Run], float]:
+    """Step all libraries in turn; those above the target go on, to `most` iterations.
+
+    The target is 1.001 times the loss of `reference` after `iterations`, or of the best.
+    """
+    runs = [Run.prepared(name, problem) for name in names]
+    for turn in range(iterations):
+        for run in runs[:: 1 if turn % 2 == 0 else -1]:
+            run.step(judge)
+    losses = {run.name: run.losses[-1] for run in runs}
+    target = 1.001 * losses.get(reference, min(losses.values()))
+    for _ in range(iterations, most):
+        for run in runs:
+            if run.reached(target) is None:
+                run.step(judge)
+    return runs, target

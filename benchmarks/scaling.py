@@ -1,7 +1,7 @@
 """How does an iteration's time grow with entries, rows, factors, threads and devices?
 
-One thing varies at a time. Linear growth in the entries means that seconds per entry stay the same;
-the figure for that is the ratio of the slope between the two largest sizes to that between all.
+One thing varies at a time. Linear growth in the entries means that each size lies on one straight
+line; the figure for that is how far the slopes between neighbouring sizes are from the line's.
 """
 
 from __future__ import annotations
