@@ -62,6 +62,7 @@ def report(runs: list[Run], target: float, iterations: int, about: dict[str, Any
             iteration_s=statistics.median(run.steps), loss=run.losses[iterations - 1],
             target=target, iterations_to_target=run.reached(target),
             seconds_to_target=run.seconds_to(target), iterations_run=len(run.steps),
+            steps_s=run.steps, losses=run.losses,
         )  # fmt: skip
     ours = [run for run in runs if run.name.startswith("tpu_als")]
     peers = [run for run in runs if not run.name.startswith("tpu_als")]

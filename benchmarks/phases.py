@@ -1,0 +1,143 @@
+"""Where does an iteration's time go, and how far is each phase from what the machine can do?
+
+The machine's speeds are measured in the same run, by NumPy, on one core and times the cores: a
+matrix-vector product over a matrix in the core's own cache, a matrix product, and a copy of memory.
+A phase's floor is the longer of its bytes at the speed of where they come from and its flops at
+that of the matrix product.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import common
+import jax
+import numpy as np
+from libraries import Ours, Problem
+
+from tpu_als import als, placing
+from tpu_als.placing import Data, Side
+
+
+def speeds(n_cores: int, repeats: int) -> dict[str, float]:
+    """Bytes and flops a second."""
+    rng = np.random.default_rng(0)
+    near = rng.random((1024, 128), dtype=np.float32)  # half a megabyte
+    vector, square = near[0], rng.random((768, 768), dtype=np.float32)
+    far, copy = np.zeros(1 << 25, np.float32), np.zeros(1 << 25, np.float32)
+
+    def best(call: Callable[[], Any], count: int) -> float:
+        """Seconds of one of `count` calls in a row, the fastest of some tries."""
+        tries = [common.seconds(lambda: [call() for _ in range(count)]) for _ in range(3 * repeats)]
+        return min(tries) / count
+
+    return {
+        "cache_bytes": n_cores * near.nbytes / best(lambda: near @ vector, 500),
+        "flops": n_cores * 2 * 768**3 / best(lambda: square @ square, 3),
+        "memory_bytes": 2 * far.nbytes / best(lambda: np.copyto(copy, far), 1),
+    }
+
+
+def cells(side: Side) -> int:
+    """Padded cells of a side, those of long rows included."""
+    size = sum(rung.n_chunks * rung.rows * rung.length for rung in side.rows.rungs)
+    size *= side.rows.n_shards
+    if side.long is not None:
+        blocks = sum(int((np.asarray(part) > 0).sum()) for part in side.long.left)
+        size += blocks * side.long.ids[0].shape[1]
+    return size
+
+
+def floors(data: Data, rate: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Bytes, flops and the seconds that they take at least, by phase; both sides together."""
+    factors, sides = data.params.factors, (data.users, data.items)
+    row, stored = 4.0 * factors, sum(cells(side) for side in sides)
+    rows = sum(side.rows.n_slots * side.rows.n_shards for side in sides)
+    reads = 2 * data.params.cg_steps + 1
+    held = sum(leaf.nbytes for side in sides for leaf in jax.tree.leaves((side.own, side.long)))
+    found = {
+        # The matrix is read for either side and turned; cells are written.
+        "layout": (4 * 8.0 * data.n_entries + held, 0.0, "memory_bytes"),
+        "rotate": (5 * row * rows, 3 * 2.0 * rows * factors**2, "memory_bytes"),
+        # Written once into the cache, and read again by each product.
+        "solve": (stored * row * (1 + reads), stored * 2.0 * factors * reads, "cache_bytes"),
+        "gather and one product": (stored / 2 * row * 2, stored * factors * 1.0, "cache_bytes"),
+    }
+    return {
+        phase: {
+            "bytes": moved,
+            "flops": flops,
+            "floor_s": max(moved / rate[of], flops / rate["flops"]),
+        }
+        for phase, (moved, flops, of) in found.items()
+    }
+
+
+def measured(problem: Problem, repeats: int) -> tuple[Data, dict[str, float]]:
+    """The placed data, and median seconds of each phase."""
+    model = Ours(problem)
+    data, place = model.data, model.data.place
+    first = common.seconds(model.step)
+    users, items = model.state
+    sides = ((data.users, users, items), (data.items, items, users))
+
+    def rotate() -> None:
+        for side, target, source in sides:
+            count = np.int32(len(source))
+            jax.block_until_ready(als.preparing(data)((source, target, side.own.lengths), count))
+
+    prepared = [
+        als.preparing(data)((source, target, side.own.lengths), np.int32(len(source)))
+        for side, target, source in sides
+    ]
+    taken: dict[str, list[float]] = {"solve": []}
+    for _ in range(repeats):
+        total = 0.0
+        for (side, *_), (basis, held, begin) in zip(sides, prepared, strict=True):
+            # Copies, as what they start from is written over.
+            start = jax.tree.map(lambda part: part.copy(), begin)
+            programs = als.passes(side, data, basis, model.objective)
+            run = functools.partial(place.run, programs, start, held, data.params.dtype)
+            total += common.seconds(lambda run=run: jax.block_until_ready(run()))  # type: ignore[misc]
+        taken["solve"].append(total)
+    others = common.in_turns(
+        {
+            "layout": lambda: placing.place(problem.matrix, data.params, place),
+            "rotate": rotate,
+            "gather and one product": lambda: als.loss(model.state, data, model.objective),
+            "iteration": model.step,
+        },
+        repeats,
+    )
+    compiled = {"compile": first - others["iteration"]}
+    return data, {**others, **compiled, "solve": statistics.median(taken["solve"])}
+
+
+def main() -> None:
+    """A table for each number of factors."""
+    parser = common.parser(__doc__, ("ml1m", "power-law"))
+    parser.add_argument("--factors", type=int, nargs="+", default=[64, 128, 256])
+    args = parser.parse_args()
+    if args.quick:
+        args.factors, args.repeats = [16], 1
+    name, matrix = common.load(args)
+    machine = common.machine()
+    common.emit(benchmark="phases", what="machine", **machine)
+    rate = speeds(machine["cores"], args.repeats)
+    common.emit(benchmark="phases", what="speeds", **rate)
+    for factors in args.factors:
+        data, taken = measured(Problem(matrix, factors, 40.0, 10.0), args.repeats)
+        least = floors(data, rate)
+        for phase, seconds in taken.items():
+            floor = least.get(phase, {})
+            common.emit(
+                benchmark="phases", dataset=name, factors=factors, phase=phase, seconds=seconds,
+                **floor, over_floor=seconds / floor["floor_s"] if floor else None,
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Plots for docs/performance.md, of what the scripts printed: ``python plot.py FILE --to DIR``.
+
+Of lines of `fit.py`, the loss above the best one that was seen, over seconds; of lines of
+`scaling.py`, seconds of an iteration over entries. Other lines are passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+
+# Text as text and nothing of the day in it, so that a file changes only where its data do.
+mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "tpu_als", "font.size": 9})
+COLOURS = {"tpu_als": "tab:red", "implicit": "tab:blue", "irspack": "tab:green"}
+STYLES: dict[str, Any] = {
+    "relaxed": "-", "cg": "--", "cholesky": ":", "subspace": "-.", "ialspp": "-.",
+    "auto": (0, (1, 4)),
+}  # fmt: skip
+
+
+def read(files: list[Path]) -> list[dict[str, Any]]:
+    """All JSON lines of some files."""
+    lines = itertools.chain.from_iterable(file.read_text().splitlines() for file in files)
+    return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def fits(lines: list[dict[str, Any]], folder: Path) -> None:
+    """One picture for each data set and setting, with a panel for each number of factors."""
+    runs = [line for line in lines if line.get("benchmark") == "fit" and "losses" in line]
+    runs.sort(key=lambda run: (run["dataset"], run["alpha"]))
+    for (dataset, alpha), group in itertools.groupby(
+        runs, lambda run: (run["dataset"], run["alpha"])
+    ):
+        cases = list(group)
+        factors = sorted({run["factors"] for run in cases})
+        figure, panels = plt.subplots(
+            1, len(factors), figsize=(3.6 * len(factors), 3.4), sharey=True, squeeze=False
+        )
+        for panel, count in zip(panels[0], factors, strict=True):
+            _race(panel, [run for run in cases if run["factors"] == count])
+            panel.set(title=f"{count} factors", xlabel="seconds", xscale="log")
+        panels[0][0].set(ylabel="loss above the best seen", yscale="log")
+        panels[0][-1].legend(fontsize=6, loc="upper right")
+        _save(figure, folder / f"fit-{dataset}-alpha-{alpha:g}.svg")
+
+
+def _race(panel: Any, runs: list[dict[str, Any]]) -> None:
+    best = min(min(run["losses"]) for run in runs)
+    for run in runs:
+        library, solver = run["library"].split()
+        seconds = run["setup_s"] + np.cumsum(run["steps_s"])
+        above = np.maximum(np.array(run["losses"]) / best - 1, 1e-5)
+        panel.plot(seconds, above, color=COLOURS[library], ls=STYLES[solver], label=run["library"])
+    panel.axhline(runs[0]["target"] / best - 1, color="grey", lw=0.6)
+
+
+def scaling(lines: list[dict[str, Any]], folder: Path) -> None:
+    """Seconds of an iteration over entries."""
+    found = [line for line in lines if line.get("over") == "entries" and "entries" in line]
+    if not found:
+        return
+    figure, panel = plt.subplots(figsize=(3.6, 3.0))
+    entries, seconds = (
+        np.array([line[name] for line in found]) for name in ("entries", "iteration_s")
+    )
+    panel.plot(entries / 1e6, seconds, "o", color=COLOURS["tpu_als"])
+    panel.plot(entries / 1e6, np.polyval(np.polyfit(entries, seconds, 1), entries), "-", lw=0.7)
+    panel.set(xlabel="million entries", ylabel="seconds an iteration", xlim=0, ylim=0)
+    _save(figure, folder / "scaling-entries.svg")
+
+
+def _save(figure: Any, file: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+    plt.close(figure)
+    print(file)
+
+
+def main() -> None:
+    """Read and draw."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--to", type=Path, default=Path())
+    args = parser.parse_args()
+    lines = read(args.files)
+    fits(lines, args.to)
+    scaling(lines, args.to)
+
+
+if __name__ == "__main__":
+    main()
