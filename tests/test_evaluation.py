@@ -156,6 +156,13 @@ class TestSplits:
         with pytest.raises(ValueError, match="entries of user_items"):
             evaluation.time_split(counts, times.T)
 
+    def test_by_time_of_unsorted_entries_that_share_their_indices(self) -> None:
+        rows = sparse.csr_matrix((np.ones(4), [3, 0, 2, 1], [0, 2, 4]), shape=(2, 4))
+        times = sparse.csr_matrix((np.array([10, 1, 2, 3]), rows.indices, rows.indptr), (2, 4))
+        train, test = evaluation.time_split(rows, times, 0.25)
+        np.testing.assert_array_equal(test.toarray(), [[0, 0, 0, 1], [0, 0, 0, 0]])
+        np.testing.assert_array_equal(train.toarray(), [[1, 0, 0, 0], [0, 1, 1, 0]])
+
     @pytest.mark.parametrize("value", [0, 1, -0.1, 2])
     def test_fractions_are_checked(self, value: float) -> None:
         counts = random_counts(5, 5, density=0.5, seed=0)
@@ -166,6 +173,39 @@ class TestSplits:
         ):
             with pytest.raises(ValueError, match="between 0 and 1"):
                 split()
+
+
+class Taster:
+    """Recommends the first items to everybody, whatever it is given."""
+
+    def recommend(
+        self, userid: np.ndarray, user_items: Any, N: int, recalculate_user: bool = False
+    ) -> tuple[np.ndarray, None]:
+        return np.tile(np.arange(N), (len(userid), 1)), None
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda rows, times: evaluation.train_test_split(rows, random_state=0),
+        lambda rows, times: evaluation.leave_k_out_split(rows, random_state=0),
+        lambda rows, times: evaluation.strong_generalization_split(rows, random_state=0),
+        lambda rows, times: evaluation.time_split(rows, times),
+        lambda rows, times: evaluation.ranking_metrics_at_k(Taster(), rows, times, K=3),
+        lambda rows, times: evaluation.metrics_of_rankings(np.zeros((3, 2), int), rows),
+        lambda rows, times: evaluation.make_ranking_scorer("ndcg", k=2)(Taster(), rows),
+    ],
+    ids=["random", "leave-k-out", "strong", "time", "ranking", "metrics", "scorer"],
+)
+def test_input_stays_as_it_is(call: Any) -> None:
+    indices, indptr = np.array([5, 0, 3, 1, 4, 4, 2, 0, 3], np.int32), np.array([0, 3, 6, 9])
+    rows = sparse.csr_matrix((np.arange(1.0, 10), indices, indptr), shape=(3, 6))
+    times = sparse.csr_matrix((np.arange(9.0, 0, -1), rows.indices, rows.indptr), shape=(3, 6))
+    before = [(part, part.copy()) for part in (rows.data, times.data, rows.indices, rows.indptr)]
+    call(rows, times)
+    for part, copy in before:
+        np.testing.assert_array_equal(part, copy)
+    assert rows.indices is before[2][0] and rows.data is before[0][0]
 
 
 class TestScorer:

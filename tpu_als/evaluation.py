@@ -140,9 +140,7 @@ def time_split(
     train, test : csr_matrix of shape (n_users, n_items)
     """
     _check_fraction("fraction", fraction)
-    entries, times = sparse.csr_matrix(user_items), sparse.csr_matrix(timestamps)
-    for matrix in (entries, times):
-        matrix.sort_indices()
+    entries, times = _sorted(user_items), _sorted(timestamps)
     same = entries.shape == times.shape and np.array_equal(entries.indptr, times.indptr)
     if not same or not np.array_equal(entries.indices, times.indices):
         raise ValueError("timestamps must be a sparse matrix with the entries of user_items")
@@ -322,6 +320,12 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
 def _check_fraction(name: str, value: float) -> None:
     if not 0 < value < 1:
         raise ValueError(f"{name} must be between 0 and 1, got {value}")
+
+
+def _sorted(matrix: Any) -> sparse.csr_matrix:
+    """CSR with sorted indices, in arrays of its own where the input's are not: others share them."""
+    rows = sparse.csr_matrix(matrix)
+    return rows if rows.has_sorted_indices else rows.sorted_indices()
 
 
 def _part(entries: sparse.coo_matrix, chosen: np.ndarray) -> sparse.csr_matrix:
