@@ -42,6 +42,12 @@ CASES = {"ones": ([1.0], None), "ratings": ([0.5, 3.0, -4.5, 0.0], ml_dtypes.bfl
          "counts": ([1.0, 257.0], np.float32)}  # fmt: skip
 
 
+def test_a_value_beyond_what_is_narrow_is_kept_wide() -> None:
+    most = np.finfo(np.float32).max
+    data = placing.place(_matrix([1.0, most]), AlsParams(FACTORS), workplace(1))
+    assert data.users.own.values[0].dtype == np.float32
+
+
 @pytest.mark.parametrize("devices", [None, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_values_are_as_narrow_as_they_can_be(
@@ -51,6 +57,7 @@ def test_values_are_as_narrow_as_they_can_be(
     # so that there are long rows too
     monkeypatch.setattr(placing, "_LONGEST", {"cpu": 16, "other": 16})
     monkeypatch.setattr(placing.layout, "LONGEST", 16)
+    monkeypatch.setattr(placing, "_ladders", {})
     place = workplace(devices or 1, num_threads=2, table_layout="sharded" if devices else "auto")
     matrix, params = _matrix(values), AlsParams(FACTORS)
     data = placing.place(matrix, params, place)

@@ -322,8 +322,9 @@ def _kept_as(entries: Entries, params: AlsParams) -> Any:
     if isinstance(entries, InMemory):
         data = entries.user_items.data
         parts = (data[low : low + _CHECKED] for low in range(0, len(data), _CHECKED))
-        if all(np.array_equal(part.astype(narrow).astype(part.dtype), part) for part in parts):
-            return narrow
+        with np.errstate(over="ignore"):  # what is too large is not held
+            if all(np.array_equal(part.astype(narrow).astype(part.dtype), part) for part in parts):
+                return narrow
     return np.dtype(params.compute_dtype)
 
 
