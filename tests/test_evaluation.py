@@ -61,7 +61,7 @@ class TestMetrics:
         rng = np.random.default_rng(0)
         held_out = random_counts(20, 15, density=0.2, seed=3)
         ids = np.array([rng.permutation(15)[:5] for _ in range(20)])
-        got = evaluation.metrics_of_rankings(ids, held_out, np.full(15, 5))
+        got = evaluation.metrics_of_rankings(ids, held_out, np.full(15, 5), n_users=40)
         recall, hit, first = [], [], []
         for row, ranked in enumerate(ids):
             likes = set(held_out[row].indices)
@@ -76,7 +76,31 @@ class TestMetrics:
         assert got["mrr"] == pytest.approx(np.mean(first))
         shown = ids[np.diff(held_out.indptr) > 0]
         assert got["coverage"] == pytest.approx(len(np.unique(shown)) / 15)
-        assert got["novelty"] == pytest.approx(np.log2(len(shown) / 5))
+        assert got["novelty"] == pytest.approx(np.log2(40 / 5))
+
+    def test_novelty_is_of_all_users_that_train(self) -> None:
+        train = sparse.lil_matrix((1000, 20))
+        train[:50] = 1  # the first ten items are liked by these alone
+        train[50:, 10:] = 1
+        train[100:200, :10] = -1
+        test = sparse.csr_matrix((np.ones(5), (np.arange(5), np.arange(5))), shape=train.shape)
+        ids = np.tile(np.arange(3), (1000, 1))
+        got = evaluation.ranking_metrics_at_k(Ranker(ids), train.tocsr(), test, K=3)
+        assert got["novelty"] == pytest.approx(np.log2(1000 / 50))
+        unseen = evaluation.metrics_of_rankings(ids, test, np.zeros(20, int), 1000)
+        assert unseen["novelty"] == pytest.approx(np.log2(2000))
+
+    @pytest.mark.parametrize("n_users", [None, 3])
+    def test_popularity_needs_its_users(self, n_users: int | None) -> None:
+        ones = sparse.csr_matrix(np.ones((2, 2)))
+        with pytest.raises(ValueError, match=f"n_users must be .* at least 4, got {n_users}"):
+            evaluation.metrics_of_rankings(np.zeros((2, 1), int), ones, np.array([4, 1]), n_users)
+
+    def test_an_entry_stored_twice_is_one(self) -> None:
+        twice = sparse.csr_matrix((np.ones(3), [1, 1, 0], [0, 2, 3]), shape=(2, 3))
+        ids = np.array([[1, 2], [0, 1]])
+        got = evaluation.ranking_metrics_at_k(Ranker(ids), twice * 0, twice, K=2)
+        assert got["recall"] == got["ndcg"] == 1
 
     @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16])
     def test_any_dtype_of_ids(self, dtype: type) -> None:

@@ -177,7 +177,7 @@ def ranking_metrics_at_k(
         See `metrics_of_rankings`.
     """
     del show_progress, num_threads
-    train, test = sparse.csr_matrix(train_user_items), sparse.csr_matrix(test_user_items)
+    train, test = sparse.csr_matrix(train_user_items), _canonical(test_user_items)
     if train.shape != test.shape:
         raise ValueError(f"train has shape {train.shape}, but test {test.shape}")
     users = np.flatnonzero(np.diff(test.indptr))
@@ -186,11 +186,14 @@ def ranking_metrics_at_k(
         for batch in (users[low : low + _BATCH] for low in range(0, len(users), _BATCH))
     ]
     ids = np.concatenate(batches) if batches else np.zeros((0, K), np.int32)
-    return metrics_of_rankings(ids, test[users], np.diff(train.tocsc().indptr))
+    return metrics_of_rankings(ids, test[users], _popularity(train), train.shape[0])
 
 
 def metrics_of_rankings(
-    ids: np.ndarray, held_out: sparse.csr_matrix, popularity: np.ndarray | None = None
+    ids: np.ndarray,
+    held_out: sparse.csr_matrix,
+    popularity: np.ndarray | None = None,
+    n_users: int | None = None,
 ) -> dict[str, float]:
     """Metrics of rankings against held-out entries.
 
@@ -202,6 +205,8 @@ def metrics_of_rankings(
         The hits; rows without any are left out.
     popularity : array of shape (n_items,), optional
         Users who like each item, for "novelty".
+    n_users : int, optional
+        Of how many users, those without held-out entries included; needed with `popularity`.
 
     Returns
     -------
@@ -216,12 +221,18 @@ def metrics_of_rankings(
         * "auc": area under the ROC curve, where what is not ranked is taken to be in random order;
 
         "coverage": part of the items ranked for anybody; "novelty": mean of -log2 of the part of
-        the users who like a ranked item. NaN where there is nothing to measure.
+        the `n_users` who like a ranked item. NaN where there is nothing to measure.
+
+    Raises
+    ------
+    ValueError
+        For a popularity without `n_users`, or one above it.
     """
+    _check_popularity(popularity, n_users)
     counts = np.diff(held_out.indptr)
     ids, held_out, counts = ids[counts > 0], held_out[counts > 0], counts[counts > 0]
-    n_users, k = ids.shape
-    if n_users == 0 or k == 0:
+    k = ids.shape[1]
+    if not ids.size:
         return dict.fromkeys(METRICS, float("nan"))
     hits = holdout.hits_of(ids, held_out)
     found, places = np.cumsum(hits, axis=1), np.arange(1, k + 1)
@@ -248,12 +259,26 @@ def _auc(hits: np.ndarray, found: np.ndarray, counts: np.ndarray, n_items: int) 
     return right / np.maximum(counts * others, 1)
 
 
-def _novelty(ranked: np.ndarray, popularity: np.ndarray | None, n_users: int) -> float:
-    if popularity is None or not len(ranked):
+def _check_popularity(popularity: np.ndarray | None, n_users: int | None) -> None:
+    most = 0 if popularity is None else int(np.max(popularity, initial=0))
+    if popularity is not None and (n_users is None or n_users < most):
+        raise ValueError(
+            "n_users must be the number of users that popularity counts, here at least "
+            f"{most}, got {n_users}"
+        )
+
+
+def _popularity(user_items: sparse.csr_matrix) -> np.ndarray:
+    """Users with a positive entry for each item (n_items,)."""
+    rows = _canonical(user_items)
+    return np.bincount(rows.indices[rows.data > 0], minlength=rows.shape[1])
+
+
+def _novelty(ranked: np.ndarray, popularity: np.ndarray | None, n_users: int | None) -> float:
+    if popularity is None or n_users is None or not len(ranked):
         return float("nan")
     # An item that nobody likes yet is taken to have half a user.
-    part = np.maximum(popularity[ranked], 0.5) / max(n_users, int(popularity.max(initial=1)))
-    return float(np.mean(-np.log2(part)))
+    return float(np.mean(-np.log2(np.maximum(popularity[ranked], 0.5) / n_users)))
 
 
 def _metric_at_k(name: str) -> Callable[..., float]:
@@ -314,7 +339,8 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
         if hasattr(estimator, "steps"):
             model, known = estimator[-1], sparse.csr_matrix(estimator[:-1].transform(visible))
         ids, _ = model.recommend(np.arange(len(tested)), known, N=self.k, recalculate_user=True)
-        return metrics_of_rankings(ids, hidden, np.diff(visible.tocsc().indptr))[self.metric]
+        found = metrics_of_rankings(ids, hidden, _popularity(visible), len(tested))
+        return found[self.metric]
 
 
 def _check_fraction(name: str, value: float) -> None:
@@ -323,9 +349,18 @@ def _check_fraction(name: str, value: float) -> None:
 
 
 def _sorted(matrix: Any) -> sparse.csr_matrix:
-    """CSR with sorted indices, in arrays of its own where the input's are not: others share them."""
+    """CSR with sorted indices; where that takes sorting, in a copy, as others may share them."""
     rows = sparse.csr_matrix(matrix)
     return rows if rows.has_sorted_indices else rows.sorted_indices()
+
+
+def _canonical(matrix: Any) -> sparse.csr_matrix:
+    """CSR of the input's dtype, with its duplicates summed; in a copy where it has any."""
+    rows = sparse.csr_matrix(matrix)
+    if not rows.has_canonical_format:
+        rows = rows.copy()
+        rows.sum_duplicates()
+    return rows
 
 
 def _part(entries: sparse.coo_matrix, chosen: np.ndarray) -> sparse.csr_matrix:
