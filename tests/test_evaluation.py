@@ -129,13 +129,15 @@ class TestMetrics:
 
 
 class TestSplits:
-    def test_random_split_is_implicits(self) -> None:
-        counts = random_counts(30, 20, density=0.4, seed=2)
+    @pytest.mark.parametrize("part", [0.0, 0.7, 1.0])
+    def test_random_split_is_implicits(self, part: float) -> None:
+        counts = random_counts(30, 20, density=0.4, negatives=True, seed=2)
         for ours, theirs in zip(
-            evaluation.train_test_split(counts, 0.7, random_state=5),
-            reference.train_test_split(counts, 0.7, random_state=5),
+            evaluation.train_test_split(counts, part, random_state=5),
+            reference.train_test_split(counts, part, random_state=5),
             strict=True,
         ):
+            assert ours.nnz == theirs.nnz
             np.testing.assert_array_equal(ours.toarray(), theirs.toarray())
 
     @pytest.mark.parametrize("k", [1, 3])
@@ -191,12 +193,17 @@ class TestSplits:
     def test_fractions_are_checked(self, value: float) -> None:
         counts = random_counts(5, 5, density=0.5, seed=0)
         for split in (
-            lambda: evaluation.train_test_split(counts, value),
             lambda: evaluation.strong_generalization_split(counts, value),
+            lambda: evaluation.strong_generalization_split(counts, 0.5, value),
             lambda: evaluation.time_split(counts, counts, value),
         ):
             with pytest.raises(ValueError, match="between 0 and 1"):
                 split()
+
+    @pytest.mark.parametrize("value", [-0.1, 1.1, 80, np.nan])
+    def test_train_percentage_is_checked(self, value: float) -> None:
+        with pytest.raises(ValueError, match="train_percentage must be from 0 to 1, got"):
+            evaluation.train_test_split(random_counts(5, 5, density=0.5, seed=0), value)
 
 
 class Taster:

@@ -30,7 +30,7 @@ def train_test_split(
     ratings : sparse matrix or array of shape (n_users, n_items)
         The entries.
     train_percentage : float, default=0.8
-        Probability, between 0 and 1, that an entry goes to the train part.
+        Probability, from 0 to 1, that an entry goes to the train part; 1 leaves no test part.
     random_state : None, int, RandomState or Generator, default=None
         Seed. The split of an integer is implicit's.
 
@@ -38,7 +38,8 @@ def train_test_split(
     -------
     train, test : csr_matrix of shape (n_users, n_items)
     """
-    _check_fraction("train_percentage", train_percentage)
+    if not 0 <= train_percentage <= 1:
+        raise ValueError(f"train_percentage must be from 0 to 1, got {train_percentage}")
     entries = sparse.coo_matrix(ratings)
     draws = validation.random_generator(random_state).random(len(entries.data))
     in_train = draws < train_percentage
