@@ -45,6 +45,8 @@ def calls(
     rows = [user_items[batch] for batch in batches]
     alone = [user_items[user] for user in range(singles)]
     items = np.arange(min(BATCH, user_items.shape[1]))
+    some = np.linspace(0, user_items.shape[1] - 1, 100).astype(int)
+    few = min(n, len(some))
     return {
         "recommend, batches": (
             lambda: [model.recommend(b, r, N=n) for b, r in zip(batches, rows, strict=True)],
@@ -57,6 +59,22 @@ def calls(
         "similar_items, batch": (lambda: model.similar_items(items, N=n), len(items)),
         "similar_items, single": (
             lambda: [model.similar_items(item, N=n) for item in range(singles)],
+            singles,
+        ),
+        "recommend of 100 items, batches": (
+            lambda: [
+                model.recommend(b, r, N=few, items=some) for b, r in zip(batches, rows, strict=True)
+            ],
+            len(everyone),
+        ),
+        "recommend of 100 items, single": (
+            lambda: [
+                model.recommend(user, row, N=few, items=some) for user, row in enumerate(alone)
+            ],
+            singles,
+        ),
+        "recalculate_user, single": (
+            lambda: [model.recalculate_user(user, row) for user, row in enumerate(alone)],
             singles,
         ),
     }
