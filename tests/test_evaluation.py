@@ -170,6 +170,22 @@ class TestSplits:
         assert (np.diff(visible.indptr) >= 1).all()
         assert visible.multiply(held_out).nnz == 0
 
+    def test_strong_generalization_of_entries_stored_twice(self) -> None:
+        twice = sparse.csr_matrix((np.ones(160), np.tile([0, 1, 1, 0], 40), np.arange(41) * 4))
+        _, visible, held_out = evaluation.strong_generalization_split(twice, 0.9, random_state=0)
+        assert visible.multiply(held_out).nnz == 0
+        np.testing.assert_array_equal((visible + held_out).toarray(), np.full((36, 2), 2))
+
+    def test_strong_generalization_finds_something_for_everyone(self) -> None:
+        rows = sparse.csr_matrix(np.tile([[1, -1, 0], [1, 1, -1]], (20, 1)))
+        train, visible, held_out = evaluation.strong_generalization_split(rows, 0.4, random_state=0)
+        assert train.shape == (24, 3)
+        np.testing.assert_array_equal(np.diff(held_out.indptr), np.ones(16))
+        assert (held_out.data > 0).all()
+        np.testing.assert_array_equal(np.diff(visible.indptr), np.full(16, 2))
+        with pytest.raises(ValueError, match="no user has two positive entries"):
+            evaluation.strong_generalization_split(rows[::2])
+
     def test_by_time(self) -> None:
         counts = random_counts(30, 20, density=0.3, seed=7)
         times = counts.copy()

@@ -91,11 +91,12 @@ def strong_generalization_split(
     Parameters
     ----------
     user_items : sparse matrix or array of shape (n_users, n_items)
-        The entries.
+        The entries; one stored twice is summed.
     test_users : float, default=0.1
-        Part of the users, those with two entries or more, to hold out of training.
+        Part of all users to hold out of training, from those with two positive entries or more.
     fold_in : float, default=0.8
-        Part of each such user's entries to fold in; at least one is left to be found.
+        Part of each such user's positive entries to fold in; at least one is left to be found.
+        Other entries are folded in.
     random_state : None, int, RandomState or Generator, default=None
         Seed.
 
@@ -112,10 +113,11 @@ def strong_generalization_split(
     """
     _check_fraction("test_users", test_users)
     _check_fraction("fold_in", fold_in)
-    rows, rng = sparse.csr_matrix(user_items), validation.random_generator(random_state)
-    able = np.flatnonzero(np.diff(rows.indptr) > 1)
+    rows, rng = _canonical(user_items), validation.random_generator(random_state)
+    positive = np.append(0, np.cumsum(rows.data > 0))[rows.indptr]
+    able = np.flatnonzero(np.diff(positive) > 1)
     if not len(able):
-        raise ValueError("no user has two entries, one to fold in and one to find")
+        raise ValueError("no user has two positive entries, one to fold in and one to find")
     chosen = np.sort(rng.permutation(able)[: max(round(test_users * rows.shape[0]), 1)])
     train = rows[np.setdiff1d(np.arange(rows.shape[0]), chosen)]
     visible, held_out = holdout.hide(rows[chosen], 1 - fold_in, at_least=1, rng=rng)
