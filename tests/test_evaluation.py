@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from matrices import random_counts
 from scipy import sparse
 from sklearn.model_selection import GridSearchCV
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 
 from tpu_als import TPUAlternatingLeastSquares, evaluation
 from tpu_als.weighting import LogWeighting
@@ -279,6 +281,28 @@ class TestScorer:
         search = GridSearchCV(pipeline, {f"{name}__alpha": [1.0, 10.0]}, scoring=scorer, cv=2)
         search.fit(counts, **{f"{name}__show_progress": False})
         assert 0 < search.best_score_ <= 1
+
+    @pytest.mark.parametrize("weighting", ["none", "array", "frame"])
+    def test_columns_of_a_frame_keep_their_names(self, weighting: str) -> None:
+        counts = random_counts(60, 40, density=0.3, seed=1).toarray()
+        frame = pd.DataFrame(counts, columns=[f"item {i}" for i in range(40)])
+        model = TPUAlternatingLeastSquares(factors=6, iterations=2, random_state=0)
+        step = LogWeighting()
+        if weighting == "frame":
+            step.set_output(transform="pandas")
+        pipeline = Pipeline(
+            [("model", model)] if weighting == "none" else [("w", step), ("m", model)]
+        )
+        scorer = evaluation.make_ranking_scorer("recall", k=5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pipeline.fit(frame)
+            for estimator in (pipeline, model) if weighting == "none" else (pipeline,):
+                got = scorer(estimator, frame)
+                with pytest.raises(ValueError, match="feature names"):
+                    scorer(estimator, frame[frame.columns[::-1]])
+        plain = Pipeline(pipeline.steps).set_output(transform="default").fit(counts)
+        assert got == scorer(plain, counts)
 
     def test_names_are_checked(self) -> None:
         with pytest.raises(ValueError, match="metric must be one of"):

@@ -10,7 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import validate_data
 
 from tpu_als import holdout, validation
 
@@ -317,6 +320,7 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
     A fixed fifth of each row's entries is hidden, the rest is folded in, and the hidden ones are
     ranked among all items not folded in, as in the estimator's own `score`. Works for a model
     alone and for a Pipeline that ends in one, whose earlier steps transform what is folded in.
+    Of a DataFrame, column names are checked as in `score`, and passed on to those steps.
 
     Parameters
     ----------
@@ -339,8 +343,14 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
         tested = np.flatnonzero(np.diff(hidden.indptr))
         visible, hidden = visible[tested], hidden[tested]
         model, known = estimator, visible
+        if hasattr(X, "columns"):  # whose order the steps, or the model, compare
+            known = pd.DataFrame(visible.toarray(), columns=X.columns)
         if hasattr(estimator, "steps"):
-            model, known = estimator[-1], sparse.csr_matrix(estimator[:-1].transform(visible))
+            model = estimator[-1]
+            known = estimator[:-1].transform(known) if len(estimator.steps) > 1 else known
+        if hasattr(known, "columns") and isinstance(model, BaseEstimator):
+            validate_data(model, known, reset=False, skip_check_array=True)
+        known = sparse.csr_matrix(known)
         ids, _ = model.recommend(np.arange(len(tested)), known, N=self.k, recalculate_user=True)
         found = metrics_of_rankings(ids, hidden, _popularity(visible), len(tested))
         return found[self.metric]
