@@ -9,8 +9,9 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 
-from tpu_als import datasets
+from tpu_als import datasets, evaluation
 from tpu_als.datasets import (
     interactions_from_frame,
     load_groceries,
@@ -82,6 +83,35 @@ class TestSplitByTime:
         frame["when"] = [1, 1, 1, 1, 1, 2]
         early, late = split_by_time(frame, "when", 0.5)
         assert (len(early), len(late)) == (5, 1)
+
+    def test_moments_a_nanosecond_apart(self, frame: pd.DataFrame) -> None:
+        frame["when"] = pd.to_datetime(1_500_000_000_000_000_000 + np.arange(6), utc=True)
+        early, late = split_by_time(frame, "when", 0.5)
+        assert (len(early), len(late)) == (3, 3)
+
+    @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.3, 1 / 3, 0.5, 0.7, 0.9])
+    def test_cuts_where_the_split_of_a_matrix_does(self, fraction: float) -> None:
+        rng = np.random.default_rng(0)
+        for n_entries in (0, 1, 2, 7, 31, 101):
+            times = sparse.csr_matrix(rng.integers(10**18, 10**18 + 30, (1, n_entries)))
+            ones = sparse.csr_matrix(np.ones((1, n_entries)))
+            test = evaluation.time_split(ones, times, fraction)[1]
+            late = split_by_time(pd.DataFrame({"when": times.data}), "when", fraction)[1]
+            assert late.index.tolist() == test.indices.tolist()
+
+    def test_text_that_sorts(self, frame: pd.DataFrame) -> None:
+        frame["when"] = [f"2020-01-0{day}" for day in (3, 1, 2, 6, 5, 4)]
+        late = split_by_time(frame, "when", 0.4)[1]
+        assert late["when"].tolist() == ["2020-01-06", "2020-01-05"]
+
+    def test_column(self, frame: pd.DataFrame) -> None:
+        with pytest.raises(
+            ValueError, match=r"column 'then' is not in the frame, which has \['who"
+        ):
+            split_by_time(frame, "then")
+        frame.loc[3, "when"] = None
+        with pytest.raises(ValueError, match="column 'when' must have no missing values"):
+            split_by_time(frame, "when")
 
     @pytest.mark.parametrize("fraction", [0, 1, -0.1, 20])
     def test_fraction(self, frame: pd.DataFrame, fraction: float) -> None:

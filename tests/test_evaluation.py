@@ -207,6 +207,13 @@ class TestSplits:
         np.testing.assert_array_equal(test.toarray(), [[0, 0, 0, 1], [0, 0, 0, 0]])
         np.testing.assert_array_equal(train.toarray(), [[1, 0, 0, 0], [0, 1, 1, 0]])
 
+    def test_by_time_needs_every_time(self) -> None:
+        counts = random_counts(5, 5, density=0.5, seed=0)
+        times = counts.copy()
+        times.data[2] = np.nan
+        with pytest.raises(ValueError, match="timestamps must have no missing values"):
+            evaluation.time_split(counts, times)
+
     @pytest.mark.parametrize("value", [0, 1, -0.1, 2])
     def test_fractions_are_checked(self, value: float) -> None:
         counts = random_counts(5, 5, density=0.5, seed=0)

@@ -120,12 +120,15 @@ def split_by_time(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Split interactions into the earlier ones and the latest `fraction` of them.
 
+    For a table, before it becomes a matrix: a user may have an item in both parts.
+    `evaluation.time_split` has the same cut for the entries of a matrix.
+
     Parameters
     ----------
     frame : DataFrame
         One interaction a row.
     timestamp : str
-        Name of the column with the time.
+        Name of the column with the time; of any type that sorts.
     fraction : float, default=0.2
         Part of the interactions, the latest, in the second frame; between 0 and 1.
 
@@ -137,12 +140,18 @@ def split_by_time(
     Raises
     ------
     ValueError
-        For a fraction out of range.
+        For a fraction out of range, a column the frame lacks, or a missing time.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must be between 0 and 1, got {fraction}")
-    cut = frame[timestamp].quantile(1 - fraction)
-    return frame[frame[timestamp] <= cut], frame[frame[timestamp] > cut]
+    if timestamp not in frame.columns:
+        raise ValueError(f"column {timestamp!r} is not in the frame, which has {[*frame.columns]}")
+    if frame[timestamp].isna().any():
+        raise ValueError(f"column {timestamp!r} must have no missing values: drop those rows first")
+    # Ranks: interpolated or as floats, moments less than a microsecond apart would not keep apart.
+    moments = frame[timestamp].rank(method="dense").to_numpy(np.int64)
+    cut = np.quantile(moments, 1 - fraction, method="lower") if len(moments) else 0
+    return frame[moments <= cut], frame[moments > cut]
 
 
 def power_law(

@@ -132,6 +132,9 @@ def time_split(
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
     """Split entries into the earlier ones and the latest `fraction`; ties stay in the earlier part.
 
+    For a matrix, whose entries are a user and an item each. `datasets.split_by_time` has the same
+    cut for a table of single interactions, of which a user may have several with an item.
+
     Parameters
     ----------
     user_items : sparse matrix or array of shape (n_users, n_items)
@@ -144,13 +147,21 @@ def time_split(
     Returns
     -------
     train, test : csr_matrix of shape (n_users, n_items)
+
+    Raises
+    ------
+    ValueError
+        For a fraction out of range, other entries, or a missing time (NaN).
     """
     _check_fraction("fraction", fraction)
     entries, times = _sorted(user_items), _sorted(timestamps)
     same = entries.shape == times.shape and np.array_equal(entries.indptr, times.indptr)
     if not same or not np.array_equal(entries.indices, times.indices):
         raise ValueError("timestamps must be a sparse matrix with the entries of user_items")
-    late = times.data > np.quantile(times.data, 1 - fraction, method="lower")
+    if np.isnan(times.data).any():
+        raise ValueError("timestamps must have no missing values (NaN): drop those entries first")
+    cut = np.quantile(times.data, 1 - fraction, method="lower") if times.nnz else 0
+    late = times.data > cut
     return _part(entries.tocoo(), ~late), _part(entries.tocoo(), late)
 
 
