@@ -163,6 +163,18 @@ class TestPowerLaw:
         with pytest.raises(ValueError, match="n_entries must be from 1 to a third .* got"):
             power_law(20, 30, n_entries)
 
+    def test_exponent_is_the_steepness(self) -> None:
+        largest = [
+            np.diff(power_law(2_000, 500, 20_000, exponent=exponent).tocsc().indptr).max()
+            for exponent in (0, 0.4, 0.8)
+        ]
+        assert largest[0] < 80 and largest[1] > 2 * largest[0] and largest[2] > 2 * largest[1]
+
+    @pytest.mark.parametrize("exponent", [-0.1, 1, 1.0, 1.5, np.nan])
+    def test_exponent_is_checked(self, exponent: float) -> None:
+        with pytest.raises(ValueError, match="exponent must be at least 0 and below 1, got"):
+            power_law(20, 30, 100, exponent=exponent)
+
     def test_is_vectorised(self) -> None:
         begin = time.perf_counter()
         assert power_law(14_000, 2_700, 1_000_000).nnz == 1_000_000

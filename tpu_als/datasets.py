@@ -172,7 +172,8 @@ def power_law(
     n_users, n_items, n_entries : int
         Shape and stored entries: at least one, at most a third of the cells.
     exponent : float, default=0.6
-        Steepness of the items' popularity, from 0 to below 1.
+        Steepness of the items' popularity, from 0 to below 1; close to 1 nearly all draws are of
+        the first item, and distinct entries take long to find.
     random_state : int, Generator or None, default=0
         Seed; the same integer gives the same matrix.
 
@@ -184,8 +185,10 @@ def power_law(
     Raises
     ------
     ValueError
-        For no entries, or more than a third of the cells.
+        For no entries, more than a third of the cells, or an exponent out of range.
     """
+    if not 0 <= exponent < 1:
+        raise ValueError(f"exponent must be at least 0 and below 1, got {exponent}")
     most = n_users * n_items // 3
     if not 1 <= n_entries <= most:
         raise ValueError(
