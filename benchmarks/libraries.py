@@ -17,6 +17,7 @@ import numpy as np
 from scipy import sparse
 
 from tpu_als import als, mesh, placing, solve
+from tpu_als.placing import Side
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,16 @@ BUILDERS: dict[str, Callable[[Problem], Library]] = {
     "irspack ialspp": lambda problem: Irspack(problem, "IALSPP"),
     "implicit gpu": ImplicitGpu,
 }
+
+
+def padded_cells(side: Side) -> int:
+    """Padded cells of a side, those of long rows included."""
+    size = sum(rung.n_chunks * rung.rows * rung.length for rung in side.rows.rungs)
+    size *= side.rows.n_shards
+    if side.long is not None:
+        blocks = sum(int((np.asarray(part) > 0).sum()) for part in side.long.left)
+        size += blocks * side.long.ids[0].shape[1]
+    return size
 
 
 def available(names: list[str]) -> list[str]:

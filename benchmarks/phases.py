@@ -16,10 +16,10 @@ from typing import Any
 import common
 import jax
 import numpy as np
-from libraries import Ours, Problem
+from libraries import Ours, Problem, padded_cells
 
 from tpu_als import als, placing
-from tpu_als.placing import Data, Side
+from tpu_als.placing import Data
 
 
 def speeds(n_cores: int, repeats: int) -> dict[str, float]:
@@ -41,20 +41,10 @@ def speeds(n_cores: int, repeats: int) -> dict[str, float]:
     }
 
 
-def cells(side: Side) -> int:
-    """Padded cells of a side, those of long rows included."""
-    size = sum(rung.n_chunks * rung.rows * rung.length for rung in side.rows.rungs)
-    size *= side.rows.n_shards
-    if side.long is not None:
-        blocks = sum(int((np.asarray(part) > 0).sum()) for part in side.long.left)
-        size += blocks * side.long.ids[0].shape[1]
-    return size
-
-
 def floors(data: Data, rate: dict[str, float]) -> dict[str, dict[str, float]]:
     """Bytes, flops and the seconds that they take at least, by phase; both sides together."""
     factors, sides = data.params.factors, (data.users, data.items)
-    row, stored = 4.0 * factors, sum(cells(side) for side in sides)
+    row, stored = 4.0 * factors, sum(padded_cells(side) for side in sides)
     rows = sum(side.rows.n_slots * side.rows.n_shards for side in sides)
     reads = 2 * data.params.cg_steps + 1
     held = sum(leaf.nbytes for side in sides for leaf in jax.tree.leaves((side.own, side.long)))

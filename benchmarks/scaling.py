@@ -9,15 +9,16 @@ from __future__ import annotations
 import common
 import jax
 import numpy as np
-from libraries import Ours, Problem
+from libraries import Ours, Problem, padded_cells
 
 ENTRIES = [1_000_000, 2_000_000, 5_000_000, 10_000_000, 20_000_000]
 
 
-def iteration(problem: Problem, repeats: int, **options: object) -> float:
-    """Median seconds of a warm iteration."""
-    model = Ours(problem, **options)  # type: ignore[arg-type]
-    return common.in_turns({"step": model.step}, repeats)["step"]
+def iteration(problem: Problem, repeats: int) -> tuple[float, int]:
+    """Median seconds of a warm iteration, and the padded cells of both sides."""
+    model = Ours(problem)
+    cells = padded_cells(model.data.users) + padded_cells(model.data.items)
+    return common.in_turns({"step": model.step}, repeats)["step"], cells
 
 
 def problem(entries: int, factors: int = 64, rows: float = 1.0) -> Problem:
@@ -33,10 +34,12 @@ def by_entries(entries: list[int], factors: int, rows: float, repeats: int) -> N
     for count in entries:
         case = problem(count, factors, rows)
         counts.append(case.matrix.nnz)
-        seconds.append(iteration(case, repeats))
+        taken, cells = iteration(case, repeats)
+        seconds.append(taken)
         common.emit(
             benchmark="scaling", over="entries", shape=case.matrix.shape, entries=counts[-1],
-            factors=factors, iteration_s=seconds[-1], ns_per_entry=1e9 * seconds[-1] / counts[-1],
+            factors=factors, iteration_s=taken, ns_per_entry=1e9 * taken / counts[-1],
+            cells_per_entry=cells / 2 / counts[-1], ns_per_cell=1e9 * taken / cells,
         )  # fmt: skip
     slopes = np.diff(seconds) / np.diff(counts)
     overall = np.polyfit(counts, seconds, 1)[0]
@@ -53,11 +56,11 @@ def by_rows_and_factors(entries: int, factors: list[int], rows: list[float], rep
         case = problem(entries, 64, scale)
         common.emit(
             benchmark="scaling", over="rows", shape=case.matrix.shape, entries=case.matrix.nnz,
-            factors=64, iteration_s=iteration(case, repeats),
+            factors=64, iteration_s=iteration(case, repeats)[0],
         )  # fmt: skip
     matrix = problem(entries, 64, rows[0]).matrix
     for k in factors:
-        taken = iteration(Problem(matrix, k, 40.0, 10.0), repeats)
+        taken, _ = iteration(Problem(matrix, k, 40.0, 10.0), repeats)
         common.emit(
             benchmark="scaling", over="factors", shape=matrix.shape, entries=matrix.nnz, factors=k,
             iteration_s=taken, ns_per_entry_and_factor=1e9 * taken / (matrix.nnz * k),
@@ -68,8 +71,11 @@ def by_workers(case: Problem, repeats: int) -> None:
     """One worker against two and more: threads of one device, and devices of a mesh, in turns."""
     one = jax.devices()[:1]
     counts = [n for n in (1, 2, 4, 8) if n <= common.machine()["cores"]]
+    # A single device of a CPU would work with a thread for each core.
     kinds: dict[str, dict[int, Ours]] = {
-        "devices": {n: Ours(case, devices=n) for n in counts if n <= len(jax.devices())}
+        "devices": {
+            n: Ours(case, devices=n, num_threads=1) for n in counts if n <= len(jax.devices())
+        }
     }
     if one[0].platform == "cpu":
         kinds["threads"] = {n: Ours(case, devices=one, num_threads=n) for n in counts}
