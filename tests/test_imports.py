@@ -26,7 +26,7 @@ FLOORS = [
     ["early_stopping"],
     ["model_file"],
     ["evaluation", "weighting", "datasets", "shards"],
-    ["_shard_writer"],
+    ["splits", "_shard_writer"],
     ["_shard_reader"],
     ["_transpose"],
     ["holdout"],
@@ -44,7 +44,16 @@ FLOORS = [
     ["validation", "_atomic"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-HOST_ONLY = ["layout", "cells", "validation", "evaluation", "weighting", "datasets", "holdout"]
+HOST_ONLY = [
+    "layout",
+    "cells",
+    "validation",
+    "evaluation",
+    "weighting",
+    "datasets",
+    "holdout",
+    "splits",
+]
 HOST_ONLY += ["shards", "_shard_writer", "_shard_reader", "_transpose", "_atomic", "model_file"]
 
 

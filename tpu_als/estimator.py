@@ -25,8 +25,6 @@ from .shards import ShardedMatrix
 
 log = logging.getLogger("tpu_als")
 
-_SCORE_FRACTION = 0.2
-
 
 class TPUAlternatingLeastSquares(
     Serving, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
@@ -298,9 +296,7 @@ class TPUAlternatingLeastSquares(
             Between 0 and 1, larger is better.
         """
         check_is_fitted(self)
-        kept, hidden = holdout.hide(self._validated(X), _SCORE_FRACTION, at_least=1)
-        measured = np.flatnonzero(np.diff(hidden.indptr))
-        kept, hidden = kept[measured], hidden[measured]
+        kept, hidden = holdout.for_scoring(self._validated(X))
         ids, _ = self._rank(self._fold_in(kept, "item"), "item", holdout.CUTOFF, seen=kept)
         return holdout.mean_ndcg(ids, hidden)
 

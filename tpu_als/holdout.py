@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 from scipy import sparse
 from sklearn.exceptions import UndefinedMetricWarning
 
 CUTOFF = 10
+_SCORED = 0.2  # part of a row's entries that a score is measured with
 _SEED = 20110801
 
 
@@ -54,6 +56,22 @@ def _entries(rows: sparse.csr_matrix, row_of: np.ndarray, chosen: np.ndarray) ->
     indptr = np.zeros(rows.shape[0] + 1, dtype=np.int64)
     np.cumsum(np.bincount(row_of[chosen], minlength=rows.shape[0]), out=indptr[1:])
     return sparse.csr_matrix((rows.data[chosen], rows.indices[chosen], indptr), shape=rows.shape)
+
+
+def for_scoring(rows: sparse.csr_matrix) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+    """Kept and hidden entries of the rows from which a fifth, always the same, can be hidden."""
+    kept, hidden = hide(rows, _SCORED, at_least=1)
+    measured = np.flatnonzero(np.diff(hidden.indptr))
+    return kept[measured], hidden[measured]
+
+
+def canonical(matrix: Any) -> sparse.csr_matrix:
+    """CSR of the input's dtype, with its duplicates summed; in a copy where it has any."""
+    rows = sparse.csr_matrix(matrix)
+    if not rows.has_canonical_format:
+        rows = rows.copy()
+        rows.sum_duplicates()
+    return rows
 
 
 def mean_ndcg(ids: np.ndarray, hidden: sparse.csr_matrix) -> float:
