@@ -151,7 +151,7 @@ class FoldIn(FactorTables):
         w, v = solve.confidence(self._objective(), row.data.astype(np.float64))
         liked = self._rows("item", row.indices)
         if user_weights is None:
-            user_weights = self._factorize(liked.astype(np.float64), w, "item")
+            user_weights = _factorize(self._system(liked.astype(np.float64), w, "item"))
         wanted = self._rows("item", item[0][:1])[0].astype(np.float64)
         scores = (liked @ linalg.cho_solve(user_weights, wanted)) * v
         order = [i for i in np.argsort(-scores, kind="stable") if row.data[i] >= 0][:n]
@@ -244,12 +244,7 @@ class FoldIn(FactorTables):
             at = slice(rows.indptr[row], rows.indptr[row + 1])
             w, v = solve.confidence(self._objective(), rows.data[at].astype(np.float64))
             source = self._rows(side, rows.indices[at]).astype(np.float64)
-            try:
-                factor = self._factorize(source, w, side)
-            except linalg.LinAlgError:
-                solved[row] = np.nan
-            else:
-                solved[row] = linalg.cho_solve(factor, v @ source, check_finite=False)
+            solved[row] = _solve(self._system(source, w, side), v @ source)
         return validation.finite_rows(solved, "the given rows")
 
     def _store_rows(self, side: str, ids: Any, rows: np.ndarray) -> None:
@@ -262,18 +257,13 @@ class FoldIn(FactorTables):
         grown[ids] = rows
         self._store(side, grown)
 
-    def _factorize(self, rows: np.ndarray, w: np.ndarray, side: str) -> tuple[np.ndarray, bool]:
-        """Cholesky factor of the matrix of equation (1) for one row's entries, in float64."""
+    def _system(self, rows: np.ndarray, w: np.ndarray, side: str) -> np.ndarray:
+        """The matrix of equation (1) for one row's entries, in float64."""
         objective, gramian = self._objective(), self.YtY if side == "item" else self.XtX
-        lam = solve.ridge(objective, float(len(rows)), float(self._shape(side)[0]))
         matrix = objective.unobserved_weight * gramian.astype(np.float64) + (rows.T * w) @ rows
-        matrix[np.diag_indices_from(matrix)] += lam
-        try:
-            return linalg.cho_factor(matrix, check_finite=False)
-        except linalg.LinAlgError:
-            # Rank-deficient and no ridge: a few rounding errors of the gramian, as in `fit`.
-            jitter = 4 * np.finfo(np.float32).eps * np.trace(matrix)
-            return linalg.cho_factor(matrix + jitter * np.eye(len(matrix)), check_finite=False)
+        lam = solve.ridge(objective, float(len(rows)), float(self._shape(side)[0]))
+        matrix.flat[:: len(matrix) + 1] += lam
+        return matrix
 
     def _objective(self) -> solve.Objective:
         return solve.objective(
@@ -298,3 +288,24 @@ class FoldIn(FactorTables):
             block_size=self.block_size,
             positive=self.objective == "ials",
         )
+
+
+def _factorize(matrix: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Cholesky factor of a system (K, K), as `scipy.linalg.cho_factor` gives it."""
+    try:
+        return linalg.cho_factor(matrix, check_finite=False)
+    except linalg.LinAlgError:
+        # Rank-deficient and no ridge: a few rounding errors of the gramian, as in `fit`.
+        jitter = 4 * np.finfo(np.float32).eps * np.trace(matrix)
+        return linalg.cho_factor(matrix + jitter * np.eye(len(matrix)), check_finite=False)
+
+
+def _solve(matrix: np.ndarray, rhs: np.ndarray) -> np.ndarray:
+    """Solution (K,) of a system; NaN where it is not positive definite, give or take rounding."""
+    _, solution, failed = linalg.lapack.dposv(matrix, rhs)
+    if not failed:
+        return solution
+    try:
+        return linalg.cho_solve(_factorize(matrix), rhs, check_finite=False)
+    except linalg.LinAlgError:
+        return np.full_like(rhs, np.nan)
