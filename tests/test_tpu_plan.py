@@ -111,4 +111,4 @@ def test_bytes_fall_with_the_chips() -> None:
     phases = [phase for side in ("users", "items") for phase in last["epoch"][side].values()]
     bounds = ("flops_s", "memory_s", "interconnect_s")
     total = sum(max(phase[bound] for bound in bounds) for phase in phases)
-    assert last["epoch"]["epoch_s"] == pytest.approx(total)
+    assert last["epoch"]["epoch_s"] == pytest.approx(total, rel=1e-4)  # printed with six digits
