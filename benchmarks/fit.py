@@ -66,18 +66,19 @@ def report(runs: list[Run], target: float, iterations: int, about: dict[str, Any
         )  # fmt: skip
     ours = [run for run in runs if run.name.startswith("tpu_als")]
     peers = [run for run in runs if not run.name.startswith("tpu_als")]
-    reached = [run for run in peers if run.seconds_to(target)]
     mine = min((s for run in ours if (s := run.seconds_to(target))), default=None)
-    theirs = min((s for run in reached if (s := run.seconds_to(target))), default=None)
+    theirs = min(peers, key=lambda run: run.least_seconds_to(target), default=None)
     plain = [run for run in peers if run.name.endswith(" cg")]
     as_it_comes = next((run for run in peers if run.name == "implicit cg"), None)
     common.emit(
         **about, what="summary",
-        times_faster_than_fastest_peer=theirs / mine if mine and theirs else None,
-        # a peer that never arrives is slower than what it has spent so far
+        fastest_peer=theirs.name if theirs else None,
+        fastest_peer_arrived=theirs is not None and theirs.reached(target) is not None,
+        times_faster_than_fastest_peer=(
+            theirs.least_seconds_to(target) / mine if mine and theirs else None
+        ),
         times_faster_than_implicit_cg_at_least=(
-            (as_it_comes.seconds_to(target) or as_it_comes.setup + sum(as_it_comes.steps)) / mine
-            if mine and as_it_comes else None
+            as_it_comes.least_seconds_to(target) / mine if mine and as_it_comes else None
         ),
         fastest_iteration_s=min((statistics.median(run.steps) for run in ours), default=None),
         fastest_plain_cg_iteration_s=min(
@@ -101,7 +102,7 @@ def main() -> None:
     if args.quick:
         args.factors, args.iterations, args.most = [16], 5, 10
     name, matrix = common.load(args)
-    names = available(args.libraries)
+    names = available(list(dict.fromkeys([*args.libraries, args.reference])))
     missing = sorted(set(args.libraries) - set(names))
     common.emit(benchmark="fit", what="machine", left_out=missing, **common.machine())
     for alpha, regularization in [SETTINGS[i] for i in args.settings]:
