@@ -93,6 +93,23 @@ def test_sides_share_shapes_where_it_is_cheap(
         assert len(np.unique(new.cells[new.cells >= 0])) == n_short == np.sum(new.cells >= 0)
 
 
+@given(first=LENGTHS, second=LENGTHS, plan=PLANS)
+def test_sides_of_one_size_share_their_rungs(
+    first: np.ndarray, second: np.ndarray, plan: Plan
+) -> None:
+    before = layout.map_rows(first, plan), layout.map_rows(second, plan)
+    if before[0].n_slots != before[1].n_slots:
+        assert all(a is b for a, b in zip(layout.share_rungs(*before), before, strict=True))
+    before = layout.share_shapes(*before, 1 << 60)
+    after = layout.share_rungs(*before)
+    shapes = [[(rung.length, rung.rows) for rung in rows.rungs] for rows in after]
+    assert shapes[0] == shapes[1] == sorted(shapes[0])
+    for old, new in zip(before, after, strict=True):
+        assert tuple(rung for rung in new.rungs if rung.n_chunks) == old.rungs
+        np.testing.assert_array_equal(new.slots, old.slots)
+        np.testing.assert_array_equal(new.cells, old.cells)
+
+
 @given(lengths=LENGTHS, plan=PLANS)
 def test_tables_travel_there_and_back(lengths: np.ndarray, plan: Plan) -> None:
     rows = layout.map_rows(lengths, plan)

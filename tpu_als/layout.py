@@ -57,7 +57,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Rung:
-    """A run of chunks of one shape, at the same place in every shard."""
+    """A run of chunks of one shape, maybe none, at the same place in every shard."""
 
     length: int
     rows: int
@@ -79,7 +79,7 @@ class RowMap:
     long : int64 array (J,)
         The long rows.
     rungs : tuple of Rung
-        The rungs in use.
+        The rungs in use, also those that only the other side uses (`share_rungs`).
     n_slots, n_cells : int
         Slots S and cells of one shard, unused ones included.
     n_shards : int
@@ -248,6 +248,23 @@ def share_shapes(first: RowMap, second: RowMap, most_waste: int) -> tuple[RowMap
     if waste > most_waste:
         return first, second
     return _resize(first, n_slots, n_cells), _resize(second, n_slots, n_cells)
+
+
+def share_rungs(first: RowMap, second: RowMap) -> tuple[RowMap, RowMap]:
+    """Give maps of one size each other's rungs as well, without chunks where they have no rows.
+
+    A program does a few rungs in turn, and so is the same for both sides only where all those are.
+    """
+    if (first.n_slots, first.n_cells) != (second.n_slots, second.n_cells):
+        return first, second
+    shapes = {rung.length: rung.rows for rung in (*first.rungs, *second.rungs)}
+    return _with_rungs(first, shapes), _with_rungs(second, shapes)
+
+
+def _with_rungs(rows: RowMap, shapes: dict[int, int]) -> RowMap:
+    own = {rung.length: rung for rung in rows.rungs}
+    rungs = (own.get(length, Rung(length, shapes[length], 0, 0, 0)) for length in sorted(shapes))
+    return replace(rows, rungs=tuple(rungs))
 
 
 def _resize(rows: RowMap, n_slots: int, n_cells: int) -> RowMap:

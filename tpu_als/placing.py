@@ -222,7 +222,7 @@ def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Wor
     """
     if isinstance(user_items, sparse.csr_matrix):
         _check_same(user_items, place)
-        entries: Entries = InMemory(user_items, user_items.T.tocsr())
+        entries: Entries = InMemory.turned(user_items)
     else:
         entries = user_items
     lengths, owners = zip(*(_lengths(entries, side, place) for side in _SIDES), strict=True)
@@ -233,6 +233,8 @@ def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Wor
     plan = make_plan(np.concatenate(lengths), params, place)
     users, items = (layout.map_rows(n, plan, own) for n, own in zip(lengths, owners, strict=True))
     users, items = layout.share_shapes(users, items, _SHARED_WASTE // row_bytes)
+    if not place.together.sharded:  # else the sides' messages differ, and so do their programs
+        users, items = layout.share_rungs(users, items)
     fill = _Filling(plan, params, place, _kept_as(entries, params), owners[0] is not None)
     # Items first: then the matrix turned for them makes room for the users' cells.
     item_side = fill.side("item", entries, items, users, lengths[1])
