@@ -128,6 +128,17 @@ def test_blocks_of_a_matrix_are_the_matrix(monkeypatch: pytest.MonkeyPatch) -> N
         np.testing.assert_array_equal(both.lengths(side)[1], np.diff(whole.indptr))
 
 
+@given(matrix=matrices(), values=st.sampled_from([1, 2]))
+def test_a_matrix_of_ones_is_turned_without_its_values(
+    matrix: sparse.csr_matrix, values: int
+) -> None:
+    matrix.data[:] = values
+    entries = InMemory.turned(matrix)
+    assert entries.item_users is not None
+    assert (entries.item_users.dtype == np.int8) == (values == 1 or not matrix.nnz)
+    assert (entries.item_users != matrix.T).nnz == 0
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (4, 5)])
 def test_a_matrix_without_entries(shape: tuple[int, int]) -> None:
     matrix = sparse.csr_matrix(shape, dtype=np.float32)

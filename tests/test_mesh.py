@@ -136,6 +136,13 @@ def test_one_devices_shards_are_all_on_it() -> None:
     assert all(part.devices() == {jax.devices()[1]} for part in placed)
 
 
+@pytest.mark.parametrize("n_rows", [8, 8192, 8192 + 1024, 5 * 4096])
+def test_shards_are_joined_and_changed(n_rows: int) -> None:
+    own = [np.arange(n_rows * 2, dtype=np.float32).reshape(n_rows, 2) + i for i in range(3)]
+    joined = jax.jit(lambda own: mesh.Together().join(own, lambda rows: 2 * rows))(own)
+    np.testing.assert_array_equal(joined, 2 * np.concatenate(own))
+
+
 @pytest.mark.parametrize(("devices", "threads"), PLACES)
 def test_jobs_are_mapped_in_order(devices: int, threads: int) -> None:
     place = workplace(devices, num_threads=threads)

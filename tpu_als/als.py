@@ -23,12 +23,13 @@ import numpy as np
 from jax import Array, lax
 
 from tpu_als import cells, layout, solve, sweep
-from tpu_als.mesh import Shards, Together, precision
+from tpu_als.mesh import Shards, Together, give_back_memory, precision
 from tpu_als.placing import DTYPES, AlsParams, Data, Side
 from tpu_als.solve import Basis, Objective
 from tpu_als.sweep import Measured, Shared, Span
 
 _RUNGS_A_PROGRAM = 4
+_LARGE = 1 << 24  # bytes of a table whose copies are worth the milliseconds of giving them back
 _DRAWN = 1 << 14  # rows drawn at once, which bounds the generator's scratch
 
 
@@ -122,7 +123,9 @@ def epoch(
         Rows of the new user and item tables with a non-finite value.
     """
     users = half_epoch(state.users, state.items, data, objective, relaxation, target="users")
+    _tidy(data)
     items = half_epoch(state.items, users, data, objective, relaxation, target="items")
+    _tidy(data)
     with precision(data.params.dtype):
         count = data.place.whole(_count_failed, None)
         failed = (
@@ -130,6 +133,14 @@ def epoch(
             int(count((items, data.items.own.lengths), None)[0]),
         )
     return AlsState(users, items), failed
+
+
+def _tidy(data: Data) -> None:
+    """Give back the copies of large tables that a half-epoch made in the host's memory."""
+    rows = max(side.rows.n_slots * side.rows.n_shards for side in (data.users, data.items))
+    row_bytes = data.params.factors * np.dtype(DTYPES[data.params.dtype]).itemsize
+    if data.place.platform == "cpu" and rows * row_bytes > _LARGE:
+        give_back_memory()
 
 
 def half_epoch(
@@ -192,7 +203,7 @@ def _prepare(
     def begin(rows: Array, lengths: Array) -> Array:
         return solve.zero_empty(rotated(rows), lengths)
 
-    held = together.hold(together.join(jax.tree.map(rotated, source)))
+    held = together.hold(together.join(source, rotated))
     return basis, held, jax.tree.map(begin, target, lengths)
 
 

@@ -18,7 +18,7 @@ from tpu_als import layout
 from tpu_als.layout import RowMap
 
 LONG_ROWS = 16  # long rows that are solved together
-_BLOCK_ENTRIES = 1 << 22  # entries filled at once, which bounds the temporaries
+_BLOCK_ENTRIES = 1 << 20  # entries filled at once, which bounds the temporaries
 
 Blocks = Iterable[tuple[np.ndarray, sparse.csr_matrix]]
 
@@ -58,6 +58,19 @@ class InMemory:
     user_items: sparse.csr_matrix
     item_users: sparse.csr_matrix | None
 
+    @classmethod
+    def turned(cls, user_items: sparse.csr_matrix) -> InMemory:
+        """Both orientations; where all values are 1, which are not kept, the other has small ones.
+
+        Turned, they would take as much memory as the ids.
+        """
+        only = cls(user_items, None)
+        small = user_items
+        if not only.has_values:
+            parts = np.ones(only.nnz, np.int8), user_items.indices, user_items.indptr
+            small = sparse.csr_matrix(parts, user_items.shape)
+        return cls(user_items, small.T.tocsr())
+
     @property
     def shape(self) -> tuple[int, int]:
         """Users and items."""
@@ -81,7 +94,7 @@ class InMemory:
     def blocks(
         self, side: str, part: int = 0, parts: int = 1
     ) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
-        """All rows, in blocks of a few million entries."""
+        """All rows, in blocks of a million entries."""
         matrix = self._matrix(side)
         indptr, n_rows = matrix.indptr.astype(np.int64, copy=False), matrix.shape[0]
         low = 0

@@ -33,6 +33,7 @@ Shards = Any
 log = logging.getLogger("tpu_als")
 _REPLICATED_SHARE = 1 / 8  # of a device's memory that a copy of the source table may take
 _PIECE_BYTES = 1 << 26  # of a table fetched at once from several processes
+_PIECE_ROWS = 1 << 13  # of a table changed at once
 _compiled: set[Any] = set()
 
 
@@ -59,15 +60,18 @@ class Together:
         """What this program has of an array, shard by shard: all of it, or a device's own."""
         return own if self.axis is None else [own]
 
-    def join(self, own: Any) -> jax.Array:
-        """Rows of the shards that this program has, one below the other."""
+    def join(self, own: Any, change: Callable[[jax.Array], jax.Array] = lambda rows: rows) -> Any:
+        """Rows of the shards that this program has, one below the other, each first changed.
+
+        On a single device piece by piece into one array: whole changed shards, or a concatenation
+        of them, would take as much memory again.
+        """
         if self.axis is not None or len(own) == 1:
-            return own[0] if self.axis is None else own
-        # Part by part into one array: a concatenation would wait for all of them.
+            return change(own[0] if self.axis is None else own)
         rows = jnp.zeros((sum(len(part) for part in own), *own[0].shape[1:]), own[0].dtype)
         low = 0
         for part in own:
-            rows = jax.lax.dynamic_update_slice_in_dim(rows, part, low, 0)
+            rows = _write(rows, part, low, change)
             low += len(part)
         return rows
 
@@ -76,6 +80,20 @@ class Together:
         if self.axis is None or self.sharded:
             return rows
         return jax.lax.all_gather(rows, self.axis, tiled=True)
+
+
+def _write(
+    rows: jax.Array, part: jax.Array, low: int, change: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """Write a part, changed piece by piece, into the rows from `low` on."""
+    # Sizes are rounded so that they have such a divisor (`layout.round_up`).
+    size = min(len(part) & -len(part), _PIECE_ROWS)
+
+    def piece(step: Any, rows: jax.Array) -> jax.Array:
+        own = jax.lax.dynamic_slice_in_dim(part, step * size, size)
+        return jax.lax.dynamic_update_slice_in_dim(rows, change(own), low + step * size, 0)
+
+    return jax.lax.fori_loop(0, len(part) // size, piece, rows)
 
 
 @dataclass(frozen=True)
