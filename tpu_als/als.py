@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from tpu_als import cells, layout, solve, sweep
-from tpu_als.mesh import Shards, Together, give_back_memory, precision
-from tpu_als.placing import DTYPES, AlsParams, Data, Side
+from tpu_als import cells, layout, native, solve, sweep
+from tpu_als.mesh import Shards, Together, give_back_memory, precision, single_blas_thread
+from tpu_als.placing import DTYPES, AlsParams, Data, Side, is_native
 from tpu_als.solve import Basis, Objective
 from tpu_als.sweep import Measured, Shared, Span
 
@@ -122,10 +122,11 @@ def epoch(
     failed : (int, int)
         Rows of the new user and item tables with a non-finite value.
     """
-    users = half_epoch(state.users, state.items, data, objective, relaxation, target="users")
-    _tidy(data)
-    items = half_epoch(state.items, users, data, objective, relaxation, target="items")
-    _tidy(data)
+    with single_blas_thread():
+        users = half_epoch(state.users, state.items, data, objective, relaxation, target="users")
+        _tidy(data)
+        items = half_epoch(state.items, users, data, objective, relaxation, target="items")
+        _tidy(data)
     with precision(data.params.dtype):
         count = data.place.whole(_count_failed, None)
         failed = (
@@ -156,9 +157,13 @@ def half_epoch(
     params, where = data.params, data.place
     side, source = (data.users, data.items)[:: 1 if target == "users" else -1]
     with precision(params.dtype):
-        basis, held, begin = preparing(data)(
-            (source_table, target_table, side.own.lengths), np.int32(source.n_rows)
-        )
+        given = source_table, target_table, side.own.lengths
+        basis, held, begin = preparing(data)(given, np.int32(source.n_rows))
+        if is_native(params, where):
+            steps = 0 if _weights_vanish(data, objective) else params.cg_steps
+            numbers = typed(objective, params), _typed(relaxation, params)
+            solved = native.solve_side(begin, held, basis, side, where, *numbers, steps)
+            return where.whole(_turn_back, None)(solved, basis.rotation)[2]
         programs = passes(side, data, basis, objective, relaxation)
         return where.run(programs, begin, held, params.dtype)
 
@@ -207,6 +212,11 @@ def _prepare(
     return basis, held, jax.tree.map(begin, target, lengths)
 
 
+def _turn_back(_: None, __: Together, solved: Shards, rotation: Array) -> tuple[None, None, Shards]:
+    """Bring solved rows back from the eigenbasis."""
+    return None, None, jax.tree.map(lambda rows: solve.rotate(rows, rotation.T), solved)
+
+
 def _count_failed(
     _: None, together: Together, own: tuple[Shards, Shards], __: None
 ) -> tuple[Array, None, None]:
@@ -217,8 +227,7 @@ def _count_failed(
 
 
 def _shared(basis: Basis, objective: Objective, params: AlsParams, relaxation: float) -> Shared:
-    relaxation = np.dtype(params.compute_dtype).type(relaxation)
-    return Shared(basis, typed(objective, params), relaxation, ())
+    return Shared(basis, typed(objective, params), _typed(relaxation, params), ())
 
 
 def _programs(
@@ -258,7 +267,11 @@ def _long_program(
 
 def typed(objective: Objective, params: AlsParams) -> Objective:
     """The objective's numbers in the dtype that sums are done in."""
-    return Objective(*(np.dtype(params.compute_dtype).type(number) for number in objective))
+    return Objective(*(_typed(number, params) for number in objective))
+
+
+def _typed(number: float, params: AlsParams) -> Any:
+    return np.dtype(params.compute_dtype).type(number)
 
 
 def loss(state: AlsState, data: Data, objective: Objective) -> float:

@@ -364,6 +364,7 @@ class TPUAlternatingLeastSquares(
             cg_steps=int(self.cg_steps),
             block_size=int(self.block_size),
             positive=self.objective == "ials",
+            native=bool(self.use_native),
         )
 
     def _validated(self, X: Any, reset: bool = False) -> sparse.csr_matrix:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from threadpoolctl import ThreadpoolController
 
 AXIS = "shards"
 LAYOUTS = ("auto", "replicated", "sharded")
@@ -431,6 +432,20 @@ def enable_compilation_cache(path: str | os.PathLike[str]) -> None:
     # Ours are many small programs; by default only slow and large ones are kept.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def single_blas_thread() -> contextlib.AbstractContextManager[Any]:
+    """Scope in which BLAS does not start threads of its own.
+
+    After each call OpenBLAS's wait in a loop for tens of milliseconds, on cores that work shards
+    need; XLA calls it for the eigenbasis, in every half-epoch.
+    """
+    return _blas().limit(limits=1, user_api="blas")
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def give_back_memory() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from scipy import sparse
 
-from tpu_als import cells, exchange, layout
+from tpu_als import cells, exchange, layout, native
 from tpu_als.cells import Entries, InMemory, Long
 from tpu_als.exchange import Route
 from tpu_als.layout import Plan, RowMap
@@ -63,6 +63,8 @@ class AlsParams:
     positive : bool
         No weight w will be negative, as with the objective "ials": "cholesky" may then solve short
         rows through a system of their own length.
+    native : bool
+        Work by `native` where it serves.
     """
 
     factors: int
@@ -71,6 +73,7 @@ class AlsParams:
     cg_steps: int = 3
     block_size: int = 64
     positive: bool = False
+    native: bool = True
 
     @property
     def compute_dtype(self) -> str:
@@ -143,6 +146,11 @@ class Data:
     n_entries: int
     absolute_sum: float
     magnitudes: tuple[float, float] | None = None
+
+
+def is_native(params: AlsParams, place: Workplace) -> bool:
+    """Whether half-epochs run by `native`."""
+    return params.native and native.serves(place, params.dtype, params.linear_solver)
 
 
 def make_plan(lengths: np.ndarray, params: AlsParams, place: Workplace) -> Plan:
@@ -228,6 +236,8 @@ def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Wor
     lengths, owners = zip(*(_lengths(entries, side, place) for side in _SIDES), strict=True)
     if params.linear_solver == "auto":
         params = replace(params, linear_solver=cheapest_solver(lengths, params, place))
+    if is_native(params, place):
+        native.begin_loading(params.dtype)
     row_bytes = params.factors * np.dtype(DTYPES[params.dtype]).itemsize
     place = place.with_layout(max(entries.shape) * row_bytes)
     plan = make_plan(np.concatenate(lengths), params, place)
