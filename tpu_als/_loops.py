@@ -111,7 +111,9 @@ def solve_rows(
             d[k] = spectrum[k] + lam
             z[k] = start[k] if steps else zero
             r[k] = -d[k] * z[k]
-        _pass(block, entries, first, n, True, z, r, one, zero - one if steps else zero, False)
+        # Not literals, for each of which `_pass` would be compiled once more.
+        yes, no = n > 0, n < 0
+        _pass(block, entries, first, n, yes, z, r, one, zero - one if steps else zero, no)
         for k in range(len(z)):
             p[k] = r[k] / d[k]
             size += r[k] * p[k]
@@ -121,7 +123,7 @@ def solve_rows(
             bend, is_last = zero, step == steps - 1
             for k in range(len(z)):
                 image[k] = d[k] * p[k]
-            bend += _pass(block, entries, first, n, False, p, image, zero, one, is_last)
+            bend += _pass(block, entries, first, n, no, p, image, zero, one, is_last)
             for k in range(len(z)):
                 bend += image[k] * p[k]
             a, last = size / max(bend, tiny), size

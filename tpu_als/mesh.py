@@ -36,6 +36,7 @@ _REPLICATED_SHARE = 1 / 8  # of a device's memory that a copy of the source tabl
 _PIECE_BYTES = 1 << 26  # of a table fetched at once from several processes
 _PIECE_ROWS = 1 << 13  # of a table changed at once
 _compiled: set[Any] = set()
+compilation_cache: str | None = None  # the directory that `enable_compilation_cache` was given
 
 
 @dataclass(frozen=True)
@@ -420,14 +421,16 @@ def enable_compilation_cache(path: str | os.PathLike[str]) -> None:
 
     Sets JAX's own options for the whole process, and so for all JAX code in it; the package never
     does this by itself. Call it before the first fit. A file is read again only by the same
-    version of JAX on the same kind of device.
+    version of JAX on the same kind of device. What numba compiles is kept beside them.
 
     Parameters
     ----------
     path : path-like
         The directory; made where it does not exist.
     """
+    global compilation_cache
     os.makedirs(path, exist_ok=True)
+    compilation_cache = os.path.abspath(path)
     jax.config.update("jax_compilation_cache_dir", os.fspath(path))
     # Ours are many small programs; by default only slow and large ones are kept.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

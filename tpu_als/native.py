@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tpu_als import _loops
+from tpu_als import _loops, mesh
 from tpu_als.cells import LONG_ROWS, Long
 from tpu_als.layout import RowMap
 from tpu_als.mesh import Shards, Workplace, precision
@@ -31,7 +31,6 @@ _PIECES, _LEAST_PIECE = 64, 64  # of a shard, and rows of one; many, so that thr
 _BLOCK_BYTES = 1 << 22  # of a row's gathered entries; a longer row gathers them in every pass
 _ALIGNMENT = 64  # bytes; vectors that straddle cache lines take twice as long to read
 _loading = threading.Lock()
-_cache: str | None = None
 
 
 class Piece(NamedTuple):
@@ -92,12 +91,6 @@ def _ready(dtype: str) -> Any:
         return _compiled(dtype)
 
 
-def enable_cache(path: str) -> None:
-    """Keep the compiled loops in a directory; for loops not compiled yet."""
-    global _cache
-    _cache = path
-
-
 @functools.cache
 def _solver() -> Any:
     """`_loops.solve_rows`, which numba compiles when it is called."""
@@ -106,9 +99,9 @@ def _solver() -> Any:
     # Sums may be reordered, so that they are vectorised; infinity and NaN stay what they are.
     math = {"reassoc", "contract", "arcp", "nsz"}
     solver = _loops.compiled(numba.njit(nogil=True, error_model="numpy", fastmath=math))
-    if _cache is not None:
+    if mesh.compilation_cache is not None:
         config: Any = numba.config
-        before, config.CACHE_DIR = config.CACHE_DIR, _cache
+        before, config.CACHE_DIR = config.CACHE_DIR, mesh.compilation_cache
         solver.enable_caching()
         config.CACHE_DIR = before
     return solver
