@@ -63,6 +63,7 @@ class Ours:
     ) -> None:
         chosen = {key: options.pop(key) for key in ("devices", "num_threads") if key in options}
         self.problem, self.over_relaxation = problem, over_relaxation
+        options = {"native": True, **options}  # as the estimator asks for it
         params = placing.AlsParams(problem.factors, linear_solver=solver, **options)
         self.data = placing.place(problem.matrix, params, mesh.workplace(**chosen))
         self.objective = solve.objective("implicit", problem.regularization, problem.alpha)

@@ -183,13 +183,14 @@ def test_a_later_process_reads_compiled_programs(tmp_path: Path) -> None:
         rows = sparse.csr_matrix(np.eye(5, dtype=np.float32))
         model = tpu_als.TPUAlternatingLeastSquares(factors=2, iterations=1, random_state=0)
         model.fit(rows, show_progress=False)
-        print(len(hits))
+        loops = tpu_als._loops.solve_rows
+        print(len(hits), sum(loops.stats.cache_hits.values()) if hasattr(loops, "stats") else "-")
     """)
     command = [sys.executable, "-c", script, str(tmp_path / "cache")]
     outputs = [
         subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2)
     ]
-    first, second = (int(output.stdout) for output in outputs)
-    assert first == 0
-    assert second >= 3
+    (first, compiled), (second, loaded) = (output.stdout.split() for output in outputs)
+    assert int(first) == 0 < int(second)
+    assert (compiled, loaded) in (("0", "1"), ("-", "-"))  # numba's, where it is installed
     assert any((tmp_path / "cache").iterdir())

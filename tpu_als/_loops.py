@@ -1,89 +1,85 @@
 """The loops that `native` runs, in the part of Python that numba compiles. Imports no numba.
 
-Axis letters: R rows, E cells, N source rows, K factors, B cells of a block.
+Source rows are named by number and never sliced: numba counts the references to a slice, in memory
+that all threads share. What is written out could be loops or functions, which take half as long
+again.
+
+Axis letters: R rows, E entries, N source rows, K factors.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-AT_ONCE = 4  # cells whose products are computed together, as `_pass` spells out
-
-
-def _gather(block: Any, entries: Any, first: int, count: int) -> None:
-    """Gather `count` entries from `first` on, and zeros up to a multiple of AT_ONCE."""
-    rows, w, v = block
-    held, ids, values, alpha, offset = entries
-    zero = rows.dtype.type(0)
-    for cell in range((count + AT_ONCE - 1) // AT_ONCE * AT_ONCE):
-        # What the last ones point at is of no importance, as their weights are 0.
-        entry = first + min(cell, count - 1)
-        source, own = held[ids[entry]], rows[cell]
-        for k in range(len(own)):
-            own[k] = source[k]
-        c = alpha * values[entry] if len(values) else alpha
-        w[cell] = abs(c) - offset if cell < count else zero
-        v[cell] = max(c, zero) if cell < count else zero
-
 
 def _pass(
-    block: Any, entries: Any, first: int, n: int, fresh: bool, p: Any, out: Any,
-    on_targets: Any, on_predictions: Any, is_last: bool,
+    entries: Any, first: Any, n: Any, p: Any, out: Any,
+    on_targets: Any, on_predictions: Any, is_last: Any,
 ) -> Any:  # fmt: skip
     """Add E^T t of n entries to `out`, with t = on_targets v + on_predictions W E p.
 
-    Where it `is_last`, only returns p^T E^T W E p times `on_predictions`. `fresh` says
-    that the block does not have the entries yet; where they are more than it holds, it never has.
+    Where it `is_last`, only returns p^T E^T W E p times `on_predictions`. Four entries at a time,
+    whose two products follow each other while their rows are in the nearest cache.
     """
-    rows, w, v = block
-    zero = rows.dtype.type(0)
+    held, ids, values, alpha, offset = entries
+    zero = p.dtype.type(0)
     bend = zero
-    for low in range(0, n, len(rows)):
-        count = min(len(rows), n - low)
-        if fresh or n > len(rows):
-            _gather(block, entries, first + low, count)
-        for cell in range(0, count, AT_ONCE):
-            e0, e1, e2, e3 = rows[cell], rows[cell + 1], rows[cell + 2], rows[cell + 3]
-            t0, t1, t2, t3 = zero, zero, zero, zero
-            if on_predictions != zero:
-                for k in range(len(p)):
-                    t0 += e0[k] * p[k]
-                    t1 += e1[k] * p[k]
-                    t2 += e2[k] * p[k]
-                    t3 += e3[k] * p[k]
-            s0 = on_predictions * w[cell] * t0
-            s1 = on_predictions * w[cell + 1] * t1
-            s2 = on_predictions * w[cell + 2] * t2
-            s3 = on_predictions * w[cell + 3] * t3
-            if is_last:
-                bend += s0 * t0 + s1 * t1 + s2 * t2 + s3 * t3
-                continue
-            s0 += on_targets * v[cell]
-            s1 += on_targets * v[cell + 1]
-            s2 += on_targets * v[cell + 2]
-            s3 += on_targets * v[cell + 3]
+    w0 = w1 = w2 = w3 = on_predictions * (abs(alpha) - offset)
+    v0 = v1 = v2 = v3 = on_targets * max(alpha, zero)
+    end = first + n
+    for at in range(first, end - 3, 4):
+        i0, i1, i2, i3 = ids[at], ids[at + 1], ids[at + 2], ids[at + 3]
+        t0, t1, t2, t3 = zero, zero, zero, zero
+        if on_predictions != zero:
             for k in range(len(p)):
-                out[k] += s0 * e0[k] + s1 * e1[k] + s2 * e2[k] + s3 * e3[k]
+                t0 += held[i0, k] * p[k]
+                t1 += held[i1, k] * p[k]
+                t2 += held[i2, k] * p[k]
+                t3 += held[i3, k] * p[k]
+        if len(values):
+            c0, c1 = alpha * values[at], alpha * values[at + 1]
+            c2, c3 = alpha * values[at + 2], alpha * values[at + 3]
+            w0, v0 = on_predictions * (abs(c0) - offset), on_targets * max(c0, zero)
+            w1, v1 = on_predictions * (abs(c1) - offset), on_targets * max(c1, zero)
+            w2, v2 = on_predictions * (abs(c2) - offset), on_targets * max(c2, zero)
+            w3, v3 = on_predictions * (abs(c3) - offset), on_targets * max(c3, zero)
+        if is_last:
+            bend += w0 * t0 * t0 + w1 * t1 * t1 + w2 * t2 * t2 + w3 * t3 * t3
+            continue
+        s0, s1, s2, s3 = w0 * t0 + v0, w1 * t1 + v1, w2 * t2 + v2, w3 * t3 + v3
+        for k in range(len(p)):
+            out[k] += s0 * held[i0, k] + s1 * held[i1, k] + s2 * held[i2, k] + s3 * held[i3, k]
+    for at in range(end - n % 4, end):
+        i0, t0 = ids[at], zero
+        for k in range(len(p)):
+            t0 += held[i0, k] * p[k]
+        c0 = alpha * values[at] if len(values) else alpha
+        w0, v0 = on_predictions * (abs(c0) - offset), on_targets * max(c0, zero)
+        if is_last:
+            bend += w0 * t0 * t0
+            continue
+        s0 = w0 * t0 + v0
+        for k in range(len(p)):
+            out[k] += s0 * held[i0, k]
     return bend
 
 
 def solve_rows(
-    before: Any, out: Any, cells: Any, lengths: Any, entries: Any, diagonal: Any, relaxation: Any,
-    steps: int, block: Any, vectors: Any,
+    rows: Any, cells: Any, lengths: Any, entries: Any, diagonal: Any, relaxation: Any, steps: int,
+    vectors: Any,
 ) -> None:  # fmt: skip
     """Solve R rows, as `sweep.solve_block` does in the eigenbasis.
 
     Parameters
     ----------
-    before : (R, K)
-        Where the rows begin.
-    out : (R, K)
-        Where the solved ones are written; zeros for rows without entries.
+    rows : (R, K)
+        Where the rows begin; the solved ones are written over them, zeros for those without
+        entries.
     cells, lengths : (R,)
-        First cell and number of entries of each row.
+        First entry and number of entries of each row.
     entries : tuple
-        Source rows (N, K), ids (E,) and values (E,), or none of these where all are 1; alpha and
-        the offset of `solve.Objective`.
+        Source rows (N, K), their numbers (E,), unsigned, and values (E,), or none of these where
+        all are 1; alpha and the offset of `solve.Objective`.
     diagonal : tuple
         Spectrum (K,) times the unobserved weight, and of the ridge the factor, what is added to a
         row's entries, and the exponent; and the least number to divide by.
@@ -91,39 +87,40 @@ def solve_rows(
         As in `solve.relax`.
     steps : int
         Steps of CG; 0 where every weight w is 0.
-    block : tuple
-        Scratch: rows (B, K), with B a multiple of AT_ONCE, and their weights w and v (B,).
-    vectors : (5, K)
+    vectors : (6, K)
         Scratch.
     """
     spectrum, ridge, others, exponent, tiny = diagonal
-    r, p, image, d, z = vectors[0], vectors[1], vectors[2], vectors[3], vectors[4]
+    r, p, image = vectors[0], vectors[1], vectors[2]
+    d, inverse, z = vectors[3], vectors[4], vectors[5]
     zero, one = z.dtype.type(0), z.dtype.type(1)
+    # Not literals, for each of which `_pass` would be compiled once more.
+    yes = steps == steps
+    no = not yes
     for row in range(len(lengths)):
         first, n = cells[row], lengths[row]
         if n == 0:
-            out[row, :] = zero
+            for k in range(len(z)):
+                rows[row, k] = zero
             continue
-        lam = ridge * (zero + n + others) ** exponent
-        start = before[row]
+        lam = ridge * (z.dtype.type(n) + others) ** exponent
         size = zero
         for k in range(len(z)):
             d[k] = spectrum[k] + lam
-            z[k] = start[k] if steps else zero
+            inverse[k] = one / d[k]
+            z[k] = rows[row, k] if steps else zero
             r[k] = -d[k] * z[k]
-        # Not literals, for each of which `_pass` would be compiled once more.
-        yes, no = n > 0, n < 0
-        _pass(block, entries, first, n, yes, z, r, one, zero - one if steps else zero, no)
+        _pass(entries, first, n, z, r, one, zero - one if steps else zero, no)
         for k in range(len(z)):
-            p[k] = r[k] / d[k]
+            p[k] = r[k] * inverse[k]
             size += r[k] * p[k]
             if not steps:
                 z[k] = p[k]
         for step in range(steps):
-            bend, is_last = zero, step == steps - 1
+            is_last = yes if step == steps - 1 else no
             for k in range(len(z)):
                 image[k] = d[k] * p[k]
-            bend += _pass(block, entries, first, n, no, p, image, zero, one, is_last)
+            bend = _pass(entries, first, n, p, image, zero, one, is_last)
             for k in range(len(z)):
                 bend += image[k] * p[k]
             a, last = size / max(bend, tiny), size
@@ -131,16 +128,31 @@ def solve_rows(
             for k in range(len(z)):
                 z[k] += a * p[k]
                 r[k] -= a * image[k]
-                size += r[k] * r[k] / d[k]
+                size += r[k] * r[k] * inverse[k]
             b = size / max(last, tiny)
             for k in range(len(z)):
-                p[k] = r[k] / d[k] + b * p[k]
+                p[k] = r[k] * inverse[k] + b * p[k]
         for k in range(len(z)):
-            out[row, k] = (one - relaxation) * start[k] + relaxation * z[k]
+            rows[row, k] = (one - relaxation) * rows[row, k] + relaxation * z[k]
 
 
-def compiled(compiler: Any) -> Any:
-    """`solve_rows`, compiled with all that it calls, when it is called with other types."""
-    for each in (_gather, _pass, solve_rows):
+def measure_rows(rows: Any, cells: Any, lengths: Any, entries: Any, out: Any) -> None:
+    """Write what the entries of R rows add to the loss into `out`, as `solve.cells_loss` has it."""
+    held, ids, values, alpha, offset = entries
+    zero = rows.dtype.type(0)
+    for row in range(len(lengths)):
+        total = zero
+        for at in range(cells[row], cells[row] + lengths[row]):
+            source, t = ids[at], zero
+            for k in range(rows.shape[1]):
+                t += rows[row, k] * held[source, k]
+            c = alpha * values[at] if len(values) else alpha
+            total += ((abs(c) - offset) * t - (c + abs(c))) * t
+        out[row] = total
+
+
+def compiled(compiler: Any) -> tuple[Any, Any]:
+    """`solve_rows` and `measure_rows`, to be compiled when they are called with other types."""
+    for each in (_pass, solve_rows, measure_rows):
         globals()[each.__name__] = compiler(each)
-    return solve_rows
+    return solve_rows, measure_rows

@@ -24,7 +24,7 @@ from jax import Array, lax
 
 from tpu_als import cells, layout, native, solve, sweep
 from tpu_als.mesh import Shards, Together, give_back_memory, precision, single_blas_thread
-from tpu_als.placing import DTYPES, AlsParams, Data, Side, is_native
+from tpu_als.placing import DTYPES, AlsParams, Data, Side
 from tpu_als.solve import Basis, Objective
 from tpu_als.sweep import Measured, Shared, Span
 
@@ -157,13 +157,15 @@ def half_epoch(
     params, where = data.params, data.place
     side, source = (data.users, data.items)[:: 1 if target == "users" else -1]
     with precision(params.dtype):
+        if params.native:
+            steps = 0 if _weights_vanish(data, objective) else params.cg_steps
+            solved = native.solve_side(
+                target_table[0], source_table[0], source.n_rows, side.in_order, where,
+                typed(objective, params), _typed(relaxation, params), steps,
+            )  # fmt: skip
+            return [solved]
         given = source_table, target_table, side.own.lengths
         basis, held, begin = preparing(data)(given, np.int32(source.n_rows))
-        if is_native(params, where):
-            steps = 0 if _weights_vanish(data, objective) else params.cg_steps
-            numbers = typed(objective, params), _typed(relaxation, params)
-            solved = native.solve_side(begin, held, basis, side, where, *numbers, steps)
-            return where.whole(_turn_back, None)(solved, basis.rotation)[2]
         programs = passes(side, data, basis, objective, relaxation)
         return where.run(programs, begin, held, params.dtype)
 
@@ -210,11 +212,6 @@ def _prepare(
 
     held = together.hold(together.join(source, rotated))
     return basis, held, jax.tree.map(begin, target, lengths)
-
-
-def _turn_back(_: None, __: Together, solved: Shards, rotation: Array) -> tuple[None, None, Shards]:
-    """Bring solved rows back from the eigenbasis."""
-    return None, None, jax.tree.map(lambda rows: solve.rotate(rows, rotation.T), solved)
 
 
 def _count_failed(
@@ -284,14 +281,13 @@ def loss(state: AlsState, data: Data, objective: Objective) -> float:
         summary = where.whole(_summary, params.compute_dtype)
         (basis, gram), held, squares = summary(state.items, np.int32(data.items.n_rows))
         (_, user_gram), _, user_squares = summary(state.users, np.int32(users.n_rows))
-        given = _shared(basis, objective, params, 1.0)
-        measured = Measured(users.own, state.users)
-        programs = _programs(sweep.loss_rungs, users, measured, data, given)
-        if users.long is not None:
-            measured = Measured(users.long, state.users)
-            programs.append(_long_program(sweep.loss_long, users, measured, data, given))
-        out = where.zeros((users.rows.n_slots,), np.dtype(params.compute_dtype))
-        per_row = where.get(where.run(programs, out, held, params.dtype))
+        if params.native:
+            own = typed(objective, params)
+            per_row = native.measure_side(
+                state.users[0], state.items[0], users.in_order, where, own
+            )
+        else:
+            per_row = _cells_loss(state, data, objective, basis, held)
         norms = [where.get(each).ravel() for each in (user_squares, squares)]
     every = np.sum(np.asarray(user_gram, np.float64) * np.asarray(gram, np.float64))
     ridges = sum(
@@ -307,6 +303,21 @@ def loss(state: AlsState, data: Data, objective: Objective) -> float:
     total = per_row.sum(dtype=np.float64) + constant + objective.unobserved_weight * every + ridges
     weights = constant - objective.offset * data.n_entries
     return float(total / (weights + objective.unobserved_weight * n_cells))
+
+
+def _cells_loss(
+    state: AlsState, data: Data, objective: Objective, basis: Basis, held: Any
+) -> np.ndarray:
+    """What the stored cells of each user slot (W, S) add to the loss."""
+    params, where, users = data.params, data.place, data.users
+    given = _shared(basis, objective, params, 1.0)
+    measured = Measured(users.own, state.users)
+    programs = _programs(sweep.loss_rungs, users, measured, data, given)
+    if users.long is not None:
+        measured = Measured(users.long, state.users)
+        programs.append(_long_program(sweep.loss_long, users, measured, data, given))
+    out = where.zeros((users.rows.n_slots,), np.dtype(params.compute_dtype))
+    return where.get(where.run(programs, out, held, params.dtype))
 
 
 def _summary(

@@ -204,6 +204,18 @@ def map_rows(lengths: np.ndarray, plan: Plan, owners: np.ndarray | None = None) 
     return RowMap(slots, cells, long, rungs, n_slots, n_cells, plan.n_shards)
 
 
+def in_order(lengths: np.ndarray) -> RowMap:
+    """Rows (M,) of these lengths as they come on one shard, their cells without padding or rungs.
+
+    For loops that need no chunks of one shape (`native`).
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    none, n_rows = np.empty(0, np.int64), len(lengths)
+    return RowMap(
+        np.arange(n_rows), ends - lengths, none, (), round_up(n_rows + 1), int(ends[-1]), 1
+    )
+
+
 def stack(rows: Sequence[int], plan: Plan) -> tuple[tuple[Rung, ...], int, int]:
     """Rungs, slots and cells of a shard, given the most rows of each rung and long ones on it."""
     rungs, slot, cell = [], 0, 0

@@ -111,11 +111,14 @@ class Workplace:
     table_layout : {"auto", "replicated", "sharded"}
         Whether each device holds the whole source table for a half-epoch, or its part and what
         the chunks at hand need.
+    n_threads : int
+        Threads that work on a single CPU device.
     """
 
     devices: tuple[jax.Device, ...]
     n_shards: int
     table_layout: str
+    n_threads: int = 1
 
     @property
     def platform(self) -> str:
@@ -295,9 +298,11 @@ class Workplace:
         if new:
             give_back_memory()
 
-    def threads(self, work: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
-        """Map `work` over the jobs with as many threads as there are shards or cores."""
-        n_threads = min(len(jobs), max(self.n_shards, _cores()))
+    def threads(
+        self, work: Callable[[Any], Any], jobs: Sequence[Any], most: int | None = None
+    ) -> list[Any]:
+        """Map `work` over the jobs with as many threads as there are shards or cores, or `most`."""
+        n_threads = min(len(jobs), most or max(self.n_shards, _cores()))
         if n_threads < 2:
             return [work(job) for job in jobs]
         with ThreadPoolExecutor(n_threads) as pool:
@@ -410,10 +415,10 @@ def workplace(
         )
     if len(chosen) > 1:
         return Workplace(chosen, len(chosen), table_layout)
-    n_shards = 1
+    n_threads = 1
     if chosen[0].platform == "cpu":
-        n_shards = num_threads if num_threads > 0 else _cores()
-    return Workplace(chosen, n_shards, table_layout)
+        n_threads = num_threads if num_threads > 0 else _cores()
+    return Workplace(chosen, n_threads, table_layout, n_threads)
 
 
 def enable_compilation_cache(path: str | os.PathLike[str]) -> None:

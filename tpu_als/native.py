@@ -1,68 +1,71 @@
 """Half-epochs of "cg" on a CPU by compiled loops (`_loops`), where the optional numba is installed.
 
-XLA makes a pass over the gathered entries of a chunk for every product of a CG step. Here each row
-is worked on by itself: its entries are gathered once, without padding, into a core's own cache,
-where one pass does both products of a step. docs/math.md has the algebra, which is that of `solve`.
+XLA makes a pass over the gathered entries of a padded chunk for every product of a CG step. Here
+each row is worked on by itself, without padding, and one pass does both products of a step; tables
+are rotated by BLAS, part by part in the threads that solve them. docs/math.md has the algebra,
+which is that of `solve`.
 
-Axis letters: S slots of a shard, P rows of a piece, N source rows, K factors.
+Axis letters: R rows of a part, M target rows, N source rows, K factors.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import logging
 import threading
-from collections import deque
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from tpu_als import _loops, mesh
-from tpu_als.cells import LONG_ROWS, Long
-from tpu_als.layout import RowMap
-from tpu_als.mesh import Shards, Workplace, precision
-from tpu_als.solve import Basis, Objective
+from tpu_als import _loops, mesh, solve
+from tpu_als.mesh import Workplace
+from tpu_als.solve import Objective
 
 log = logging.getLogger("tpu_als")
-_PIECES, _LEAST_PIECE = 64, 64  # of a shard, and rows of one; many, so that threads end together
-_BLOCK_BYTES = 1 << 22  # of a row's gathered entries; a longer row gathers them in every pass
+_PARTS = 16  # for each thread; many, so that threads end together
+_ROW_ENTRIES = 4  # what a row costs by itself, in entries; about what its rotations take
 _ALIGNMENT = 64  # bytes; vectors that straddle cache lines take twice as long to read
+_basis = jax.jit(solve.basis)
 _loading = threading.Lock()
 
 
-class Piece(NamedTuple):
-    """Some rows of a shard, and where their entries are.
+class Rows(NamedTuple):
+    """The rows of a side, their entries one after the other.
 
     Attributes
     ----------
-    slots : slice or int array (P,)
-        The rows' slots.
-    cells, lengths : int array (P,)
-        First cell and number of entries of each.
-    ids : int32 array
-        Source row of each cell of the shard.
+    cells, lengths : int array (M,)
+        First entry and number of entries of each row.
+    ids : uint32 array
+        Source row of each entry; unsigned, since numba asks whether others count from the end.
     values : array or None
         Value of each, of any dtype; None where all are 1.
     """
 
-    slots: Any
     cells: np.ndarray
     lengths: np.ndarray
     ids: np.ndarray
     values: np.ndarray | None
 
-    def loaded(self, dtype: Any) -> Piece:
-        """The same with values of this dtype, an empty array where all are 1."""
-        if self.values is None:
-            return self._replace(values=np.empty(0, dtype))
-        if self.values.dtype == dtype:
-            return self
-        low, high = int(self.cells.min()), int((self.cells + self.lengths).max())
-        ids, values = self.ids[low:high], self.values[low:high].astype(dtype)
-        return self._replace(cells=self.cells - low, ids=ids, values=values)
+    def part(self, at: slice, dtype: Any) -> Rows:
+        """Some rows, with values of this dtype, an empty array where all are 1."""
+        cells, lengths, ids, values = self.cells[at], self.lengths[at], self.ids, self.values
+        if values is None:
+            values = np.empty(0, dtype)
+        elif values.dtype != dtype:
+            low, high = int(cells[0]), int(cells[-1] + lengths[-1])
+            cells, ids, values = cells - low, ids[low:high], values[low:high].astype(dtype)
+        return Rows(*map(_read_only, (cells, lengths, ids, values)))
+
+    def parts(self, count: int) -> list[slice]:
+        """Split them into about so many parts that take equally long."""
+        ends = np.cumsum(self.lengths + _ROW_ENTRIES, dtype=np.int64)
+        bounds = np.searchsorted(ends, np.linspace(0, ends[-1], count + 1)[1:-1]) + 1
+        bounds = np.unique([0, *bounds[bounds < len(ends)], len(ends)])
+        return [slice(low, high) for low, high in itertools.pairwise(bounds)]
 
 
 def serves(place: Workplace, dtype: str, linear_solver: str) -> bool:
@@ -82,40 +85,40 @@ def _is_installed() -> bool:
 
 def begin_loading(dtype: str) -> None:
     """Compile the loops in the background, which takes seconds."""
-    threading.Thread(target=_ready, args=(dtype,), daemon=True).start()
+    threading.Thread(target=_ready, args=(dtype,)).start()
 
 
-def _ready(dtype: str) -> Any:
-    """The loop over rows, compiled for a dtype."""
+@functools.cache
+def _loaded() -> tuple[Any, Any]:
+    """The loops, which numba compiles when they are called."""
+    import numba
+
+    # Sums may be reordered, so that they are vectorised; infinity and NaN stay what they are.
+    math = {"reassoc", "contract", "arcp", "nsz"}
+    loops = _loops.compiled(numba.njit(nogil=True, error_model="numpy", fastmath=math))
+    if mesh.compilation_cache is not None:
+        config: Any = numba.config
+        before, config.CACHE_DIR = config.CACHE_DIR, mesh.compilation_cache
+        for loop in loops:
+            loop.enable_caching()
+        config.CACHE_DIR = before
+    return loops
+
+
+def _ready(dtype: str) -> tuple[Any, Any]:
+    """The loops, that over solved rows compiled for a dtype."""
     with _loading:
         return _compiled(dtype)
 
 
 @functools.cache
-def _solver() -> Any:
-    """`_loops.solve_rows`, which numba compiles when it is called."""
-    import numba
-
-    # Sums may be reordered, so that they are vectorised; infinity and NaN stay what they are.
-    math = {"reassoc", "contract", "arcp", "nsz"}
-    solver = _loops.compiled(numba.njit(nogil=True, error_model="numpy", fastmath=math))
-    if mesh.compilation_cache is not None:
-        config: Any = numba.config
-        before, config.CACHE_DIR = config.CACHE_DIR, mesh.compilation_cache
-        solver.enable_caching()
-        config.CACHE_DIR = before
-    return solver
-
-
-@functools.cache
-def _compiled(dtype: str) -> Any:
-    solver, kind = _solver(), np.dtype(dtype).type
-    table, number = _aligned((8, 8), dtype), np.zeros(1, np.int64)
-    counts = number.astype(np.int32)
-    piece = Piece(slice(0, 1), number, counts, counts, None)
-    system = _System(table, table[0], *(kind(1),) * 7)
-    _solve(solver, piece, table[:1], table[:1].copy(), system, 1, _Scratch(8, dtype, 1))
-    return solver
+def _compiled(dtype: str) -> tuple[Any, Any]:
+    loops, number = _loaded(), np.zeros(1, np.int64)
+    rows = Rows(number, number, number.astype(np.uint32), None)
+    table, one = np.zeros((1, 1), dtype), np.dtype(dtype).type(1)
+    system = _System(_read_only(table), _read_only(table[0]), *(one,) * 7)
+    _solve(loops[0], rows.part(slice(0, 1), dtype), table, system, 1)
+    return loops
 
 
 class _System(NamedTuple):
@@ -132,30 +135,101 @@ class _System(NamedTuple):
     relaxation: Any
 
 
-class _Scratch:
-    """What a thread needs for itself."""
-
-    def __init__(self, factors: int, dtype: str, longest: int) -> None:
-        cells = min(_BLOCK_BYTES // (factors * np.dtype(dtype).itemsize), longest)
-        cells = max(-(-cells // 16), 1) * 16  # a multiple of `_loops.AT_ONCE`
-        self.block = tuple(_aligned(shape, dtype) for shape in ((cells, factors), cells, cells))
-        self.vectors = _aligned((5, factors), dtype)
-
-
-def _solve(
-    solve_rows: Any, piece: Piece, before: np.ndarray, out: np.ndarray, system: _System, steps: int,
-    scratch: _Scratch,
-) -> None:  # fmt: skip
-    """Solve a piece from `before` (P, K) into `out`."""
-    piece = piece.loaded(out.dtype)
-    given: Any = (before, piece.cells, piece.lengths, piece.ids, piece.values, *system[:2])
-    before, cells, lengths, ids, values, source, spectrum = map(_read_only, given)
+def _solve(solve_rows: Any, part: Rows, rows: np.ndarray, system: _System, steps: int) -> None:
+    """Solve a part in place, from where its rows (R, K) begin."""
+    source, spectrum, alpha, offset, regularization, unobserved, exponent, tiny, relax = system
     solve_rows(
-        before, out, cells, lengths,
-        (source, ids, values, system.alpha, system.offset),
-        (spectrum, system.regularization, system.unobserved, system.exponent, system.tiny),
-        system.relaxation, steps, scratch.block, scratch.vectors,
+        rows, part.cells, part.lengths, (source, part.ids, part.values, alpha, offset),
+        (spectrum, regularization, unobserved, exponent, tiny), relax, steps,
+        _aligned((6, rows.shape[1]), rows.dtype),
     )  # fmt: skip
+
+
+def solve_side(
+    target: Any, source: Any, n_source: int, rows: Rows, place: Workplace, objective: Objective,
+    relaxation: Any, steps: int,
+) -> jax.Array:  # fmt: skip
+    """Solve all rows of a side.
+
+    Parameters
+    ----------
+    target : array (S, K)
+        The side's table, of M rows and unused ones; stays valid.
+    source : array
+        The other one.
+    n_source : int
+        Its rows, unused ones not counted.
+    rows : Rows
+        The rows and their entries.
+    place : Workplace
+        A single CPU device, and a number of threads.
+    objective : Objective
+        Equations (1)-(2), in the dtype of the tables.
+    relaxation : float
+        As in `solve.relax`, likewise.
+    steps : int
+        Steps of CG; 0 where every weight w is 0.
+    """
+    source, target = np.asarray(source), np.asarray(target)
+    dtype, weight = source.dtype, objective.unobserved_weight
+    number = dtype.type(n_source)
+    basis = _basis(_gramian(source, place), number)
+    rotation, spectrum = np.asarray(basis.rotation), np.asarray(basis.spectrum)
+    system = _System(
+        _read_only(_rotated(source, rotation, place)), _read_only(weight * spectrum),
+        objective.alpha, objective.offset, objective.regularization, weight * number,
+        objective.exponent, np.finfo(dtype).tiny, relaxation,
+    )  # fmt: skip
+    solve_rows, out = _ready(dtype.name)[0], _aligned(target.shape, dtype)
+
+    def work(at: slice) -> None:
+        own = out[at]
+        np.matmul(target[at], rotation, out=own)
+        _solve(solve_rows, rows.part(at, dtype), own, system, steps)
+        own[:] = own @ rotation.T
+
+    place.threads(work, rows.parts(_PARTS * place.n_threads), place.n_threads)
+    return jax.device_put(out, place.devices[0])
+
+
+def measure_side(
+    target: Any, source: Any, rows: Rows, place: Workplace, objective: Objective
+) -> np.ndarray:
+    """What the entries of each row (M,) add to the loss (`solve.cells_loss`)."""
+    source, target = _read_only(np.asarray(source)), _read_only(np.asarray(target))
+    dtype, out = source.dtype, np.empty(len(rows.lengths), source.dtype)
+    measure_rows = _ready(dtype.name)[1]
+
+    def work(at: slice) -> None:
+        part = rows.part(at, dtype)
+        entries = source, part.ids, part.values, objective.alpha, objective.offset
+        measure_rows(target[at], part.cells, part.lengths, entries, out[at])
+
+    place.threads(work, rows.parts(_PARTS * place.n_threads), place.n_threads)
+    return out
+
+
+def _gramian(table: np.ndarray, place: Workplace) -> np.ndarray:
+    """Y^T Y of a table (N, K)."""
+    parts = _even(len(table), place)
+    return sum(place.threads(lambda at: table[at].T @ table[at], parts, place.n_threads))
+
+
+def _rotated(table: np.ndarray, rotation: np.ndarray, place: Workplace) -> np.ndarray:
+    """A table (N, K) times a rotation (K, K)."""
+    out = _aligned(table.shape, table.dtype)
+
+    def work(at: slice) -> None:
+        np.matmul(table[at], rotation, out=out[at])
+
+    place.threads(work, _even(len(table), place), place.n_threads)
+    return out
+
+
+def _even(count: int, place: Workplace) -> list[slice]:
+    """A run of rows for each thread."""
+    bounds = np.linspace(0, count, place.n_threads + 1).astype(int)
+    return [slice(low, high) for low, high in itertools.pairwise(bounds)]
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:
@@ -165,106 +239,7 @@ def _read_only(array: np.ndarray) -> np.ndarray:
     return view
 
 
-def solve_side(
-    begin: list[Any], held: Any, basis: Basis, side: Any, place: Workplace, objective: Objective,
-    relaxation: Any, steps: int,
-) -> Shards:  # fmt: skip
-    """Solve all rows of a side in the eigenbasis, in which the result stays.
-
-    Parameters
-    ----------
-    begin : list of array (S, K)
-        Where each shard's rows begin.
-    held : array (N, K)
-        The source table.
-    basis : Basis
-        Its eigenbasis, which both are in.
-    side : Side
-        The rows and their entries.
-    place : Workplace
-        A single CPU device, whose shards are threads.
-    objective : Objective
-        Equations (1)-(2), in the dtype of the tables.
-    relaxation : float
-        As in `solve.relax`, likewise.
-    steps : int
-        Steps of CG; 0 where every weight w is 0.
-    """
-    source, before = np.asarray(held), [np.asarray(part) for part in begin]
-    dtype = source.dtype
-    weight = dtype.type(objective.unobserved_weight)
-    system = _System(
-        source, weight * np.asarray(basis.spectrum), objective.alpha, objective.offset,
-        objective.regularization, weight * dtype.type(basis.n_source), objective.exponent,
-        np.finfo(dtype).tiny, relaxation,
-    )  # fmt: skip
-    out = [_aligned(part.shape, dtype) for part in before]
-    pieces, solve_rows = deque(_pieces(side)), _ready(dtype.name)
-    longest = int(side.lengths.max(initial=0))
-
-    def work(_: int) -> None:
-        scratch = _Scratch(source.shape[1], dtype.name, longest)
-        while True:
-            try:
-                shard, piece = pieces.popleft()
-            except IndexError:
-                return
-            rows = out[shard][piece.slots]
-            _solve(solve_rows, piece, before[shard][piece.slots], rows, system, steps, scratch)
-            if not isinstance(piece.slots, slice):  # then the rows are a copy
-                out[shard][piece.slots] = rows
-
-    place.threads(work, range(place.n_shards))
-    with precision(dtype.name):
-        return [jax.device_put(part, place.devices[0]) for part in out]
-
-
-def _pieces(side: Any) -> list[tuple[int, Piece]]:
-    """Pieces of all rows, each with its shard; those with most entries first."""
-    pieces = []
-    cells = _first_cells(side.rows)
-    size = max(len(cells) // _PIECES, _LEAST_PIECE)
-    for shard, (ids, lengths) in enumerate(zip(side.own.ids, side.own.lengths, strict=True)):
-        values = side.own.values
-        arrays = np.asarray(ids), None if values is None else np.asarray(values[shard])
-        for low in range(0, len(cells), size):
-            at = slice(low, min(low + size, len(cells)))
-            pieces.append((shard, Piece(at, cells[at], np.asarray(lengths)[at], *arrays)))
-        if side.long is not None:
-            own = jax.tree.map(
-                lambda parts, shard=shard: np.asarray(parts[shard]), side.long,
-                is_leaf=lambda node: isinstance(node, list),
-            )  # fmt: skip
-            pieces += [(shard, piece) for piece in _long_pieces(own, side.rows.n_slots)]
-    return sorted(pieces, key=lambda each: -int(each[1].lengths.sum(dtype=np.int64)))
-
-
-def _first_cells(rows: RowMap) -> np.ndarray:
-    """First cell of every slot of the rungs, the same in all shards."""
-    counts = [rung.rows * rung.n_chunks for rung in rows.rungs]
-    cells = np.zeros(sum(counts), np.int64)
-    for rung, count in zip(rows.rungs, counts, strict=True):
-        own = rung.first_cell + rung.length * np.arange(count)
-        cells[rung.first_slot : rung.first_slot + count] = own
-    return cells
-
-
-def _long_pieces(long: Long, n_slots: int) -> Iterator[Piece]:
-    """The long rows of a shard; the blocks of a row follow each other."""
-    blocks = np.arange(long.starts[-1])
-    batch = np.searchsorted(long.starts, blocks, side="right") - 1
-    first = np.searchsorted(
-        batch * LONG_ROWS + long.rows[: len(blocks)], np.arange(len(long.slots))
-    )
-    cells = first.astype(np.int64) * long.ids.shape[1]
-    mine = np.flatnonzero(long.slots < n_slots)
-    values = None if long.values is None else long.values.reshape(-1)
-    for low in range(0, len(mine), LONG_ROWS):
-        at = mine[low : low + LONG_ROWS]
-        yield Piece(long.slots[at], cells[at], long.lengths[at], long.ids.reshape(-1), values)
-
-
-def _aligned(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Zeros that begin at a cache line."""
     dtype = np.dtype(dtype)
     size = int(np.prod(shape)) * dtype.itemsize

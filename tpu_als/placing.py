@@ -64,7 +64,7 @@ class AlsParams:
         No weight w will be negative, as with the objective "ials": "cholesky" may then solve short
         rows through a system of their own length.
     native : bool
-        Work by `native` where it serves.
+        Work by the loops of `native`, where they serve; of placed data: whether they do.
     """
 
     factors: int
@@ -73,7 +73,7 @@ class AlsParams:
     cg_steps: int = 3
     block_size: int = 64
     positive: bool = False
-    native: bool = True
+    native: bool = False
 
     @property
     def compute_dtype(self) -> str:
@@ -124,6 +124,17 @@ class Side:
         return len(self.rows.slots)
 
     @property
+    def in_order(self) -> native.Rows:
+        """The rows as `native` reads them, where they are laid out for it."""
+        ids, values = np.asarray(self.own.ids[0]), self.own.values
+        return native.Rows(
+            self.rows.cells,
+            self.lengths.astype(np.int64, copy=False),
+            ids.view(np.uint32),
+            None if values is None else np.asarray(values[0]),
+        )
+
+    @property
     def received_rows(self) -> int:
         """Source rows that a device receives from others for the chunks of a half-epoch."""
         if self.routes is None:
@@ -135,22 +146,18 @@ class Side:
 class Data:
     """Both orientations of a matrix, laid out and placed; reusable for any parameter values.
 
-    `magnitudes` are the least and the largest absolute value of an entry, where they are known.
+    `plan` is None where rows are laid out for `native`. `magnitudes` are the least and the largest
+    absolute value of an entry, where they are known.
     """
 
     users: Side
     items: Side
-    plan: Plan
+    plan: Plan | None
     params: AlsParams
     place: Workplace
     n_entries: int
     absolute_sum: float
     magnitudes: tuple[float, float] | None = None
-
-
-def is_native(params: AlsParams, place: Workplace) -> bool:
-    """Whether half-epochs run by `native`."""
-    return params.native and native.serves(place, params.dtype, params.linear_solver)
 
 
 def make_plan(lengths: np.ndarray, params: AlsParams, place: Workplace) -> Plan:
@@ -236,12 +243,18 @@ def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Wor
     lengths, owners = zip(*(_lengths(entries, side, place) for side in _SIDES), strict=True)
     if params.linear_solver == "auto":
         params = replace(params, linear_solver=cheapest_solver(lengths, params, place))
-    if is_native(params, place):
-        native.begin_loading(params.dtype)
+    is_native = params.native and native.serves(place, params.dtype, params.linear_solver)
+    params = replace(params, native=is_native)
     row_bytes = params.factors * np.dtype(DTYPES[params.dtype]).itemsize
     place = place.with_layout(max(entries.shape) * row_bytes)
-    plan = make_plan(np.concatenate(lengths), params, place)
-    users, items = (layout.map_rows(n, plan, own) for n, own in zip(lengths, owners, strict=True))
+    if is_native:
+        native.begin_loading(params.dtype)
+        plan, place = None, replace(place, n_shards=1)
+        users, items = map(layout.in_order, lengths)
+    else:
+        plan = make_plan(np.concatenate(lengths), params, place)
+        pairs = zip(lengths, owners, strict=True)
+        users, items = (layout.map_rows(n, plan, own) for n, own in pairs)
     users, items = layout.share_shapes(users, items, _SHARED_WASTE // row_bytes)
     if not place.together.sharded:  # else the sides' messages differ, and so do their programs
         users, items = layout.share_rungs(users, items)
@@ -296,6 +309,7 @@ def place_rows(
         That of the table.
     """
     entries, lengths = InMemory(rows, None), np.diff(rows.indptr).astype(np.int64)
+    params = replace(params, native=False)
     plan = make_plan(lengths, params, place)
     items = Side(source, None, None, None, np.zeros(0, np.int64))
     # Values as they come, so that one program serves all calls.
@@ -344,7 +358,7 @@ class _Filling:
     """Fills and places one side after the other, with values of a dtype, or None of them."""
 
     def __init__(
-        self, plan: Plan, params: AlsParams, place: Workplace, dtype: Any, divided: bool
+        self, plan: Plan | None, params: AlsParams, place: Workplace, dtype: Any, divided: bool
     ) -> None:
         self._plan, self._params, self._place = plan, params, place
         self._dtype, self._divided = dtype, divided

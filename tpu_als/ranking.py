@@ -337,7 +337,7 @@ def batch_size(n_queries: int, catalog: Catalog) -> int:
     kind = "cpu" if place.platform == "cpu" else "other"
     on_one = catalog.ids.size // len(place.devices)
     most = max(_BATCH_BYTES[kind] // (on_one * np.dtype(catalog.dtype).itemsize), 8)
-    share = -(-n_queries // (place.n_shards if place.mesh is None else 1))
+    share = -(-n_queries // place.n_threads)
     return 1 << min(int(most).bit_length() - 1, max(share - 1, 7).bit_length())
 
 

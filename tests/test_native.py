@@ -1,0 +1,181 @@
+"""Half-epochs by compiled loops: what XLA's programs give, for every kind of row and value."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import threadpoolctl
+from matrices import random_counts
+from scipy import sparse
+
+from tpu_als import TPUAlternatingLeastSquares, als, mesh, native, placing, solve
+from tpu_als.mesh import Workplace, workplace
+from tpu_als.placing import AlsParams
+from tpu_als.validation import ModelFitError
+
+pytest.importorskip("numba")
+
+COUNTS = random_counts(90, 60, density=0.3, negatives=True, seed=2)
+COUNTS.data[::17] = 0  # stored zeros
+COUNTS = sparse.vstack([COUNTS, sparse.csr_matrix((3, 60), dtype=np.float32)], "csr")
+VALUES = {"counts": 1.0, "fractions": 0.123, "ones": 0.0}
+STEPS = 3
+
+
+def _matrix(values: str) -> sparse.csr_matrix:
+    matrix = COUNTS.copy()
+    matrix.data = np.ones_like(matrix.data) if values == "ones" else matrix.data * VALUES[values]
+    matrix.data = matrix.data.astype(np.float32)
+    return matrix
+
+
+def _epochs(
+    matrix: sparse.csr_matrix, params: AlsParams, objective: solve.Objective, relaxation: float
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Tables after two epochs on two threads, and the loss of them."""
+    data = placing.place(matrix, params, workplace(1, num_threads=2))
+    assert data.params.native == params.native
+    rng = np.random.default_rng(1)
+    state = als.start(data, *(rng.normal(size=(n, params.factors)) for n in matrix.shape))
+    for _ in range(2):
+        state, failed = als.epoch(state, data, objective, relaxation)
+        assert failed == (0, 0)
+    tables = als.user_factors(state, data), als.item_factors(state, data)
+    return *tables, als.loss(state, data, objective)
+
+
+@pytest.fixture
+def no_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails where a half-epoch is run by XLA."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("XLA was asked to solve rows")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workplace, "run", refuse)
+        yield
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize(("kind", "relaxation"), [("implicit", 1.0), ("ials", 1.4)])
+def test_tables_and_losses_are_those_of_xla(
+    values: str, dtype: str, kind: str, relaxation: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix, objective = _matrix(values), solve.objective(kind, 0.3, 2.0, 0.7, 0.5)
+    params = AlsParams(5, dtype, cg_steps=STEPS)
+    *theirs, their_loss = _epochs(matrix, params, objective, relaxation)
+    with monkeypatch.context() as patch:
+        patch.setattr(Workplace, "run", None)
+        params = dataclasses.replace(params, native=True)
+        *ours, our_loss = _epochs(matrix, params, objective, relaxation)
+    for own, other in zip(ours, theirs, strict=True):
+        assert own.dtype == dtype and own.flags.writeable
+        atol = (1e-11 if dtype == "float64" else 2e-4) * np.abs(other).max()
+        np.testing.assert_allclose(own, other, rtol=0, atol=atol)
+    assert not ours[0][-3:].any()
+    assert our_loss == pytest.approx(their_loss, rel=1e-12 if dtype == "float64" else 1e-5)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.4])
+def test_a_pass_is_enough_where_weights_vanish(weight: float, no_programs: None) -> None:
+    """Though a single step of CG, which would not be exact, is asked for."""
+    matrix, rng = _matrix("ones"), np.random.default_rng(3)
+    data = placing.place(
+        matrix, AlsParams(12, cg_steps=1, native=True), workplace(1, num_threads=2)
+    )
+    tables = [0.5 * rng.normal(size=(n, 12)).astype(np.float32) for n in matrix.shape]
+    state, exact = als.start(data, *tables), oracle.Objective("implicit", 0.5, weight, weight)
+    found = als.half_epoch(*state, data, solve.objective(*exact), target="users")
+    users = als.user_factors(als.AlsState(found, state.items), data)
+    expected = oracle.half_epoch(matrix, tables[1].astype(np.float64), exact)
+    np.testing.assert_allclose(users, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    # the table that was solved is as it was
+    np.testing.assert_array_equal(als.user_factors(state, data), tables[0])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_nothing(threads: int, no_programs: None) -> None:
+    found = []
+    for number in (2, threads):
+        data = placing.place(COUNTS, AlsParams(7, native=True), workplace(1, num_threads=number))
+        state = als.draw(data, 0, 0.1, normal=True)
+        state, _ = als.epoch(state, data, solve.objective("implicit", 0.1, 3.0))
+        found.append(als.item_factors(state, data))
+    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-6)
+
+
+def test_where_it_serves() -> None:
+    one = workplace(1)
+    assert native.serves(one, "float32", "cg") and native.serves(one, "float64", "cg")
+    assert not native.serves(one, "bfloat16", "cg")
+    assert not any(native.serves(one, "float32", name) for name in ("cholesky", "subspace"))
+    assert not native.serves(workplace(2), "float32", "cg")
+
+
+def test_the_estimator_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, solve_side = [], native.solve_side
+    monkeypatch.setattr(native, "solve_side", lambda *args: calls.append(args) or solve_side(*args))
+    settings = dict(factors=4, iterations=3, devices=1, random_state=0)
+    by_loops = TPUAlternatingLeastSquares(**settings).fit(COUNTS, show_progress=False)
+    assert len(calls) == 6
+    by_xla = TPUAlternatingLeastSquares(**settings, use_native=False)
+    by_xla.fit(COUNTS, show_progress=False)
+    assert len(calls) == 6
+    np.testing.assert_allclose(by_loops.item_factors, by_xla.item_factors, atol=1e-4)
+
+
+def test_works_without_numba(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    native._is_installed.cache_clear()
+    try:
+        with caplog.at_level(logging.INFO, logger="tpu_als"):
+            for _ in range(2):
+                model = TPUAlternatingLeastSquares(factors=4, iterations=1, devices=1)
+                model.fit(COUNTS, show_progress=False)
+        assert caplog.text.count('pip install "tpu-als[native]"') == 1
+    finally:
+        native._is_installed.cache_clear()
+
+
+def test_an_overflow_is_told(no_programs: None) -> None:
+    matrix = COUNTS.copy()
+    matrix.data[0] = 3e38
+    model = TPUAlternatingLeastSquares(factors=4, iterations=1, alpha=100.0, devices=1)
+    with pytest.raises(ModelFitError):
+        model.fit(matrix, show_progress=False)
+
+
+@pytest.mark.parametrize("count", [1, 3, 16])
+def test_parts_have_every_row_once_and_share_the_entries(count: int) -> None:
+    lengths = np.random.default_rng(0).integers(0, 40, 500)
+    lengths[7] = 4000
+    ids = np.zeros(lengths.sum(), np.uint32)
+    rows = native.Rows(np.cumsum(lengths) - lengths, lengths, ids, None)
+    parts = rows.parts(count)
+    assert len(parts) <= count
+    np.testing.assert_array_equal(np.concatenate([np.arange(500)[at] for at in parts]), range(500))
+    share = (lengths + native._ROW_ENTRIES).sum() / count
+    assert all((lengths + native._ROW_ENTRIES)[at][:-1].sum() <= share + 1 for at in parts)
+
+
+def test_blas_keeps_to_one_thread_inside_its_scope() -> None:
+    def threads() -> list[int]:
+        pools = threadpoolctl.threadpool_info()
+        return [pool["num_threads"] for pool in pools if pool["user_api"] == "blas"]
+
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        before = threads()
+        with mesh.single_blas_thread():
+            inside = threads()
+        assert threads() == before
+    assert set(before) == {2} and set(inside) == {1}
