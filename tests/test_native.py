@@ -117,7 +117,16 @@ def test_where_it_serves() -> None:
     assert native.serves(one, "float32", "cg") and native.serves(one, "float64", "cg")
     assert not native.serves(one, "bfloat16", "cg")
     assert not any(native.serves(one, "float32", name) for name in ("cholesky", "subspace"))
-    assert not native.serves(workplace(2), "float32", "cg")
+    assert native.serves(workplace(2), "float32", "cg")
+    for layout in ("replicated", "sharded"):
+        assert not native.serves(workplace(2, table_layout=layout), "float32", "cg")
+
+
+def test_several_cpu_devices_are_threads() -> None:
+    data = placing.place(COUNTS, AlsParams(4, native=True), workplace(3))
+    assert data.params.native and data.place.mesh is None
+    assert (data.place.n_shards, data.place.n_threads) == (1, 3)
+    assert data.place.devices == workplace(3).devices[:1]
 
 
 def test_the_estimator_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,16 +165,22 @@ def test_an_overflow_is_told(no_programs: None) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3, 16])
-def test_parts_have_every_row_once_and_share_the_entries(count: int) -> None:
+def test_parts_have_every_row_once_and_share_the_entries(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lengths = np.random.default_rng(0).integers(0, 40, 500)
     lengths[7] = 4000
     ids = np.zeros(lengths.sum(), np.uint32)
     rows = native.Rows(np.cumsum(lengths) - lengths, lengths, ids, None)
-    parts = rows.parts(count)
-    assert len(parts) <= count
+    monkeypatch.setattr(native, "_PARTS", count)
+    monkeypatch.setattr(native, "_LEAST_PART", least := 1 << 14)
+    parts = rows.parts(n_threads=1, factors=8)
+    costs = lengths + native._ROW_ENTRIES
+    most = min(count, 1 + costs.sum() * 8 // least)
+    assert most // 2 < len(parts) <= most
     np.testing.assert_array_equal(np.concatenate([np.arange(500)[at] for at in parts]), range(500))
-    share = (lengths + native._ROW_ENTRIES).sum() / count
-    assert all((lengths + native._ROW_ENTRIES)[at][:-1].sum() <= share + 1 for at in parts)
+    # a row that is longer than a share is a part's last
+    assert all(costs[at][:-1].sum() <= costs.sum() / most + 1 for at in parts)
 
 
 def test_blas_keeps_to_one_thread_inside_its_scope() -> None:

@@ -14,6 +14,7 @@ import functools
 import logging
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -166,6 +167,12 @@ class Workplace:
         own = tuple(d for d in self.devices if d.process_index == self.processes[self.process])
         return replace(self, devices=own, n_shards=len(own))
 
+    @property
+    def as_threads(self) -> Workplace:
+        """One CPU device with as many threads as there are devices, where it has all the rows."""
+        n_threads = max(self.n_threads, len(self.devices))
+        return replace(self, devices=self.devices[:1], n_shards=1, n_threads=n_threads)
+
     def with_layout(self, table_bytes: int) -> Workplace:
         """Decide what "auto" means for source tables of so many bytes."""
         if self.table_layout != "auto":
@@ -303,10 +310,26 @@ class Workplace:
     ) -> list[Any]:
         """Map `work` over the jobs with as many threads as there are shards or cores, or `most`."""
         n_threads = min(len(jobs), most or max(self.n_shards, _cores()))
+        left, results = deque(enumerate(jobs)), [None] * len(jobs)
+
+        def until_none() -> None:
+            while True:
+                try:
+                    number, job = left.popleft()
+                except IndexError:
+                    return
+                results[number] = work(job)
+
+        # A job for each thread, not each of the jobs, which would cost a tenth of a millisecond.
         if n_threads < 2:
-            return [work(job) for job in jobs]
-        with ThreadPoolExecutor(n_threads) as pool:
-            return list(pool.map(work, jobs))
+            until_none()
+            return results
+        with ThreadPoolExecutor(n_threads - 1) as pool:
+            others = [pool.submit(until_none) for _ in range(n_threads - 1)]
+            until_none()
+            for other in others:
+                other.result()
+        return results
 
 
 def _unzip(own: Any, n_shards: int) -> list[Any]:

@@ -26,6 +26,8 @@ from tpu_als.solve import Objective
 
 log = logging.getLogger("tpu_als")
 _PARTS = 16  # for each thread; many, so that threads end together
+_LEAST_PART = 1 << 19  # entries times factors of one, a fifth of a millisecond
+_LEAST_PRODUCT = 1 << 22  # multiplications worth a thread
 _ROW_ENTRIES = 4  # what a row costs by itself, in entries; about what its rotations take
 _ALIGNMENT = 64  # bytes; vectors that straddle cache lines take twice as long to read
 _basis = jax.jit(solve.basis)
@@ -60,17 +62,22 @@ class Rows(NamedTuple):
             cells, ids, values = cells - low, ids[low:high], values[low:high].astype(dtype)
         return Rows(*map(_read_only, (cells, lengths, ids, values)))
 
-    def parts(self, count: int) -> list[slice]:
-        """Split them into about so many parts that take equally long."""
+    def parts(self, n_threads: int, factors: int) -> list[slice]:
+        """Split them into parts that take about equally long, if they are worth it."""
         ends = np.cumsum(self.lengths + _ROW_ENTRIES, dtype=np.int64)
+        count = min(_PARTS * n_threads, 1 + int(ends[-1]) * factors // _LEAST_PART)
         bounds = np.searchsorted(ends, np.linspace(0, ends[-1], count + 1)[1:-1]) + 1
         bounds = np.unique([0, *bounds[bounds < len(ends)], len(ends)])
         return [slice(low, high) for low, high in itertools.pairwise(bounds)]
 
 
 def serves(place: Workplace, dtype: str, linear_solver: str) -> bool:
-    """Whether half-epochs can run here: on a single CPU device, with numba installed."""
-    is_cpu = place.platform == "cpu" and place.mesh is None
+    """Whether half-epochs can run here: on a CPU, by one process, with numba installed.
+
+    Several CPU devices are but threads of one, unless it is asked how a table should lie on them.
+    """
+    is_cpu = place.platform == "cpu" and len(place.processes) == 1
+    is_cpu = is_cpu and (place.mesh is None or place.table_layout == "auto")
     is_ours = linear_solver == "cg" and dtype in ("float32", "float64")
     return is_cpu and is_ours and _is_installed()
 
@@ -188,7 +195,7 @@ def solve_side(
         _solve(solve_rows, rows.part(at, dtype), own, system, steps)
         own[:] = own @ rotation.T
 
-    place.threads(work, rows.parts(_PARTS * place.n_threads), place.n_threads)
+    place.threads(work, rows.parts(place.n_threads, target.shape[1]), place.n_threads)
     return jax.device_put(out, place.devices[0])
 
 
@@ -205,13 +212,13 @@ def measure_side(
         entries = source, part.ids, part.values, objective.alpha, objective.offset
         measure_rows(target[at], part.cells, part.lengths, entries, out[at])
 
-    place.threads(work, rows.parts(_PARTS * place.n_threads), place.n_threads)
+    place.threads(work, rows.parts(place.n_threads, target.shape[1]), place.n_threads)
     return out
 
 
 def _gramian(table: np.ndarray, place: Workplace) -> np.ndarray:
     """Y^T Y of a table (N, K)."""
-    parts = _even(len(table), place)
+    parts = _even(table, place)
     return sum(place.threads(lambda at: table[at].T @ table[at], parts, place.n_threads))
 
 
@@ -222,13 +229,14 @@ def _rotated(table: np.ndarray, rotation: np.ndarray, place: Workplace) -> np.nd
     def work(at: slice) -> None:
         np.matmul(table[at], rotation, out=out[at])
 
-    place.threads(work, _even(len(table), place), place.n_threads)
+    place.threads(work, _even(table, place), place.n_threads)
     return out
 
 
-def _even(count: int, place: Workplace) -> list[slice]:
-    """A run of rows for each thread."""
-    bounds = np.linspace(0, count, place.n_threads + 1).astype(int)
+def _even(table: np.ndarray, place: Workplace) -> list[slice]:
+    """A run of rows for each thread, if its product with a (K, K) matrix is worth one."""
+    count = min(place.n_threads, 1 + table.size * table.shape[1] // _LEAST_PRODUCT)
+    bounds = np.linspace(0, len(table), count + 1).astype(int)
     return [slice(low, high) for low, high in itertools.pairwise(bounds)]
 
 

@@ -246,12 +246,12 @@ def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Wor
     is_native = params.native and native.serves(place, params.dtype, params.linear_solver)
     params = replace(params, native=is_native)
     row_bytes = params.factors * np.dtype(DTYPES[params.dtype]).itemsize
-    place = place.with_layout(max(entries.shape) * row_bytes)
     if is_native:
         native.begin_loading(params.dtype)
-        plan, place = None, replace(place, n_shards=1)
+        plan, place = None, place.as_threads
         users, items = map(layout.in_order, lengths)
     else:
+        place = place.with_layout(max(entries.shape) * row_bytes)
         plan = make_plan(np.concatenate(lengths), params, place)
         pairs = zip(lengths, owners, strict=True)
         users, items = (layout.map_rows(n, plan, own) for n, own in pairs)
