@@ -146,13 +146,13 @@ class Side:
 class Data:
     """Both orientations of a matrix, laid out and placed; reusable for any parameter values.
 
-    `plan` is None where rows are laid out for `native`. `magnitudes` are the least and the largest
+    `plan` is empty where rows are laid out for `native`. `magnitudes` are the least and the largest
     absolute value of an entry, where they are known.
     """
 
     users: Side
     items: Side
-    plan: Plan | None
+    plan: Plan
     params: AlsParams
     place: Workplace
     n_entries: int
@@ -248,7 +248,7 @@ def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Wor
     row_bytes = params.factors * np.dtype(DTYPES[params.dtype]).itemsize
     if is_native:
         native.begin_loading(params.dtype)
-        plan, place = None, place.as_threads
+        plan, place = Plan((), 0, 0, 1), place.as_threads
         users, items = map(layout.in_order, lengths)
     else:
         place = place.with_layout(max(entries.shape) * row_bytes)
@@ -358,7 +358,7 @@ class _Filling:
     """Fills and places one side after the other, with values of a dtype, or None of them."""
 
     def __init__(
-        self, plan: Plan | None, params: AlsParams, place: Workplace, dtype: Any, divided: bool
+        self, plan: Plan, params: AlsParams, place: Workplace, dtype: Any, divided: bool
     ) -> None:
         self._plan, self._params, self._place = plan, params, place
         self._dtype, self._divided = dtype, divided
