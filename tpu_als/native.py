@@ -190,10 +190,9 @@ def solve_side(
     solve_rows, out = _ready(dtype.name)[0], _aligned(target.shape, dtype)
 
     def work(at: slice) -> None:
-        own = out[at]
-        np.matmul(target[at], rotation, out=own)
-        _solve(solve_rows, rows.part(at, dtype), own, system, steps)
-        own[:] = own @ rotation.T
+        turned = target[at] @ rotation
+        _solve(solve_rows, rows.part(at, dtype), turned, system, steps)
+        np.matmul(turned, rotation.T, out=out[at])
 
     place.threads(work, rows.parts(place.n_threads, target.shape[1]), place.n_threads)
     return jax.device_put(out, place.devices[0])
