@@ -2,8 +2,10 @@
 
 First shows that all libraries solve the same problem. Then steps them in turn, from the same
 initial tables, and measures the loss of each after every iteration with implicit's own function.
-The target is 1.001 times the loss of `--reference`, an exact solver, after `--iterations`. "relaxed" has `over_relaxation=1.5`, with 4 steps of CG in
-"relaxed-4", and "relaxed-xla" has `use_native=False`, as where numba is not installed.
+The target is 1.001 times the loss of `--reference`, an exact solver, after `--iterations`.
+
+"relaxed" has `over_relaxation=1.5`, with 4 steps of CG in "relaxed-4", and `use_native=False`, as
+where numba is not installed, in "relaxed-xla".
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from libraries import Problem, Run, available, race
 REFERENCE = "implicit cholesky"
 DEFAULT = [
     "tpu_als cg", "tpu_als relaxed", "tpu_als relaxed-4", "tpu_als relaxed-xla",
-    "tpu_als cholesky", "tpu_als subspace", "tpu_als auto", "implicit cg", REFERENCE, "irspack cg", "irspack cholesky", "irspack ialspp",
+    "tpu_als cholesky", "tpu_als subspace", "tpu_als auto",
+    "implicit cg", REFERENCE, "irspack cg", "irspack cholesky", "irspack ialspp",
 ]  # fmt: skip
 SETTINGS = [(40.0, 10.0), (1.0, 0.01)]
 

@@ -198,7 +198,9 @@ BUILDERS: dict[str, Callable[[Problem], Library]] = {
 
 
 def padded_cells(side: Side) -> int:
-    """Padded cells of a side, those of long rows included."""
+    """Padded cells of a side, those of long rows included; without rungs none is padded."""
+    if not side.rows.rungs and side.long is None:
+        return int(side.lengths.sum())
     size = sum(rung.n_chunks * rung.rows * rung.length for rung in side.rows.rungs)
     size *= side.rows.n_shards
     if side.long is not None:

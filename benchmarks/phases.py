@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from libraries import Ours, Problem, padded_cells
 
-from tpu_als import als, placing
+from tpu_als import als, mesh, native, placing
 from tpu_als.placing import Data
 
 
@@ -46,15 +46,17 @@ def floors(data: Data, rate: dict[str, float]) -> dict[str, dict[str, float]]:
     factors, sides = data.params.factors, (data.users, data.items)
     row, stored = 4.0 * factors, sum(padded_cells(side) for side in sides)
     rows = sum(side.rows.n_slots * side.rows.n_shards for side in sides)
-    reads = 2 * data.params.cg_steps + 1
+    products = 2 * data.params.cg_steps + 1
+    # One pass does both products of a step, or each is one, and a chunk is written before.
+    reads = data.params.cg_steps + 1 if data.params.native else 1 + products
     held = sum(leaf.nbytes for side in sides for leaf in jax.tree.leaves((side.own, side.long)))
     found = {
         # The matrix is read for either side and turned; cells are written.
         "layout": (4 * 8.0 * data.n_entries + held, 0.0, "memory_bytes"),
-        "rotate": (5 * row * rows, 3 * 2.0 * rows * factors**2, "memory_bytes"),
-        # Written once into the cache, and read again by each product.
-        "solve": (stored * row * (1 + reads), stored * 2.0 * factors * reads, "cache_bytes"),
-        "gather and one product": (stored / 2 * row * 2, stored * factors * 1.0, "cache_bytes"),
+        "gramian, eigenbasis": (row * rows, 1.0 * rows * factors**2, "memory_bytes"),
+        "rotations": (6 * row * rows, 3 * 2.0 * rows * factors**2, "memory_bytes"),
+        "solve": (stored * row * reads, stored * 2.0 * factors * products, "cache_bytes"),
+        "one product (the loss)": (stored / 2 * row, stored * factors * 1.0, "cache_bytes"),
     }
     return {
         phase: {
@@ -66,50 +68,84 @@ def floors(data: Data, rate: dict[str, float]) -> dict[str, dict[str, float]]:
     }
 
 
-def measured(problem: Problem, repeats: int) -> tuple[Data, dict[str, float]]:
-    """The placed data, and median seconds of each phase."""
-    model = Ours(problem)
+def by_loops(model: Ours, repeats: int) -> dict[str, float]:
+    """Median seconds of the phases of an iteration of `native`; solving is what remains."""
     data, place = model.data, model.data.place
-    first = common.seconds(model.step)
+    tables = [np.asarray(table[0]) for table in model.state]
+
+    def basis() -> list[Any]:
+        sums = [native.gramian(table, place) for table in tables]
+        with mesh.precision(data.params.dtype):
+            return jax.block_until_ready(
+                [
+                    native.basis(gram, np.float32(len(t)))
+                    for gram, t in zip(sums, tables, strict=True)
+                ]
+            )
+
+    rotations = [np.asarray(each.rotation) for each in basis()]
+
+    def rotate() -> None:
+        for table, rotation in zip(tables, rotations, strict=True):
+            for _ in range(3):
+                native.rotated(table, rotation, place)
+
+    with mesh.single_blas_thread():
+        found = common.in_turns(
+            {"gramian, eigenbasis": basis, "rotations": rotate, "iteration": model.step}, repeats
+        )
+    found["solve"] = found["iteration"] - found["gramian, eigenbasis"] - found["rotations"]
+    return found
+
+
+def by_xla(model: Ours, repeats: int) -> dict[str, float]:
+    """The same of XLA's programs; those that solve also rotate the rows back."""
+    data, place = model.data, model.data.place
     users, items = model.state
     sides = ((data.users, users, items), (data.items, items, users))
 
-    def rotate() -> None:
-        for side, target, source in sides:
-            count = np.int32(len(source))
-            jax.block_until_ready(als.preparing(data)((source, target, side.own.lengths), count))
+    def prepared() -> list[Any]:
+        return [
+            als.preparing(data)((source, target, side.own.lengths), np.int32(len(source)))
+            for side, target, source in sides
+        ]
 
-    prepared = [
-        als.preparing(data)((source, target, side.own.lengths), np.int32(len(source)))
-        for side, target, source in sides
-    ]
-    taken: dict[str, list[float]] = {"solve": []}
+    ready, solves = prepared(), []
     for _ in range(repeats):
         total = 0.0
-        for (side, *_), (basis, held, begin) in zip(sides, prepared, strict=True):
+        for (side, *_), (basis, held, begin) in zip(sides, ready, strict=True):
             # Copies, as what they start from is written over.
             start = jax.tree.map(lambda part: part.copy(), begin)
             programs = als.passes(side, data, basis, model.objective)
             run = functools.partial(place.run, programs, start, held, data.params.dtype)
             total += common.seconds(lambda run=run: jax.block_until_ready(run()))  # type: ignore[misc]
-        taken["solve"].append(total)
-    others = common.in_turns(
-        {
-            "layout": lambda: placing.place(problem.matrix, data.params, place),
-            "rotate": rotate,
-            "gather and one product": lambda: als.loss(model.state, data, model.objective),
-            "iteration": model.step,
-        },
-        repeats,
-    )
-    compiled = {"compile": first - others["iteration"]}
-    return data, {**others, **compiled, "solve": statistics.median(taken["solve"])}
+        solves.append(total)
+    calls = {
+        "gramian, eigenbasis, two rotations": lambda: jax.block_until_ready(prepared()),
+        "iteration": model.step,
+    }
+    return {**common.in_turns(calls, repeats), "solve": statistics.median(solves)}
+
+
+def measured(problem: Problem, by_native: bool, repeats: int) -> tuple[Data, dict[str, float]]:
+    """The placed data, and median seconds of each phase."""
+    model = Ours(problem, native=by_native)
+    data = model.data
+    first = common.seconds(model.step)
+    found = (by_loops if data.params.native else by_xla)(model, repeats)
+    calls = {
+        "layout": lambda: placing.place(problem.matrix, data.params, data.place),
+        "one product (the loss)": lambda: als.loss(model.state, data, model.objective),
+    }
+    once = {"compile": first - found["iteration"]}
+    return data, {**common.in_turns(calls, repeats), **once, **found}
 
 
 def main() -> None:
     """A table for each number of factors."""
     parser = common.parser(__doc__, ("ml1m", "power-law"))
     parser.add_argument("--factors", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--xla", action="store_true", help="as where numba is not installed")
     args = parser.parse_args()
     if args.quick:
         args.factors, args.repeats = [16], 1
@@ -119,13 +155,15 @@ def main() -> None:
     rate = speeds(machine["cores"], args.repeats)
     common.emit(benchmark="phases", what="speeds", **rate)
     for factors in args.factors:
-        data, taken = measured(Problem(matrix, factors, 40.0, 10.0), args.repeats)
+        problem = Problem(matrix, factors, 40.0, 10.0)
+        data, taken = measured(problem, not args.xla, args.repeats)
         least = floors(data, rate)
         for phase, seconds in taken.items():
             floor = least.get(phase, {})
             common.emit(
-                benchmark="phases", dataset=name, factors=factors, phase=phase, seconds=seconds,
-                **floor, over_floor=seconds / floor["floor_s"] if floor else None,
+                benchmark="phases", dataset=name, factors=factors, native=data.params.native,
+                phase=phase, seconds=seconds, **floor,
+                over_floor=seconds / floor["floor_s"] if floor else None,
             )  # fmt: skip
 
 

@@ -71,11 +71,15 @@ def by_workers(case: Problem, repeats: int) -> None:
     """One worker against two and more: threads of one device, and devices of a mesh, in turns."""
     one = jax.devices()[:1]
     counts = [n for n in (1, 2, 4, 8) if n <= common.machine()["cores"]]
-    # A single device of a CPU would work with a thread for each core.
+    # A single device of a CPU would work with a thread for each core; with numba several are but
+    # threads, so they are measured without it too.
     kinds: dict[str, dict[int, Ours]] = {
-        "devices": {
-            n: Ours(case, devices=n, num_threads=1) for n in counts if n <= len(jax.devices())
+        name: {
+            n: Ours(case, devices=n, num_threads=1, native=native)
+            for n in counts
+            if n <= len(jax.devices())
         }
+        for name, native in (("devices", True), ("devices by XLA", False))
     }
     if one[0].platform == "cpu":
         kinds["threads"] = {n: Ours(case, devices=one, num_threads=n) for n in counts}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import logging
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -141,19 +142,48 @@ def test_the_estimator_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(by_loops.item_factors, by_xla.item_factors, atol=1e-4)
 
 
+@pytest.fixture
+def numba_anew() -> Iterator[None]:
+    """Whether numba loads is asked again, before and after."""
+    native._numba.cache_clear()
+    yield
+    native._numba.cache_clear()
+
+
+@pytest.mark.parametrize("text", [None, "raise ImportError('numba needs another NumPy')"])
 def test_works_without_numba(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    text: str | None,
+    numba_anew: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    native._is_installed.cache_clear()
-    try:
-        with caplog.at_level(logging.INFO, logger="tpu_als"):
-            for _ in range(2):
-                model = TPUAlternatingLeastSquares(factors=4, iterations=1, devices=1)
-                model.fit(COUNTS, show_progress=False)
-        assert caplog.text.count('pip install "tpu-als[native]"') == 1
-    finally:
-        native._is_installed.cache_clear()
+    """Where it is not installed, and where it does not load, which is told once."""
+    if text is None:
+        monkeypatch.setitem(sys.modules, "numba", None)
+    else:
+        (tmp_path / "numba.py").write_text(text, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, "numba", raising=False)
+        monkeypatch.syspath_prepend(tmp_path)
+    with caplog.at_level(logging.INFO, logger="tpu_als"):
+        for _ in range(2):
+            model = TPUAlternatingLeastSquares(factors=4, iterations=1, devices=1)
+            model.fit(COUNTS, show_progress=False)
+    said = 'pip install "tpu-als[native]"' if text is None else "numba needs another NumPy"
+    assert caplog.text.count(said) == 1
+
+
+def test_goes_on_from_a_checkpoint_of_xla(tmp_path: Path) -> None:
+    settings = dict(factors=4, random_state=0, alpha=3.0)
+    whole = TPUAlternatingLeastSquares(**settings, iterations=4).fit(COUNTS, show_progress=False)
+    settings |= dict(checkpoint_dir=str(tmp_path))
+    TPUAlternatingLeastSquares(
+        **settings, iterations=2, use_native=False, devices=3, table_layout="sharded"
+    ).fit(COUNTS, show_progress=False)
+    model = TPUAlternatingLeastSquares(**settings, iterations=4).fit(COUNTS, show_progress=False)
+    assert len(model.history_["seconds"]) == 4
+    scale = np.abs(whole.item_factors).max()
+    np.testing.assert_allclose(model.item_factors, whole.item_factors, rtol=0, atol=1e-4 * scale)
 
 
 def test_an_overflow_is_told(no_programs: None) -> None:

@@ -45,7 +45,9 @@ class TPUAlternatingLeastSquares(
     dtype : np.float32, np.float64 or "bfloat16", default=np.float32
         Storage of the tables in `fit`. With "bfloat16" sums are float32, and so is what one reads.
     use_native : bool, default=True
-        Ignored; there is one engine.
+        Whether "cg" runs on a CPU in loops that numba compiles, with the same result in less time,
+        where the extra ``native`` is installed and one process works in float32 or float64; several
+        CPU devices then work as threads, unless `table_layout` says how a table should lie on them.
     use_cg : bool, default=True
         Whether `linear_solver=None` means "cg" rather than "cholesky".
     iterations : int, default=15

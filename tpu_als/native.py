@@ -11,7 +11,6 @@ Axis letters: R rows of a part, M target rows, N source rows, K factors.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 import logging
 import threading
@@ -30,7 +29,7 @@ _LEAST_PART = 1 << 19  # entries times factors of one, a fifth of a millisecond
 _LEAST_PRODUCT = 1 << 22  # multiplications worth a thread
 _ROW_ENTRIES = 4  # what a row costs by itself, in entries; about what its rotations take
 _ALIGNMENT = 64  # bytes; vectors that straddle cache lines take twice as long to read
-_basis = jax.jit(solve.basis)
+basis = jax.jit(solve.basis)
 _loading = threading.Lock()
 
 
@@ -79,15 +78,21 @@ def serves(place: Workplace, dtype: str, linear_solver: str) -> bool:
     is_cpu = place.platform == "cpu" and len(place.processes) == 1
     is_cpu = is_cpu and (place.mesh is None or place.table_layout == "auto")
     is_ours = linear_solver == "cg" and dtype in ("float32", "float64")
-    return is_cpu and is_ours and _is_installed()
+    return is_cpu and is_ours and _numba() is not None
 
 
 @functools.cache
-def _is_installed() -> bool:
-    found = importlib.util.find_spec("numba") is not None
-    if not found:
-        log.info('numba makes fits on a CPU several times faster: pip install "tpu-als[native]"')
-    return found
+def _numba() -> Any:
+    """numba, or None where it is not installed, or not for the NumPy that is."""
+    try:
+        import numba
+    except ModuleNotFoundError:
+        log.info('numba makes fits on a CPU faster: pip install "tpu-als[native]"')
+    except ImportError as error:
+        log.warning("numba, with which fits would be faster, does not load: %s", error)
+    else:
+        return numba
+    return None
 
 
 def begin_loading(dtype: str) -> None:
@@ -98,13 +103,12 @@ def begin_loading(dtype: str) -> None:
 @functools.cache
 def _loaded() -> tuple[Any, Any]:
     """The loops, which numba compiles when they are called."""
-    import numba
-
+    numba = _numba()
     # Sums may be reordered, so that they are vectorised; infinity and NaN stay what they are.
     math = {"reassoc", "contract", "arcp", "nsz"}
     loops = _loops.compiled(numba.njit(nogil=True, error_model="numpy", fastmath=math))
     if mesh.compilation_cache is not None:
-        config: Any = numba.config
+        config = numba.config
         before, config.CACHE_DIR = config.CACHE_DIR, mesh.compilation_cache
         for loop in loops:
             loop.enable_caching()
@@ -180,10 +184,10 @@ def solve_side(
     source, target = np.asarray(source), np.asarray(target)
     dtype, weight = source.dtype, objective.unobserved_weight
     number = dtype.type(n_source)
-    basis = _basis(_gramian(source, place), number)
-    rotation, spectrum = np.asarray(basis.rotation), np.asarray(basis.spectrum)
+    turn = basis(gramian(source, place), number)
+    rotation, spectrum = np.asarray(turn.rotation), np.asarray(turn.spectrum)
     system = _System(
-        _read_only(_rotated(source, rotation, place)), _read_only(weight * spectrum),
+        _read_only(rotated(source, rotation, place)), _read_only(weight * spectrum),
         objective.alpha, objective.offset, objective.regularization, weight * number,
         objective.exponent, np.finfo(dtype).tiny, relaxation,
     )  # fmt: skip
@@ -215,13 +219,13 @@ def measure_side(
     return out
 
 
-def _gramian(table: np.ndarray, place: Workplace) -> np.ndarray:
+def gramian(table: np.ndarray, place: Workplace) -> np.ndarray:
     """Y^T Y of a table (N, K)."""
     parts = _even(table, place)
     return sum(place.threads(lambda at: table[at].T @ table[at], parts, place.n_threads))
 
 
-def _rotated(table: np.ndarray, rotation: np.ndarray, place: Workplace) -> np.ndarray:
+def rotated(table: np.ndarray, rotation: np.ndarray, place: Workplace) -> np.ndarray:
     """A table (N, K) times a rotation (K, K)."""
     out = _aligned(table.shape, table.dtype)
 
