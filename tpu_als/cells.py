@@ -141,13 +141,18 @@ def fill(
     ids = np.full(n_cells, pad, np.int32)
     values = None if dtype is None else np.zeros(n_cells, dtype)
     source_slots = source_slots.astype(np.int32)
+    is_same = np.array_equal(source_slots, np.arange(len(source_slots)))
     for row_ids, block in blocks:
         first = rows.cells[row_ids] - shards.start * rows.n_cells
         mine = (rows.cells[row_ids] >= 0) & (first >= 0) & (first < n_cells)
         if not mine.all():
             first, block = first[mine], block[mine]
-        where = np.repeat(first - block.indptr[:-1], np.diff(block.indptr)) + np.arange(block.nnz)
-        ids[where] = source_slots[block.indices]
+        shift = first - block.indptr[:-1]
+        if len(shift) and (shift == shift[0]).all():  # one row after the other, as they come
+            where: Any = slice(shift[0], shift[0] + block.nnz)
+        else:
+            where = np.repeat(shift, np.diff(block.indptr)) + np.arange(block.nnz)
+        ids[where] = block.indices if is_same else source_slots[block.indices]
         if values is not None:
             values[where] = block.data
     shape = (len(shards), rows.n_cells)

@@ -299,10 +299,14 @@ def rows_of_slots(rows: RowMap, shards: range) -> np.ndarray:
 
 def to_slots(table: np.ndarray, rows: RowMap, shards: range) -> np.ndarray:
     """Caller's rows (M, ...) to slot order (len(shards), S, ...); zero where no row lives."""
-    row = rows_of_slots(rows, shards)
-    out = np.zeros((*row.shape, *table.shape[1:]), table.dtype)
-    out[row >= 0] = table[row[row >= 0]]
-    return out
+    out = np.zeros((len(shards) * rows.n_slots, *table.shape[1:]), table.dtype)
+    place = rows.slots - shards.start * rows.n_slots
+    mine = (place >= 0) & (place < len(out))
+    if mine.all():
+        out[place] = table
+    else:
+        out[place[mine]] = table[mine]
+    return out.reshape(len(shards), rows.n_slots, *table.shape[1:])
 
 
 def from_slots(table: np.ndarray, rows: RowMap) -> np.ndarray:

@@ -14,6 +14,7 @@ import functools
 import itertools
 import logging
 import threading
+from collections import deque
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from tpu_als.mesh import Workplace
 from tpu_als.solve import Objective
 
 log = logging.getLogger("tpu_als")
-_PARTS = 16  # for each thread; many, so that threads end together
+_PARTS = 8  # for each thread; many, so that threads end together
 _LEAST_PART = 1 << 19  # entries times factors of one, a fifth of a millisecond
 _LEAST_PRODUCT = 1 << 22  # multiplications worth a thread
 _ROW_ENTRIES = 4  # what a row costs by itself, in entries; about what its rotations take
@@ -169,7 +170,7 @@ def solve_side(
     source : array
         The other one.
     n_source : int
-        Its rows, unused ones not counted.
+        Its rows N, which come before unused ones.
     rows : Rows
         The rows and their entries.
     place : Workplace
@@ -181,9 +182,8 @@ def solve_side(
     steps : int
         Steps of CG; 0 where every weight w is 0.
     """
-    source, target = np.asarray(source), np.asarray(target)
-    dtype, weight = source.dtype, objective.unobserved_weight
-    number = dtype.type(n_source)
+    source, target = np.asarray(source)[:n_source], np.asarray(target)
+    dtype, weight, number = source.dtype, objective.unobserved_weight, source.dtype.type(n_source)
     turn = basis(gramian(source, place), number)
     rotation, spectrum = np.asarray(turn.rotation), np.asarray(turn.spectrum)
     system = _System(
@@ -192,13 +192,19 @@ def solve_side(
         objective.exponent, np.finfo(dtype).tiny, relaxation,
     )  # fmt: skip
     solve_rows, out = _ready(dtype.name)[0], _aligned(target.shape, dtype)
+    parts, n_threads = rows.parts(place.n_threads, target.shape[1]), place.n_threads
+    most = max(at.stop - at.start for at in parts)
+    scratch = deque(_aligned((most, target.shape[1]), dtype) for _ in range(n_threads))
 
     def work(at: slice) -> None:
-        turned = target[at] @ rotation
+        own = scratch.pop()
+        turned = own[: at.stop - at.start]
+        np.matmul(target[at], rotation, out=turned)
         _solve(solve_rows, rows.part(at, dtype), turned, system, steps)
         np.matmul(turned, rotation.T, out=out[at])
+        scratch.append(own)
 
-    place.threads(work, rows.parts(place.n_threads, target.shape[1]), place.n_threads)
+    place.threads(work, parts, n_threads)
     return jax.device_put(out, place.devices[0])
 
 

@@ -34,7 +34,8 @@ _SHORTEST_BLOCK = 128  # cells of a block of a long row, of which each shard has
 _RUNG_CELLS = {"cpu": 4e6, "other": 1e8}
 _LADDER_SLACK = 1.1  # padding accepted, against the best ladder's, for a ladder compiled before
 _GATHERED = 1 << 20  # row lengths of each process gathered at once
-_SHARED_WASTE = 1 << 26  # bytes of unused slots that sharing programs between the sides may cost
+# Bytes of unused slots that sharing programs between the sides may cost, few where `native` solves.
+_SHARED_WASTE = {False: 1 << 26, True: 1 << 22}
 # Bytes a second that gathered entries are re-read with, and flops of batched products and solves.
 _SPEEDS = {"cpu": (1e11, 4e10), "other": (2e12, 2e13)}
 _CHECKED = 1 << 20  # values looked at at once
@@ -255,7 +256,7 @@ def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Wor
         plan = make_plan(np.concatenate(lengths), params, place)
         pairs = zip(lengths, owners, strict=True)
         users, items = (layout.map_rows(n, plan, own) for n, own in pairs)
-    users, items = layout.share_shapes(users, items, _SHARED_WASTE // row_bytes)
+    users, items = layout.share_shapes(users, items, _SHARED_WASTE[is_native] // row_bytes)
     if not place.together.sharded:  # else the sides' messages differ, and so do their programs
         users, items = layout.share_rungs(users, items)
     fill = _Filling(plan, params, place, _kept_as(entries, params), owners[0] is not None)
@@ -384,7 +385,9 @@ class _Filling:
             )
         with precision(self._params.dtype):
             counts = layout.to_slots(lengths.astype(np.int32), rows, local)
-            own = jax.tree.map(place.put, Own(ids, values, counts, sends))
+            # Loops read the entries where they are; XLA would copy them.
+            put: Any = list if self._params.native else place.put
+            own = Own(*jax.tree.map(put, (ids, values)), *map(place.put, (counts, sends)))
             if routes is not None:
                 _, _, sends = turning(rows, routes, place)(own.sends, None)
                 own = own._replace(sends=sends)
