@@ -20,7 +20,8 @@ import numpy as np
 mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "tpu_als", "font.size": 9})
 COLOURS = {"tpu_als": "tab:red", "implicit": "tab:blue", "irspack": "tab:green"}
 STYLES: dict[str, Any] = {
-    "relaxed": "-", "cg": "--", "cholesky": ":", "subspace": "-.", "ialspp": "-.",
+    "relaxed": "-", "relaxed-4": (0, (9, 1)), "relaxed-xla": (0, (1, 1)), "cg": "--",
+    "cholesky": ":", "subspace": "-.", "ialspp": "-.",
 }  # fmt: skip
 
 
