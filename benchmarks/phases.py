@@ -45,7 +45,9 @@ def floors(data: Data, rate: dict[str, float]) -> dict[str, dict[str, float]]:
     """Bytes, flops and the seconds that they take at least, by phase; both sides together."""
     factors, sides = data.params.factors, (data.users, data.items)
     row, stored = 4.0 * factors, sum(padded_cells(side) for side in sides)
-    rows = sum(side.rows.n_slots * side.rows.n_shards for side in sides)
+    # XLA's programs work on unused slots as well.
+    by_xla = not data.params.native
+    rows = sum(s.rows.n_slots * s.rows.n_shards if by_xla else s.n_rows for s in sides)
     products = 2 * data.params.cg_steps + 1
     # One pass does both products of a step, or each is one, and a chunk is written before.
     reads = data.params.cg_steps + 1 if data.params.native else 1 + products
@@ -71,7 +73,8 @@ def floors(data: Data, rate: dict[str, float]) -> dict[str, dict[str, float]]:
 def by_loops(model: Ours, repeats: int) -> dict[str, float]:
     """Median seconds of the phases of an iteration of `native`; solving is what remains."""
     data, place = model.data, model.data.place
-    tables = [np.asarray(table[0]) for table in model.state]
+    sides = zip(model.state, (data.users, data.items), strict=True)
+    tables = [np.asarray(table[0])[: side.n_rows] for table, side in sides]
 
     def basis() -> list[Any]:
         sums = [native.gramian(table, place) for table in tables]

@@ -298,11 +298,14 @@ class TestClass:
 
     def test_candidates_of_a_search_compile_nothing_new(self, compilations: Any) -> None:
         with compilations() as one:
-            fitted(linear_solver="cg").score(COUNTS)
+            fitted(linear_solver="cg", use_native=False).score(COUNTS)
         grid = {"regularization": [0.1, 1.0, 10.0], "alpha": [1.0, 5.0]}
         with compilations() as many:
             GridSearchCV(
-                model(linear_solver="cg"), grid, cv=[(np.arange(30),) * 2], refit=False
+                model(linear_solver="cg", use_native=False),
+                grid,
+                cv=[(np.arange(30),) * 2],
+                refit=False,
             ).fit(COUNTS, show_progress=False)
         assert many.programs <= one.programs
 

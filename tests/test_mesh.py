@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -156,6 +158,31 @@ def test_an_error_in_a_thread_is_the_callers() -> None:
 
     with pytest.raises(KeyError):
         workplace(1, num_threads=2).threads(fail, [1, 2, 3])
+
+
+def test_after_an_error_no_thread_takes_another_job() -> None:
+    begun = []
+
+    def fail(job: int) -> None:
+        begun.append(job)
+        time.sleep(0.01)
+        raise KeyError(job)
+
+    with pytest.raises(KeyError):
+        workplace(1, num_threads=2).threads(fail, range(100))
+    assert len(begun) <= 2
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_no_more_threads_than_allowed(most: int) -> None:
+    seen: set[int] = set()
+
+    def work(_: int) -> None:
+        seen.add(threading.get_ident())
+        time.sleep(0.01)
+
+    workplace(1, num_threads=4).threads(work, range(12), most)
+    assert len(seen) == most
 
 
 def test_doubles_exist_only_inside_their_scope() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import sys
 from collections.abc import Iterator
@@ -19,9 +20,10 @@ from scipy import sparse
 from tpu_als import TPUAlternatingLeastSquares, als, mesh, native, placing, solve
 from tpu_als.mesh import Workplace, workplace
 from tpu_als.placing import AlsParams
+from tpu_als.shards import write_shards
 from tpu_als.validation import ModelFitError
 
-pytest.importorskip("numba")
+numba = pytest.importorskip("numba")
 
 COUNTS = random_counts(90, 60, density=0.3, negatives=True, seed=2)
 COUNTS.data[::17] = 0  # stored zeros
@@ -43,6 +45,8 @@ def _epochs(
     """Tables after two epochs on two threads, and the loss of them."""
     data = placing.place(matrix, params, workplace(1, num_threads=2))
     assert data.params.native == params.native
+    if data.params.native:
+        assert len(data.items.in_order.parts(2, params.factors)) == 2 * native._PARTS
     rng = np.random.default_rng(1)
     state = als.start(data, *(rng.normal(size=(n, params.factors)) for n in matrix.shape))
     for _ in range(2):
@@ -50,6 +54,13 @@ def _epochs(
         assert failed == (0, 0)
     tables = als.user_factors(state, data), als.item_factors(state, data)
     return *tables, als.loss(state, data, objective)
+
+
+@pytest.fixture(autouse=True)
+def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices fall into several parts, and products into one for each thread."""
+    monkeypatch.setattr(native, "_LEAST_PART", 64)
+    monkeypatch.setattr(native, "_LEAST_PRODUCT", 64)
 
 
 @pytest.fixture
@@ -102,7 +113,7 @@ def test_a_pass_is_enough_where_weights_vanish(weight: float, no_programs: None)
     np.testing.assert_array_equal(als.user_factors(state, data), tables[0])
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 3, 50])
 def test_threads_change_nothing(threads: int, no_programs: None) -> None:
     found = []
     for number in (2, threads):
@@ -110,7 +121,43 @@ def test_threads_change_nothing(threads: int, no_programs: None) -> None:
         state = als.draw(data, 0, 0.1, normal=True)
         state, _ = als.epoch(state, data, solve.objective("implicit", 0.1, 3.0))
         found.append(als.item_factors(state, data))
-    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (5, 0), (3, 2)])
+def test_matrices_without_entries(shape: tuple[int, int], no_programs: None) -> None:
+    model = TPUAlternatingLeastSquares(factors=3, iterations=2)
+    model.fit(sparse.csr_matrix(shape, dtype=np.float32), show_progress=False)
+    assert model.user_factors.shape == (shape[0], 3) and not model.user_factors.any()
+    assert model.item_factors.shape == (shape[1], 3) and not model.item_factors.any()
+
+
+def test_reads_matrices_from_disk(tmp_path: Path) -> None:
+    settings = dict(factors=4, iterations=2, random_state=0, alpha=2.0, devices=1)
+    rows = write_shards(COUNTS, tmp_path / "counts", n_shards=3)
+    by_loops, by_xla = (
+        TPUAlternatingLeastSquares(**settings, use_native=native).fit(rows, show_progress=False)
+        for native in (True, False)
+    )
+    for name in ("user_factors", "item_factors"):
+        own, other = getattr(by_loops, name), getattr(by_xla, name)
+        np.testing.assert_allclose(own, other, rtol=0, atol=1e-4 * np.abs(other).max())
+
+
+def test_stops_early(no_programs: None) -> None:
+    settings = dict(factors=4, random_state=0, alpha=2.0, early_stopping=True, n_iter_no_change=1)
+    model = TPUAlternatingLeastSquares(**settings, iterations=30)
+    model.fit(COUNTS, show_progress=False)
+    assert 1 < model.n_iter_ < 30
+
+
+def test_starts_warm(no_programs: None) -> None:
+    settings = dict(factors=4, random_state=0, alpha=2.0, calculate_training_loss=True)
+    model = TPUAlternatingLeastSquares(**settings, iterations=3, warm_start=True)
+    losses = []
+    for _ in range(2):
+        losses += model.fit(COUNTS, show_progress=False).history_["loss"]
+    assert all(after < before for before, after in itertools.pairwise(losses))
 
 
 def test_where_it_serves() -> None:
@@ -173,6 +220,39 @@ def test_works_without_numba(
     assert caplog.text.count(said) == 1
 
 
+@pytest.mark.usefixtures("numba_anew")
+def test_leaves_the_work_to_xla_where_numba_must_not_compile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    assert not native.serves(workplace(1), "float32", "cg")
+
+
+def test_works_where_nothing_can_be_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, no_programs: None
+) -> None:
+    """A cache that cannot be written is told, and the loops are compiled all the same."""
+    made, njit = [], numba.njit
+
+    def refuse(**options: Any) -> Any:
+        made.append(options["cache"])
+        if options["cache"]:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**options)
+
+    monkeypatch.setattr(numba, "njit", refuse)
+    monkeypatch.setattr(mesh, "compilation_cache", "/proc/nowhere")
+    before = numba.config.CACHE_DIR
+    native._loaded.cache_clear()
+    native._compiled.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="tpu_als"):
+        model = TPUAlternatingLeastSquares(factors=4, iterations=1, devices=1)
+        model.fit(COUNTS, show_progress=False)
+    assert made[0] and not any(made[1:])
+    assert "no locator available" in caplog.text
+    assert before == numba.config.CACHE_DIR
+
+
 def test_goes_on_from_a_checkpoint_of_xla(tmp_path: Path) -> None:
     settings = dict(factors=4, random_state=0, alpha=3.0)
     whole = TPUAlternatingLeastSquares(**settings, iterations=4).fit(COUNTS, show_progress=False)
@@ -224,3 +304,18 @@ def test_blas_keeps_to_one_thread_inside_its_scope() -> None:
             inside = threads()
         assert threads() == before
     assert set(before) == {2} and set(inside) == {1}
+
+
+def test_scopes_of_one_blas_thread_may_overlap() -> None:
+    def threads() -> set[int]:
+        pools = threadpoolctl.threadpool_info()
+        return {pool["num_threads"] for pool in pools if pool["user_api"] == "blas"}
+
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        first, second = mesh.single_blas_thread(), mesh.single_blas_thread()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert threads() == {1}
+        second.__exit__(None, None, None)
+        assert threads() == {2}

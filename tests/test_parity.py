@@ -99,7 +99,9 @@ class TestDevices:
 class TestCompilations:
     def model(self, factors: int) -> TPUAlternatingLeastSquares:
         """A model whose number of factors no other test has."""
-        return TPUAlternatingLeastSquares(factors=factors, iterations=2, random_state=0)
+        return TPUAlternatingLeastSquares(
+            factors=factors, iterations=2, random_state=0, use_native=False
+        )
 
     def test_a_grid_search_compiles_what_one_fit_and_one_score_do(self, compilations: Any) -> None:
         matrix = random_counts(120, 50, density=0.2, seed=9)
@@ -132,6 +134,7 @@ class TestCompilations:
             iterations=2,
             objective="ials",
             linear_solver=linear_solver,
+            use_native=False,
             calculate_training_loss=True,
         )
         model.fit(matrix, show_progress=False).score(matrix)

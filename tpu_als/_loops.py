@@ -151,8 +151,23 @@ def measure_rows(rows: Any, cells: Any, lengths: Any, entries: Any, out: Any) ->
         out[row] = total
 
 
-def compiled(compiler: Any) -> tuple[Any, Any]:
-    """`solve_rows` and `measure_rows`, to be compiled when they are called with other types."""
-    for each in (_pass, solve_rows, measure_rows):
-        globals()[each.__name__] = compiler(each)
-    return solve_rows, measure_rows
+def compiled(njit: Any, cached: bool) -> tuple[Any, Any]:
+    """`solve_rows` and `measure_rows` by `numba.njit`, which compiles them when they are called.
+
+    Parameters
+    ----------
+    njit : callable
+        That decorator.
+    cached : bool
+        Whether to read and write numba's cache. What is set here is part of this file, by whose
+        content that cache is known to be of use.
+    """
+    # Sums may be reordered, so that they are vectorised; infinity and NaN stay what they are.
+    math = {"reassoc", "contract", "arcp", "nsz"}
+    options = {"nogil": True, "error_model": "numpy", "fastmath": math, "cache": cached}
+    made = {each.__name__: njit(**options)(each) for each in _PLAIN}
+    globals().update(made)  # by these names they call each other
+    return made["solve_rows"], made["measure_rows"]
+
+
+_PLAIN = (_pass, solve_rows, measure_rows)

@@ -212,7 +212,7 @@ def in_order(lengths: np.ndarray) -> RowMap:
     ends = np.cumsum(lengths, dtype=np.int64)
     none, n_rows = np.empty(0, np.int64), len(lengths)
     return RowMap(
-        np.arange(n_rows), ends - lengths, none, (), round_up(n_rows + 1), int(ends[-1]), 1
+        np.arange(n_rows), ends - lengths, none, (), round_up(n_rows + 1), int(lengths.sum()), 1
     )
 
 

@@ -14,6 +14,7 @@ import functools
 import logging
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,8 @@ _REPLICATED_SHARE = 1 / 8  # of a device's memory that a copy of the source tabl
 _PIECE_BYTES = 1 << 26  # of a table fetched at once from several processes
 _PIECE_ROWS = 1 << 13  # of a table changed at once
 _compiled: set[Any] = set()
+_limiting, _limited = threading.Lock(), 0  # scopes of `single_blas_thread` that are open
+_limit: Any = None  # and what they set
 compilation_cache: str | None = None  # the directory that `enable_compilation_cache` was given
 
 
@@ -318,7 +321,11 @@ class Workplace:
                     number, job = left.popleft()
                 except IndexError:
                     return
-                results[number] = work(job)
+                try:
+                    results[number] = work(job)
+                except BaseException:
+                    left.clear()  # the other threads need not go on either
+                    raise
 
         # A job for each thread, not each of the jobs, which would cost a tenth of a millisecond.
         if n_threads < 2:
@@ -465,13 +472,26 @@ def enable_compilation_cache(path: str | os.PathLike[str]) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def single_blas_thread() -> contextlib.AbstractContextManager[Any]:
-    """Scope in which BLAS does not start threads of its own.
+@contextlib.contextmanager
+def single_blas_thread() -> Iterator[None]:
+    """Scope in which BLAS does not start threads of its own, in the whole process.
 
     After each call OpenBLAS's wait in a loop for tens of milliseconds, on cores that work shards
-    need; XLA calls it for the eigenbasis, in every half-epoch.
+    need; XLA calls it for the eigenbasis, in every half-epoch. Scopes may overlap, as where several
+    threads fit: the first sets the limit, and the last takes it away.
     """
-    return _blas().limit(limits=1, user_api="blas")
+    global _limit, _limited
+    with _limiting:
+        if _limited == 0:
+            _limit = _blas().limit(limits=1, user_api="blas")
+        _limited += 1
+    try:
+        yield
+    finally:
+        with _limiting:
+            _limited -= 1
+            if _limited == 0:
+                _limit.restore_original_limits()
 
 
 @functools.cache

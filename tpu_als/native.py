@@ -65,6 +65,8 @@ class Rows(NamedTuple):
     def parts(self, n_threads: int, factors: int) -> list[slice]:
         """Split them into parts that take about equally long, if they are worth it."""
         ends = np.cumsum(self.lengths + _ROW_ENTRIES, dtype=np.int64)
+        if not len(ends):
+            return []
         count = min(_PARTS * n_threads, 1 + int(ends[-1]) * factors // _LEAST_PART)
         bounds = np.searchsorted(ends, np.linspace(0, ends[-1], count + 1)[1:-1]) + 1
         bounds = np.unique([0, *bounds[bounds < len(ends)], len(ends)])
@@ -84,15 +86,16 @@ def serves(place: Workplace, dtype: str, linear_solver: str) -> bool:
 
 @functools.cache
 def _numba() -> Any:
-    """numba, or None where it is not installed, or not for the NumPy that is."""
+    """numba, or None where it is not installed, does not load, or is told not to compile."""
     try:
         import numba
     except ModuleNotFoundError:
         log.info('numba makes fits on a CPU faster: pip install "tpu-als[native]"')
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         log.warning("numba, with which fits would be faster, does not load: %s", error)
     else:
-        return numba
+        config: Any = numba.config
+        return None if config.DISABLE_JIT else numba
     return None
 
 
@@ -105,16 +108,16 @@ def begin_loading(dtype: str) -> None:
 def _loaded() -> tuple[Any, Any]:
     """The loops, which numba compiles when they are called."""
     numba = _numba()
-    # Sums may be reordered, so that they are vectorised; infinity and NaN stay what they are.
-    math = {"reassoc", "contract", "arcp", "nsz"}
-    loops = _loops.compiled(numba.njit(nogil=True, error_model="numpy", fastmath=math))
-    if mesh.compilation_cache is not None:
-        config = numba.config
-        before, config.CACHE_DIR = config.CACHE_DIR, mesh.compilation_cache
-        for loop in loops:
-            loop.enable_caching()
-        config.CACHE_DIR = before
-    return loops
+    if mesh.compilation_cache is None:
+        return _loops.compiled(numba.njit, cached=False)
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, mesh.compilation_cache
+    try:
+        return _loops.compiled(numba.njit, cached=True)
+    except RuntimeError as error:  # it finds no place that it may write to
+        log.warning("what numba compiles is not kept: %s", error)
+        return _loops.compiled(numba.njit, cached=False)
+    finally:
+        numba.config.CACHE_DIR = before
 
 
 def _ready(dtype: str) -> tuple[Any, Any]:
@@ -184,7 +187,7 @@ def solve_side(
     """
     source, target = np.asarray(source)[:n_source], np.asarray(target)
     dtype, weight, number = source.dtype, objective.unobserved_weight, source.dtype.type(n_source)
-    turn = basis(gramian(source, place), number)
+    turn = basis(*jax.device_put((gramian(source, place), number), place.devices[0]))
     rotation, spectrum = np.asarray(turn.rotation), np.asarray(turn.spectrum)
     system = _System(
         _read_only(rotated(source, rotation, place)), _read_only(weight * spectrum),
@@ -193,7 +196,7 @@ def solve_side(
     )  # fmt: skip
     solve_rows, out = _ready(dtype.name)[0], _aligned(target.shape, dtype)
     parts, n_threads = rows.parts(place.n_threads, target.shape[1]), place.n_threads
-    most = max(at.stop - at.start for at in parts)
+    most = max((at.stop - at.start for at in parts), default=0)
     scratch = deque(_aligned((most, target.shape[1]), dtype) for _ in range(n_threads))
 
     def work(at: slice) -> None:
