@@ -12,6 +12,8 @@ chunk is written as one slice and nothing is scattered::
 
 Rows longer than the last rung are *long*: `cells` lays their entries out in blocks of their own.
 The last slot of the last shard is never a row's: its table row is zero, and pad cells point at it.
+
+Compiled loops (`native`) need none of this: for them rows and cells stay as they come (`in_order`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A *work shard* is an equal part of a table and of its cells. On a mesh each device has one, and
 programs run under `shard_map`. On a single device the shards are worked on by a thread pool that
 calls the same compiled program: a CPU device runs a loop on one core only, so this is what brings
-all cores in without any global JAX setting.
+all cores in without any global JAX setting. Where `native` does the work, a table is one shard.
 """
 
 from __future__ import annotations
