@@ -296,13 +296,16 @@ class TestClass:
         assert total == pytest.approx(1, abs=0.02)
         assert flat.explain(0, rank_one, 1, weights, N=2)[1] == top[:2]
 
-    def test_candidates_of_a_search_compile_nothing_new(self, compilations: Any) -> None:
+    @pytest.mark.parametrize("use_native", [False, True])
+    def test_candidates_of_a_search_compile_nothing_new(
+        self, compilations: Any, use_native: bool
+    ) -> None:
         with compilations() as one:
-            fitted(linear_solver="cg", use_native=False).score(COUNTS)
+            fitted(linear_solver="cg", use_native=use_native).score(COUNTS)
         grid = {"regularization": [0.1, 1.0, 10.0], "alpha": [1.0, 5.0]}
         with compilations() as many:
             GridSearchCV(
-                model(linear_solver="cg", use_native=False),
+                model(linear_solver="cg", use_native=use_native),
                 grid,
                 cv=[(np.arange(30),) * 2],
                 refit=False,

@@ -293,29 +293,36 @@ def test_parts_have_every_row_once_and_share_the_entries(
     assert all(costs[at][:-1].sum() <= costs.sum() / most + 1 for at in parts)
 
 
-def test_blas_keeps_to_one_thread_inside_its_scope() -> None:
-    def threads() -> list[int]:
-        pools = threadpoolctl.threadpool_info()
-        return [pool["num_threads"] for pool in pools if pool["user_api"] == "blas"]
-
-    with threadpoolctl.threadpool_limits(2, user_api="blas"):
-        before = threads()
-        with mesh.single_blas_thread():
-            inside = threads()
-        assert threads() == before
-    assert set(before) == {2} and set(inside) == {1}
+def _blas_threads() -> set[int]:
+    pools = threadpoolctl.threadpool_info()
+    return {pool["num_threads"] for pool in pools if pool["user_api"] == "blas"}
 
 
 def test_scopes_of_one_blas_thread_may_overlap() -> None:
-    def threads() -> set[int]:
-        pools = threadpoolctl.threadpool_info()
-        return {pool["num_threads"] for pool in pools if pool["user_api"] == "blas"}
-
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        assert _blas_threads() == {2}
         first, second = mesh.single_blas_thread(), mesh.single_blas_thread()
         first.__enter__()
         second.__enter__()
         first.__exit__(None, None, None)
-        assert threads() == {1}
+        assert _blas_threads() == {1}
         second.__exit__(None, None, None)
-        assert threads() == {2}
+        assert _blas_threads() == {2}
+
+
+@pytest.mark.parametrize("native_", [False, True])
+def test_a_half_epoch_keeps_blas_to_one_thread(
+    native_: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = placing.place(COUNTS, AlsParams(4, native=native_), workplace(1, num_threads=2))
+    state, seen, threads = als.draw(data, 0, 0.1, normal=True), [], Workplace.threads
+
+    def spy(*args: Any) -> Any:
+        seen.append(_blas_threads())
+        return threads(*args)
+
+    monkeypatch.setattr(Workplace, "threads", spy)
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        als.half_epoch(*state, data, solve.objective("implicit", 0.1, 3.0), target="users")
+        assert _blas_threads() == {2}
+    assert seen and all(each == {1} for each in seen)

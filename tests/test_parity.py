@@ -96,45 +96,55 @@ class TestDevices:
         np.testing.assert_allclose(model.transform(matrix), one.transform(matrix), atol=1e-3)
 
 
+@pytest.mark.parametrize("use_native", [False, True])
 class TestCompilations:
-    def model(self, factors: int) -> TPUAlternatingLeastSquares:
+    def model(self, factors: int, use_native: bool) -> TPUAlternatingLeastSquares:
         """A model whose number of factors no other test has."""
         return TPUAlternatingLeastSquares(
-            factors=factors, iterations=2, random_state=0, use_native=False
+            factors=factors + 6 * use_native, iterations=2, random_state=0, use_native=use_native
         )
 
-    def test_a_grid_search_compiles_what_one_fit_and_one_score_do(self, compilations: Any) -> None:
+    def test_a_grid_search_compiles_what_one_fit_and_one_score_do(
+        self, compilations: Any, use_native: bool
+    ) -> None:
         matrix = random_counts(120, 50, density=0.2, seed=9)
         grid = {"regularization": [0.01, 0.1, 1.0, 10.0], "alpha": [1.0, 5.0, 20.0]}
         train, test = np.arange(80), np.arange(80, 120)
         split = PredefinedSplit(np.where(np.arange(120) < 80, -1, 0))
-        search = GridSearchCV(self.model(13), grid, cv=split, refit=False, error_score="raise")
+        search = GridSearchCV(
+            self.model(13, use_native), grid, cv=split, refit=False, error_score="raise"
+        )
         with compilations() as searched:
             search.fit(matrix, show_progress=False)
         with compilations() as once:
-            self.model(14).fit(matrix[train], show_progress=False).score(matrix[test])
+            one = self.model(14, use_native).fit(matrix[train], show_progress=False)
+            one.score(matrix[test])
         assert len(search.cv_results_["params"]) == 12 and once.programs > 0
         assert searched.programs <= once.programs
 
-    def test_more_candidates_compile_nothing_more(self, compilations: Any) -> None:
+    def test_more_candidates_compile_nothing_more(
+        self, compilations: Any, use_native: bool
+    ) -> None:
         matrix = random_counts(90, 50, density=0.2, seed=10)
         counted = []
         for factors, alphas in ((17, [1.0]), (18, np.linspace(1, 40, 12).tolist())):
             with compilations() as count:
-                search = GridSearchCV(self.model(factors), {"alpha": alphas}, cv=3)
+                search = GridSearchCV(self.model(factors, use_native), {"alpha": alphas}, cv=3)
                 search.fit(matrix, show_progress=False)
             counted.append(count.programs)
         assert counted[1] <= counted[0]
 
     @pytest.mark.parametrize("linear_solver", ["cg", "cholesky"])
-    def test_a_refit_compiles_nothing(self, new_compilations: Any, linear_solver: str) -> None:
+    def test_a_refit_compiles_nothing(
+        self, new_compilations: Any, linear_solver: str, use_native: bool
+    ) -> None:
         matrix = random_counts(60, 40, seed=11)
         model = TPUAlternatingLeastSquares(
             factors=7,
             iterations=2,
             objective="ials",
             linear_solver=linear_solver,
-            use_native=False,
+            use_native=use_native,
             calculate_training_loss=True,
         )
         model.fit(matrix, show_progress=False).score(matrix)

@@ -13,6 +13,7 @@ Axis letters: W work shards, S slots of a shard, K factors, M target rows, N sou
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -122,11 +123,10 @@ def epoch(
     failed : (int, int)
         Rows of the new user and item tables with a non-finite value.
     """
-    with single_blas_thread():
-        users = half_epoch(state.users, state.items, data, objective, relaxation, target="users")
-        _tidy(data)
-        items = half_epoch(state.items, users, data, objective, relaxation, target="items")
-        _tidy(data)
+    users = half_epoch(state.users, state.items, data, objective, relaxation, target="users")
+    _tidy(data)
+    items = half_epoch(state.items, users, data, objective, relaxation, target="items")
+    _tidy(data)
     with precision(data.params.dtype):
         count = data.place.whole(_count_failed, None)
         failed = (
@@ -156,7 +156,9 @@ def half_epoch(
     """Solve all rows of the target table against the source table, which is held fixed."""
     params, where = data.params, data.place
     side, source = (data.users, data.items)[:: 1 if target == "users" else -1]
-    with precision(params.dtype):
+    # On an accelerator nothing of this is the host's work.
+    scope = single_blas_thread() if where.platform == "cpu" else contextlib.nullcontext()
+    with precision(params.dtype), scope:
         if params.native:
             steps = 0 if _weights_vanish(data, objective) else params.cg_steps
             solved = native.solve_side(
