@@ -21,7 +21,8 @@ def _pass(
     Where it `is_last`, only returns p^T E^T W E p times `on_predictions`. Four entries at a time,
     whose two products follow each other while their rows are in the nearest cache.
     """
-    held, ids, values, alpha, offset = entries
+    held, ids, values, alpha, offset, ahead = entries
+    address, row_bytes = held.ctypes.data, len(p) * held.itemsize
     zero = p.dtype.type(0)
     bend = zero
     w0 = w1 = w2 = w3 = on_predictions * (abs(alpha) - offset)
@@ -29,6 +30,10 @@ def _pass(
     end = first + n
     for at in range(first, end - 3, 4):
         i0, i1, i2, i3 = ids[at], ids[at + 1], ids[at + 2], ids[at + 3]
+        if ahead:
+            for soon in range(at + ahead, min(at + ahead + 4, len(ids))):
+                for byte in range(0, row_bytes, 64):
+                    prefetch(address + ids[soon] * row_bytes + byte)
         t0, t1, t2, t3 = zero, zero, zero, zero
         if on_predictions != zero:
             for k in range(len(p)):
@@ -138,7 +143,7 @@ def solve_rows(
 
 def measure_rows(rows: Any, cells: Any, lengths: Any, entries: Any, out: Any) -> None:
     """Write what the entries of R rows add to the loss into `out`, as `solve.cells_loss` has it."""
-    held, ids, values, alpha, offset = entries
+    held, ids, values, alpha, offset, _ = entries
     zero = rows.dtype.type(0)
     for row in range(len(lengths)):
         total = zero
@@ -151,7 +156,7 @@ def measure_rows(rows: Any, cells: Any, lengths: Any, entries: Any, out: Any) ->
         out[row] = total
 
 
-def compiled(njit: Any, cached: bool) -> tuple[Any, Any]:
+def compiled(njit: Any, hint: Any, cached: bool) -> tuple[Any, Any]:
     """`solve_rows` and `measure_rows` by `numba.njit`, which compiles them when they are called.
 
     Parameters
@@ -166,6 +171,7 @@ def compiled(njit: Any, cached: bool) -> tuple[Any, Any]:
     math = {"reassoc", "contract", "arcp", "nsz"}
     options = {"nogil": True, "error_model": "numpy", "fastmath": math, "cache": cached}
     made = {each.__name__: njit(**options)(each) for each in _PLAIN}
+    made["prefetch"] = hint
     globals().update(made)  # by these names they call each other
     return made["solve_rows"], made["measure_rows"]
 

@@ -29,6 +29,8 @@ _PARTS = 8  # for each thread; many, so that threads end together
 _LEAST_PART = 1 << 19  # entries times factors of one, a fifth of a millisecond
 _LEAST_PRODUCT = 1 << 22  # multiplications worth a thread
 _ROW_ENTRIES = 4  # what a row costs by itself, in entries; about what its rotations take
+_LARGE = 1 << 23  # bytes of a source table that fits no cache of one core
+_AHEAD = 1 << 13  # bytes of such a table that are fetched before they are needed
 _ALIGNMENT = 64  # bytes; vectors that straddle cache lines take twice as long to read
 basis = jax.jit(solve.basis)
 _loading = threading.Lock()
@@ -108,14 +110,16 @@ def begin_loading(dtype: str) -> None:
 def _loaded() -> tuple[Any, Any]:
     """The loops, which numba compiles when they are called."""
     numba = _numba()
+    from tpu_als._prefetch import prefetch
+
     if mesh.compilation_cache is None:
-        return _loops.compiled(numba.njit, cached=False)
+        return _loops.compiled(numba.njit, prefetch, cached=False)
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, mesh.compilation_cache
     try:
-        return _loops.compiled(numba.njit, cached=True)
+        return _loops.compiled(numba.njit, prefetch, cached=True)
     except RuntimeError as error:  # it finds no place that it may write to
         log.warning("what numba compiles is not kept: %s", error)
-        return _loops.compiled(numba.njit, cached=False)
+        return _loops.compiled(numba.njit, prefetch, cached=False)
     finally:
         numba.config.CACHE_DIR = before
 
@@ -154,10 +158,18 @@ def _solve(solve_rows: Any, part: Rows, rows: np.ndarray, system: _System, steps
     """Solve a part in place, from where its rows (R, K) begin."""
     source, spectrum, alpha, offset, regularization, unobserved, exponent, tiny, relax = system
     solve_rows(
-        rows, part.cells, part.lengths, (source, part.ids, part.values, alpha, offset),
+        rows, part.cells, part.lengths,
+        (source, part.ids, part.values, alpha, offset, _ahead(source)),
         (spectrum, regularization, unobserved, exponent, tiny), relax, steps,
         _aligned((6, rows.shape[1]), rows.dtype),
     )  # fmt: skip
+
+
+def _ahead(source: np.ndarray) -> int:
+    """How many entries ahead their rows are fetched: a multiple of four, none where in a cache."""
+    if source.nbytes < _LARGE:
+        return 0
+    return max(_AHEAD // source[0].nbytes // 4, 1) * 4
 
 
 def solve_side(
@@ -221,7 +233,7 @@ def measure_side(
 
     def work(at: slice) -> None:
         part = rows.part(at, dtype)
-        entries = source, part.ids, part.values, objective.alpha, objective.offset
+        entries = source, part.ids, part.values, objective.alpha, objective.offset, 0
         measure_rows(target[at], part.cells, part.lengths, entries, out[at])
 
     place.threads(work, rows.parts(place.n_threads, target.shape[1]), place.n_threads)
