@@ -182,7 +182,7 @@ class ImplicitGpu:
 
 BUILDERS: dict[str, Callable[[Problem], Library]] = {
     "tpu_als cg": lambda problem: Ours(problem, "cg"),
-    "tpu_als relaxed": lambda problem: Ours(problem, "cg", over_relaxation=1.5),
+    "tpu_als relaxed": lambda problem: Ours(problem, "cg", over_relaxation=1.6),
     "tpu_als relaxed-4": lambda problem: Ours(problem, "cg", over_relaxation=1.5, cg_steps=4),
     "tpu_als relaxed-xla": lambda problem: Ours(problem, "cg", over_relaxation=1.5, native=False),
     "tpu_als cholesky": lambda problem: Ours(problem, "cholesky"),

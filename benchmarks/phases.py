@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from libraries import Ours, Problem, padded_cells
 
-from tpu_als import als, mesh, native, placing
+from tpu_als import als, host, mesh, native, placing
 from tpu_als.placing import Data
 
 
@@ -93,7 +93,7 @@ def by_loops(model: Ours, repeats: int) -> dict[str, float]:
             for _ in range(3):
                 native.rotated(table, rotation, place)
 
-    with mesh.single_blas_thread():
+    with host.single_blas_thread():
         found = common.in_turns(
             {"gramian, eigenbasis": basis, "rotations": rotate, "iteration": model.step}, repeats
         )

@@ -41,10 +41,11 @@ FLOORS = [
     ["solve"],
     ["mesh"],
     ["layout"],
-    ["validation", "_atomic"],
+    ["validation", "host", "_atomic"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 HOST_ONLY = [
+    "host",
     "layout",
     "cells",
     "validation",

@@ -17,7 +17,7 @@ import threadpoolctl
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import TPUAlternatingLeastSquares, als, mesh, native, placing, solve
+from tpu_als import TPUAlternatingLeastSquares, als, host, mesh, native, placing, solve
 from tpu_als.mesh import Workplace, workplace
 from tpu_als.placing import AlsParams
 from tpu_als.shards import write_shards
@@ -122,6 +122,26 @@ def test_threads_change_nothing(threads: int, no_programs: None) -> None:
         state, _ = als.epoch(state, data, solve.objective("implicit", 0.1, 3.0))
         found.append(als.item_factors(state, data))
     np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("factors", [1, 7, 40, 600])
+def test_rows_fetched_ahead_change_nothing(
+    factors: int, monkeypatch: pytest.MonkeyPatch, no_programs: None
+) -> None:
+    """Nor does it matter that there are fewer entries than would be fetched."""
+    found = []
+    for large in (1 << 40, 0):
+        monkeypatch.setattr(native, "_LARGE", large)
+        assert (native._ahead(np.zeros((9, factors), np.float32)) == 0) == bool(large)
+        data = placing.place(COUNTS, AlsParams(factors, native=True), workplace(1, num_threads=2))
+        state, objective = (
+            als.draw(data, 0, 0.1, normal=True),
+            solve.objective("implicit", 0.1, 3.0),
+        )
+        state, _ = als.epoch(state, data, objective)
+        found.append((als.item_factors(state, data), als.loss(state, data, objective)))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (5, 0), (3, 2)])
@@ -301,7 +321,7 @@ def _blas_threads() -> set[int]:
 def test_scopes_of_one_blas_thread_may_overlap() -> None:
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
         assert _blas_threads() == {2}
-        first, second = mesh.single_blas_thread(), mesh.single_blas_thread()
+        first, second = host.single_blas_thread(), host.single_blas_thread()
         first.__enter__()
         second.__enter__()
         first.__exit__(None, None, None)

@@ -12,14 +12,18 @@ from __future__ import annotations
 from typing import Any
 
 
+def prefetch(address: Any) -> None:
+    """Begin to bring the cache line at an address to the nearest cache; `compiled` says how."""
+
+
 def _pass(
     entries: Any, first: Any, n: Any, p: Any, out: Any,
     on_targets: Any, on_predictions: Any, is_last: Any,
 ) -> Any:  # fmt: skip
     """Add E^T t of n entries to `out`, with t = on_targets v + on_predictions W E p.
 
-    Where it `is_last`, only returns p^T E^T W E p times `on_predictions`. Four entries at a time,
-    whose two products follow each other while their rows are in the nearest cache.
+    Where it `is_last`, only returns t^T E p. Four entries at a time, whose two products follow each
+    other while their rows are in the nearest cache.
     """
     held, ids, values, alpha, offset, ahead = entries
     address, row_bytes = held.ctypes.data, len(p) * held.itemsize
@@ -48,10 +52,10 @@ def _pass(
             w1, v1 = on_predictions * (abs(c1) - offset), on_targets * max(c1, zero)
             w2, v2 = on_predictions * (abs(c2) - offset), on_targets * max(c2, zero)
             w3, v3 = on_predictions * (abs(c3) - offset), on_targets * max(c3, zero)
-        if is_last:
-            bend += w0 * t0 * t0 + w1 * t1 * t1 + w2 * t2 * t2 + w3 * t3 * t3
-            continue
         s0, s1, s2, s3 = w0 * t0 + v0, w1 * t1 + v1, w2 * t2 + v2, w3 * t3 + v3
+        if is_last:
+            bend += s0 * t0 + s1 * t1 + s2 * t2 + s3 * t3
+            continue
         for k in range(len(p)):
             out[k] += s0 * held[i0, k] + s1 * held[i1, k] + s2 * held[i2, k] + s3 * held[i3, k]
     for at in range(end - n % 4, end):
@@ -60,10 +64,10 @@ def _pass(
             t0 += held[i0, k] * p[k]
         c0 = alpha * values[at] if len(values) else alpha
         w0, v0 = on_predictions * (abs(c0) - offset), on_targets * max(c0, zero)
-        if is_last:
-            bend += w0 * t0 * t0
-            continue
         s0 = w0 * t0 + v0
+        if is_last:
+            bend += s0 * t0
+            continue
         for k in range(len(p)):
             out[k] += s0 * held[i0, k]
     return bend
@@ -84,7 +88,8 @@ def solve_rows(
         First entry and number of entries of each row.
     entries : tuple
         Source rows (N, K), their numbers (E,), unsigned, and values (E,), or none of these where
-        all are 1; alpha and the offset of `solve.Objective`.
+        all are 1; alpha and the offset of `solve.Objective`; how many entries ahead source rows
+        are fetched, a multiple of four, 0 for not at all.
     diagonal : tuple
         Spectrum (K,) times the unobserved weight, and of the ridge the factor, what is added to a
         row's entries, and the exponent; and the least number to divide by.
@@ -141,19 +146,14 @@ def solve_rows(
             rows[row, k] = (one - relaxation) * rows[row, k] + relaxation * z[k]
 
 
-def measure_rows(rows: Any, cells: Any, lengths: Any, entries: Any, out: Any) -> None:
+def measure_rows(rows: Any, cells: Any, lengths: Any, entries: Any, vectors: Any, out: Any) -> None:
     """Write what the entries of R rows add to the loss into `out`, as `solve.cells_loss` has it."""
-    held, ids, values, alpha, offset, _ = entries
-    zero = rows.dtype.type(0)
+    p, one = vectors[0], rows.dtype.type(1)
     for row in range(len(lengths)):
-        total = zero
-        for at in range(cells[row], cells[row] + lengths[row]):
-            source, t = ids[at], zero
-            for k in range(rows.shape[1]):
-                t += rows[row, k] * held[source, k]
-            c = alpha * values[at] if len(values) else alpha
-            total += ((abs(c) - offset) * t - (c + abs(c))) * t
-        out[row] = total
+        for k in range(len(p)):
+            p[k] = rows[row, k]
+        is_last = row == row
+        out[row] = _pass(entries, cells[row], lengths[row], p, p, -one - one, one, is_last)
 
 
 def compiled(njit: Any, hint: Any, cached: bool) -> tuple[Any, Any]:
@@ -163,6 +163,8 @@ def compiled(njit: Any, hint: Any, cached: bool) -> tuple[Any, Any]:
     ----------
     njit : callable
         That decorator.
+    hint : callable
+        What `prefetch` is compiled to.
     cached : bool
         Whether to read and write numba's cache. What is set here is part of this file, by whose
         content that cache is known to be of use.
@@ -171,8 +173,7 @@ def compiled(njit: Any, hint: Any, cached: bool) -> tuple[Any, Any]:
     math = {"reassoc", "contract", "arcp", "nsz"}
     options = {"nogil": True, "error_model": "numpy", "fastmath": math, "cache": cached}
     made = {each.__name__: njit(**options)(each) for each in _PLAIN}
-    made["prefetch"] = hint
-    globals().update(made)  # by these names they call each other
+    globals().update(made, prefetch=hint)  # by these names they call each other
     return made["solve_rows"], made["measure_rows"]
 
 

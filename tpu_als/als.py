@@ -24,7 +24,8 @@ import numpy as np
 from jax import Array, lax
 
 from tpu_als import cells, layout, native, solve, sweep
-from tpu_als.mesh import Shards, Together, give_back_memory, precision, single_blas_thread
+from tpu_als.host import give_back_memory, single_blas_thread
+from tpu_als.mesh import Shards, Together, precision
 from tpu_als.placing import DTYPES, AlsParams, Data, Side
 from tpu_als.solve import Basis, Objective
 from tpu_als.sweep import Measured, Shared, Span

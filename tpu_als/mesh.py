@@ -9,15 +9,10 @@ all cores in without any global JAX setting. Where `native` does the work, a tab
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import logging
 import os
-import sys
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
-from threadpoolctl import ThreadpoolController
+
+from tpu_als.host import Memory, cores, give_back_memory, memory, threads
 
 AXIS = "shards"
 LAYOUTS = ("auto", "replicated", "sharded")
@@ -38,8 +34,6 @@ _REPLICATED_SHARE = 1 / 8  # of a device's memory that a copy of the source tabl
 _PIECE_BYTES = 1 << 26  # of a table fetched at once from several processes
 _PIECE_ROWS = 1 << 13  # of a table changed at once
 _compiled: set[Any] = set()
-_limiting, _limited = threading.Lock(), 0  # scopes of `single_blas_thread` that are open
-_limit: Any = None  # and what they set
 compilation_cache: str | None = None  # the directory that `enable_compilation_cache` was given
 
 
@@ -133,6 +127,11 @@ class Workplace:
     def mesh(self) -> Mesh | None:
         """The mesh of several devices, or None for a single one."""
         return Mesh(np.array(self.devices), (AXIS,)) if len(self.devices) > 1 else None
+
+    @functools.cached_property
+    def memory(self) -> Memory:
+        """Memory for tables of the host."""
+        return Memory()
 
     @property
     def together(self) -> Together:
@@ -312,31 +311,7 @@ class Workplace:
         self, work: Callable[[Any], Any], jobs: Sequence[Any], most: int | None = None
     ) -> list[Any]:
         """Map `work` over the jobs with as many threads as there are shards or cores, or `most`."""
-        n_threads = min(len(jobs), most or max(self.n_shards, _cores()))
-        left, results = deque(enumerate(jobs)), [None] * len(jobs)
-
-        def until_none() -> None:
-            while True:
-                try:
-                    number, job = left.popleft()
-                except IndexError:
-                    return
-                try:
-                    results[number] = work(job)
-                except BaseException:
-                    left.clear()  # the other threads need not go on either
-                    raise
-
-        # A job for each thread, not each of the jobs, which would cost a tenth of a millisecond.
-        if n_threads < 2:
-            until_none()
-            return results
-        with ThreadPoolExecutor(n_threads - 1) as pool:
-            others = [pool.submit(until_none) for _ in range(n_threads - 1)]
-            until_none()
-            for other in others:
-                other.result()
-        return results
+        return threads(work, jobs, most or max(self.n_shards, cores()))
 
 
 def _unzip(own: Any, n_shards: int) -> list[Any]:
@@ -447,7 +422,7 @@ def workplace(
         return Workplace(chosen, len(chosen), table_layout)
     n_threads = 1
     if chosen[0].platform == "cpu":
-        n_threads = num_threads if num_threads > 0 else _cores()
+        n_threads = num_threads if num_threads > 0 else cores()
     return Workplace(chosen, n_threads, table_layout, n_threads)
 
 
@@ -472,55 +447,12 @@ def enable_compilation_cache(path: str | os.PathLike[str]) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-@contextlib.contextmanager
-def single_blas_thread() -> Iterator[None]:
-    """Scope in which BLAS does not start threads of its own, in the whole process.
-
-    After each call OpenBLAS's wait in a loop for tens of milliseconds, on cores that work shards
-    need; XLA calls it for the eigenbasis, in every half-epoch. Scopes may overlap, as where several
-    threads fit: the first sets the limit, and the last takes it away.
-    """
-    global _limit, _limited
-    with _limiting:
-        if _limited == 0:
-            _limit = _blas().limit(limits=1, user_api="blas")
-        _limited += 1
-    try:
-        yield
-    finally:
-        with _limiting:
-            _limited -= 1
-            if _limited == 0:
-                _limit.restore_original_limits()
-
-
-@functools.cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController()
-
-
-def give_back_memory() -> None:
-    """Give back what was freed: glibc would keep hundreds of megabytes after compiling."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-
-
 def _memory(device: jax.Device) -> int:
     """Bytes of a device's memory; CPU devices share that of the host."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    pages, devices = os.sysconf("SC_PHYS_PAGES"), len(jax.local_devices(backend=device.platform))
-    return pages * os.sysconf("SC_PAGE_SIZE") // devices
-
-
-def _cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return memory() // len(jax.local_devices(backend=device.platform))
 
 
 def _devices(devices: Any) -> tuple[jax.Device, ...]:

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from tpu_als import _loops, mesh, solve
+from tpu_als.host import LINE
 from tpu_als.mesh import Workplace
 from tpu_als.solve import Objective
 
@@ -31,7 +32,6 @@ _LEAST_PRODUCT = 1 << 22  # multiplications worth a thread
 _ROW_ENTRIES = 4  # what a row costs by itself, in entries; about what its rotations take
 _LARGE = 1 << 23  # bytes of a source table that fits no cache of one core
 _AHEAD = 1 << 13  # bytes of such a table that are fetched before they are needed
-_ALIGNMENT = 64  # bytes; vectors that straddle cache lines take twice as long to read
 basis = jax.jit(solve.basis)
 _loading = threading.Lock()
 
@@ -109,19 +109,35 @@ def begin_loading(dtype: str) -> None:
 @functools.cache
 def _loaded() -> tuple[Any, Any]:
     """The loops, which numba compiles when they are called."""
-    numba = _numba()
-    from tpu_als._prefetch import prefetch
-
+    numba, hint = _numba(), _prefetch()
     if mesh.compilation_cache is None:
-        return _loops.compiled(numba.njit, prefetch, cached=False)
+        return _loops.compiled(numba.njit, hint, cached=False)
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, mesh.compilation_cache
     try:
-        return _loops.compiled(numba.njit, prefetch, cached=True)
+        return _loops.compiled(numba.njit, hint, cached=True)
     except RuntimeError as error:  # it finds no place that it may write to
         log.warning("what numba compiles is not kept: %s", error)
-        return _loops.compiled(numba.njit, prefetch, cached=False)
+        return _loops.compiled(numba.njit, hint, cached=False)
     finally:
         numba.config.CACHE_DIR = before
+
+
+def _prefetch() -> Any:
+    """What `_loops.prefetch` is compiled to: LLVM's word for it, since Python has none."""
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
+
+    number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+    read, nearest, data = number(0), number(3), number(1)
+
+    def emit(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        word = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        builder.call(word, [builder.inttoptr(args[0], pointer), read, nearest, data])
+        return context.get_dummy_value()
+
+    return intrinsic(lambda _, __: (types.void(types.uintp), emit))
 
 
 def _ready(dtype: str) -> tuple[Any, Any]:
@@ -136,7 +152,7 @@ def _compiled(dtype: str) -> tuple[Any, Any]:
     rows = Rows(number, number, number.astype(np.uint32), None)
     table, one = np.zeros((1, 1), dtype), np.dtype(dtype).type(1)
     system = _System(_read_only(table), _read_only(table[0]), *(one,) * 7)
-    _solve(loops[0], rows.part(slice(0, 1), dtype), table, system, 1)
+    _solve(loops[0], rows.part(slice(0, 1), dtype), table, system, 1, np.zeros((6, 1), dtype))
     return loops
 
 
@@ -154,14 +170,15 @@ class _System(NamedTuple):
     relaxation: Any
 
 
-def _solve(solve_rows: Any, part: Rows, rows: np.ndarray, system: _System, steps: int) -> None:
-    """Solve a part in place, from where its rows (R, K) begin."""
+def _solve(
+    solve_rows: Any, part: Rows, rows: np.ndarray, system: _System, steps: int, vectors: np.ndarray
+) -> None:
+    """Solve a part in place, from where its rows (R, K) begin, with scratch (6, K)."""
     source, spectrum, alpha, offset, regularization, unobserved, exponent, tiny, relax = system
     solve_rows(
         rows, part.cells, part.lengths,
         (source, part.ids, part.values, alpha, offset, _ahead(source)),
-        (spectrum, regularization, unobserved, exponent, tiny), relax, steps,
-        _aligned((6, rows.shape[1]), rows.dtype),
+        (spectrum, regularization, unobserved, exponent, tiny), relax, steps, vectors,
     )  # fmt: skip
 
 
@@ -197,25 +214,31 @@ def solve_side(
     steps : int
         Steps of CG; 0 where every weight w is 0.
     """
-    source, target = np.asarray(source)[:n_source], np.asarray(target)
+    n_slots, source, target = len(source), np.asarray(source)[:n_source], np.asarray(target)
     dtype, weight, number = source.dtype, objective.unobserved_weight, source.dtype.type(n_source)
     turn = basis(*jax.device_put((gramian(source, place), number), place.devices[0]))
-    rotation, spectrum = np.asarray(turn.rotation), np.asarray(turn.spectrum)
+    # Columns of zeros fill up the last cache line of a row, and stay zero.
+    pads = 0, -source.shape[1] % (LINE // dtype.itemsize)
+    rotation = np.pad(turn.rotation, ((0, 0), pads))
+    spectrum = np.pad(weight * np.asarray(turn.spectrum), pads, constant_values=1)
+    width = len(spectrum)
     system = _System(
-        _read_only(rotated(source, rotation, place)), _read_only(weight * spectrum),
+        _read_only(rotated(source, rotation, place, n_slots * width)), _read_only(spectrum),
         objective.alpha, objective.offset, objective.regularization, weight * number,
         objective.exponent, np.finfo(dtype).tiny, relaxation,
     )  # fmt: skip
-    solve_rows, out = _ready(dtype.name)[0], _aligned(target.shape, dtype)
-    parts, n_threads = rows.parts(place.n_threads, target.shape[1]), place.n_threads
-    most = max((at.stop - at.start for at in parts), default=0)
-    scratch = deque(_aligned((most, target.shape[1]), dtype) for _ in range(n_threads))
+    solve_rows, n_threads = _ready(dtype.name)[0], place.n_threads
+    parts = rows.parts(n_threads, target.shape[1])
+    out = place.memory.empty(target.shape, dtype, len(target) * width)
+    out[len(rows.lengths) :] = 0
+    most = max((int(at.stop - at.start) for at in parts), default=0)
+    scratch = deque(place.memory.empty((most + 6, width), dtype) for _ in range(n_threads))
 
     def work(at: slice) -> None:
         own = scratch.pop()
-        turned = own[: at.stop - at.start]
+        turned, vectors = own[6 : 6 + at.stop - at.start], own[:6]
         np.matmul(target[at], rotation, out=turned)
-        _solve(solve_rows, rows.part(at, dtype), turned, system, steps)
+        _solve(solve_rows, rows.part(at, dtype), turned, system, steps, vectors)
         np.matmul(turned, rotation.T, out=out[at])
         scratch.append(own)
 
@@ -233,8 +256,9 @@ def measure_side(
 
     def work(at: slice) -> None:
         part = rows.part(at, dtype)
-        entries = source, part.ids, part.values, objective.alpha, objective.offset, 0
-        measure_rows(target[at], part.cells, part.lengths, entries, out[at])
+        entries = source, part.ids, part.values, objective.alpha, objective.offset, _ahead(source)
+        vectors = np.empty((1, target.shape[1]), dtype)
+        measure_rows(target[at], part.cells, part.lengths, entries, vectors, out[at])
 
     place.threads(work, rows.parts(place.n_threads, target.shape[1]), place.n_threads)
     return out
@@ -246,9 +270,9 @@ def gramian(table: np.ndarray, place: Workplace) -> np.ndarray:
     return sum(place.threads(lambda at: table[at].T @ table[at], parts, place.n_threads))
 
 
-def rotated(table: np.ndarray, rotation: np.ndarray, place: Workplace) -> np.ndarray:
-    """A table (N, K) times a rotation (K, K)."""
-    out = _aligned(table.shape, table.dtype)
+def rotated(table: np.ndarray, rotation: np.ndarray, place: Workplace, like: int = 0) -> np.ndarray:
+    """A table (N, K) times a rotation, whose columns may be filled up, in `Memory` (`like`)."""
+    out = place.memory.empty((len(table), rotation.shape[1]), table.dtype, like)
 
     def work(at: slice) -> None:
         np.matmul(table[at], rotation, out=out[at])
@@ -269,12 +293,3 @@ def _read_only(array: np.ndarray) -> np.ndarray:
     view = array.view()
     view.flags.writeable = False
     return view
-
-
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Zeros that begin at a cache line."""
-    dtype = np.dtype(dtype)
-    size = int(np.prod(shape)) * dtype.itemsize
-    memory = np.zeros(size + _ALIGNMENT, np.uint8)
-    low = -memory.ctypes.data % _ALIGNMENT
-    return memory[low : low + size].view(dtype).reshape(shape)

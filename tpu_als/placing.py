@@ -19,8 +19,9 @@ from scipy import sparse
 from tpu_als import cells, exchange, layout, native
 from tpu_als.cells import Entries, InMemory, Long
 from tpu_als.exchange import Route
+from tpu_als.host import give_back_memory
 from tpu_als.layout import Plan, RowMap
-from tpu_als.mesh import Together, Workplace, give_back_memory, precision
+from tpu_als.mesh import Together, Workplace, precision
 from tpu_als.sweep import Own, Shape
 
 DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16}

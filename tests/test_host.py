@@ -1,0 +1,88 @@
+"""Memory that is used again, and threads of the host."""
+
+from __future__ import annotations
+
+import gc
+
+import jax
+import numpy as np
+import pytest
+
+from tpu_als.host import LINE, Memory, threads
+
+
+def _address(array: np.ndarray) -> int:
+    return array.ctypes.data
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(3, 5), (1, 1), (7,)])
+def test_arrays_begin_at_a_cache_line_and_can_be_written(
+    shape: tuple[int, ...], dtype: str
+) -> None:
+    array = Memory().empty(shape, dtype)
+    assert array.shape == shape and array.dtype == dtype and array.flags.c_contiguous
+    assert _address(array) % LINE == 0
+    array[...] = 1
+    assert (array == 1).all()
+
+
+def test_memory_is_used_again_once_nothing_looks_at_it() -> None:
+    memory = Memory()
+    array = memory.empty((4, 6), np.float32)
+    first, view = _address(array), array[1:].T
+    del array
+    assert _address(memory.empty((4, 6), np.float32)) != first
+    view[...] = 3
+    gc.collect()
+    again = memory.empty((4, 6), np.float32)
+    assert (view == 3).all() and _address(again) != first
+    del view
+    assert _address(memory.empty((4, 6), np.float32)) == first
+
+
+def test_what_jax_holds_is_not_written_over() -> None:
+    memory = Memory()
+    array = memory.empty((64, 64), np.float32)
+    array[...] = 5
+    on_device = jax.device_put(array, jax.devices()[0])
+    seen = np.asarray(on_device)
+    del array, on_device
+    gc.collect()
+    for _ in range(3):
+        memory.empty((64, 64), np.float32)[...] = 6
+    assert (seen == 5).all()
+
+
+def test_smaller_arrays_share_memory_with_those_that_they_name() -> None:
+    memory = Memory()
+    first = _address(memory.empty((10, 16), np.float32))
+    assert _address(memory.empty((9, 12), np.float32, like=160)) == first
+    assert _address(memory.empty((9, 12), np.float32)) != first
+
+
+def test_memory_outlives_its_pool() -> None:
+    array = Memory().empty((5,), np.float64)
+    array[...] = 2
+    gc.collect()
+    assert array.sum() == 10
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_results_come_in_the_jobs_order(n_threads: int) -> None:
+    assert threads(lambda job: job * job, range(20), n_threads) == [n * n for n in range(20)]
+    assert threads(str, [], n_threads) == []
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_an_error_ends_the_work(n_threads: int) -> None:
+    done = []
+
+    def work(job: int) -> None:
+        if job == 2:
+            raise ValueError("job 2")
+        done.append(job)
+
+    with pytest.raises(ValueError, match="job 2"):
+        threads(work, range(10_000), n_threads)
+    assert len(done) < 10_000

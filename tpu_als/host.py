@@ -1,0 +1,141 @@
+"""The host: its cores and memory, threads, and the BLAS in this process. Imports no JAX."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import math
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+LINE = 64  # bytes of a cache line; vectors that straddle two take twice as long to read
+_limiting, _limited = threading.Lock(), 0  # scopes of `single_blas_thread` that are open
+_limit: Any = None  # and what they set
+
+
+class Memory:
+    """Memory that is used again once no array looks at it any more.
+
+    New pages are dear on a virtual machine, whose host takes back what is free for seconds: 2 ns a
+    byte were measured, a hundred times what it takes to write to them.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[np.ndarray]] = {}
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, like: int = 0) -> np.ndarray:
+        """An array that begins at a cache line, with anything in it.
+
+        Parameters
+        ----------
+        shape, dtype
+            Of the array.
+        like : int, default=0
+            Numbers of a larger one, with which it is to share memory in turn.
+        """
+        count = math.prod(shape)
+        size = max(count, like) * np.dtype(dtype).itemsize
+        free = self._free.setdefault(size, [])
+        try:
+            memory = free.pop()
+        except IndexError:
+            memory = np.empty(size + LINE, np.uint8)
+        low = -memory.ctypes.data % LINE
+        lent: np.ndarray = np.asarray(_Lent(memory, free))
+        return lent[low : low + size].view(dtype)[:count].reshape(shape)
+
+
+class _Lent:
+    """What an array of `Memory` looks at: with the last such array it goes, and gives back."""
+
+    def __init__(self, memory: np.ndarray, free: list[np.ndarray]) -> None:
+        self.memory, self.free = memory, free
+        self.__array_interface__ = memory.__array_interface__
+
+    def __del__(self) -> None:
+        self.free.append(self.memory)
+
+
+def cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def threads(work: Callable[[Any], Any], jobs: Sequence[Any], n_threads: int) -> list[Any]:
+    """Map `work` over the jobs with so many threads, of which the caller's is one."""
+    n_threads = min(len(jobs), n_threads)
+    left, results = deque(enumerate(jobs)), [None] * len(jobs)
+
+    def until_none() -> None:
+        while True:
+            try:
+                number, job = left.popleft()
+            except IndexError:
+                return
+            try:
+                results[number] = work(job)
+            except BaseException:
+                left.clear()  # the other threads need not go on either
+                raise
+
+    # A job for each thread, not each of the jobs, which would cost a tenth of a millisecond.
+    if n_threads < 2:
+        until_none()
+        return results
+    with ThreadPoolExecutor(n_threads - 1) as pool:
+        others = [pool.submit(until_none) for _ in range(n_threads - 1)]
+        until_none()
+        for other in others:
+            other.result()
+    return results
+
+
+@contextlib.contextmanager
+def single_blas_thread() -> Iterator[None]:
+    """Scope in which BLAS does not start threads of its own, in the whole process.
+
+    After each call OpenBLAS's wait in a loop for tens of milliseconds, on cores that work shards
+    need; XLA calls it for the eigenbasis, in every half-epoch. Scopes may overlap, as where several
+    threads fit: the first sets the limit, and the last takes it away.
+    """
+    global _limit, _limited
+    with _limiting:
+        if _limited == 0:
+            _limit = _blas().limit(limits=1, user_api="blas")
+        _limited += 1
+    try:
+        yield
+    finally:
+        with _limiting:
+            _limited -= 1
+            if _limited == 0:
+                _limit.restore_original_limits()
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def give_back_memory() -> None:
+    """Give back what was freed: glibc would keep hundreds of megabytes after compiling."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
