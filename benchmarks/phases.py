@@ -91,7 +91,7 @@ def by_loops(model: Ours, repeats: int) -> dict[str, float]:
     def rotate() -> None:
         for table, rotation in zip(tables, rotations, strict=True):
             for _ in range(3):
-                native.rotated(table, rotation, place)
+                native.rotated(table, rotation, place, np.empty_like(table))
 
     with host.single_blas_thread():
         found = common.in_turns(

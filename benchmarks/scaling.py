@@ -14,11 +14,12 @@ from libraries import Ours, Problem, padded_cells
 ENTRIES = [1_000_000, 2_000_000, 5_000_000, 10_000_000, 20_000_000]
 
 
-def iteration(problem: Problem, repeats: int) -> tuple[float, int]:
-    """Median seconds of a warm iteration, and the padded cells of both sides."""
-    model = Ours(problem)
-    cells = padded_cells(model.data.users) + padded_cells(model.data.items)
-    return common.in_turns({"step": model.step}, repeats)["step"], cells
+def iterations(cases: dict[str, Problem], repeats: int) -> dict[str, tuple[float, int]]:
+    """Median seconds of a warm iteration of each, in turns, and the padded cells of both sides."""
+    models = {name: Ours(case) for name, case in cases.items()}
+    taken = common.in_turns({name: model.step for name, model in models.items()}, repeats)
+    sides = {name: (model.data.users, model.data.items) for name, model in models.items()}
+    return {name: (taken[name], sum(map(padded_cells, sides[name]))) for name in cases}
 
 
 def problem(entries: int, factors: int = 64, rows: float = 1.0) -> Problem:
@@ -30,16 +31,17 @@ def problem(entries: int, factors: int = 64, rows: float = 1.0) -> Problem:
 
 def by_entries(entries: list[int], factors: int, rows: float, repeats: int) -> None:
     """Same table sizes, more entries; the slope is taken from a straight line fitted to all."""
-    seconds, counts = [], []
-    for count in entries:
-        case = problem(count, factors, rows)
-        counts.append(case.matrix.nnz)
-        taken, cells = iteration(case, repeats)
-        seconds.append(taken)
+    cases = {str(count): problem(count, factors, rows) for count in entries}
+    counts = [case.matrix.nnz for case in cases.values()]
+    found = list(iterations(cases, repeats).values())
+    seconds = [taken for taken, _ in found]
+    for case, (taken, cells) in zip(cases.values(), found, strict=True):
+        count = case.matrix.nnz
         common.emit(
-            benchmark="scaling", over="entries", shape=case.matrix.shape, entries=counts[-1],
-            factors=factors, iteration_s=taken, ns_per_entry=1e9 * taken / counts[-1],
-            cells_per_entry=cells / 2 / counts[-1], ns_per_cell=1e9 * taken / cells,
+            benchmark="scaling", over="entries", shape=case.matrix.shape, entries=count,
+            rows_with_entries=[len(np.unique(axis)) for axis in case.matrix.nonzero()],
+            factors=factors, iteration_s=taken, ns_per_entry=1e9 * taken / count,
+            cells_per_entry=cells / 2 / count, ns_per_cell=1e9 * taken / cells,
         )  # fmt: skip
     slopes = np.diff(seconds) / np.diff(counts)
     overall = np.polyfit(counts, seconds, 1)[0]
@@ -52,15 +54,17 @@ def by_entries(entries: list[int], factors: int, rows: float, repeats: int) -> N
 
 def by_rows_and_factors(entries: int, factors: list[int], rows: list[float], repeats: int) -> None:
     """Same entries, larger tables; then same entries, wider tables."""
-    for scale in rows:
-        case = problem(entries, 64, scale)
+    cases = {str(scale): problem(entries, 64, scale) for scale in rows}
+    for name, (taken, _) in iterations(cases, repeats).items():
+        matrix = cases[name].matrix
         common.emit(
-            benchmark="scaling", over="rows", shape=case.matrix.shape, entries=case.matrix.nnz,
-            factors=64, iteration_s=iteration(case, repeats)[0],
+            benchmark="scaling", over="rows", shape=matrix.shape, entries=matrix.nnz, factors=64,
+            iteration_s=taken,
         )  # fmt: skip
-    matrix = problem(entries, 64, rows[0]).matrix
-    for k in factors:
-        taken, _ = iteration(Problem(matrix, k, 40.0, 10.0), repeats)
+    matrix = cases[str(rows[0])].matrix
+    cases = {str(k): Problem(matrix, k, 40.0, 10.0) for k in factors}
+    for name, (taken, _) in iterations(cases, repeats).items():
+        k = cases[name].factors
         common.emit(
             benchmark="scaling", over="factors", shape=matrix.shape, entries=matrix.nnz, factors=k,
             iteration_s=taken, ns_per_entry_and_factor=1e9 * taken / (matrix.nnz * k),

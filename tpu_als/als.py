@@ -163,7 +163,7 @@ def half_epoch(
         if params.native:
             steps = 0 if _weights_vanish(data, objective) else params.cg_steps
             solved = native.solve_side(
-                target_table[0], source_table[0], source.n_rows, side.in_order, where,
+                target_table[0], source_table[0], source.n_rows, side.in_order, where, data.memory,
                 typed(objective, params), _typed(relaxation, params), steps,
             )  # fmt: skip
             return [solved]

@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from tpu_als.host import Memory, cores, give_back_memory, memory, threads
+from tpu_als.host import cores, give_back_memory, memory, threads
 
 AXIS = "shards"
 LAYOUTS = ("auto", "replicated", "sharded")
@@ -127,11 +127,6 @@ class Workplace:
     def mesh(self) -> Mesh | None:
         """The mesh of several devices, or None for a single one."""
         return Mesh(np.array(self.devices), (AXIS,)) if len(self.devices) > 1 else None
-
-    @functools.cached_property
-    def memory(self) -> Memory:
-        """Memory for tables of the host."""
-        return Memory()
 
     @property
     def together(self) -> Together:

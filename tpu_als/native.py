@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from tpu_als import _loops, mesh, solve
-from tpu_als.host import LINE
+from tpu_als.host import LINE, Memory
 from tpu_als.mesh import Workplace
 from tpu_als.solve import Objective
 
@@ -190,8 +190,8 @@ def _ahead(source: np.ndarray) -> int:
 
 
 def solve_side(
-    target: Any, source: Any, n_source: int, rows: Rows, place: Workplace, objective: Objective,
-    relaxation: Any, steps: int,
+    target: Any, source: Any, n_source: int, rows: Rows, place: Workplace, memory: Memory,
+    objective: Objective, relaxation: Any, steps: int,
 ) -> jax.Array:  # fmt: skip
     """Solve all rows of a side.
 
@@ -207,6 +207,8 @@ def solve_side(
         The rows and their entries.
     place : Workplace
         A single CPU device, and a number of threads.
+    memory : Memory
+        For tables; those that nobody needs any more are written over.
     objective : Objective
         Equations (1)-(2), in the dtype of the tables.
     relaxation : float
@@ -215,24 +217,22 @@ def solve_side(
         Steps of CG; 0 where every weight w is 0.
     """
     n_slots, source, target = len(source), np.asarray(source)[:n_source], np.asarray(target)
-    dtype, weight, number = source.dtype, objective.unobserved_weight, source.dtype.type(n_source)
-    turn = basis(*jax.device_put((gramian(source, place), number), place.devices[0]))
-    # Columns of zeros fill up the last cache line of a row, and stay zero.
-    pads = 0, -source.shape[1] % (LINE // dtype.itemsize)
-    rotation = np.pad(turn.rotation, ((0, 0), pads))
-    spectrum = np.pad(weight * np.asarray(turn.spectrum), pads, constant_values=1)
-    width = len(spectrum)
+    dtype, number = source.dtype, source.dtype.type(n_source)
+    rotation, spectrum = _eigenbasis(source, place)
+    width, weight = len(spectrum), objective.unobserved_weight
+    turned_source = memory.empty((n_source, width), dtype, n_slots * width)
+    rotated(source, rotation, place, turned_source)
     system = _System(
-        _read_only(rotated(source, rotation, place, n_slots * width)), _read_only(spectrum),
-        objective.alpha, objective.offset, objective.regularization, weight * number,
-        objective.exponent, np.finfo(dtype).tiny, relaxation,
+        _read_only(turned_source), _read_only(weight * spectrum), objective.alpha,
+        objective.offset, objective.regularization, weight * number, objective.exponent,
+        np.finfo(dtype).tiny, relaxation,
     )  # fmt: skip
     solve_rows, n_threads = _ready(dtype.name)[0], place.n_threads
     parts = rows.parts(n_threads, target.shape[1])
-    out = place.memory.empty(target.shape, dtype, len(target) * width)
+    out = memory.empty(target.shape, dtype, len(target) * width)
     out[len(rows.lengths) :] = 0
     most = max((int(at.stop - at.start) for at in parts), default=0)
-    scratch = deque(place.memory.empty((most + 6, width), dtype) for _ in range(n_threads))
+    scratch = deque(memory.empty((most + 6, width), dtype) for _ in range(n_threads))
 
     def work(at: slice) -> None:
         own = scratch.pop()
@@ -264,21 +264,30 @@ def measure_side(
     return out
 
 
+def _eigenbasis(table: np.ndarray, place: Workplace) -> tuple[np.ndarray, np.ndarray]:
+    """Rotation (K, L) into the eigenbasis of a table's gramian, and its spectrum (L,).
+
+    Beyond K are zeros, which fill up the last cache line of a row, and ones in the spectrum.
+    """
+    given = gramian(table, place), table.dtype.type(len(table))
+    turn = basis(*jax.device_put(given, place.devices[0]))
+    pads = 0, -table.shape[1] % (LINE // table.itemsize)
+    return np.pad(turn.rotation, ((0, 0), pads)), np.pad(turn.spectrum, pads, constant_values=1)
+
+
 def gramian(table: np.ndarray, place: Workplace) -> np.ndarray:
     """Y^T Y of a table (N, K)."""
     parts = _even(table, place)
     return sum(place.threads(lambda at: table[at].T @ table[at], parts, place.n_threads))
 
 
-def rotated(table: np.ndarray, rotation: np.ndarray, place: Workplace, like: int = 0) -> np.ndarray:
-    """A table (N, K) times a rotation, whose columns may be filled up, in `Memory` (`like`)."""
-    out = place.memory.empty((len(table), rotation.shape[1]), table.dtype, like)
+def rotated(table: np.ndarray, rotation: np.ndarray, place: Workplace, out: np.ndarray) -> None:
+    """Write a table (N, K) times a rotation, whose columns may be filled up, into `out`."""
 
     def work(at: slice) -> None:
         np.matmul(table[at], rotation, out=out[at])
 
     place.threads(work, _even(table, place), place.n_threads)
-    return out
 
 
 def _even(table: np.ndarray, place: Workplace) -> list[slice]:

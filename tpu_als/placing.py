@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from scipy import sparse
 from tpu_als import cells, exchange, layout, native
 from tpu_als.cells import Entries, InMemory, Long
 from tpu_als.exchange import Route
-from tpu_als.host import give_back_memory
+from tpu_als.host import Memory, give_back_memory
 from tpu_als.layout import Plan, RowMap
 from tpu_als.mesh import Together, Workplace, precision
 from tpu_als.sweep import Own, Shape
@@ -149,7 +149,7 @@ class Data:
     """Both orientations of a matrix, laid out and placed; reusable for any parameter values.
 
     `plan` is empty where rows are laid out for `native`. `magnitudes` are the least and the largest
-    absolute value of an entry, where they are known.
+    absolute value of an entry, where they are known. `memory` is that of tables on the host.
     """
 
     users: Side
@@ -160,6 +160,7 @@ class Data:
     n_entries: int
     absolute_sum: float
     magnitudes: tuple[float, float] | None = None
+    memory: Memory = field(default_factory=Memory, repr=False, compare=False)
 
 
 def make_plan(lengths: np.ndarray, params: AlsParams, place: Workplace) -> Plan:
