@@ -26,7 +26,7 @@ from tpu_als.layout import RowMap
 from tpu_als.mesh import Shards, Together, Workplace, precision
 
 # Bytes of scores kept at once: by a thread of a CPU, by another device.
-_BATCH_BYTES = {"cpu": 1 << 25, "other": 1 << 28}
+_BATCH_BYTES = {"cpu": 1 << 26, "other": 1 << 28}
 _KEPT = 2  # memories of so many bytes that a catalog on a CPU keeps between calls
 SEEN = 1 << 12  # least length that lists of seen items are padded to, so that shapes are few
 _SHORTEST = 1e-10  # stands in for the length of a zero row, so that one may divide
