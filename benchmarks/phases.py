@@ -86,12 +86,12 @@ def by_loops(model: Ours, repeats: int) -> dict[str, float]:
                 ]
             )
 
-    rotations = [np.asarray(each.rotation) for each in basis()]
+    rotations, turned = [np.asarray(each.rotation) for each in basis()], [t.copy() for t in tables]
 
     def rotate() -> None:
-        for table, rotation in zip(tables, rotations, strict=True):
+        for table, rotation, out in zip(tables, rotations, turned, strict=True):
             for _ in range(3):
-                native.rotated(table, rotation, place, np.empty_like(table))
+                native.rotated(table, rotation, place, out)
 
     with host.single_blas_thread():
         found = common.in_turns(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import logging
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +144,22 @@ def test_rows_fetched_ahead_change_nothing(
         found.append((als.item_factors(state, data), als.loss(state, data, objective)))
     np.testing.assert_array_equal(found[0][0], found[1][0])
     assert found[0][1] == found[1][1]
+
+
+def test_memory_of_tables_is_used_again(monkeypatch: pytest.MonkeyPatch, no_programs: None) -> None:
+    """After two epochs, whose tables take turns with two more, nothing new is allocated."""
+    data = placing.place(COUNTS, AlsParams(7, native=True), workplace(1, num_threads=2))
+    state, objective = als.draw(data, 0, 0.1, normal=True), solve.objective("implicit", 0.1, 3.0)
+    allocated, empty = [], np.empty
+    spy = types.SimpleNamespace(**vars(np))
+    spy.empty = lambda *args: allocated.append(args) or empty(*args)
+    monkeypatch.setattr(host, "np", spy)
+    counts = []
+    for _ in range(6):
+        state, _ = als.epoch(state, data, objective)
+        gc.collect()
+        counts.append(len(allocated))
+    assert counts[0] > 0 and counts[2:] == counts[2:3] * 4
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (5, 0), (3, 2)])

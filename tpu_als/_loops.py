@@ -1,10 +1,10 @@
-"""The loops that `native` runs, in the part of Python that numba compiles. Imports no numba.
+"""The loops that `native` runs, in the part of Python that numba compiles. Imports it late.
 
 Source rows are named by number and never sliced: numba counts the references to a slice, in memory
 that all threads share. What is written out could be loops or functions, which take half as long
 again.
 
-Axis letters: R rows, E entries, N source rows, K factors.
+Axis letters: R rows, E entries, N source rows, K factors and what fills up a cache line.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def prefetch(address: Any) -> None:
-    """Begin to bring the cache line at an address to the nearest cache; `compiled` says how."""
+    """Begin to bring the cache line at an address to the nearest cache; compiled as `_hint`."""
 
 
 def _pass(
@@ -59,6 +59,9 @@ def _pass(
         for k in range(len(p)):
             out[k] += s0 * held[i0, k] + s1 * held[i1, k] + s2 * held[i2, k] + s3 * held[i3, k]
     for at in range(end - n % 4, end):
+        if ahead and at + ahead < len(ids):
+            for byte in range(0, row_bytes, 64):
+                prefetch(address + ids[at + ahead] * row_bytes + byte)
         i0, t0 = ids[at], zero
         for k in range(len(p)):
             t0 += held[i0, k] * p[k]
@@ -89,7 +92,7 @@ def solve_rows(
     entries : tuple
         Source rows (N, K), their numbers (E,), unsigned, and values (E,), or none of these where
         all are 1; alpha and the offset of `solve.Objective`; how many entries ahead source rows
-        are fetched, a multiple of four, 0 for not at all.
+        are fetched, 0 for not at all.
     diagonal : tuple
         Spectrum (K,) times the unobserved weight, and of the ridge the factor, what is added to a
         row's entries, and the exponent; and the least number to divide by.
@@ -148,23 +151,39 @@ def solve_rows(
 
 def measure_rows(rows: Any, cells: Any, lengths: Any, entries: Any, vectors: Any, out: Any) -> None:
     """Write what the entries of R rows add to the loss into `out`, as `solve.cells_loss` has it."""
-    p, one = vectors[0], rows.dtype.type(1)
+    p, one = vectors[0], rows.dtype.type(1)  # `_pass` writes nothing where it is the last
     for row in range(len(lengths)):
         for k in range(len(p)):
             p[k] = rows[row, k]
-        is_last = row == row
+        is_last = row == row  # not a literal either
         out[row] = _pass(entries, cells[row], lengths[row], p, p, -one - one, one, is_last)
 
 
-def compiled(njit: Any, hint: Any, cached: bool) -> tuple[Any, Any]:
+def _hint() -> Any:
+    """What `prefetch` is compiled to: LLVM's word for it, since Python has none."""
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
+
+    number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+    read, nearest, data = number(0), number(3), number(1)
+
+    def emit(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        word = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        builder.call(word, [builder.inttoptr(args[0], pointer), read, nearest, data])
+        return context.get_dummy_value()
+
+    return intrinsic(lambda _, __: (types.void(types.uintp), emit))
+
+
+def compiled(njit: Any, cached: bool) -> tuple[Any, Any]:
     """`solve_rows` and `measure_rows` by `numba.njit`, which compiles them when they are called.
 
     Parameters
     ----------
     njit : callable
         That decorator.
-    hint : callable
-        What `prefetch` is compiled to.
     cached : bool
         Whether to read and write numba's cache. What is set here is part of this file, by whose
         content that cache is known to be of use.
@@ -173,7 +192,7 @@ def compiled(njit: Any, hint: Any, cached: bool) -> tuple[Any, Any]:
     math = {"reassoc", "contract", "arcp", "nsz"}
     options = {"nogil": True, "error_model": "numpy", "fastmath": math, "cache": cached}
     made = {each.__name__: njit(**options)(each) for each in _PLAIN}
-    globals().update(made, prefetch=hint)  # by these names they call each other
+    globals().update(made, prefetch=_hint())  # by these names they call each other
     return made["solve_rows"], made["measure_rows"]
 
 

@@ -138,7 +138,9 @@ def epoch(
 
 
 def _tidy(data: Data) -> None:
-    """Give back the copies of large tables that a half-epoch made in the host's memory."""
+    """Give back the copies of large tables that XLA's half-epoch made in the host's memory."""
+    if data.params.native:  # which uses its memory again
+        return
     rows = max(side.rows.n_slots * side.rows.n_shards for side in (data.users, data.items))
     row_bytes = data.params.factors * np.dtype(DTYPES[data.params.dtype]).itemsize
     if data.place.platform == "cpu" and rows * row_bytes > _LARGE:

@@ -248,6 +248,7 @@ class TPUAlternatingLeastSquares(
             at_end.callback(self._settle)
             with self._undone_on_error(before):
                 training = self._training(user_items, at_end)
+                at_end.callback(training.data.memory.clear)  # before tables are copied
                 self._take_over(training)
             place, done = training.data.place, training.done
             is_quiet = not show_progress or place.process != 0

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,37 +33,47 @@ class Memory:
     def __init__(self) -> None:
         self._free: dict[int, list[np.ndarray]] = {}
 
-    def empty(self, shape: tuple[int, ...], dtype: Any, like: int = 0) -> np.ndarray:
+    def empty(self, shape: tuple[int, ...], dtype: Any, room: int = 0) -> np.ndarray:
         """An array that begins at a cache line, with anything in it.
 
         Parameters
         ----------
         shape, dtype
             Of the array.
-        like : int, default=0
-            Numbers of a larger one, with which it is to share memory in turn.
+        room : int, default=0
+            How many numbers its memory is to have room for, if more: those of another array, which
+            may have the same memory later.
         """
         count = math.prod(shape)
-        size = max(count, like) * np.dtype(dtype).itemsize
-        free = self._free.setdefault(size, [])
+        size = max(count, room) * np.dtype(dtype).itemsize
         try:
-            memory = free.pop()
+            block = self._free.setdefault(size, []).pop()
         except IndexError:
-            memory = np.empty(size + LINE, np.uint8)
-        low = -memory.ctypes.data % LINE
-        lent: np.ndarray = np.asarray(_Lent(memory, free))
+            block = np.empty(size + LINE, np.uint8)
+        low = -block.ctypes.data % LINE
+        lent: np.ndarray = np.asarray(_Lent(block, size, self))
         return lent[low : low + size].view(dtype)[:count].reshape(shape)
+
+    def give_back(self, block: np.ndarray, size: int) -> None:
+        """Keep a block that had been lent."""
+        self._free.setdefault(size, []).append(block)
+
+    def clear(self) -> None:
+        """Let go of what is free."""
+        self._free.clear()
 
 
 class _Lent:
     """What an array of `Memory` looks at: with the last such array it goes, and gives back."""
 
-    def __init__(self, memory: np.ndarray, free: list[np.ndarray]) -> None:
-        self.memory, self.free = memory, free
-        self.__array_interface__ = memory.__array_interface__
+    def __init__(self, block: np.ndarray, size: int, memory: Memory) -> None:
+        self.block, self.size, self.memory = block, size, weakref.ref(memory)
+        self.__array_interface__ = block.__array_interface__
 
     def __del__(self) -> None:
-        self.free.append(self.memory)
+        memory = self.memory()
+        if memory is not None:
+            memory.give_back(self.block, self.size)
 
 
 def cores() -> int:
@@ -72,7 +83,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def memory() -> int:
+def memory_bytes() -> int:
     """Bytes of memory of this machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from tpu_als.host import cores, give_back_memory, memory, threads
+from tpu_als.host import cores, give_back_memory, memory_bytes, threads
 
 AXIS = "shards"
 LAYOUTS = ("auto", "replicated", "sharded")
@@ -447,7 +447,7 @@ def _memory(device: jax.Device) -> int:
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"])
-    return memory() // len(jax.local_devices(backend=device.platform))
+    return memory_bytes() // len(jax.local_devices(backend=device.platform))
 
 
 def _devices(devices: Any) -> tuple[jax.Device, ...]:

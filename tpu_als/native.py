@@ -5,7 +5,8 @@ each row is worked on by itself, without padding, and one pass does both product
 are rotated by BLAS, part by part in the threads that solve them. docs/math.md has the algebra,
 which is that of `solve`.
 
-Axis letters: R rows of a part, M target rows, N source rows, K factors.
+Axis letters: R rows of a part, M target rows, N source rows, K factors, P of them and what fills up
+a cache line.
 """
 
 from __future__ import annotations
@@ -109,35 +110,17 @@ def begin_loading(dtype: str) -> None:
 @functools.cache
 def _loaded() -> tuple[Any, Any]:
     """The loops, which numba compiles when they are called."""
-    numba, hint = _numba(), _prefetch()
+    numba = _numba()
     if mesh.compilation_cache is None:
-        return _loops.compiled(numba.njit, hint, cached=False)
+        return _loops.compiled(numba.njit, cached=False)
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, mesh.compilation_cache
     try:
-        return _loops.compiled(numba.njit, hint, cached=True)
+        return _loops.compiled(numba.njit, cached=True)
     except RuntimeError as error:  # it finds no place that it may write to
         log.warning("what numba compiles is not kept: %s", error)
-        return _loops.compiled(numba.njit, hint, cached=False)
+        return _loops.compiled(numba.njit, cached=False)
     finally:
         numba.config.CACHE_DIR = before
-
-
-def _prefetch() -> Any:
-    """What `_loops.prefetch` is compiled to: LLVM's word for it, since Python has none."""
-    from llvmlite import ir
-    from numba import types
-    from numba.extending import intrinsic
-
-    number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-    read, nearest, data = number(0), number(3), number(1)
-
-    def emit(context: Any, builder: Any, _: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-        word = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
-        builder.call(word, [builder.inttoptr(args[0], pointer), read, nearest, data])
-        return context.get_dummy_value()
-
-    return intrinsic(lambda _, __: (types.void(types.uintp), emit))
 
 
 def _ready(dtype: str) -> tuple[Any, Any]:
@@ -157,7 +140,7 @@ def _compiled(dtype: str) -> tuple[Any, Any]:
 
 
 class _System(NamedTuple):
-    """What all rows of a half-epoch share: (N, K), (K,) and numbers of equations (1)-(3)."""
+    """What all rows of a half-epoch share: (N, P), (P,) and numbers of equations (1)-(3)."""
 
     source: np.ndarray
     spectrum: np.ndarray
@@ -173,7 +156,7 @@ class _System(NamedTuple):
 def _solve(
     solve_rows: Any, part: Rows, rows: np.ndarray, system: _System, steps: int, vectors: np.ndarray
 ) -> None:
-    """Solve a part in place, from where its rows (R, K) begin, with scratch (6, K)."""
+    """Solve a part in place, from where its rows (R, P) begin, with scratch (6, P)."""
     source, spectrum, alpha, offset, regularization, unobserved, exponent, tiny, relax = system
     solve_rows(
         rows, part.cells, part.lengths,
@@ -183,10 +166,8 @@ def _solve(
 
 
 def _ahead(source: np.ndarray) -> int:
-    """How many entries ahead their rows are fetched: a multiple of four, none where in a cache."""
-    if source.nbytes < _LARGE:
-        return 0
-    return max(_AHEAD // source[0].nbytes // 4, 1) * 4
+    """How many entries ahead their rows are fetched; 0 for a table that a cache may hold."""
+    return max(_AHEAD // source[0].nbytes, 4) if source.nbytes >= _LARGE else 0
 
 
 def solve_side(
@@ -232,7 +213,8 @@ def solve_side(
     out = memory.empty(target.shape, dtype, len(target) * width)
     out[len(rows.lengths) :] = 0
     most = max((int(at.stop - at.start) for at in parts), default=0)
-    scratch = deque(memory.empty((most + 6, width), dtype) for _ in range(n_threads))
+    blocks = range(min(n_threads, len(parts)))
+    scratch = deque(memory.empty((most + 6, width), dtype) for _ in blocks)
 
     def work(at: slice) -> None:
         own = scratch.pop()
@@ -265,7 +247,7 @@ def measure_side(
 
 
 def _eigenbasis(table: np.ndarray, place: Workplace) -> tuple[np.ndarray, np.ndarray]:
-    """Rotation (K, L) into the eigenbasis of a table's gramian, and its spectrum (L,).
+    """Rotation (K, P) into the eigenbasis of a table's gramian, and its spectrum (P,).
 
     Beyond K are zeros, which fill up the last cache line of a row, and ones in the spectrum.
     """
