@@ -76,7 +76,7 @@ class TPUAlternatingLeastSquares(
         How the table held fixed stands on several devices: a copy on each for a half-epoch, or in
         parts, rows travelling to where they are needed. "auto" goes by a device's memory.
     over_relaxation : float, default=1.0
-        How far `fit` moves rows towards their solution. 1 is ALS; 1.5 takes about half as many
+        How far `fit` moves rows towards their solution. 1 is ALS; 1.6 takes about half as many
         iterations to the same loss. Between 0 and 2; the first and last of `iterations` use 1.
     warm_start : bool, default=False
         Start `fit` from the present tables, as implicit always does.

@@ -27,7 +27,7 @@ from tpu_als.mesh import Workplace
 from tpu_als.solve import Objective
 
 log = logging.getLogger("tpu_als")
-_PARTS = 8  # for each thread; many, so that threads end together
+_PARTS = 16  # for each thread; many, so that threads end together and scratch is small
 _LEAST_PART = 1 << 19  # entries times factors of one, a fifth of a millisecond
 _LEAST_PRODUCT = 1 << 22  # multiplications worth a thread
 _ROW_ENTRIES = 4  # what a row costs by itself, in entries; about what its rotations take

@@ -20,6 +20,9 @@ BLOCK = 16  # columns of a block that NumPy sorts
 _BLOCKS = (32, 8)
 HOST_QUERIES = 4  # up to so many queries, a dispatch costs more than the product
 _KEPT_BYTES = 1 << 22
+_NEAR_BYTES = (
+    1 << 19
+)  # of columns that are chosen from at once; twice the time where no cache has them
 _memory = threading.local()
 
 
@@ -69,8 +72,20 @@ def largest_of_blocks(
     """
     if maxima is None:
         return _sorted(np.where(shown, scores, -np.inf), k)
+    step = max(_NEAR_BYTES // (BLOCK * k * np.dtype(np.intp).itemsize), 1)
+    parts = (slice(low, low + step) for low in range(0, len(scores), step))
+    found = (_of_blocks(scores[at], maxima[at], shown, k) for at in parts)
+    best, columns = map(np.concatenate, zip(*found, strict=True))
+    return best, columns
+
+
+def _of_blocks(
+    scores: np.ndarray, maxima: np.ndarray, shown: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`largest_of_blocks` of so few rows that what is chosen from stays in a core's cache."""
     n_queries, n_blocks = maxima.shape
     blocks = np.argpartition(maxima, -k, axis=1)[:, -k:]
+    blocks.sort(axis=1)  # so that memory is read in its order
     inside = (blocks[:, None, :] + n_blocks * np.arange(BLOCK)[:, None]).reshape(n_queries, -1)
     values = _take(scores, inside)
     values[~shown.take(inside)] = -np.inf
@@ -195,4 +210,7 @@ def keep_finite(
 ) -> None:
     """Write the results that are not hidden ones."""
     kept = np.isfinite(products)
-    ids[kept], scores[kept] = found[kept], products[kept]
+    if kept.all():  # the usual call, in a quarter of the time
+        ids[...], scores[...] = found, products
+    else:
+        ids[kept], scores[kept] = found[kept], products[kept]
