@@ -59,9 +59,6 @@ def _pass(
         for k in range(len(p)):
             out[k] += s0 * held[i0, k] + s1 * held[i1, k] + s2 * held[i2, k] + s3 * held[i3, k]
     for at in range(end - n % 4, end):
-        if ahead and at + ahead < len(ids):
-            for byte in range(0, row_bytes, 64):
-                prefetch(address + ids[at + ahead] * row_bytes + byte)
         i0, t0 = ids[at], zero
         for k in range(len(p)):
             t0 += held[i0, k] * p[k]

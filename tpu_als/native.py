@@ -212,7 +212,7 @@ def solve_side(
     parts = rows.parts(n_threads, target.shape[1])
     out = memory.empty(target.shape, dtype, len(target) * width)
     out[len(rows.lengths) :] = 0
-    most = max((int(at.stop - at.start) for at in parts), default=0)
+    most = max((at.stop - at.start for at in parts), default=0)
     blocks = range(min(n_threads, len(parts)))
     scratch = deque(memory.empty((most + 6, width), dtype) for _ in blocks)
 

@@ -20,9 +20,7 @@ BLOCK = 16  # columns of a block that NumPy sorts
 _BLOCKS = (32, 8)
 HOST_QUERIES = 4  # up to so many queries, a dispatch costs more than the product
 _KEPT_BYTES = 1 << 22
-_NEAR_BYTES = (
-    1 << 19
-)  # of columns that are chosen from at once; twice the time where no cache has them
+_NEAR_BYTES = 1 << 19  # of columns to choose from at once, which a core's cache holds
 _memory = threading.local()
 
 
@@ -210,7 +208,4 @@ def keep_finite(
 ) -> None:
     """Write the results that are not hidden ones."""
     kept = np.isfinite(products)
-    if kept.all():  # the usual call, in a quarter of the time
-        ids[...], scores[...] = found, products
-    else:
-        ids[kept], scores[kept] = found[kept], products[kept]
+    ids[kept], scores[kept] = found[kept], products[kept]
