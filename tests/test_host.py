@@ -1,16 +1,15 @@
-"""Memory that is used again, and threads of the host."""
+"""Memory of the host that is used again; its threads are tested with `Workplace`'s."""
 
 from __future__ import annotations
 
 import gc
-import time
 import weakref
 
 import jax
 import numpy as np
 import pytest
 
-from tpu_als.host import LINE, Memory, threads
+from tpu_als.host import LINE, Memory
 
 
 def _address(array: np.ndarray) -> int:
@@ -89,24 +88,3 @@ def test_what_is_free_can_be_let_go() -> None:
     assert block() is not None
     memory.clear()
     assert block() is None
-
-
-@pytest.mark.parametrize("n_threads", [1, 3])
-def test_results_come_in_the_jobs_order(n_threads: int) -> None:
-    assert threads(lambda job: job * job, range(20), n_threads) == [n * n for n in range(20)]
-    assert threads(str, [], n_threads) == []
-
-
-@pytest.mark.parametrize("n_threads", [1, 3])
-def test_an_error_ends_the_work(n_threads: int) -> None:
-    done = []
-
-    def work(job: int) -> None:
-        if job == 2:
-            raise ValueError("job 2")
-        time.sleep(1e-3)
-        done.append(job)
-
-    with pytest.raises(ValueError, match="job 2"):
-        threads(work, range(1000), n_threads)
-    assert len(done) < 100
