@@ -42,9 +42,11 @@ FLOORS = [
     ["mesh"],
     ["layout"],
     ["validation", "host", "_atomic"],
+    ["exceptions"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 HOST_ONLY = [
+    "exceptions",
     "host",
     "layout",
     "cells",

@@ -8,11 +8,13 @@ backend. The engine (`mesh`, `layout`, `als`, `ranking`) works without the estim
 from __future__ import annotations
 
 from .estimator import TPUAlternatingLeastSquares
+from .exceptions import DataWarning, ModelFileError, ModelFitError, ParameterWarning
 from .mesh import enable_compilation_cache
-from .validation import ModelFitError, ParameterWarning
 
 __version__ = "0.1.0"
 __all__ = [
+    "DataWarning",
+    "ModelFileError",
     "ModelFitError",
     "ParameterWarning",
     "TPUAlternatingLeastSquares",

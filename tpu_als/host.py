@@ -16,8 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import psutil
 from threadpoolctl import ThreadpoolController
 
+_SMALL = 1 << 26  # bytes that are asked for without a look at what is available
 LINE = 64  # bytes of a cache line; vectors that straddle two take twice as long to read
 _limiting, _limited = threading.Lock(), 0  # scopes of `single_blas_thread` that are open
 _limit: Any = None  # and what they set
@@ -85,7 +87,29 @@ def cores() -> int:
 
 def memory_bytes() -> int:
     """Bytes of memory of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.virtual_memory().total)
+
+
+def require_memory(parts: dict[str, int], remedy: str) -> None:
+    """Raise MemoryError, before any memory is asked for, where so much is not available.
+
+    Parameters
+    ----------
+    parts : dict of str to int
+        Bytes of each large part, by a name for the message.
+    remedy : str
+        What the caller can do, for the message.
+    """
+    total = sum(parts.values())
+    if total < _SMALL:
+        return
+    available = int(psutil.virtual_memory().available)
+    if total > available:
+        listed = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in parts.items())
+        raise MemoryError(
+            f"{total / 1e9:.3g} GB of memory would be needed ({listed}), but "
+            f"{available / 1e9:.3g} GB are available: {remedy}"
+        )
 
 
 def threads(work: Callable[[Any], Any], jobs: Sequence[Any], n_threads: int) -> list[Any]:

@@ -14,20 +14,7 @@ import numpy as np
 from scipy import sparse
 from sklearn.utils import assert_all_finite
 
-try:  # Code that catches implicit's classes must catch ours as well.
-    from implicit.recommender_base import ModelFitError as _ModelFitErrorBase
-    from implicit.utils import ParameterWarning as _ParameterWarningBase
-except ImportError:
-    _ModelFitErrorBase, _ParameterWarningBase = Exception, Warning
-
-
-class ModelFitError(_ModelFitErrorBase):
-    """A solve gave values that are not finite. A subclass of implicit's, where it is installed."""
-
-
-class ParameterWarning(_ParameterWarningBase):
-    """Input was accepted but had to be converted. A subclass of implicit's, where installed."""
-
+from .exceptions import ModelFitError, ParameterWarning
 
 LINEAR_SOLVERS = ("auto", "cg", "cholesky", "subspace")
 DTYPES = ("float32", "float64", "bfloat16")
