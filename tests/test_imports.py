@@ -23,6 +23,7 @@ FLOORS = [
     ["_serving"],
     ["_foldin"],
     ["_tables", "_training"],
+    ["fitted"],
     ["early_stopping"],
     ["model_file"],
     ["evaluation", "weighting", "datasets", "shards"],
