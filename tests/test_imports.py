@@ -27,7 +27,7 @@ FLOORS = [
     ["early_stopping"],
     ["model_file"],
     ["evaluation", "weighting", "datasets", "shards"],
-    ["splits", "_shard_writer"],
+    ["splits", "metrics", "_shard_writer"],
     ["_shard_reader"],
     ["_transpose"],
     ["holdout"],
@@ -42,7 +42,7 @@ FLOORS = [
     ["solve"],
     ["mesh"],
     ["layout"],
-    ["validation", "host", "_atomic"],
+    ["validation", "host", "_atomic", "_evaluation_inputs"],
     ["exceptions"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -57,6 +57,8 @@ HOST_ONLY = [
     "datasets",
     "holdout",
     "splits",
+    "metrics",
+    "_evaluation_inputs",
 ]
 HOST_ONLY += ["shards", "_shard_writer", "_shard_reader", "_transpose", "_atomic", "model_file"]
 
