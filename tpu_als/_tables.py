@@ -117,6 +117,11 @@ class FactorTables:
         """Per iteration, what was measured."""
         return self._attribute("history_", self._fitted.history)
 
+    @property
+    def item_popularity_(self) -> np.ndarray:
+        """Users with a positive entry for each item, in the matrix that `fit` saw."""
+        return self._attribute("item_popularity_", self._fitted.popularity)
+
     # scikit-learn's validation sets and deletes these two.
     @property
     def n_features_in_(self) -> int:

@@ -23,6 +23,7 @@ from ._training import Training
 from .checkpoint import Checkpoints
 from .early_stopping import EarlyStopping
 from .fitted import FactorTable, FittedModel, tables_of
+from .metrics import popularity_of
 from .shards import ShardedMatrix
 
 log = logging.getLogger("tpu_als")
@@ -113,6 +114,8 @@ class TPUAlternatingLeastSquares(
         Number of items.
     feature_names_in_ : ndarray of str and shape (n_items,)
         Column names, where `fit` saw a DataFrame with string names.
+    item_popularity_ : ndarray of int and shape (n_items,)
+        Users with a positive entry for each item, where `fit` saw a matrix in memory.
     n_iter_ : int
         Iterations run.
     history_ : dict of list
@@ -421,7 +424,7 @@ class TPUAlternatingLeastSquares(
         view = self._view(FittedModel(lock=self._writers_lock()))
         if not isinstance(user_items, ShardedMatrix):
             rows = _checked(view, user_items, reset=True)
-            return rows, view._fitted
+            return rows, replace(view._fitted, popularity=popularity_of(rows))
         if self.early_stopping:
             raise ValueError(
                 "early_stopping=True needs a matrix in memory, got a ShardedMatrix: measure on "
@@ -475,7 +478,7 @@ class TPUAlternatingLeastSquares(
         """The model at the end of a fit: with early stopping, the best one."""
         if training.monitor is not None and training.monitor.best is not None:
             for side, table in zip(("user", "item"), training.monitor.best, strict=True):
-                fitted = fitted.with_table(side, FactorTable(table))
+                fitted = replace(fitted, **{side: FactorTable(table)})
         losses = training.history.get("loss")
         if losses:
             log.info("final training loss %.4f", losses[-1])

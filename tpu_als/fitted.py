@@ -228,6 +228,8 @@ class FittedModel:
         Of the last fit.
     n_features, feature_names : int and ndarray, or None
         scikit-learn's record of the columns.
+    popularity : ndarray of int and shape (n_items,), or None
+        Users with a positive entry for each item, in the matrix of the last fit.
     origin : object
         The same for models that differ only in rows that were folded in.
     lock : Lock
@@ -241,6 +243,7 @@ class FittedModel:
     history: dict[str, list[float]] | None = None
     n_features: int | None = None
     feature_names: np.ndarray | None = None
+    popularity: np.ndarray | None = None
     origin: object = field(default_factory=object)
     lock: Any = field(default_factory=threading.RLock)
 
@@ -265,6 +268,7 @@ class FittedModel:
         changes: dict[str, Any] = {side: table, "origin": object()}
         if side == "item":
             changes.update(self._columns(None if table.is_absent else table.shape[0]))
+            changes["popularity"] = None
         return replace(self, **changes)
 
     def with_rows(self, side: str, ids: np.ndarray, rows: np.ndarray) -> Self:
