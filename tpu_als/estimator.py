@@ -477,8 +477,8 @@ class TPUAlternatingLeastSquares(
     def _finished(self, training: Training, fitted: FittedModel) -> FittedModel:
         """The model at the end of a fit: with early stopping, the best one."""
         if training.monitor is not None and training.monitor.best is not None:
-            for side, table in zip(("user", "item"), training.monitor.best, strict=True):
-                fitted = replace(fitted, **{side: FactorTable(table)})
+            users, items = map(FactorTable, training.monitor.best)
+            fitted = replace(fitted, user=users, item=items)
         losses = training.history.get("loss")
         if losses:
             log.info("final training loss %.4f", losses[-1])
