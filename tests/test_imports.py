@@ -26,8 +26,8 @@ FLOORS = [
     ["early_stopping"],
     ["model_file"],
     ["evaluation", "weighting", "datasets", "shards"],
-    ["splits", "_shard_writer"],
-    ["_shard_reader"],
+    ["splits", "_shard_writer", "frames", "generators"],
+    ["_shard_reader", "_columns"],
     ["_transpose"],
     ["holdout"],
     ["ranking"],
@@ -56,6 +56,9 @@ HOST_ONLY = [
     "datasets",
     "holdout",
     "splits",
+    "frames",
+    "generators",
+    "_columns",
 ]
 HOST_ONLY += ["shards", "_shard_writer", "_shard_reader", "_transpose", "_atomic", "model_file"]
 

@@ -112,10 +112,23 @@ def random_generator(random_state: Any) -> np.random.Generator:
     random_state : int, None, numpy.random.RandomState, numpy.random.Generator or seed-like
         A RandomState gives a seed (implicit means to, and fails); all else is NumPy's
         `default_rng`, so a Generator is used as it is.
+
+    Raises
+    ------
+    ValueError
+        For anything else, such as a float, a bool or a negative integer.
     """
     if isinstance(random_state, np.random.RandomState):
         return np.random.default_rng(random_state.randint(2**31, dtype=np.int64))
-    return np.random.default_rng(random_state)
+    try:
+        if isinstance(random_state, (bool, np.bool_)):
+            raise TypeError("a bool is not a seed")
+        return np.random.default_rng(random_state)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "random_state must be None, an integer of at least 0, a numpy.random.Generator or a "
+            f"RandomState, got {random_state!r:.60}"
+        ) from error
 
 
 def random_seed(random_state: Any) -> int:
