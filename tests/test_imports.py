@@ -42,7 +42,7 @@ FLOORS = [
     ["mesh"],
     ["layout"],
     ["validation", "host", "_atomic"],
-    ["exceptions"],
+    ["exceptions", "refusals"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 HOST_ONLY = [
@@ -59,6 +59,7 @@ HOST_ONLY = [
     "frames",
     "generators",
     "_columns",
+    "refusals",
 ]
 HOST_ONLY += ["shards", "_shard_writer", "_shard_reader", "_transpose", "_atomic", "model_file"]
 

@@ -94,7 +94,7 @@ def ids_and_places(column: pd.Series, given: Any, name: str) -> tuple[pd.Index, 
     values, label = _plain(column), f"column {column.name!r}"
     kind = _kind(values, label)
     _require_exact(values, column.name)
-    codes, occurring = pd.factorize(values.array)
+    codes, occurring = _distinct(values)
     distinct = pd.Index(occurring, tupleize_cols=False)
     if given is None:
         try:
@@ -173,7 +173,7 @@ def ranks_of_times(column: pd.Series) -> np.ndarray:
     kind = _kind(values, f"column {name!r}")
     if kind in ("booleans", "complex numbers"):
         raise _refusal(name, 0, values[0], "a time", "split by a column of times")
-    codes, distinct = pd.factorize(values.array)
+    codes, distinct = _distinct(values)
     times = pd.Series(distinct)
     if kind == "text":
         times = _parsed(times, values, name)
@@ -244,6 +244,11 @@ def _plain(column: pd.Series) -> pd.Series:
     if isinstance(values.dtype, pd.ArrowDtype):  # text, times and the like
         return values.astype(object).infer_objects()
     return values
+
+
+def _distinct(values: pd.Series) -> tuple[np.ndarray, Any]:
+    """The place of each value among the distinct ones (n,), and these."""
+    return pd.factorize(values.to_numpy() if isinstance(values.dtype, np.dtype) else values.array)
 
 
 def _kind(values: pd.Series | pd.Index, label: str) -> str:

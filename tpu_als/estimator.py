@@ -21,6 +21,7 @@ from ._serving import Serving
 from ._training import Training
 from .checkpoint import Checkpoints
 from .early_stopping import EarlyStopping
+from .refusals import refuse_misplaced
 from .shards import ShardedMatrix
 
 log = logging.getLogger("tpu_als")
@@ -372,6 +373,8 @@ class TPUAlternatingLeastSquares(
 
     def _validated(self, X: Any, reset: bool = False) -> sparse.csr_matrix:
         """scikit-learn's checks of X, then canonical CSR."""
+        name = "user_items" if reset else "X"
+        refuse_misplaced(X, name)
         # A sparse matrix without rows is data without users; an empty array is a mistake.
         least = 0 if sparse.issparse(X) else 1
         X = validate_data(
@@ -382,8 +385,9 @@ class TPUAlternatingLeastSquares(
             dtype=[np.float64, np.float32],
             ensure_min_samples=least,
             ensure_min_features=least,
+            ensure_all_finite=False,  # our own message: scikit-learn's points to other estimators
         )
-        return validation.canonical_csr(X)
+        return validation.canonical_csr(X, name)
 
     def _interactions(self, user_items: Any) -> sparse.csr_matrix | ShardedMatrix:
         """What `fit` learns from."""
