@@ -41,7 +41,7 @@ FLOORS = [
     ["solve"],
     ["mesh"],
     ["layout"],
-    ["validation", "host", "_atomic"],
+    ["validation", "host", "_atomic", "_private"],
     ["exceptions", "refusals"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -60,6 +60,7 @@ HOST_ONLY = [
     "generators",
     "_columns",
     "refusals",
+    "_private",
 ]
 HOST_ONLY += ["shards", "_shard_writer", "_shard_reader", "_transpose", "_atomic", "model_file"]
 
