@@ -16,7 +16,6 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import validate_data
 
 from tpu_als import holdout, validation
-from tpu_als.refusals import refuse_misplaced
 from tpu_als.splits import (
     leave_k_out_split,
     strong_generalization_split,
@@ -59,8 +58,6 @@ def ranking_metrics_at_k(
         See `metrics_of_rankings`.
     """
     del show_progress, num_threads
-    refuse_misplaced(train_user_items, "train_user_items")
-    refuse_misplaced(test_user_items, "test_user_items")
     train, test = sparse.csr_matrix(train_user_items), holdout.canonical(test_user_items)
     if train.shape != test.shape:
         raise ValueError(f"train has shape {train.shape}, but test {test.shape}")
@@ -112,7 +109,6 @@ def metrics_of_rankings(
     ValueError
         For a popularity without `n_users`, or one above it.
     """
-    refuse_misplaced(held_out, "held_out")
     _check_popularity(popularity, n_users)
     counts = np.diff(held_out.indptr)
     ids, held_out, counts = ids[counts > 0], held_out[counts > 0], counts[counts > 0]
@@ -218,7 +214,7 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
 
     def __call__(self, estimator: Any, X: Any, y: Any = None) -> float:
         """Score a fitted estimator on rows, seen in `fit` or not."""
-        visible, hidden = holdout.for_scoring(validation.canonical_csr(X, "X"))
+        visible, hidden = holdout.for_scoring(validation.canonical_csr(X))
         model, known = estimator, visible
         if hasattr(X, "columns"):  # whose order the steps, or the model, compare
             known = pd.DataFrame(visible.toarray(), columns=X.columns)

@@ -9,8 +9,6 @@ import numpy as np
 from scipy import sparse
 from sklearn.exceptions import UndefinedMetricWarning
 
-from .refusals import refuse_misplaced
-
 CUTOFF = 10
 _SCORED = 0.2  # part of a row's entries that a score is measured with
 _SEED = 20110801
@@ -69,7 +67,6 @@ def for_scoring(rows: sparse.csr_matrix) -> tuple[sparse.csr_matrix, sparse.csr_
 
 def canonical(matrix: Any) -> sparse.csr_matrix:
     """CSR of the input's dtype, with its duplicates summed; in a copy where it has any."""
-    refuse_misplaced(matrix, "user_items")
     rows = sparse.csr_matrix(matrix)
     if not rows.has_canonical_format:
         rows = rows.copy()

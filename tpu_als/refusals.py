@@ -48,9 +48,10 @@ def refuse_misplaced(X: Any, name: str = "X", *, takes_shards: bool = False) -> 
         return
     # By name: this module must not import what it only recognises.
     kinds = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(X).__mro__}
-    problem = _own_problem(X, kinds, takes_shards) or _table_problem(X, kinds, name)
+    problem = _own_problem(X, kinds, name, takes_shards) or _table_problem(X, kinds, name)
     if problem is not None:
-        raise TypeError(f"{name} is {problem}")
+        sides = "items by users" if name == "item_users" else "users by items"
+        raise TypeError(f"{name} must be a matrix of {sides}, got {problem}")
 
 
 def require_finite(rows: Any, values: np.ndarray, name: str = "X") -> None:
@@ -83,23 +84,22 @@ def require_finite(rows: Any, values: np.ndarray, name: str = "X") -> None:
     )
 
 
-def _own_problem(X: Any, kinds: set[str], takes_shards: bool) -> str | None:
+def _own_problem(X: Any, kinds: set[str], name: str, takes_shards: bool) -> str | None:
     """What is wrong with an object of this package, a path, or several matrices."""
     if "tpu_als.Interactions" in kinds:
-        return "an Interactions, expected a matrix: pass its attribute `matrix`"
+        return f"an Interactions: pass {name}.matrix"
     if "tpu_als.ShardedMatrix" in kinds and not takes_shards:
         return (
-            "a ShardedMatrix, which only `fit` takes: pass a matrix in memory, such as its "
-            "to_csr() or the rows of its blocks('user')"
+            f"a ShardedMatrix, which only `fit` takes: pass rows in memory, {name}.to_csr() or "
+            f"those of {name}.blocks('user')"
         )
     if isinstance(X, (str, bytes, os.PathLike)):
         return (
-            f"a path or text ({X!r:.60}), expected a matrix: read the file first, with "
-            "scipy.sparse.load_npz, or with tpu_als.shards.open_shards for `fit` on a directory "
-            "of shards"
+            f"a path or text ({X!r:.60}): read the file first, with scipy.sparse.load_npz, or, for "
+            "`fit` on a directory of shards, with tpu_als.shards.open_shards"
         )
     if isinstance(X, (tuple, list)) and any(map(sparse.issparse, X)):
-        return f"a {type(X).__name__} of {len(X)} matrices, expected one: pass one of them"
+        return f"a {type(X).__name__} of {len(X)} matrices: pass one of them"
     return None
 
 
@@ -124,7 +124,7 @@ def _table_problem(X: Any, kinds: set[str], name: str) -> str | None:
 
 def _events(what: str, frame: str) -> str:
     return (
-        f"{what}, expected a matrix of users by items: turn events, one a row, into one with "
+        f"{what}: turn events, one a row, into a matrix with "
         f"tpu_als.datasets.interactions_from_frame({frame}, user, item).matrix"
     )
 

@@ -12,7 +12,6 @@ import numpy as np
 from scipy import sparse
 
 from tpu_als import holdout, validation
-from tpu_als.refusals import refuse_misplaced
 
 
 def train_test_split(
@@ -33,7 +32,6 @@ def train_test_split(
     -------
     train, test : csr_matrix of shape (n_users, n_items)
     """
-    refuse_misplaced(ratings, "ratings")
     if not 0 <= train_percentage <= 1:
         raise ValueError(f"train_percentage must be from 0 to 1, got {train_percentage}")
     entries = sparse.coo_matrix(ratings)
@@ -62,7 +60,6 @@ def leave_k_out_split(
     -------
     train, test : csr_matrix of shape (n_users, n_items)
     """
-    refuse_misplaced(ratings, "ratings")
     if K < 1:
         raise ValueError(f"K must be 1 or more, got {K}")
     if not 0 <= train_only_size < 1:
@@ -108,7 +105,6 @@ def strong_generalization_split(
     Liang, Krishnan, Hoffman, Jebara (2018), Variational Autoencoders for Collaborative Filtering,
     section 4.1; also the protocol of ALX.
     """
-    refuse_misplaced(user_items, "user_items")
     _check_fraction("test_users", test_users)
     _check_fraction("fold_in", fold_in)
     rows, rng = holdout.canonical(user_items), validation.random_generator(random_state)
@@ -148,8 +144,6 @@ def time_split(
     ValueError
         For a fraction out of range, other entries, or a missing time (NaN).
     """
-    refuse_misplaced(user_items, "user_items")
-    refuse_misplaced(timestamps, "timestamps")
     _check_fraction("fraction", fraction)
     entries, times = _sorted(user_items), _sorted(timestamps)
     same = entries.shape == times.shape and np.array_equal(entries.indptr, times.indptr)
