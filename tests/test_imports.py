@@ -27,8 +27,8 @@ FLOORS = [
     ["early_stopping"],
     ["model_file"],
     ["evaluation", "weighting", "datasets", "shards"],
-    ["splits", "metrics", "_shard_writer"],
-    ["_shard_reader"],
+    ["splits", "metrics", "_shard_writer", "frames", "generators"],
+    ["_shard_reader", "_columns"],
     ["_transpose"],
     ["holdout"],
     ["ranking"],
@@ -42,8 +42,8 @@ FLOORS = [
     ["solve"],
     ["mesh"],
     ["layout"],
-    ["validation", "host", "_atomic", "_evaluation_inputs"],
-    ["exceptions"],
+    ["validation", "host", "_atomic", "_evaluation_inputs", "_private"],
+    ["exceptions", "refusals"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 HOST_ONLY = [
@@ -59,6 +59,11 @@ HOST_ONLY = [
     "splits",
     "metrics",
     "_evaluation_inputs",
+    "frames",
+    "generators",
+    "_columns",
+    "refusals",
+    "_private",
 ]
 HOST_ONLY += ["shards", "_shard_writer", "_shard_reader", "_transpose", "_atomic", "model_file"]
 

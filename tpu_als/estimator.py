@@ -24,6 +24,7 @@ from .checkpoint import Checkpoints
 from .early_stopping import EarlyStopping
 from .fitted import FactorTable, FittedModel, tables_of
 from .metrics import popularity_of
+from .refusals import refuse_misplaced
 from .shards import ShardedMatrix
 
 log = logging.getLogger("tpu_als")
@@ -497,6 +498,8 @@ def _after(training: Training, fitted: FittedModel) -> FittedModel:
 
 
 def _checked(estimator: TPUAlternatingLeastSquares, X: Any, reset: bool) -> sparse.csr_matrix:
+    name = "user_items" if reset else "X"
+    refuse_misplaced(X, name)
     # A sparse matrix without rows is data without users; an empty array is a mistake.
     least = 0 if sparse.issparse(X) else 1
     X = validate_data(
@@ -507,8 +510,9 @@ def _checked(estimator: TPUAlternatingLeastSquares, X: Any, reset: bool) -> spar
         dtype=[np.float64, np.float32],
         ensure_min_samples=least,
         ensure_min_features=least,
+        ensure_all_finite=False,  # our own message: scikit-learn's points to other estimators
     )
-    return validation.canonical_csr(X)
+    return validation.canonical_csr(X, name)
 
 
 try:  # implicit's wrappers check for its class; it is an ABC, so no inheritance is needed.

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 from scipy import sparse
-from sklearn.utils import assert_all_finite
 
 from .exceptions import ModelFitError, ParameterWarning
+from .refusals import refuse_misplaced, require_finite
 
 LINEAR_SOLVERS = ("auto", "cg", "cholesky", "subspace")
 DTYPES = ("float32", "float64", "bfloat16")
@@ -112,10 +112,23 @@ def random_generator(random_state: Any) -> np.random.Generator:
     random_state : int, None, numpy.random.RandomState, numpy.random.Generator or seed-like
         A RandomState gives a seed (implicit means to, and fails); all else is NumPy's
         `default_rng`, so a Generator is used as it is.
+
+    Raises
+    ------
+    ValueError
+        For anything else, such as a float, a bool or a negative integer.
     """
     if isinstance(random_state, np.random.RandomState):
         return np.random.default_rng(random_state.randint(2**31, dtype=np.int64))
-    return np.random.default_rng(random_state)
+    try:
+        if isinstance(random_state, (bool, np.bool_)):
+            raise TypeError("a bool is not a seed")
+        return np.random.default_rng(random_state)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "random_state must be None, an integer of at least 0, a numpy.random.Generator or a "
+            f"RandomState, got {random_state!r:.60}"
+        ) from error
 
 
 def random_seed(random_state: Any) -> int:
@@ -153,7 +166,7 @@ def warn_if_converted(matrix: Any) -> None:
         )
 
 
-def canonical_csr(matrix: Any) -> sparse.csr_matrix:
+def canonical_csr(matrix: Any, name: str = "user_items") -> sparse.csr_matrix:
     """Return a float32 csr_matrix with sorted indices and no duplicates; the input stays as it is.
 
     Parameters
@@ -162,19 +175,23 @@ def canonical_csr(matrix: Any) -> sparse.csr_matrix:
         A 1-D sparse array is one row. Of a dense array, zeros are not entries; zeros that a
         sparse matrix stores are, as in implicit. Duplicate entries are summed (implicit lets
         them count twice in the weights and once in the filters).
+    name : str
+        The argument's name, for messages.
 
     Raises
     ------
+    TypeError
+        For an object that belongs to another call, such as a table of events.
     ValueError
         Where a stored value is not finite or too large for float32, or an index out of bounds.
     """
+    refuse_misplaced(matrix, name)
     if sparse.issparse(matrix) and matrix.ndim == 1:
         matrix = matrix.reshape(1, -1)
     csr = matrix.tocsr() if sparse.issparse(matrix) else sparse.csr_matrix(matrix)
     with np.errstate(over="ignore"):
         values = np.asarray(csr.data, dtype=np.float32)
-    if not np.isfinite(values).all():  # scikit-learn words the error, but is slow for a single row
-        assert_all_finite(values, input_name="user_items")
+    require_finite(csr, values, name)
     if csr.nnz and (csr.indices.min() < 0 or csr.indices.max() >= csr.shape[1]):
         raise ValueError(f"a column index of the sparse matrix lies outside its shape {csr.shape}")
     if isinstance(csr, sparse.csr_matrix) and values is csr.data and csr.has_canonical_format:
@@ -183,6 +200,7 @@ def canonical_csr(matrix: Any) -> sparse.csr_matrix:
     if not out.has_canonical_format:
         out = out.copy()
         out.sum_duplicates()
+        require_finite(out, out.data, name)
     return out
 
 
@@ -222,6 +240,7 @@ def rows_for(
     ValueError
         For another format, another number of rows, or entries beyond the table.
     """
+    refuse_misplaced(matrix, name)
     one_row = sparse.issparse(matrix) and matrix.ndim == 1
     if not sparse.issparse(matrix) or (strict and matrix.format != "csr" and not one_row):
         advice = f"{name}.tocsr()" if sparse.issparse(matrix) else f"csr_matrix({name})"
@@ -231,7 +250,7 @@ def rows_for(
         raise ValueError(
             f"{name} needs to be a CSR sparse matrix, got {type(matrix).__name__}: pass {advice}"
         )
-    rows = canonical_csr(matrix)
+    rows = canonical_csr(matrix, name)
     if mask is not None and rows.shape[0] == len(mask):
         rows = rows[np.flatnonzero(mask)]
     if n_rows is not None and rows.shape[0] != n_rows:
