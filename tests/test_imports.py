@@ -39,7 +39,7 @@ FLOORS = [
     ["sweep", "native"],
     ["exchange", "cells", "_loops"],
     ["solve"],
-    ["mesh"],
+    ["mesh", "cholesky"],
     ["layout"],
     ["validation", "host", "_atomic"],
     ["exceptions"],
