@@ -40,7 +40,7 @@ FLOORS = [
     ["sweep", "native"],
     ["exchange", "cells", "_loops"],
     ["solve"],
-    ["mesh"],
+    ["mesh", "cholesky"],
     ["layout"],
     ["validation", "host", "_atomic", "_evaluation_inputs", "_private"],
     ["exceptions", "refusals"],
