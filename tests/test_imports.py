@@ -41,7 +41,9 @@ FLOORS = [
     ["solve"],
     ["mesh"],
     ["layout"],
-    ["validation", "host", "_atomic"],
+    ["validation", "_atomic"],
+    ["matrices", "host"],
+    ["structure"],
     ["exceptions"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -51,6 +53,8 @@ HOST_ONLY = [
     "layout",
     "cells",
     "validation",
+    "matrices",
+    "structure",
     "evaluation",
     "weighting",
     "datasets",

@@ -16,7 +16,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils.validation import check_is_fitted, validate_data
 from tqdm.auto import tqdm
 
-from . import holdout, model_file, placing, validation
+from . import holdout, model_file, placing, structure, validation
 from ._serving import Serving
 from ._training import Training
 from .checkpoint import Checkpoints
@@ -376,7 +376,7 @@ class TPUAlternatingLeastSquares(
         least = 0 if sparse.issparse(X) else 1
         X = validate_data(
             self,
-            X,
+            structure.checked(X, widen=True),
             reset=reset,
             accept_sparse="csr",
             dtype=[np.float64, np.float32],

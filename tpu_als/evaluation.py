@@ -15,7 +15,7 @@ from scipy import sparse
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import validate_data
 
-from tpu_als import holdout, validation
+from tpu_als import holdout, matrices, validation
 from tpu_als.splits import (
     leave_k_out_split,
     strong_generalization_split,
@@ -58,7 +58,7 @@ def ranking_metrics_at_k(
         See `metrics_of_rankings`.
     """
     del show_progress, num_threads
-    train, test = sparse.csr_matrix(train_user_items), holdout.canonical(test_user_items)
+    train, test = matrices.canonical(train_user_items), holdout.canonical(test_user_items)
     if train.shape != test.shape:
         raise ValueError(f"train has shape {train.shape}, but test {test.shape}")
     users = np.flatnonzero(np.diff(test.indptr))

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from scipy import sparse
 
-from tpu_als import cells, layout, solve, sweep
+from tpu_als import cells, layout, solve, structure, sweep
 from tpu_als.als import typed
 from tpu_als.layout import Plan, Rung
 from tpu_als.mesh import Workplace, precision
@@ -107,6 +107,7 @@ def solve_rows(
     array (M, K)
         float32 or float64. A row that could not be solved is NaN.
     """
+    structure.check_compressed(rows, "rows")
     dtype = np.dtype(params.compute_dtype)
     lengths = np.diff(rows.indptr)
     where = layout.map_rows(lengths, _plan(lengths, params, source.place))

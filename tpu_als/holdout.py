@@ -9,6 +9,8 @@ import numpy as np
 from scipy import sparse
 from sklearn.exceptions import UndefinedMetricWarning
 
+from . import matrices
+
 CUTOFF = 10
 _SCORED = 0.2  # part of a row's entries that a score is measured with
 _SEED = 20110801
@@ -67,11 +69,7 @@ def for_scoring(rows: sparse.csr_matrix) -> tuple[sparse.csr_matrix, sparse.csr_
 
 def canonical(matrix: Any) -> sparse.csr_matrix:
     """CSR of the input's dtype, with its duplicates summed; in a copy where it has any."""
-    rows = sparse.csr_matrix(matrix)
-    if not rows.has_canonical_format:
-        rows = rows.copy()
-        rows.sum_duplicates()
-    return rows
+    return matrices.canonical(matrix)
 
 
 def mean_ndcg(ids: np.ndarray, hidden: sparse.csr_matrix) -> float:

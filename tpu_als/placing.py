@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from scipy import sparse
 
-from tpu_als import cells, exchange, layout, native
+from tpu_als import cells, exchange, layout, native, structure
 from tpu_als.cells import Entries, InMemory, Long
 from tpu_als.exchange import Route
 from tpu_als.host import Memory, give_back_memory
@@ -239,6 +239,7 @@ def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Wor
         Where it goes.
     """
     if isinstance(user_items, sparse.csr_matrix):
+        structure.check_compressed(user_items)
         _check_same(user_items, place)
         entries: Entries = InMemory.turned(user_items)
     else:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from tpu_als import holdout, validation
+from tpu_als import holdout, structure, validation
 
 
 def train_test_split(
@@ -34,7 +34,7 @@ def train_test_split(
     """
     if not 0 <= train_percentage <= 1:
         raise ValueError(f"train_percentage must be from 0 to 1, got {train_percentage}")
-    entries = sparse.coo_matrix(ratings)
+    entries = sparse.coo_matrix(structure.checked(ratings))
     draws = validation.random_generator(random_state).random(len(entries.data))
     in_train = draws < train_percentage
     return _part(entries, in_train), _part(entries, ~in_train & (entries.data > 0))
@@ -64,7 +64,10 @@ def leave_k_out_split(
         raise ValueError(f"K must be 1 or more, got {K}")
     if not 0 <= train_only_size < 1:
         raise ValueError(f"train_only_size must be at least 0 and below 1, got {train_only_size}")
-    entries, rng = sparse.coo_matrix(ratings), validation.random_generator(random_state)
+    entries, rng = (
+        sparse.coo_matrix(structure.checked(ratings)),
+        validation.random_generator(random_state),
+    )
     counts = np.bincount(entries.row, minlength=entries.shape[0])
     tested = (counts > K + 1) & (rng.random(entries.shape[0]) >= train_only_size)
     order = np.argsort(entries.row + rng.random(entries.nnz), kind="stable")
@@ -163,7 +166,7 @@ def _check_fraction(name: str, value: float) -> None:
 
 def _sorted(matrix: Any) -> sparse.csr_matrix:
     """CSR with sorted indices; where that takes sorting, in a copy, as others may share them."""
-    rows = sparse.csr_matrix(matrix)
+    rows = sparse.csr_matrix(structure.checked(matrix))
     return rows if rows.has_sorted_indices else rows.sorted_indices()
 
 

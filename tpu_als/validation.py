@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import operator
 import os
-import warnings
 from collections.abc import Callable, Collection, Iterable
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from scipy import sparse
-from sklearn.utils import assert_all_finite
 
-from .exceptions import ModelFitError, ParameterWarning
+from .exceptions import ModelFitError as ModelFitError
+from .exceptions import ParameterWarning as ParameterWarning
+from .matrices import canonical_csr as canonical_csr
+from .matrices import rows_for as rows_for
+from .matrices import warn_if_converted as warn_if_converted
 
 LINEAR_SOLVERS = ("auto", "cg", "cholesky", "subspace")
 DTYPES = ("float32", "float64", "bfloat16")
@@ -140,120 +141,6 @@ def fit_arguments(y: Any, show_progress: Any, callback: Any) -> tuple[bool, Call
             f"callback must be callable(iteration, seconds, loss), got {type(callback).__name__}"
         )
     return bool(show_progress), callback
-
-
-def warn_if_converted(matrix: Any) -> None:
-    """Warn, as implicit does, where a sparse matrix is not CSR and has to be converted."""
-    if sparse.issparse(matrix) and matrix.ndim == 2 and matrix.format != "csr":
-        warnings.warn(
-            f"Method expects CSR input, and was passed {type(matrix).__name__} instead: it is "
-            "converted, which takes time and memory (pass user_items.tocsr())",
-            ParameterWarning,
-            stacklevel=3,
-        )
-
-
-def canonical_csr(matrix: Any) -> sparse.csr_matrix:
-    """Return a float32 csr_matrix with sorted indices and no duplicates; the input stays as it is.
-
-    Parameters
-    ----------
-    matrix : ndarray, sparse matrix or sparse array of shape (n_rows, n_columns)
-        A 1-D sparse array is one row. Of a dense array, zeros are not entries; zeros that a
-        sparse matrix stores are, as in implicit. Duplicate entries are summed (implicit lets
-        them count twice in the weights and once in the filters).
-
-    Raises
-    ------
-    ValueError
-        Where a stored value is not finite or too large for float32, or an index out of bounds.
-    """
-    if sparse.issparse(matrix) and matrix.ndim == 1:
-        matrix = matrix.reshape(1, -1)
-    csr = matrix.tocsr() if sparse.issparse(matrix) else sparse.csr_matrix(matrix)
-    with np.errstate(over="ignore"):
-        values = np.asarray(csr.data, dtype=np.float32)
-    if not np.isfinite(values).all():  # scikit-learn words the error, but is slow for a single row
-        assert_all_finite(values, input_name="user_items")
-    if csr.nnz and (csr.indices.min() < 0 or csr.indices.max() >= csr.shape[1]):
-        raise ValueError(f"a column index of the sparse matrix lies outside its shape {csr.shape}")
-    if isinstance(csr, sparse.csr_matrix) and values is csr.data and csr.has_canonical_format:
-        return csr
-    out = sparse.csr_matrix((values, csr.indices, csr.indptr), shape=csr.shape)
-    if not out.has_canonical_format:
-        out = out.copy()
-        out.sum_duplicates()
-    return out
-
-
-def rows_for(
-    matrix: Any,
-    n_rows: int | None,
-    n_columns: int,
-    name: str = "user_items",
-    strict: bool = True,
-    mask: np.ndarray | None = None,
-) -> sparse.csr_matrix:
-    """Check the rows that go with a list of ids.
-
-    Parameters
-    ----------
-    matrix : csr_matrix, csr_array or 1-D sparse array
-        One row for each id. Other sparse formats pass where not `strict`.
-    n_rows : int or None
-        Number of ids; None accepts any number of rows.
-    n_columns : int
-        Rows of the table that the columns refer to. Fewer columns are filled up; more are cut
-        off, and must hold no entries.
-    name : str
-        The argument's name, for messages.
-    strict : bool
-        Whether formats other than CSR are refused, as in `recommend`.
-    mask : ndarray of bool, optional
-        Where the ids came as a mask, `matrix` may have a row for each of its places.
-
-    Returns
-    -------
-    rows : csr_matrix of shape (n_rows, n_columns)
-        Canonical.
-
-    Raises
-    ------
-    ValueError
-        For another format, another number of rows, or entries beyond the table.
-    """
-    one_row = sparse.issparse(matrix) and matrix.ndim == 1
-    if not sparse.issparse(matrix) or (strict and matrix.format != "csr" and not one_row):
-        advice = f"{name}.tocsr()" if sparse.issparse(matrix) else f"csr_matrix({name})"
-        if matrix is None:
-            advice = "the rows of the ids"
-            advice += ", or filter_already_liked_items=False" if strict else ""
-        raise ValueError(
-            f"{name} needs to be a CSR sparse matrix, got {type(matrix).__name__}: pass {advice}"
-        )
-    rows = canonical_csr(matrix)
-    if mask is not None and rows.shape[0] == len(mask):
-        rows = rows[np.flatnonzero(mask)]
-    if n_rows is not None and rows.shape[0] != n_rows:
-        of, ids = ("item", "itemids") if name == "item_users" else ("user", "userids")
-        raise ValueError(
-            f"{name} must contain 1 row for every {of} in {ids}: got {rows.shape[0]} rows of "
-            f"shape {matrix.shape} for {n_rows} ids. Did you pass all rows? Use {name}[{ids}]"
-        )
-    return _fit_columns(rows, n_columns, name)
-
-
-def _fit_columns(rows: sparse.csr_matrix, n_columns: int, name: str) -> sparse.csr_matrix:
-    if rows.nnz and rows.indices.max() >= n_columns:
-        kind = "items" if name == "user_items" else "users"
-        raise ValueError(
-            f"{name} of shape {rows.shape} has an entry in column {rows.indices.max()}, but the "
-            f"model was fitted with {n_columns} {kind}. Is the matrix transposed, or are there "
-            f"new {kind} (add them with partial_fit_{kind})?"
-        )
-    if rows.shape[1] == n_columns:
-        return rows
-    return sparse.csr_matrix((rows.data, rows.indices, rows.indptr), (rows.shape[0], n_columns))
 
 
 def ids_of(

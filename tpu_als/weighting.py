@@ -10,6 +10,8 @@ from scipy import sparse
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from . import structure
+
 
 class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """A function of each stored value, its row and what `fit` learnt of its column."""
@@ -37,7 +39,7 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             negative values.
         """
         self._check_parameters()
-        self._learn(self._csr(validate_data(self, X, reset=True, **_ACCEPTED)))
+        self._learn(self._csr(self._accepted(X, reset=True)))
         return self
 
     def transform(self, X: Any) -> Any:
@@ -60,11 +62,16 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             As `fit`.
         """
         check_is_fitted(self)
-        accepted = validate_data(self, X, reset=False, **_ACCEPTED)
+        accepted = self._accepted(X, reset=False)
         weighted = self._csr(accepted)
         values = self._weigh(weighted)
         weighted.data = values.astype(accepted.dtype, copy=False)
         return weighted if sparse.issparse(accepted) else weighted.toarray()
+
+    def _accepted(self, X: Any, reset: bool) -> Any:
+        """Check X; sparse input becomes CSR."""
+        X = structure.checked(X, "X", widen=True)
+        return validate_data(self, X, reset=reset, **_ACCEPTED)
 
     def _csr(self, accepted: Any) -> Any:
         """Canonical copy of validated input."""
