@@ -272,6 +272,7 @@ class Serving(FoldIn):
         n_rows, hidden = self._shape(side)[0], excluded
         if chosen is not None:
             n = min(n, len(chosen))
+        validation.require_results(len(queries), n, queries.dtype)
         if chosen is not None and len(chosen) <= n_rows // _FEW:
             rows = self._rows(side, chosen)
             own = None if lengths is None else lengths[chosen]

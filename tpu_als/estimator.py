@@ -274,7 +274,7 @@ class TPUAlternatingLeastSquares(
         Returns
         -------
         ndarray of shape (n_rows, factors)
-            Each row depends on that row of X only.
+            Each row depends on that row of X only, bit for bit where the table is on one device.
         """
         check_is_fitted(self)
         return self._fold_in(self._validated(X), "item")

@@ -89,8 +89,9 @@ def solve_rows(
 
     Parameters
     ----------
-    rows : CSR matrix (M, N)
-        Stored entries of each row.
+    rows : CSR matrix (M, N) or (M, N + 1)
+        Stored entries of each row. Column N stands for a row of zeros: entries there count in (2)
+        and change nothing else.
     source : Source
         The fixed table.
     objective : Objective
@@ -108,12 +109,14 @@ def solve_rows(
         float32 or float64. A row that could not be solved is NaN.
     """
     structure.check_compressed(rows, "rows")
+    if rows.shape[1] > source.n_rows + 1:
+        raise ValueError(f"rows have {rows.shape[1]} columns for a table of {source.n_rows} rows")
     dtype = np.dtype(params.compute_dtype)
     lengths = np.diff(rows.indptr)
     where = layout.map_rows(lengths, _plan(lengths, params, source.place))
     blocks = [(np.arange(len(lengths)), rows)]
     pad, one = source.n_rows, range(1)
-    all_ids, all_values = cells.fill(blocks, where, np.arange(pad), pad, one, dtype)
+    all_ids, all_values = cells.fill(blocks, where, np.arange(pad + 1), pad, one, dtype)
     assert all_values is not None
     counts = layout.to_slots(lengths.astype(np.int32), where, one)[0]
     begin = np.zeros((rows.shape[0], params.factors), dtype) if start is None else start

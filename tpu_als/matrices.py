@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any
 
@@ -11,6 +12,8 @@ from sklearn.utils import assert_all_finite
 
 from . import structure
 from .exceptions import ParameterWarning
+
+log = logging.getLogger("tpu_als")
 
 
 def warn_if_converted(matrix: Any) -> None:
@@ -126,6 +129,7 @@ def rows_for(
     name: str = "user_items",
     strict: bool = True,
     mask: np.ndarray | None = None,
+    allow_unknown: bool = False,
 ) -> sparse.csr_matrix:
     """Check the rows that go with a list of ids.
 
@@ -144,11 +148,14 @@ def rows_for(
         Whether formats other than CSR are refused, as in `recommend`.
     mask : ndarray of bool, optional
         Where the ids came as a mask, `matrix` may have a row for each of its places.
+    allow_unknown : bool, default=False
+        Whether entries beyond the table are accepted: ids that the table does not have yet.
 
     Returns
     -------
-    rows : csr_matrix of shape (n_rows, n_columns)
-        Canonical.
+    rows : csr_matrix of shape (n_rows, n_columns), or (n_rows, n_columns + 1)
+        Canonical. With entries beyond the table there is one more column, which stands for a row of
+        zeros in the table. It holds all of them, so its ids may repeat within a row.
 
     Raises
     ------
@@ -164,7 +171,7 @@ def rows_for(
         raise ValueError(
             f"{name} needs to be a CSR sparse matrix, got {type(matrix).__name__}: pass {advice}"
         )
-    rows = canonical_csr(matrix)
+    rows = canonical_csr(matrix, name)
     if mask is not None and rows.shape[0] == len(mask):
         rows = rows[np.flatnonzero(mask)]
     if n_rows is not None and rows.shape[0] != n_rows:
@@ -173,17 +180,74 @@ def rows_for(
             f"{name} must contain 1 row for every {of} in {ids}: got {rows.shape[0]} rows of "
             f"shape {matrix.shape} for {n_rows} ids. Did you pass all rows? Use {name}[{ids}]"
         )
-    return _fit_columns(rows, n_columns, name)
+    return _fit_columns(rows, n_columns, name, allow_unknown)
 
 
-def _fit_columns(rows: sparse.csr_matrix, n_columns: int, name: str) -> sparse.csr_matrix:
-    if rows.nnz and rows.indices.max() >= n_columns:
-        kind = "items" if name == "user_items" else "users"
-        raise ValueError(
-            f"{name} of shape {rows.shape} has an entry in column {rows.indices.max()}, but the "
-            f"model was fitted with {n_columns} {kind}. Is the matrix transposed, or are there "
-            f"new {kind} (add them with partial_fit_{kind})?"
-        )
+def _fit_columns(
+    rows: sparse.csr_matrix, n_columns: int, name: str, allow_unknown: bool
+) -> sparse.csr_matrix:
     if rows.shape[1] == n_columns:
         return rows
-    return sparse.csr_matrix((rows.data, rows.indices, rows.indptr), (rows.shape[0], n_columns))
+    ids, width = rows.indices, n_columns
+    # Ids were checked against the shape, so narrow matrices need no further look.
+    if rows.nnz and rows.shape[1] > n_columns and ids.max() >= n_columns:
+        kind = "items" if name == "user_items" else "users"
+        if not allow_unknown:
+            raise ValueError(
+                f"{name} of shape {rows.shape} has an entry in column {ids.max()}, but the "
+                f"model was fitted with {n_columns} {kind}. Is the matrix transposed, or are there "
+                f"new {kind} (add them with partial_fit_{kind})?"
+            )
+        is_unknown = ids >= n_columns
+        log.info(
+            "%d of %d entries of %s belong to %s that the model does not have yet: they add no "
+            "information to the solve", is_unknown.sum(), rows.nnz, name, kind,
+        )  # fmt: skip
+        ids, width = np.minimum(ids, n_columns), n_columns + 1
+    return sparse.csr_matrix((rows.data, ids, rows.indptr), (rows.shape[0], width))
+
+
+def known_entries(
+    rows: sparse.csr_matrix, row: Any, n_columns: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Ids and values of a row's entries below `n_columns`, and the number of all its entries.
+
+    The number is the n_u of equation (2), which counts entries of unknown ids as well.
+    """
+    at = slice(rows.indptr[row], rows.indptr[row + 1])
+    ids, values = rows.indices[at], rows.data[at]
+    count = len(ids)
+    if rows.shape[1] > n_columns:
+        is_known = ids < n_columns
+        ids, values = ids[is_known], values[is_known]
+    return ids, values, count
+
+
+def explained_row(user_items: Any, user: int, n_items: int) -> sparse.csr_matrix:
+    """Pick the row (1, n_items) of a user from the whole matrix, or take it as it is.
+
+    Parameters
+    ----------
+    user_items : sparse matrix or array of shape (n_users, n_items), (1, n_items) or (n_items,)
+        A single row is that of the user, whatever the id.
+    user : int
+        Row of a matrix with more than one.
+    n_items : int
+        Rows of the item table.
+
+    Raises
+    ------
+    IndexError
+        For a user beyond the matrix.
+    ValueError
+        As `rows_for`.
+    """
+    rows = rows_for(user_items, None, n_items, strict=False)
+    if rows.shape[0] == 1:
+        return rows
+    if user >= rows.shape[0]:
+        raise IndexError(
+            f"userid {user} is not in user_items, which has {rows.shape[0]} rows: pass the whole "
+            "matrix, or the user's own row, user_items[userid]"
+        )
+    return rows[user]

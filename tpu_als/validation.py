@@ -13,10 +13,12 @@ import numpy as np
 
 from .exceptions import ModelFitError as ModelFitError
 from .exceptions import ParameterWarning as ParameterWarning
+from .host import require_memory
 from .matrices import canonical_csr as canonical_csr
 from .matrices import rows_for as rows_for
 from .matrices import warn_if_converted as warn_if_converted
 
+GROWTH = 1_000_000  # rows that a partial fit may add to any table, besides doubling it
 LINEAR_SOLVERS = ("auto", "cg", "cholesky", "subspace")
 DTYPES = ("float32", "float64", "bfloat16")
 
@@ -173,21 +175,79 @@ def ids_of(
     """
     if type(ids) is int and count is not None and 0 <= ids < count:  # a server's usual call
         return np.array([ids]), True, None
+    array, is_scalar, mask = _integers(ids, name)
+    if mask is not None and count is not None and len(mask) != count:
+        raise IndexError(f"{name} is a mask of length {len(mask)}, expected {count}")
+    if count is not None and array.size and (array.min() < 0 or array.max() >= count):
+        wrong = array.min() if array.min() < 0 else array.max()
+        raise IndexError(f"{name} {wrong} is not in the model, which has ids 0 to {count - 1}")
+    return array.astype(np.int64), is_scalar, mask
+
+
+def _integers(ids: Any, name: str) -> tuple[np.ndarray, bool, np.ndarray | None]:
+    """Ids as they came, (n,); whether there was but one; and the mask, if it was one."""
     array = np.asarray(list(ids) if isinstance(ids, Collection) and _unordered(ids) else ids)
     is_scalar, mask = array.ndim == 0, None
     if array.ndim > 1:
         raise IndexError(f"{name} must be one id or a 1-D list of ids, got shape {array.shape}")
     if array.dtype == bool and not is_scalar:
-        if count is not None and len(array) != count:
-            raise IndexError(f"{name} is a mask of length {len(array)}, expected {count}")
         array, mask = np.flatnonzero(array), array
     if array.size and array.dtype.kind not in "iu":
         raise IndexError(f"{name} must hold integers, got dtype {array.dtype} ({ids!r:.60})")
-    array = np.atleast_1d(array).astype(np.int64)
-    if count is not None and array.size and (array.min() < 0 or array.max() >= count):
-        wrong = array.min() if array.min() < 0 else array.max()
-        raise IndexError(f"{name} {wrong} is not in the model, which has ids 0 to {count - 1}")
-    return array, is_scalar, mask
+    return np.atleast_1d(array), is_scalar, mask
+
+
+def one_id(ids: Any, count: int | None, name: str) -> int:
+    """Check an id of a table with `count` rows: a single one, of at least 0.
+
+    Raises
+    ------
+    IndexError
+        For several ids, none, or what `ids_of` refuses.
+    """
+    array = ids_of(ids, count, name)[0]
+    if len(array) != 1:
+        raise IndexError(f"{name} must be exactly one id, got {len(array)}: call once for each")
+    if array[0] < 0:
+        raise IndexError(f"{name} must not be negative, got {array[0]}")
+    return int(array[0])
+
+
+def ids_to_store(ids: Any, n_rows: int, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Check the ids of rows to store in a table, which they may grow.
+
+    Parameters
+    ----------
+    ids : array-like of int
+        Ids may repeat.
+    n_rows : int
+        Rows of the table. It may grow to twice as many and `GROWTH` more.
+    name : str
+        The argument's name, for messages.
+
+    Returns
+    -------
+    ids : ndarray of int64 and shape (n,)
+    mask : ndarray of bool or None
+        The mask that was given, if any.
+
+    Raises
+    ------
+    IndexError
+        For ids that are no integers, negative, or so large that the table would grow too far.
+    """
+    array, _, mask = _integers(ids, name)
+    if array.size and array.min() < 0:
+        raise IndexError(f"{name} must not be negative, got {array.min()}")
+    bound = 2 * n_rows + GROWTH
+    if array.size and int(array.max()) >= bound:
+        raise IndexError(
+            f"{name} {array.max()} is too far beyond the table, which has {n_rows} rows: one call "
+            f"grows it to {bound} rows at most, twice its size and {GROWTH:,}, because the rows in "
+            f"between are zero. Number new {name.removesuffix('ids')}s from {n_rows} on, or assign "
+            f"{name.removesuffix('ids')}_factors a larger table first"
+        )
+    return array.astype(np.int64), mask
 
 
 def _unordered(ids: Collection) -> bool:
@@ -230,9 +290,52 @@ def result_count(n: Any) -> int:
         n = operator.index(n)
     except TypeError:
         raise TypeError(f"N must be an integer, got {type(n).__name__}") from None
-    if n < 0:
-        raise ValueError(f"N must be at least 0, got {n}")
+    if not 0 <= n < 1 << 31:
+        raise ValueError(f"N must be at least 0 and below 2**31, got {n}")
     return n
+
+
+def require_results(n_queries: int, n: int, dtype: Any) -> None:
+    """Raise MemoryError where ids and scores (n_queries, n) would not fit into memory."""
+    size = n_queries * n
+    require_memory(
+        {"ids": 4 * size, "scores": size * np.dtype(dtype).itemsize},
+        f"set N to less than {n}, or pass fewer than {n_queries} ids at a time",
+    )
+
+
+def solver_arguments(X: Any, Y: Any, regularization: Any) -> None:
+    """Check the tables and the ridge that the callable `solver` is given.
+
+    Parameters
+    ----------
+    X : ndarray of float and shape (n_rows, factors)
+        To be written into.
+    Y : array of shape (n_columns, factors)
+        The table held fixed.
+    regularization : float
+        Finite, at least 0.
+
+    Raises
+    ------
+    ValueError
+        For anything else. Nothing has been written then.
+    """
+    if not isinstance(X, np.ndarray) or X.ndim != 2 or X.dtype.kind != "f" or not X.flags.writeable:
+        got = type(X).__name__
+        if isinstance(X, np.ndarray):
+            got = f"{X.dtype} of shape {X.shape}, writeable={X.flags.writeable}"
+        raise ValueError(f"X must be a writeable 2-D array of floats, as it is solved; got {got}")
+    shape = np.shape(Y)
+    if len(shape) != 2 or shape[1] != X.shape[1]:
+        raise ValueError(
+            f"Y must have shape (n_columns, {X.shape[1]}), the factors of X, got {shape}"
+        )
+    is_number = isinstance(regularization, Real) and not isinstance(regularization, bool)
+    if not is_number or not math.isfinite(regularization) or regularization < 0:
+        raise ValueError(
+            f"regularization must be a finite number of at least 0, got {regularization!r}"
+        )
 
 
 def factor_table(table: Any, name: str) -> np.ndarray | None:
