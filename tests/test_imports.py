@@ -42,8 +42,10 @@ FLOORS = [
     ["solve"],
     ["mesh", "cholesky"],
     ["layout"],
-    ["validation", "host", "_atomic", "_evaluation_inputs", "_private"],
-    ["exceptions", "refusals"],
+    ["validation", "_atomic", "_evaluation_inputs", "_private"],
+    ["matrices", "host"],
+    ["structure", "refusals"],
+    ["exceptions"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 HOST_ONLY = [
@@ -52,6 +54,8 @@ HOST_ONLY = [
     "layout",
     "cells",
     "validation",
+    "matrices",
+    "structure",
     "evaluation",
     "weighting",
     "datasets",

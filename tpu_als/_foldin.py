@@ -9,9 +9,10 @@ import numpy as np
 from scipy import linalg, sparse
 from sklearn.utils import check_array
 
-from . import fold_in, mesh, placing, solve, validation
+from . import fold_in, matrices, mesh, placing, solve, validation
 from ._tables import FactorTables
 from .fitted import FactorTable
+from .host import require_memory
 
 # Up to so many rows and entries, a dispatch to the devices takes longer than solving them here.
 _HOST_ROWS, _HOST_ENTRIES = 4, 1 << 14
@@ -42,6 +43,8 @@ class FoldIn(FactorTables):
         Returns
         -------
         ndarray of shape (factors,), or (n, factors) for several users
+            Up to 4 rows are solved on the host in float64, more on the devices: the results agree
+            within rounding, of which docs/math.md states the bound, but not bit for bit.
 
         Raises
         ------
@@ -64,6 +67,7 @@ class FoldIn(FactorTables):
         Returns
         -------
         ndarray of shape (factors,), or (n, factors) for several items
+            Exact up to rounding, as in `recalculate_user`.
 
         Raises
         ------
@@ -79,16 +83,19 @@ class FoldIn(FactorTables):
         Parameters
         ----------
         userids : array-like of int
-            Users to update. Ids past the end are added; rows in between are zero.
+            Users to update. Ids past the end are added; rows in between are zero. Of a repeated id
+            the last row is stored, as NumPy does.
         user_items : csr_matrix or csr_array of shape (n, n_items)
-            One row for each user.
+            One row for each user. Entries of items that the model does not have yet are accepted:
+            they add no information, as an item of zeros would, and their number is logged.
 
         Raises
         ------
         ValueError
             Where the numbers of rows and users differ.
         IndexError
-            For negative ids.
+            For negative ids, and for ids that would grow the table beyond twice its size and
+            1,000,000 rows. Assign `user_factors` to grow it further.
         """
         validation.warn_if_converted(user_items)
         self._partial_fit("user", userids, user_items)
@@ -99,16 +106,19 @@ class FoldIn(FactorTables):
         Parameters
         ----------
         itemids : array-like of int
-            Items to update. Ids past the end are added; rows in between are zero.
+            Items to update. Ids past the end are added; rows in between are zero. Of a repeated id
+            the last row is stored, as NumPy does.
         item_users : csr_matrix or csr_array of shape (n, n_users)
-            One row for each item.
+            One row for each item. Entries of users that the model does not have yet are accepted:
+            they add no information, as a user of zeros would, and their number is logged.
 
         Raises
         ------
         ValueError
             Where the numbers of rows and items differ.
         IndexError
-            For negative ids.
+            For negative ids, and for ids that would grow the table beyond twice its size and
+            1,000,000 rows. Assign `item_factors` to grow it further.
         """
         validation.warn_if_converted(item_users)
         self._partial_fit("item", itemids, item_users)
@@ -127,8 +137,10 @@ class FoldIn(FactorTables):
         ----------
         userid : int
             The user.
-        user_items : csr_matrix or csr_array of shape (n_users, n_items)
-            The whole matrix, unlike in `recommend`: its row `userid` is used.
+        user_items : csr_matrix or csr_array of shape (n_users, n_items) or (1, n_items)
+            The whole matrix, whose row `userid` is used as in implicit, or that row alone, as in
+            `recommend`. It must hold the values that the model was fitted with: weighted ones if
+            `fit` got weighted ones, not the raw counts, which belong to other factors.
         itemid : int
             The item whose score is to be explained.
         user_weights : tuple, optional
@@ -144,19 +156,26 @@ class FoldIn(FactorTables):
             Largest first. Disliked items (negative entries) contribute nothing and are left out.
         user_weights : tuple
             Cholesky factor of the user's system, as `scipy.linalg.cho_factor` gives it.
+
+        Raises
+        ------
+        IndexError
+            For anything but one id each, and for ids beyond the matrix or the items.
+        ValueError
+            Where an entry lies beyond the items.
         """
         n, table = validation.result_count(N), self._complete("item").item
         n_items = table.shape[0]
         validation.warn_if_converted(user_items)
-        rows = validation.rows_for(user_items, None, n_items, strict=False)
-        user = validation.ids_of(userid, rows.shape[0], "userid (a row of the whole user_items)")
-        item = validation.ids_of(itemid, n_items, "itemid")
-        row = rows[user[0][0]]
+        user = validation.one_id(userid, None, "userid")
+        item = validation.one_id(itemid, n_items, "itemid")
+        row = matrices.explained_row(user_items, user, n_items)
         w, v = solve.confidence(self._objective(), row.data.astype(np.float64))
         liked = table.rows(row.indices)
         if user_weights is None:
-            user_weights = _factorize(self._system(table, liked.astype(np.float64), w))
-        wanted = table.rows(item[0][:1])[0].astype(np.float64)
+            system = self._system(table, liked.astype(np.float64), w, row.nnz)
+            user_weights = _factorize(system)
+        wanted = table.rows(np.array([item]))[0].astype(np.float64)
         scores = (liked @ linalg.cho_solve(user_weights, wanted)) * v
         order = [i for i in np.argsort(-scores, kind="stable") if row.data[i] >= 0][:n]
         top = [(int(row.indices[i]), float(scores[i])) for i in order]
@@ -182,6 +201,8 @@ class FoldIn(FactorTables):
                 f"X has {factors.shape[1]} columns, expected {table.shape[1]} factors: "
                 "inverse_transform takes what transform returns"
             )
+        size = len(factors) * len(table) * table.itemsize
+        require_memory({"scores": size}, "pass fewer rows, or use recommend for the best items")
         return factors.astype(table.dtype, copy=False) @ table.T
 
     @property
@@ -201,6 +222,7 @@ class FoldIn(FactorTables):
         regularization: float,
         num_threads: int | None = 0,
     ) -> None:
+        validation.solver_arguments(X, Y, regularization)
         rows = validation.rows_for(Cui, len(X), len(Y), "Cui", strict=False)
         objective = self._objective()._replace(alpha=1.0, regularization=regularization)
         params = self._params_of(Y.shape[1], Y.dtype, self._linear_solver())
@@ -209,7 +231,8 @@ class FoldIn(FactorTables):
             self.devices, num_threads or self.num_threads, self.use_gpu, self.table_layout
         )
         source = fold_in.source(np.asarray(Y), params, place)
-        X[...] = fold_in.solve_rows(rows, source, objective, params, start=np.asarray(X))
+        solved = fold_in.solve_rows(rows, source, objective, params, start=np.asarray(X))
+        X[...] = validation.finite_rows(solved, "X, which stays as it was")
 
     def _recalculate(self, table: FactorTable, ids: Any, matrix: Any, side: str) -> np.ndarray:
         """Solve rows of a side against the table of the other one."""
@@ -233,34 +256,40 @@ class FoldIn(FactorTables):
         objective = self._objective()
         solved = np.zeros((rows.shape[0], table.shape[1]), table.read().dtype)
         for row in np.flatnonzero(np.diff(rows.indptr)):
-            at = slice(rows.indptr[row], rows.indptr[row + 1])
-            w, v = solve.confidence(objective, rows.data[at].astype(np.float64))
-            source = table.rows(rows.indices[at]).astype(np.float64)
-            solved[row] = _solve(self._system(table, source, w), v @ source)
+            ids, values, count = matrices.known_entries(rows, row, table.shape[0])
+            w, v = solve.confidence(objective, values.astype(np.float64))
+            source = table.rows(ids).astype(np.float64)
+            solved[row] = _solve(self._system(table, source, w, count), v @ source)
         return validation.finite_rows(solved, "the given rows")
 
-    def _partial_fit(self, side: str, ids: Any, matrix: Any) -> None:
-        """Solve rows of a side against the other one, and store them."""
+    def _partial_fit(self, side: str, given: Any, matrix: Any) -> None:
+        """Solve rows of a side against the other one, and store them; all is checked first."""
+        name = "user_items" if side == "user" else "item_users"
         stored = False
         while not stored:
             fitted = self._complete()
             source = fitted.item if side == "user" else fitted.user
-            rows = np.atleast_2d(self._recalculate(source, ids, matrix, side))
-            at = validation.ids_of(ids, None, f"{side}ids")[0]
-            if at.size and at.min() < 0:
-                raise IndexError(f"{side}ids must not be negative, got {at.min()}")
+            n_rows = fitted.table(side).shape[0]
+            ids, mask = validation.ids_to_store(given, n_rows, f"{side}ids")
+            rows = validation.rows_for(
+                matrix, len(ids), source.shape[0], name,
+                strict=False, mask=mask, allow_unknown=True,
+            )  # fmt: skip
+            solved = self._fold_in_fast(source, rows)
             with fitted.lock:
                 # Where a fit or an assignment came between, the rows belong to its predecessor.
                 stored = self._fitted.origin is fitted.origin
                 if stored:
-                    self._fitted = self._fitted.with_rows(side, at, rows)
+                    self._fitted = self._fitted.with_rows(side, ids, solved)
 
-    def _system(self, table: FactorTable, rows: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """The matrix of equation (1) for one row's entries, in float64."""
+    def _system(
+        self, table: FactorTable, rows: np.ndarray, w: np.ndarray, count: int
+    ) -> np.ndarray:
+        """The matrix of equation (1) for one row's entries, of which (2) counts so many."""
         objective = self._objective()
         gramian = table.gramian().astype(np.float64)
         matrix = objective.unobserved_weight * gramian + (rows.T * w) @ rows
-        lam = solve.ridge(objective, float(len(rows)), float(table.shape[0]))
+        lam = solve.ridge(objective, float(count), float(table.shape[0]))
         matrix.flat[:: len(matrix) + 1] += lam
         return matrix
 

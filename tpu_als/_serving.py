@@ -285,6 +285,7 @@ class Serving(FoldIn):
         n_rows, hidden = table.shape[0], excluded
         if chosen is not None:
             n = min(n, len(chosen))
+        validation.require_results(len(queries), n, queries.dtype)
         if chosen is not None and len(chosen) <= n_rows // _FEW:
             rows = table.rows(chosen)
             own = None if lengths is None else lengths[chosen]

@@ -17,7 +17,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils.validation import validate_data
 from tqdm.auto import tqdm
 
-from . import holdout, model_file, placing, validation
+from . import holdout, model_file, placing, structure, validation
 from ._serving import Serving
 from ._training import Training
 from .checkpoint import Checkpoints
@@ -303,7 +303,7 @@ class TPUAlternatingLeastSquares(
         Returns
         -------
         ndarray of shape (n_rows, factors)
-            Each row depends on that row of X only.
+            Each row depends on that row of X only, bit for bit where the table is on one device.
         """
         fitted = self._complete()
         return self._fold_in(fitted.item, self._validated(X, fitted))
@@ -504,7 +504,7 @@ def _checked(estimator: TPUAlternatingLeastSquares, X: Any, reset: bool) -> spar
     least = 0 if sparse.issparse(X) else 1
     X = validate_data(
         estimator,
-        X,
+        structure.checked(X, name, widen=True),
         reset=reset,
         accept_sparse="csr",
         dtype=[np.float64, np.float32],

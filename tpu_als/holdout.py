@@ -13,7 +13,7 @@ import numpy as np
 from scipy import sparse
 from sklearn.exceptions import UndefinedMetricWarning
 
-from . import _evaluation_inputs
+from . import _evaluation_inputs, matrices
 from .exceptions import DataWarning
 
 CUTOFF = 10
@@ -126,20 +126,9 @@ def canonical(matrix: Any, name: str = "user_items") -> sparse.csr_matrix:
     ValueError
         For NaN or infinity, other kinds of values, or ids out of range.
     """
-    entries = _evaluation_inputs.sparse_matrix(matrix, name)
-    dtype = entries.dtype
-    is_summed = entries.format == "csr" and entries.has_canonical_format
-    if dtype.kind in "iu" and dtype.itemsize < 8 and not is_summed:
-        entries = entries.astype(np.int64)  # 100 + 100 is -56 in int8
-    rows = entries.tocsr()
-    if not rows.has_canonical_format:
-        rows = rows.copy() if rows is entries else rows
-        rows.sum_duplicates()
+    _evaluation_inputs.refuse_other_objects(matrix, name)
+    rows = matrices.canonical(matrix, name)
     _check_finite(rows, name)
-    if rows.dtype != dtype:
-        least, most = rows.data.min(initial=0), rows.data.max(initial=0)
-        fits = np.iinfo(dtype).min <= least and most <= np.iinfo(dtype).max
-        rows = rows.astype(dtype) if fits else rows
     return rows
 
 

@@ -10,6 +10,7 @@ from scipy import sparse
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
+from . import structure
 from .refusals import refuse_misplaced, require_finite
 
 
@@ -44,6 +45,7 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         self._check_parameters()
         refuse_misplaced(X)
+        X = structure.checked(X, "X", widen=True)
         self._learn(self._csr(validate_data(self, X, reset=True, **_ACCEPTED)))
         return self
 
@@ -72,7 +74,7 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         self._check_parameters()
         refuse_misplaced(X)
-        accepted = self._later(X)
+        accepted = self._later(structure.checked(X, "X", widen=True))
         weighted = self._csr(accepted)
         with np.errstate(all="ignore"):
             values = self._weigh(weighted).astype(accepted.dtype, copy=False)
