@@ -77,7 +77,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 SHARDS = {
     "shards": (
         SHARDED,
-        r"a ShardedMatrix, which only `fit` takes: .* {name}\.to_csr\(\) or those ofows",
+        r"a ShardedMatrix, which only `fit` takes: .* {name}\.to_csr\(\) or those",
     )
 }
 
