@@ -17,6 +17,7 @@ from matrices import random_counts
 from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares, matrices, structure
+from tpu_als.shards import write_shards
 
 HERE = Path(__file__).parent
 FORMATS = ("csr", "csc", "coo", "bsr", "dia", "lil", "dok")
@@ -178,6 +179,11 @@ class TestValues:
         given = sparse.csr_matrix(np.array([[1 + 2j, 0]])).asformat(kind)
         with pytest.raises(ValueError, match="complex numbers, whose imaginary part would be lost"):
             matrices.canonical_csr(given)
+
+    def test_complex_numbers_to_shards(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="imaginary part would be lost"):
+            write_shards(sparse.csr_matrix([[1 + 2j, 0]]), tmp_path / "shards")
+        assert not (tmp_path / "shards").exists()
 
     def test_complex_numbers_that_are_dense(self) -> None:
         with pytest.raises(ValueError, match="imaginary part would be lost"):

@@ -65,6 +65,8 @@ class Serving(FoldIn):
             For a matrix that is not CSR, has not one row per user, or has entries beyond the items.
         IndexError
             For ids that are not in the model.
+        MemoryError
+            Before any work, where so many results would not fit into the memory that is left.
         """
         n = validation.result_count(N)
         fitted = self._complete("item", *(() if recalculate_user else ("user",)))

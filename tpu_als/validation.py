@@ -298,13 +298,15 @@ def selection(
 
 
 def result_count(n: Any) -> int:
-    """Check N, the number of results: an integer of at least 0."""
+    """Check N, the number of results: an integer of at least 0 and below 2**31."""
     try:
         n = operator.index(n)
     except TypeError:
         raise TypeError(f"N must be an integer, got {type(n).__name__}") from None
-    if not 0 <= n < 1 << 31:
-        raise ValueError(f"N must be at least 0 and below 2**31, got {n}")
+    if n < 0:
+        raise ValueError(f"N must be at least 0, got {n}")
+    if n >= 1 << 31:
+        raise ValueError(f"N must be below 2**31, as ids are int32, got {n}")
     return n
 
 
