@@ -396,7 +396,7 @@ def _user_items() -> list[Case]:
              "column 40.*18 items"),
         Case("recommend with recalculate_user, no rows",
              lambda m: m.recommend(0, None, recalculate_user=True), ValueError, csr),
-        Case("recommend, item_users in their place", lambda m: m.recommend([0], COLUMNS[:1]),
+        Case("recommend, item_users in their place", lambda m: m.recommend([0], COLUMNS[17]),
              ValueError, "column .*18 items.*transposed"),
         Case("similar_items with recalculate_item, no rows",
              lambda m: m.similar_items(0, recalculate_item=True), ValueError, "item_users needs"),
