@@ -33,7 +33,6 @@ _LONGEST = {"cpu": layout.LONGEST, "other": 1 << 16}
 _SHORTEST_BLOCK = 128  # cells of a block of a long row, of which each shard has a share
 # Factors times cells that take as long, over a fit or a few, as compiling one more rung.
 _RUNG_CELLS = {"cpu": 4e6, "other": 1e8}
-_LADDER_SLACK = 1.1  # padding accepted, against the best ladder's, for a ladder compiled before
 _GATHERED = 1 << 20  # row lengths of each process gathered at once
 # Bytes of unused slots that sharing programs between the sides may cost, few where `native` solves.
 _SHARED_WASTE = {False: 1 << 26, True: 1 << 22}
@@ -42,7 +41,6 @@ _SPEEDS = {"cpu": (1e11, 4e10), "other": (2e12, 2e13)}
 _CHECKED = 1 << 20  # values looked at at once
 _MANY = 1 << 20  # entries whose temporaries are worth the milliseconds of giving them back
 _SIDES = ("user", "item")
-_ladders: dict[Any, list[tuple[int, ...]]] = {}
 
 
 @dataclass(frozen=True)
@@ -166,22 +164,22 @@ class Data:
 def make_plan(lengths: np.ndarray, params: AlsParams, place: Workplace) -> Plan:
     """Choose chunk sizes for the backend's memory, and rungs for the rows of both sides.
 
-    A ladder that this process has compiled is kept where it pads little more than the best one
-    for these rows, so that folds, refits and candidates compile nothing new.
+    The plan depends on the arguments only, never on earlier fits of the process.
     """
-    chunk, most_rows = chunk_sizes(params, place)
     rung_cells = _RUNG_CELLS[backend_kind(place)] / params.factors
-    longest = min(max(chunk, layout.LONGEST), _LONGEST[backend_kind(place)])
-    best = layout.ladder(lengths, rung_cells, longest=longest)
-    known = _ladders.setdefault((params, place), [])
-    bound = _LADDER_SLACK * layout.padded_cells(lengths, best) + rung_cells
-    for ladder in known:
-        if layout.padded_cells(lengths, ladder) <= bound:
-            best = ladder
-            break
-    else:
-        known.append(best)
-    return Plan(best, chunk, most_rows, place.n_shards, len(place.processes))
+    rungs = layout.ladder(lengths, rung_cells, longest=_longest_rung(params, place))
+    return _plan_of(rungs, params, place)
+
+
+def _plan_of(rungs: tuple[int, ...], params: AlsParams, place: Workplace) -> Plan:
+    chunk, most_rows = chunk_sizes(params, place)
+    return Plan(rungs, chunk, most_rows, place.n_shards, len(place.processes))
+
+
+def _longest_rung(params: AlsParams, place: Workplace) -> int:
+    """Bound on the rungs' lengths; longer rows are worked on by all shards together."""
+    chunk, _ = chunk_sizes(params, place)
+    return min(max(chunk, layout.LONGEST), _LONGEST[backend_kind(place)])
 
 
 def backend_kind(place: Workplace) -> str:
@@ -313,7 +311,10 @@ def place_rows(
     """
     entries, lengths = InMemory(rows, None), np.diff(rows.indptr).astype(np.int64)
     params = replace(params, native=False)
-    plan = make_plan(lengths, params, place)
+    # Rungs that depend on the longest row only, so that batches of rows share programs.
+    longest = int(lengths.max(initial=0))
+    rungs = layout.doubling(longest, _longest_rung(params, place), growth=4)
+    plan = _plan_of(rungs, params, place)
     items = Side(source, None, None, None, np.zeros(0, np.int64))
     # Values as they come, so that one program serves all calls.
     fill = _Filling(plan, params, place, np.dtype(params.compute_dtype), False)
