@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -84,6 +85,13 @@ class TestParameters:
             validation.random_generator(np.random.RandomState(seed)).random() for seed in (1, 1, 2)
         ]
         assert drawn[0] == drawn[1] != drawn[2]
+
+    @pytest.mark.parametrize("seed", [1.5, "1", -1, True, np.False_, [0.5], object])
+    def test_seeds_that_are_none(self, seed: Any) -> None:
+        message = "random_state must be None, an integer of at least 0, .* got "
+        for draw in (validation.random_generator, validation.random_seed):
+            with pytest.raises(ValueError, match=message + re.escape(repr(seed))):
+                draw(seed)
 
 
 class TestFitArguments:

@@ -202,6 +202,11 @@ def map_rows(lengths: np.ndarray, plan: Plan, owners: np.ndarray | None = None) 
     owners : int array (M,), optional
         For each row, which of the ``plan.n_owners`` equal runs of shards must have it. By default
         any shard may.
+
+    Raises
+    ------
+    ValueError
+        Where a slot or a cell has a number that int32 does not hold.
     """
     order = np.argsort(lengths, kind="stable")
     ends = np.searchsorted(lengths[order], plan.lengths, side="right")
@@ -213,6 +218,7 @@ def map_rows(lengths: np.ndarray, plan: Plan, owners: np.ndarray | None = None) 
         turns.append(turn)
         most.append(int(turn.max(initial=-1)) + 1)
     rungs, n_slots, n_cells = stack(most, plan)
+    _check_addressable(n_slots * plan.n_shards, n_cells)
     filled = [(members, turn) for members, turn in zip(short, turns, strict=False) if len(members)]
     for rung, (members, turn) in zip(rungs, filled, strict=True):
         slots[members] = rung.first_slot + turn
@@ -220,6 +226,19 @@ def map_rows(lengths: np.ndarray, plan: Plan, owners: np.ndarray | None = None) 
     slots[long] = sum(rung.n_chunks * rung.rows for rung in rungs) + turns[-1]
     slots += shard_of * n_slots
     return RowMap(slots, cells, long, rungs, n_slots, n_cells, plan.n_shards)
+
+
+def _check_addressable(n_slots: int, n_cells: int) -> None:
+    """Raise ValueError for slots of all shards, or cells of one, beyond int32, which would wrap."""
+    for count, what, remedy in (
+        (n_slots, "slots of a table", "fit fewer rows"),
+        (n_cells, "cells of a device", "use more devices"),
+    ):
+        if count > np.iinfo(np.int32).max:
+            raise ValueError(
+                f"the data need {count} {what}, but compiled programs number them with int32, up "
+                f"to {np.iinfo(np.int32).max}: {remedy}"
+            )
 
 
 def in_order(lengths: np.ndarray) -> RowMap:

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from scipy import sparse
 
-from tpu_als import cells, exchange, layout, native
+from tpu_als import cells, exchange, layout, native, structure
 from tpu_als.cells import Entries, InMemory, Long
 from tpu_als.data import DTYPES, AlsParams, Data, Side
 from tpu_als.exchange import Route
@@ -135,6 +135,7 @@ def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Wor
         Where it goes.
     """
     if isinstance(user_items, sparse.csr_matrix):
+        structure.check_compressed(user_items)
         _check_same(user_items, place)
         entries: Entries = InMemory.turned(user_items)
     else:
@@ -198,8 +199,8 @@ def place_rows(
 
     Parameters
     ----------
-    rows : CSR matrix (M, N)
-        Canonical; with several processes each passes all of it.
+    rows : CSR matrix (M, N) or (M, N + 1)
+        Canonical; with several processes each passes all of it. Column N stands for a row of zeros.
     source : RowMap
         Where the rows of the table are.
     params : AlsParams
@@ -207,6 +208,7 @@ def place_rows(
     place : Workplace
         That of the table.
     """
+    structure.check_compressed(rows, "rows")
     entries, lengths = InMemory(rows, None), np.diff(rows.indptr).astype(np.int64)
     params = replace(params, native=False)
     # Rungs that depend on the longest row only, so that batches of rows share programs.
@@ -216,7 +218,8 @@ def place_rows(
     items = Side(source, None, None, None, np.zeros(0, np.int64))
     # Values as they come, so that one program serves all calls.
     fill = _Filling(plan, params, place, np.dtype(params.compute_dtype), False)
-    users = fill.side("user", entries, layout.map_rows(lengths, plan), source, lengths)
+    columns = replace(source, slots=np.append(source.slots, source.pad_slot))
+    users = fill.side("user", entries, layout.map_rows(lengths, plan), columns, lengths)
     return Data(users, items, plan, params, place, rows.nnz, fill.absolute_sum)
 
 

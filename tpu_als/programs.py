@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from tpu_als._private import private_directory
 from tpu_als.host import give_back_memory
 
 AXIS = "shards"  # name of the mesh axis
@@ -180,12 +181,18 @@ def enable_compilation_cache(path: str | os.PathLike[str]) -> None:
     Parameters
     ----------
     path : path-like
-        The directory; made where it does not exist.
+        The directory; made, for this user alone, where it does not exist. What is in it is run as
+        code, so nobody else may be able to write there.
+
+    Raises
+    ------
+    PermissionError
+        On POSIX, where the directory or anything in it belongs to another user or can be written
+        by others, or where anybody can replace one of its parents. Nothing is set then.
     """
     global compilation_cache
-    os.makedirs(path, exist_ok=True)
-    compilation_cache = os.path.abspath(path)
-    jax.config.update("jax_compilation_cache_dir", os.fspath(path))
+    compilation_cache = os.fspath(private_directory(path))
+    jax.config.update("jax_compilation_cache_dir", compilation_cache)
     # Ours are many small programs; by default only slow and large ones are kept.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
