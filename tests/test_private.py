@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import tpu_als
-from tpu_als import mesh
+from tpu_als import programs
 from tpu_als._private import private_directory
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes and owners are of POSIX")
@@ -30,7 +30,7 @@ def refused(path: Path, message: str) -> None:
     """The directory is refused, and nothing is set."""
     with pytest.raises(PermissionError, match=message):
         tpu_als.enable_compilation_cache(path)
-    assert mesh.compilation_cache is None and jax.config.jax_compilation_cache_dir is None
+    assert programs.compilation_cache is None and jax.config.jax_compilation_cache_dir is None
 
 
 def test_private_ones_pass(folder: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tpu_als import _loops, mesh, solve
+from tpu_als import _loops, programs, solve
 from tpu_als.host import LINE, Memory
 from tpu_als.mesh import Workplace
 from tpu_als.solve import Objective
@@ -112,9 +112,9 @@ def begin_loading(dtype: str) -> None:
 def _loaded() -> tuple[Any, Any]:
     """The loops, which numba compiles when they are called."""
     numba = _numba()
-    if mesh.compilation_cache is None:
+    if programs.compilation_cache is None:
         return _loops.compiled(numba.njit, cached=False)
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, mesh.compilation_cache
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, programs.compilation_cache
     try:
         return _loops.compiled(numba.njit, cached=True)
     except RuntimeError as error:  # it finds no place that it may write to
