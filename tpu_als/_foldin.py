@@ -9,7 +9,7 @@ import numpy as np
 from scipy import linalg, sparse
 from sklearn.utils import check_array
 
-from . import fold_in, mesh, placing, solve, validation
+from . import fold_in, mesh, parameters, placing, solve, validation
 from ._tables import FactorTables
 
 # Up to so many rows and entries, a dispatch to the devices takes longer than solving them here.
@@ -148,10 +148,12 @@ class FoldIn(FactorTables):
         user = validation.ids_of(userid, rows.shape[0], "userid (a row of the whole user_items)")
         item = validation.ids_of(itemid, n_items, "itemid")
         row = rows[user[0][0]]
-        w, v = solve.confidence(self._objective(), row.data.astype(np.float64))
+        objective = self._objective()
+        w, v = solve.confidence(objective, row.data.astype(np.float64))
         liked = self._rows("item", row.indices)
         if user_weights is None:
-            user_weights = _factorize(self._system(liked.astype(np.float64), w, "item"))
+            system = self._system(liked.astype(np.float64), w, "item", objective)
+            user_weights = _factorize(system)
         wanted = self._rows("item", item[0][:1])[0].astype(np.float64)
         scores = (liked @ linalg.cho_solve(user_weights, wanted)) * v
         order = [i for i in np.argsort(-scores, kind="stable") if row.data[i] >= 0][:n]
@@ -198,8 +200,12 @@ class FoldIn(FactorTables):
         num_threads: int | None = 0,
     ) -> None:
         rows = validation.rows_for(Cui, len(X), len(Y), "Cui", strict=False)
+        parameters.check_parameters(
+            {"regularization": regularization, "num_threads": num_threads or 0}
+        )
         objective = self._objective()._replace(alpha=1.0, regularization=regularization)
         params = self._params(Y, self._linear_solver())
+        parameters.check(self, parameters.PLACE)
         # The caller's tables come and go, so nothing is kept of them.
         place = mesh.workplace(
             self.devices, num_threads or self.num_threads, self.use_gpu, self.table_layout
@@ -219,6 +225,8 @@ class FoldIn(FactorTables):
         """Solve equation (1) exactly for canonical rows against the table of a side."""
         # Only one that was assigned: a result must not depend on what was computed before it.
         gramian = self._YtY if side == "item" else self._XtX
+        if gramian is not None:
+            gramian = self.YtY if side == "item" else self.XtX  # checked
         on_devices = self._resident(side)
         if on_devices is not None and gramian is None:
             solved = on_devices.solve(rows, self._objective())
@@ -236,15 +244,16 @@ class FoldIn(FactorTables):
 
     def _fold_in_fast(self, rows: sparse.csr_matrix, side: str) -> np.ndarray:
         """`_fold_in`, but a few rows are solved on the host; the same except for rounding."""
+        objective = self._objective()  # whatever the rows hold
         few = rows.shape[0] <= _HOST_ROWS and rows.nnz <= _HOST_ENTRIES
         if self._resident(side) is not None or not few:
             return self._fold_in(rows, side)
         solved = np.zeros((rows.shape[0], self._shape(side)[1]), self._fitted_table(side).dtype)
         for row in np.flatnonzero(np.diff(rows.indptr)):
             at = slice(rows.indptr[row], rows.indptr[row + 1])
-            w, v = solve.confidence(self._objective(), rows.data[at].astype(np.float64))
+            w, v = solve.confidence(objective, rows.data[at].astype(np.float64))
             source = self._rows(side, rows.indices[at]).astype(np.float64)
-            solved[row] = _solve(self._system(source, w, side), v @ source)
+            solved[row] = _solve(self._system(source, w, side, objective), v @ source)
         return validation.finite_rows(solved, "the given rows")
 
     def _store_rows(self, side: str, ids: Any, rows: np.ndarray) -> None:
@@ -257,15 +266,18 @@ class FoldIn(FactorTables):
         grown[ids] = rows
         self._store(side, grown)
 
-    def _system(self, rows: np.ndarray, w: np.ndarray, side: str) -> np.ndarray:
+    def _system(
+        self, rows: np.ndarray, w: np.ndarray, side: str, objective: solve.Objective
+    ) -> np.ndarray:
         """The matrix of equation (1) for one row's entries, in float64."""
-        objective, gramian = self._objective(), self.YtY if side == "item" else self.XtX
+        gramian = self.YtY if side == "item" else self.XtX
         matrix = objective.unobserved_weight * gramian.astype(np.float64) + (rows.T * w) @ rows
         lam = solve.ridge(objective, float(len(rows)), float(self._shape(side)[0]))
         matrix.flat[:: len(matrix) + 1] += lam
         return matrix
 
     def _objective(self) -> solve.Objective:
+        parameters.check(self, parameters.OBJECTIVE)
         return solve.objective(
             self.objective,
             self.regularization,
@@ -275,10 +287,12 @@ class FoldIn(FactorTables):
         )
 
     def _linear_solver(self) -> str:
+        parameters.check(self, ("linear_solver", "use_cg"))
         return self.linear_solver or ("cg" if self.use_cg else "cholesky")
 
     def _params(self, table: np.ndarray, linear_solver: str) -> placing.AlsParams:
         """Engine parameters for solves against a table as it is: its own width and dtype."""
+        parameters.check(self, ("cg_steps", "block_size"))
         # bfloat16 is how tables are stored in `fit`; a fold-in does not round its results to it.
         return placing.AlsParams(
             factors=table.shape[1],

@@ -23,9 +23,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from tpu_als.host import cores, give_back_memory, memory_bytes, threads
+from tpu_als.parameters import LAYOUTS
 
 AXIS = "shards"
-LAYOUTS = ("auto", "replicated", "sharded")
 # On a mesh one array with a leading axis of shards; on a single device a list of one array each.
 Shards = Any
 

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from tpu_als.parameters import OBJECTIVES
+
 # Full float32 products: accelerators would otherwise round the operands to bfloat16 or tf32.
 PRECISION = lax.Precision.HIGHEST
 SOLVERS = ("cg", "cholesky", "subspace")
 _PANELS, _LEAST_PANEL = 4, 16  # of the factorisation on CPU; each panel costs compilation
-OBJECTIVES = ("implicit", "ials")
 
 
 class Objective(NamedTuple):

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from tpu_als import holdout, validation
+from tpu_als import holdout
+from tpu_als.parameters import random_generator
 
 
 def train_test_split(
@@ -35,7 +36,7 @@ def train_test_split(
     if not 0 <= train_percentage <= 1:
         raise ValueError(f"train_percentage must be from 0 to 1, got {train_percentage}")
     entries = sparse.coo_matrix(ratings)
-    draws = validation.random_generator(random_state).random(len(entries.data))
+    draws = random_generator(random_state).random(len(entries.data))
     in_train = draws < train_percentage
     return _part(entries, in_train), _part(entries, ~in_train & (entries.data > 0))
 
@@ -64,7 +65,7 @@ def leave_k_out_split(
         raise ValueError(f"K must be 1 or more, got {K}")
     if not 0 <= train_only_size < 1:
         raise ValueError(f"train_only_size must be at least 0 and below 1, got {train_only_size}")
-    entries, rng = sparse.coo_matrix(ratings), validation.random_generator(random_state)
+    entries, rng = sparse.coo_matrix(ratings), random_generator(random_state)
     counts = np.bincount(entries.row, minlength=entries.shape[0])
     tested = (counts > K + 1) & (rng.random(entries.shape[0]) >= train_only_size)
     order = np.argsort(entries.row + rng.random(entries.nnz), kind="stable")
@@ -107,7 +108,7 @@ def strong_generalization_split(
     """
     _check_fraction("test_users", test_users)
     _check_fraction("fold_in", fold_in)
-    rows, rng = holdout.canonical(user_items), validation.random_generator(random_state)
+    rows, rng = holdout.canonical(user_items), random_generator(random_state)
     positive = np.append(0, np.cumsum(rows.data > 0))[rows.indptr]
     able = np.flatnonzero(np.diff(positive) > 1)
     if not len(able):
