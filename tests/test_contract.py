@@ -60,8 +60,10 @@ class TestFitArguments:
         quick(iterations=3, calculate_training_loss=True).fit(counts, True)
         out, err = capfd.readouterr()
         assert out == "" and "3/3" in err and "loss" in err
-        quick(iterations=3).fit(counts)
+        quick(iterations=3, verbose=True).fit(counts)
         assert "3/3" in capfd.readouterr().err
+        quick(iterations=3).fit(counts)  # this is no terminal
+        assert capfd.readouterr().err == ""
 
     def test_dense_and_sparse_array_equal_csr(self, counts: sparse.csr_matrix) -> None:
         reference = quick().fit(counts, show_progress=False)

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import linalg, sparse
 from sklearn.utils import check_array
 
-from . import fold_in, matrices, mesh, placing, solve, validation
+from . import fold_in, matrices, mesh, parameters, placing, solve, validation
 from ._tables import FactorTables
 from .fitted import FactorTable
 from .host import require_memory
@@ -170,10 +170,11 @@ class FoldIn(FactorTables):
         user = validation.one_id(userid, None, "userid")
         item = validation.one_id(itemid, n_items, "itemid")
         row = matrices.explained_row(user_items, user, n_items)
-        w, v = solve.confidence(self._objective(), row.data.astype(np.float64))
+        objective = self._objective()
+        w, v = solve.confidence(objective, row.data.astype(np.float64))
         liked = table.rows(row.indices)
         if user_weights is None:
-            system = self._system(table, liked.astype(np.float64), w, row.nnz)
+            system = _system(table, liked.astype(np.float64), w, row.nnz, objective)
             user_weights = _factorize(system)
         wanted = table.rows(np.array([item]))[0].astype(np.float64)
         scores = (liked @ linalg.cho_solve(user_weights, wanted)) * v
@@ -222,10 +223,11 @@ class FoldIn(FactorTables):
         regularization: float,
         num_threads: int | None = 0,
     ) -> None:
-        validation.solver_arguments(X, Y, regularization)
+        validation.solver_arguments(X, Y, regularization, num_threads)
         rows = validation.rows_for(Cui, len(X), len(Y), "Cui", strict=False)
         objective = self._objective()._replace(alpha=1.0, regularization=regularization)
         params = self._params_of(Y.shape[1], Y.dtype, self._linear_solver())
+        parameters.check(self, parameters.PLACE)
         # The caller's tables come and go, so nothing is kept of them.
         place = mesh.workplace(
             self.devices, num_threads or self.num_threads, self.use_gpu, self.table_layout
@@ -250,16 +252,16 @@ class FoldIn(FactorTables):
 
     def _fold_in_fast(self, table: FactorTable, rows: sparse.csr_matrix) -> np.ndarray:
         """`_fold_in`, but a few rows are solved on the host; the same except for rounding."""
+        objective = self._objective()  # checked, whatever the rows hold
         few = rows.shape[0] <= _HOST_ROWS and rows.nnz <= _HOST_ENTRIES
         if table.resident is not None or not few:
             return self._fold_in(table, rows)
-        objective = self._objective()
         solved = np.zeros((rows.shape[0], table.shape[1]), table.read().dtype)
         for row in np.flatnonzero(np.diff(rows.indptr)):
             ids, values, count = matrices.known_entries(rows, row, table.shape[0])
             w, v = solve.confidence(objective, values.astype(np.float64))
             source = table.rows(ids).astype(np.float64)
-            solved[row] = _solve(self._system(table, source, w, count), v @ source)
+            solved[row] = _solve(_system(table, source, w, count, objective), v @ source)
         return validation.finite_rows(solved, "the given rows")
 
     def _partial_fit(self, side: str, given: Any, matrix: Any) -> None:
@@ -282,18 +284,8 @@ class FoldIn(FactorTables):
                 if stored:
                     self._fitted = self._fitted.with_rows(side, ids, solved)
 
-    def _system(
-        self, table: FactorTable, rows: np.ndarray, w: np.ndarray, count: int
-    ) -> np.ndarray:
-        """The matrix of equation (1) for one row's entries, of which (2) counts so many."""
-        objective = self._objective()
-        gramian = table.gramian().astype(np.float64)
-        matrix = objective.unobserved_weight * gramian + (rows.T * w) @ rows
-        lam = solve.ridge(objective, float(count), float(table.shape[0]))
-        matrix.flat[:: len(matrix) + 1] += lam
-        return matrix
-
     def _objective(self) -> solve.Objective:
+        parameters.check(self, parameters.OBJECTIVE)
         return solve.objective(
             self.objective,
             self.regularization,
@@ -303,6 +295,7 @@ class FoldIn(FactorTables):
         )
 
     def _linear_solver(self) -> str:
+        parameters.check(self, ("linear_solver", "use_cg"))
         return self.linear_solver or ("cg" if self.use_cg else "cholesky")
 
     def _params(self, table: FactorTable, linear_solver: str) -> placing.AlsParams:
@@ -312,6 +305,7 @@ class FoldIn(FactorTables):
         return self._params_of(table.shape[1], dtype, linear_solver)
 
     def _params_of(self, factors: int, dtype: Any, linear_solver: str) -> placing.AlsParams:
+        parameters.check(self, ("cg_steps", "block_size"))
         # bfloat16 is how tables are stored in `fit`; a fold-in does not round its results to it.
         return placing.AlsParams(
             factors=factors,
@@ -321,6 +315,17 @@ class FoldIn(FactorTables):
             block_size=self.block_size,
             positive=self.objective == "ials",
         )
+
+
+def _system(
+    table: FactorTable, rows: np.ndarray, w: np.ndarray, count: int, objective: solve.Objective
+) -> np.ndarray:
+    """The matrix of equation (1) for one row's entries, of which (2) counts so many; float64."""
+    gramian = table.gramian().astype(np.float64)
+    matrix = objective.unobserved_weight * gramian + (rows.T * w) @ rows
+    lam = solve.ridge(objective, float(count), float(table.shape[0]))
+    matrix.flat[:: len(matrix) + 1] += lam
+    return matrix
 
 
 def _factorize(matrix: np.ndarray) -> tuple[np.ndarray, bool]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from . import ranking, topk, validation
+from . import parameters, ranking, topk, validation
 from ._foldin import FoldIn
 from .fitted import FactorTable, norms
 
@@ -180,6 +180,7 @@ class Serving(FoldIn):
                 f"{len(items_at)}: pairs are scored, not every combination"
             )
         users, items = fitted.user.rows(users_at), fitted.item.rows(items_at)
+        validation.same_width(users.shape[-1], items.shape[-1])
         scores = np.einsum("...k,...k->...", users, items)
         return scores[0] if one_user and one_item else scores
 
@@ -283,8 +284,9 @@ class Serving(FoldIn):
         lengths: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The n best rows of a table for each query, by product, over `lengths` where given."""
-        ranking.check_recall(self.approximate_recall)
-        n_rows, hidden = table.shape[0], excluded
+        parameters.check(self, ("approximate_recall",))
+        (n_rows, width), hidden = table.shape, excluded
+        validation.same_width(queries.shape[-1], width)
         if chosen is not None:
             n = min(n, len(chosen))
         validation.require_results(len(queries), n, queries.dtype)

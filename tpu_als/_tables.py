@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from sklearn.exceptions import NotFittedError
 
-from . import als, mesh, placing, validation
+from . import als, initial, mesh, parameters, placing, validation
 from .fitted import FactorTable, FittedModel
 
 
@@ -219,40 +219,25 @@ class FactorTables:
         return threading.RLock() if fitted is None else fitted.lock
 
     def _start(self, fitted: FittedModel, data: placing.Data, on_devices: bool) -> als.AlsState:
-        """Place tables to start from: assigned or, with `warm_start`, present ones; else drawn.
-
-        On the host, users are drawn first and only what is missing is drawn, like in implicit,
-        whose tables these equal bit by bit for "implicit" and an integer seed.
-        """
+        """Place tables to start from: assigned or, with `warm_start`, present ones; else drawn."""
         random_state, place, normal = self.random_state, data.place, self.objective == "ials"
         if len(place.processes) > 1 and not isinstance(random_state, Integral):
             # Chance must be the same in all processes.
-            random_state = place.agree(validation.random_seed(random_state))
-        # Deviation 0.1 / sqrt(K), as Rendle et al. (2022).
-        scale = 0.1 / np.sqrt(self.factors) if normal else 0.01
-        given = {
-            side: fitted.table(side).read() if self.warm_start or side in fitted.assigned else None
+            random_state = place.agree(parameters.random_seed(random_state))
+        given = [
+            fitted.table(side).read() if self.warm_start or side in fitted.assigned else None
             for side in ("user", "item")
-        }
-        if on_devices and all(table is None for table in given.values()):
-            return als.draw(data, validation.random_seed(random_state), scale, normal=normal)
-        rng = validation.random_generator(random_state)
-        dtype = np.dtype(data.params.compute_dtype).type
-        tables = []
-        for (side, table), n_rows in zip(
-            given.items(), (data.users.n_rows, data.items.n_rows), strict=True
-        ):
-            size = (n_rows, int(self.factors))
-            if table is not None:
-                tables.append(validation.start_table(table, size, f"{side}_factors"))
-            elif normal:
-                tables.append(rng.standard_normal(size, dtype=dtype) * dtype(scale))
-            else:
-                tables.append(rng.random(size, dtype=dtype) * scale)
-        return als.start(data, *tables)
+        ]
+        if on_devices and all(table is None for table in given):
+            scale = initial.deviation(self.factors, normal)
+            return als.draw(data, parameters.random_seed(random_state), scale, normal=normal)
+        shapes = [(side.n_rows, int(self.factors)) for side in (data.users, data.items)]
+        dtype = data.params.compute_dtype
+        return als.start(data, *initial.tables(given, shapes, random_state, dtype, normal))
 
     def _place(self) -> mesh.Workplace:
         """Where `fit` works: with several processes, together with the others."""
+        parameters.check(self, parameters.PLACE)
         return mesh.workplace(self.devices, self.num_threads, self.use_gpu, self.table_layout)
 
     def _own_place(self) -> mesh.Workplace:

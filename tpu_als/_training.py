@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 from . import als, placing, validation
@@ -34,6 +35,8 @@ class Training:
         Where to keep it.
     settings : dict
         What must be the same for a checkpoint to be resumed.
+    fitted_to : tuple
+        Identity of the data, and whether a restart on them has warned.
     state : AlsState
         The tables; set by `resume`, or by the caller.
     done : int
@@ -50,6 +53,7 @@ class Training:
     monitor: EarlyStopping | None
     checkpoints: Checkpoints | None
     settings: dict[str, Any]
+    fitted_to: tuple[Any, bool]
     state: als.AlsState = field(init=False)
     done: int = 0
     history: dict[str, list[float]] = field(default_factory=lambda: {"seconds": []})
@@ -107,3 +111,28 @@ class Training:
             self.done, self.state, self.data, self.settings, self.history, extra,
             force=self.is_over,
         )  # fmt: skip
+
+
+def settings_of(estimator: Any, objective: Objective, linear_solver: str) -> dict[str, Any]:
+    """What must not change between a checkpoint and what resumes from it.
+
+    Parameters
+    ----------
+    estimator : TPUAlternatingLeastSquares
+        Its parameters are known to be valid.
+    objective : Objective
+        What they make of the equations.
+    linear_solver : str
+        The solver they choose.
+    """
+    is_seed = isinstance(estimator.random_state, Integral)
+    is_watched = bool(estimator.early_stopping)
+    watching = ("validation_fraction", "n_iter_no_change", "tol") if is_watched else ()
+    return {
+        **{name: float(value) for name, value in objective._asdict().items()},
+        "linear_solver": linear_solver,
+        "random_state": int(estimator.random_state) if is_seed else None,
+        **{name: int(getattr(estimator, name)) for name in ("cg_steps", "block_size")},
+        **{name: float(getattr(estimator, name)) for name in ("over_relaxation", *watching)},
+        "early_stopping": is_watched,
+    }

@@ -8,18 +8,18 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from numbers import Integral
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 from scipy import sparse
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import metadata_routing
 from sklearn.utils.validation import validate_data
-from tqdm.auto import tqdm
 
-from . import holdout, model_file, placing, structure, validation
+from . import holdout, initial, parameters, placing, progress, structure, validation
+from ._saving import Saving
 from ._serving import Serving
-from ._training import Training
+from ._training import Training, settings_of
 from .checkpoint import Checkpoints
 from .early_stopping import EarlyStopping
 from .fitted import FactorTable, FittedModel, tables_of
@@ -30,8 +30,9 @@ from .shards import ShardedMatrix
 log = logging.getLogger("tpu_als")
 
 
+@parameters.with_defaults
 class TPUAlternatingLeastSquares(
-    Serving, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
+    Serving, Saving, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
 ):
     """Alternating least squares for implicit feedback, on one or many devices.
 
@@ -104,6 +105,9 @@ class TPUAlternatingLeastSquares(
         parameters and data, be it on other devices. Needs the extra ``checkpoint``.
     checkpoint_every : int, default=1
         Iterations between checkpoints, of which the last three are kept; the last is always made.
+    verbose : bool, default=None
+        Whether `fit` shows a bar where its `show_progress` is None. None shows it on a terminal and
+        in a notebook. The environment variable TQDM_DISABLE=1 hides it in any case.
 
     Attributes
     ----------
@@ -127,6 +131,9 @@ class TPUAlternatingLeastSquares(
     -----
     A bar or a callback costs nothing to speak of; tables leave the devices when they are read.
 
+    The constructor of a subclass may set further parameters, and need not set all of these: what it
+    does not set has its default. Each call checks the parameters that it uses.
+
     References
     ----------
     .. [1] Hu, Koren, Volinsky. Collaborative filtering for implicit feedback datasets. ICDM 2008.
@@ -147,6 +154,10 @@ class TPUAlternatingLeastSquares(
 
     # implicit's name for a callback that `fit` falls back to.
     fit_callback: Callable[[int, float, float | None], Any] | None = None
+    # What the last fit learnt from, and whether another on the same data has warned.
+    _fitted_to: tuple[initial.Identity, bool] | None = None
+    # scikit-learn takes `fit`'s first argument for metadata, because it is not called X.
+    __metadata_request__fit = {"user_items": metadata_routing.UNUSED}  # noqa: RUF012
 
     def __init__(
         self,
@@ -179,6 +190,7 @@ class TPUAlternatingLeastSquares(
         approximate_recall: float | None = None,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 1,
+        verbose: bool | None = None,
     ) -> None:
         self.factors = factors
         self.regularization = regularization
@@ -208,12 +220,13 @@ class TPUAlternatingLeastSquares(
         self.approximate_recall = approximate_recall
         self.checkpoint_dir = checkpoint_dir
         self.checkpoint_every = checkpoint_every
+        self.verbose = verbose
 
     def fit(
         self,
         user_items: Any,
         y: Any = None,
-        show_progress: bool = True,
+        show_progress: bool | None = None,
         callback: Callable[[int, float, float | None], Any] | None = None,
     ) -> Self:
         """Factorize a matrix of users by items.
@@ -227,8 +240,8 @@ class TPUAlternatingLeastSquares(
             begin with values drawn on the devices.
         y : None
             Ignored. A bool is taken for `show_progress`, so that implicit's positional calls work.
-        show_progress : bool, default=True
-            Show a bar.
+        show_progress : bool, default=None
+            Show a bar. None goes by the parameter `verbose`.
         callback : callable, optional
             Called as ``callback(iteration, seconds, loss)`` after each iteration; loss is None
             unless computed. The model is usable in it as it stands then. To stop, raise: the
@@ -247,16 +260,18 @@ class TPUAlternatingLeastSquares(
         RuntimeError
             Where another process that takes part has ended.
         """
-        show_progress, callback = validation.fit_arguments(y, show_progress, callback)
+        arguments = (y, show_progress, callback, self.fit_callback)
+        show_progress, callback = validation.fit_arguments(*arguments)
         validation.warn_if_converted(user_items)
-        callback = callback or self.fit_callback
         with contextlib.ExitStack() as at_end:
             at_end.callback(lambda: self._fitted.settle())
             training, fitted = self._training(user_items, at_end)
             at_end.callback(training.data.memory.clear)  # before tables are copied
-            is_quiet = not show_progress or training.data.place.process != 0
-            with tqdm(total=self.iterations, initial=training.done, disable=is_quiet) as progress:
-                self._train(training, fitted, callback, progress)
+            is_other = training.data.place.process != 0
+            hides = is_other or progress.is_disabled(show_progress, self.verbose)
+            with progress.bar(self.iterations, training.done, hides) as bar:
+                self._train(training, fitted, callback, bar)
+            self._fitted_to = training.fitted_to
         return self
 
     def _train(
@@ -264,7 +279,7 @@ class TPUAlternatingLeastSquares(
         training: Training,
         fitted: FittedModel,
         callback: Callable[[int, float, float | None], Any] | None,
-        progress: tqdm,
+        bar: Any,
     ) -> None:
         """Run the iterations, and publish the model whole.
 
@@ -278,7 +293,8 @@ class TPUAlternatingLeastSquares(
                 with training.data.place.watched():
                     report = training.step()
                 fitted = _after(training, fitted)
-                self._show(progress, training.done, report)
+                progress.advance(bar, report)
+                log.debug("iteration %d: %s", training.done - 1, report)
                 if callback:
                     self._publish(fitted)
                     is_calling = True
@@ -333,60 +349,13 @@ class TPUAlternatingLeastSquares(
         ids, _ = self._rank(solved, fitted.item, holdout.CUTOFF, seen=kept)
         return holdout.mean_ndcg(ids, hidden)
 
-    def save(self, fileobj_or_path: str | os.PathLike | BinaryIO) -> None:
-        """Write the model to an .npz file that implicit can load as well.
-
-        Parameters
-        ----------
-        fileobj_or_path : str, path or binary file object
-            A path gets ".npz" where it lacks it. It is replaced only by a complete file.
-
-        Notes
-        -----
-        Random generators and device handles are not saved; they load as None.
-        """
-        fitted = self._fitted
-        values = {
-            "n_iter_": fitted.n_iter,
-            "history_": fitted.history,
-            "feature_names_in_": fitted.feature_names,
-            "user_factors": fitted.user.read(),
-            "item_factors": fitted.item.read(),
-        }
-        model_file.save_model(fileobj_or_path, self.get_params(deep=False), values)
-
-    @classmethod
-    def load(cls, fileobj_or_path: str | os.PathLike | BinaryIO) -> Self:
-        """Read a model that `save`, or implicit's, wrote. Nothing is unpickled.
-
-        Parameters
-        ----------
-        fileobj_or_path : str, path or binary file object
-            A path may lack its ".npz".
-        """
-        parameters, fitted = model_file.load_model(fileobj_or_path, cls._get_param_names())
-        model = cls(**parameters)
-        tables = {
-            side: FactorTable(validation.factor_table(fitted.get(name), name))
-            for side, name in (("user", "user_factors"), ("item", "item_factors"))
-        }
-        found = FittedModel(n_iter=fitted.get("n_iter_"), history=fitted.get("history_"))
-        for side, table in tables.items():
-            found = found.with_table(side, table)
-        model._fitted = replace(found, feature_names=fitted.get("feature_names_in_"))
-        return model
-
-    def to_gpu(self) -> Self:
-        """Return a copy whose next computation requires a GPU."""
-        return copy.deepcopy(self).set_params(use_gpu=True)
-
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
         # Results have the model's own dtype, so that is the one kind of input whose dtype stays.
         tags.transformer_tags.preserves_dtype = []
         with contextlib.suppress(ValueError):
-            name = validation.storage_dtype(self.dtype)
+            name = parameters.storage_dtype(self.dtype)
             tags.transformer_tags.preserves_dtype = [name.replace("bfloat16", "float32")]
         return tags
 
@@ -396,11 +365,10 @@ class TPUAlternatingLeastSquares(
 
     def _checked_params(self) -> placing.AlsParams:
         """Interpret the constructor's parameters, or raise for one that is wrong."""
-        validation.check_parameters(self.get_params(deep=False))
-        self._objective()
+        parameters.check(self)
         return placing.AlsParams(
             factors=int(self.factors),
-            dtype=validation.storage_dtype(self.dtype),
+            dtype=parameters.storage_dtype(self.dtype),
             linear_solver=self._linear_solver(),
             cg_steps=int(self.cg_steps),
             block_size=int(self.block_size),
@@ -442,6 +410,8 @@ class TPUAlternatingLeastSquares(
             checkpoints = Checkpoints(self.checkpoint_dir, self.checkpoint_every)
             at_end.callback(checkpoints.close)
         rows, fitted = self._interactions(user_items)
+        identity = initial.identity(rows)
+        fitted_to = identity, initial.warn_if_restarted(self, identity)
         if self.early_stopping:
             rows, hidden = holdout.hide(rows, self.validation_fraction)
             monitor = EarlyStopping(rows, hidden, self.n_iter_no_change, self.tol)
@@ -455,25 +425,13 @@ class TPUAlternatingLeastSquares(
                 with_loss=bool(self.calculate_training_loss),
                 monitor=monitor,
                 checkpoints=checkpoints,
-                settings=self._settings(),
+                settings=settings_of(self, self._objective(), self._linear_solver()),
+                fitted_to=fitted_to,
             )
             if not training.resume():
                 on_devices = isinstance(rows, ShardedMatrix)
                 training.state = self._start(before, training.data, on_devices)
         return training, fitted
-
-    def _settings(self) -> dict[str, Any]:
-        """What must not change between a checkpoint and what resumes from it."""
-        is_seed = isinstance(self.random_state, Integral)
-        watching = ("validation_fraction", "n_iter_no_change", "tol") if self.early_stopping else ()
-        return {
-            **{name: float(value) for name, value in self._objective()._asdict().items()},
-            "linear_solver": self._linear_solver(),
-            "random_state": int(self.random_state) if is_seed else None,
-            **{name: int(getattr(self, name)) for name in ("cg_steps", "block_size")},
-            **{name: float(getattr(self, name)) for name in ("over_relaxation", *watching)},
-            "early_stopping": bool(self.early_stopping),
-        }
 
     def _finished(self, training: Training, fitted: FittedModel) -> FittedModel:
         """The model at the end of a fit: with early stopping, the best one."""
@@ -484,11 +442,9 @@ class TPUAlternatingLeastSquares(
         if losses:
             log.info("final training loss %.4f", losses[-1])
         return fitted
-
-    def _show(self, progress: tqdm, done: int, report: dict[str, float]) -> None:
-        progress.set_postfix({name: f"{value:.4g}" for name, value in report.items()})
-        progress.update(1)
-        log.debug("iteration %d: %s", done - 1, report)
+        if losses:
+            log.info("final training loss %.4f", losses[-1])
+        return fitted
 
 
 def _after(training: Training, fitted: FittedModel) -> FittedModel:

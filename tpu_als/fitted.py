@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from scipy import sparse
 
-from . import fold_in, ranking, resident
+from . import fold_in, ranking, resident, validation
 from .mesh import Workplace
 from .placing import AlsParams
 from .resident import Table
@@ -25,6 +25,8 @@ from .solve import Objective
 
 Kept = TypeVar("Kept")
 SIDES = ("user", "item")
+# Under these attributes users assign a gramian and norms, as in implicit.
+_ASSIGNED = {"user": ("_XtX", "_user_norms"), "item": ("_YtY", "_item_norms")}
 
 
 class FactorTable:
@@ -37,7 +39,9 @@ class FactorTable:
     on_devices : Table, optional
         The table where training left it. It is fetched when all of it is read.
     gramian, norms : ndarray, optional
-        Assigned by the user in place of the table's own.
+        Assigned by the user in place of the table's own. They are checked when they are used.
+    names : (str, str)
+        The attributes that they were assigned to, for messages.
     """
 
     def __init__(
@@ -47,16 +51,18 @@ class FactorTable:
         *,
         gramian: np.ndarray | None = None,
         norms: np.ndarray | None = None,
+        names: tuple[str, str] = ("gramian", "norms"),
     ) -> None:
         self._host, self._on_devices = host, on_devices
-        self.given_gramian, self.given_norms = gramian, norms
+        self.given_gramian, self.given_norms, self._names = gramian, norms, names
         self._exposed = host is not None
         self._stamp: int | None = None
         self._kept: dict[str, tuple[Any, Any]] = {}
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"host": self.read(), "gramian": self.given_gramian, "norms": self.given_norms}
+        given = {"gramian": self.given_gramian, "norms": self.given_norms, "names": self._names}
+        return {"host": self.read(), **given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -116,24 +122,25 @@ class FactorTable:
         found._exposed = False
         return found
 
-    def given(self, **values: np.ndarray | None) -> FactorTable:
+    def given(self, names: tuple[str, str], **values: np.ndarray | None) -> FactorTable:
         """The same table with a gramian or norms assigned; None drops what was computed as well."""
         values = {"gramian": self.given_gramian, "norms": self.given_norms, **values}
         with self._lock:
-            found = FactorTable(self._host, self._on_devices, **values)
+            found = FactorTable(self._host, self._on_devices, names=names, **values)
             found._exposed = self._exposed
         return found
 
     def gramian(self) -> np.ndarray:
         """Y^T Y (factors, factors), assigned or computed."""
         if self.given_gramian is not None:
-            return self.given_gramian
+            width = self.shape[1]
+            return validation.derived(self.given_gramian, self._names[0], (width, width))
         return self._derived("gramian", _gramian, Table.gramian)
 
     def norms(self) -> np.ndarray:
         """Euclidean lengths (n,) of the rows, assigned or computed; 1e-10 in place of 0."""
         if self.given_norms is not None:
-            return self.given_norms
+            return validation.derived(self.given_norms, self._names[1], self.shape[:1])
         return self._derived("norms", norms, lambda table: _divisible(table.norms()))
 
     def solve(
@@ -144,7 +151,8 @@ class FactorTable:
         A row that could not be solved is not finite.
         """
         # Only an assigned gramian: a result must not depend on what was computed before it.
-        gramian, table = self.given_gramian, self.resident
+        gramian = None if self.given_gramian is None else self.gramian()
+        table = self.resident
         if table is not None and gramian is None:
             return table.solve(rows, objective)
         stamp = self.stamp()
@@ -281,7 +289,7 @@ class FittedModel:
 
     def with_values(self, side: str, **values: np.ndarray | None) -> Self:
         """Assign the gramian or the norms of a table."""
-        changes: dict[str, Any] = {side: self.table(side).given(**values)}
+        changes: dict[str, Any] = {side: self.table(side).given(_ASSIGNED[side], **values)}
         return replace(self, **changes)
 
     def trained(

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from .host import require_memory
-from .validation import random_generator
+from .parameters import random_generator
 
 # Of `web_graph`: pages of a site, the part of the links within it, and the steepness of popularity.
 _SITE = 64

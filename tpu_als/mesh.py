@@ -22,11 +22,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from tpu_als import programs
 from tpu_als.host import cores, memory_bytes, threads
+from tpu_als.parameters import LAYOUTS
 from tpu_als.programs import AXIS, Together, precision
 
 __all__ = ["AXIS", "LAYOUTS", "Shards", "Together", "Workplace", "precision", "workplace"]
 
-LAYOUTS = ("auto", "replicated", "sharded")
 # On a mesh one array with a leading axis of shards; on a single device a list of one array each.
 Shards = Any
 

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from tpu_als.cholesky import direct
+from tpu_als.parameters import OBJECTIVES
 
 # Full float32 products: accelerators would otherwise round the operands to bfloat16 or tf32.
 PRECISION = lax.Precision.HIGHEST
 SOLVERS = ("cg", "cholesky", "subspace")
 _BLOCK = 1 << 12  # rows, or entries of a row, that a program adds up one after the other
 _GRAMIANS = 1 << 24  # numbers of the gramians of blocks that stand in memory together
-OBJECTIVES = ("implicit", "ials")
 
 
 class Objective(NamedTuple):

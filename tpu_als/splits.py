@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from . import _evaluation_inputs, holdout, validation
+from . import _evaluation_inputs, holdout
+from .parameters import random_generator
 
 
 def train_test_split(
@@ -42,7 +43,7 @@ def train_test_split(
     if not _evaluation_inputs.is_number(train_percentage) or not 0 <= train_percentage <= 1:
         raise ValueError(f"train_percentage must be from 0 to 1, got {train_percentage!r}")
     rows = holdout.canonical(ratings, "ratings")
-    draws = validation.random_generator(random_state).random(rows.nnz)
+    draws = random_generator(random_state).random(rows.nnz)
     return holdout.parts(rows, (draws >= train_percentage) & (rows.data > 0))
 
 
@@ -73,7 +74,7 @@ def leave_k_out_split(
     K = _evaluation_inputs.whole_number("K", K)
     if not _evaluation_inputs.is_number(train_only_size) or not 0 <= train_only_size < 1:
         raise ValueError(f"train_only_size must be at least 0 and below 1, got {train_only_size!r}")
-    rows, rng = holdout.canonical(ratings, "ratings"), validation.random_generator(random_state)
+    rows, rng = holdout.canonical(ratings, "ratings"), random_generator(random_state)
     is_tested = holdout.positive_counts(rows) > K + 1
     users = np.flatnonzero(np.diff(rows.indptr))
     if train_only_size > 0 and len(users):
@@ -117,7 +118,7 @@ def strong_generalization_split(
     """
     _evaluation_inputs.fraction("test_users", test_users)
     _evaluation_inputs.fraction("fold_in", fold_in)
-    rows, rng = holdout.canonical(user_items), validation.random_generator(random_state)
+    rows, rng = holdout.canonical(user_items), random_generator(random_state)
     able = np.flatnonzero(holdout.positive_counts(rows) > 1)
     if not len(able):
         raise ValueError("no user has two positive entries, one to fold in and one to find")

@@ -1,12 +1,9 @@
-"""Outside input to canonical CSR, ids and settings, or an error: got, expected, likely cause."""
+"""Outside input to canonical CSR, ids and tables, or an error: got, expected, likely cause."""
 
 from __future__ import annotations
 
-import math
 import operator
-import os
 from collections.abc import Callable, Collection, Iterable
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -17,145 +14,47 @@ from .host import require_memory
 from .matrices import canonical_csr as canonical_csr
 from .matrices import rows_for as rows_for
 from .matrices import warn_if_converted as warn_if_converted
+from .parameters import check_parameters, is_flag
 
 GROWTH = 1_000_000  # rows that a partial fit may add to any table, besides doubling it
-LINEAR_SOLVERS = ("auto", "cg", "cholesky", "subspace")
-DTYPES = ("float32", "float64", "bfloat16")
+_ROWS_AT_ONCE = 1 << 16  # of a table that is looked at for NaN
 
 
-def _integer(least: int) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, Integral) and not isinstance(v, bool) and int(v) >= least
-
-
-def _real(low: float, high: float = math.inf, is_open: bool = False) -> Callable[[Any], bool]:
-    def accepts(v: Any) -> bool:
-        if not isinstance(v, Real) or isinstance(v, bool) or not math.isfinite(v):
-            return False
-        return low < float(v) < high if is_open else low <= float(v) <= high
-
-    return accepts
-
-
-_PARAMETERS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "factors": (_integer(1), "an integer of at least 1"),
-    "regularization": (_real(0.0), "a finite number of at least 0"),
-    "alpha": (_real(0.0), "a finite number of at least 0"),
-    "iterations": (_integer(0), "an integer of at least 0"),
-    "num_threads": (_integer(0), "an integer of at least 0 (0: all cores)"),
-    "unobserved_weight": (_real(0.0), "a finite number of at least 0"),
-    "regularization_exponent": (
-        lambda v: v is None or _real(0.0)(v),
-        "None or a finite number of at least 0",
-    ),
-    "linear_solver": (
-        lambda v: v is None or (isinstance(v, str) and v in LINEAR_SOLVERS),
-        f"None or one of {LINEAR_SOLVERS}",
-    ),
-    "cg_steps": (_integer(1), "an integer of at least 1"),
-    "block_size": (_integer(1), "an integer of at least 1"),
-    "over_relaxation": (
-        _real(0.0, 2.0, is_open=True),
-        "a number between 0 and 2, where 1 is plain ALS",
-    ),
-    "validation_fraction": (_real(0.0, 1.0, is_open=True), "a number between 0 and 1"),
-    "n_iter_no_change": (_integer(1), "an integer of at least 1"),
-    "approximate_recall": (
-        lambda v: v is None or _real(0.0, 1.0, is_open=True)(v),
-        "None or a number between 0 and 1",
-    ),
-    "checkpoint_dir": (
-        lambda v: v is None or isinstance(v, (str, os.PathLike)),
-        "None or the path of a directory",
-    ),
-    "checkpoint_every": (_integer(1), "an integer of at least 1"),
-    "tol": (_real(0.0), "a finite number of at least 0"),
-}
-
-
-def check_parameters(parameters: dict[str, Any]) -> None:
-    """Raise ValueError for the first constructor parameter outside its range.
-
-    Parameters
-    ----------
-    parameters : dict
-        Name to value; names without a rule here are checked by the room that uses them.
-    """
-    for name, (accepts, expected) in _PARAMETERS.items():
-        if name in parameters and not accepts(parameters[name]):
-            raise ValueError(f"{name} must be {expected}, got {parameters[name]!r}")
-
-
-def storage_dtype(dtype: Any) -> str:
-    """Name of the storage dtype: "float32", "float64" or "bfloat16".
-
-    Parameters
-    ----------
-    dtype : dtype-like
-        np.float32, np.float64 or their names, or "bfloat16".
-
-    Raises
-    ------
-    ValueError
-        For anything else.
-    """
-    try:
-        name = dtype if isinstance(dtype, str) and dtype in DTYPES else np.dtype(dtype).name
-    except TypeError:
-        name = None
-    if name not in DTYPES:
-        raise ValueError(f"dtype must be np.float32, np.float64 or 'bfloat16', got {dtype!r}")
-    return name
-
-
-def random_generator(random_state: Any) -> np.random.Generator:
-    """Return the generator that implicit would draw the first tables with.
-
-    Parameters
-    ----------
-    random_state : int, None, numpy.random.RandomState, numpy.random.Generator or seed-like
-        A RandomState gives a seed (implicit means to, and fails); all else is NumPy's
-        `default_rng`, so a Generator is used as it is.
-
-    Raises
-    ------
-    ValueError
-        For anything else, such as a float, a bool or a negative integer.
-    """
-    if isinstance(random_state, np.random.RandomState):
-        return np.random.default_rng(random_state.randint(2**31, dtype=np.int64))
-    try:
-        if isinstance(random_state, (bool, np.bool_)):
-            raise TypeError("a bool is not a seed")
-        return np.random.default_rng(random_state)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            "random_state must be None, an integer of at least 0, a numpy.random.Generator or a "
-            f"RandomState, got {random_state!r:.60}"
-        ) from error
-
-
-def random_seed(random_state: Any) -> int:
-    """Draw a seed from what `random_generator` makes of this."""
-    return int(random_generator(random_state).integers(1 << 31))
-
-
-def fit_arguments(y: Any, show_progress: Any, callback: Any) -> tuple[bool, Callable | None]:
+def fit_arguments(
+    y: Any, show_progress: Any, callback: Any, default: Any = None
+) -> tuple[bool | None, Callable | None]:
     """Tell scikit-learn's `fit(X, y)` from implicit's `fit(user_items, show_progress, callback)`.
+
+    Parameters
+    ----------
+    y, show_progress, callback
+        As given to `fit`.
+    default : callable, optional
+        The attribute `fit_callback`, for where there is no callback.
 
     Returns
     -------
-    show_progress : bool
+    show_progress : bool or None
     callback : callable or None
+
+    Raises
+    ------
+    TypeError
+        For a callback that cannot be called, or a `show_progress` that is not True, False or None.
     """
     if callable(show_progress):
-        show_progress, callback = True, show_progress
+        show_progress, callback = None, show_progress
     if isinstance(y, (bool, np.bool_)):
         show_progress = y
+    name = "callback" if callback is not None else "fit_callback"
+    callback = default if callback is None else callback
     if callback is not None and not callable(callback):
         raise TypeError(
-            f"callback must be callable(iteration, seconds, loss), got {type(callback).__name__}"
+            f"{name} must be callable(iteration, seconds, loss), got {type(callback).__name__}"
         )
-    return bool(show_progress), callback
+    if show_progress is not None and not is_flag(show_progress):
+        raise TypeError(f"show_progress must be True, False or None, got {show_progress!r:.60}")
+    return None if show_progress is None else bool(show_progress), callback
 
 
 def ids_of(
@@ -319,7 +218,7 @@ def require_results(n_queries: int, n: int, dtype: Any) -> None:
     )
 
 
-def solver_arguments(X: Any, Y: Any, regularization: Any) -> None:
+def solver_arguments(X: Any, Y: Any, regularization: Any, num_threads: Any) -> None:
     """Check the tables and the ridge that the callable `solver` is given.
 
     Parameters
@@ -330,6 +229,8 @@ def solver_arguments(X: Any, Y: Any, regularization: Any) -> None:
         The table held fixed.
     regularization : float
         Finite, at least 0.
+    num_threads : int or None
+        At least 0.
 
     Raises
     ------
@@ -346,11 +247,7 @@ def solver_arguments(X: Any, Y: Any, regularization: Any) -> None:
         raise ValueError(
             f"Y must have shape (n_columns, {X.shape[1]}), the factors of X, got {shape}"
         )
-    is_number = isinstance(regularization, Real) and not isinstance(regularization, bool)
-    if not is_number or not math.isfinite(regularization) or regularization < 0:
-        raise ValueError(
-            f"regularization must be a finite number of at least 0, got {regularization!r}"
-        )
+    check_parameters({"regularization": regularization, "num_threads": num_threads or 0})
 
 
 def factor_table(table: Any, name: str) -> np.ndarray | None:
@@ -359,29 +256,73 @@ def factor_table(table: Any, name: str) -> np.ndarray | None:
     Parameters
     ----------
     table : array-like of shape (n_rows, n_factors) or None
-        Also anything with `to_numpy`, such as implicit's GPU matrices.
+        Also anything with `to_numpy`, such as implicit's GPU matrices. There may be no rows.
     name : str
         The attribute's name, for messages.
+
+    Raises
+    ------
+    ValueError
+        For another number of axes, no columns, or values that are no finite numbers.
     """
     if table is None:
         return None
     array = np.asarray(table.to_numpy() if hasattr(table, "to_numpy") else table)
-    if array.ndim != 2 or array.dtype.kind not in "fiuV":
+    # "V" is bfloat16; structures are of that kind as well.
+    if array.ndim != 2 or array.dtype.kind not in "fiuV" or array.dtype.names or not array.shape[1]:
         raise ValueError(
             f"{name} must be a 2-D array of numbers (n_rows, n_factors), "
             f"got shape {array.shape} of {array.dtype}"
         )
-    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
+    if array.dtype not in (np.float32, np.float64):
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+    _check_finite(array, name)
+    return array
 
 
-def start_table(table: np.ndarray, shape: tuple[int, int], name: str) -> np.ndarray:
-    """Check that a table to continue from has the shape that the data and `factors` ask for."""
-    if table.shape != shape:
+def _check_finite(array: np.ndarray, name: str) -> None:
+    for low in range(0, len(array), _ROWS_AT_ONCE):
+        with np.errstate(all="ignore"):
+            sums = array[low : low + _ROWS_AT_ONCE].sum(axis=-1)
+        suspects = np.flatnonzero(~np.isfinite(sums)) + low
+        # Sums of finite numbers may overflow.
+        bad = [row for row in suspects if not np.isfinite(array[row]).all()]
+        if bad:
+            raise ValueError(
+                f"{name} must hold finite numbers, got NaN, infinity or values too large for "
+                f"float32 (first in row {bad[0]}: {array[bad[0]]!r:.100})"
+            )
+
+
+def same_width(user_width: int, item_width: int) -> None:
+    """Raise ValueError where rows of a user and an item table differ in their number of factors."""
+    if user_width != item_width:
         raise ValueError(
-            f"{name} to start from has shape {table.shape}, but the data and `factors` need "
-            f"{shape}. Set {name} to None, or warm_start to False, to start anew"
+            f"user_factors and item_factors must have equally many columns to be multiplied, got "
+            f"{user_width} and {item_width}: assign two tables of one model"
         )
-    return table
+
+
+def derived(value: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Check a gramian or norms that were assigned, of the given shape.
+
+    Raises
+    ------
+    ValueError
+        For another shape, values that are no finite numbers, or lengths that are not positive.
+    """
+    array = np.asarray(value)
+    is_length = len(shape) == 1
+    good = array.shape == shape and array.dtype.kind in "fiu" and bool(np.isfinite(array).all())
+    if not good or (is_length and not (array > 0).all()):
+        expected = "positive numbers" if is_length else "numbers"
+        raise ValueError(
+            f"{name} must hold finite {expected} of shape {shape}, got shape {array.shape} of "
+            f"{array.dtype}{' with other values' if array.shape == shape else ''}. Set {name} to "
+            "None to have it computed"
+        )
+    return array
 
 
 def finite_rows(rows: np.ndarray, what: str) -> np.ndarray:
