@@ -152,8 +152,6 @@ FILES: dict[str, Writer] = {
     "a pickle": lambda path, good: path.write_bytes(b"\x80\x04\x95\x05\x00\x00\x00"),
     "a zip of text files": with_members({"readme.txt": b"hello", "factors.npy": b"6"}),
     # that contradict themselves
-    "no item table": changed(item_factors=None),
-    "no user table": changed(user_factors=None),
     "tables of two widths": changed(item_factors=np.ones((18, 4), np.float32)),
     "a table of one axis": changed(user_factors=np.ones(24, np.float32)),
     "a table of three axes": changed(user_factors=np.ones((2, 3, 6), np.float32)),
@@ -174,8 +172,8 @@ FILES: dict[str, Writer] = {
     "alpha NaN": changed(alpha=np.float64("nan")),
     "alpha of text": changed(alpha=np.str_("2")),
     "regularization below 0": changed(regularization=np.float64(-1)),
-    "an unknown dtype": changed(dtype=np.str_("float12")),
-    "a number as dtype": changed(dtype=np.int64(32)),
+    "an unknown dtype": changed(tpu_als_storage_dtype=np.str_("float12")),
+    "a number as dtype": changed(dtype=np.int64(32), tpu_als_storage_dtype=None),
     "an unknown objective": changed(tpu_als_objective=np.str_("explicit")),
     "iterations of floats": changed(iterations=np.float64(1.5)),
     # of a later or no format
@@ -186,7 +184,6 @@ FILES: dict[str, Writer] = {
     # hostile
     "a pickle in a table": changed(item_factors=OBJECTS),
     "a pickle in a parameter": changed(alpha=OBJECTS),
-    "a pickle under an unknown name": changed(extra=OBJECTS),
     "a bomb in a table": bomb("item_factors"),
     "a bomb in a parameter": bomb("alpha"),
     "a bomb in the names": bomb("tpu_als_feature_names_in_"),
@@ -224,11 +221,12 @@ FILES: dict[str, Writer] = {
     "members of one name": twice,
     "an encrypted file": encrypted,
 }
-# Names of members mean nothing to the reader; these load like the good file, and write nothing.
+# Members of other names are not read, and names are not paths; these load like the good file.
 HARMLESS: dict[str, Writer] = {
     "an absolute name": with_members({"/tmp/tpu_als_evil.npy": npy(ONES)}),
     "a name in the parent folder": with_members({"../../tpu_als_evil.npy": npy(ONES)}),
     "a text file beside the tables": with_members({"readme.txt": b"hello"}),
+    "a pickle under an unknown name": changed(extra=OBJECTS),
     "an unknown array": with_members({"extra.npy": npy(ONES)}),
     "a bomb under an unknown name": bomb("extra"),
     "a compressed file": with_members({}, zipfile.ZIP_DEFLATED),
