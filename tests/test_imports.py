@@ -33,15 +33,17 @@ FLOORS = [
     ["ranking"],
     ["topk"],
     ["resident", "fold_in", "checkpoint"],
+    ["_checkpoint_reader"],
+    ["_runs"],
     ["_orbax", "relayout"],
     ["als"],
     ["placing"],
     ["sweep", "native"],
     ["exchange", "cells", "_loops"],
-    ["solve"],
+    ["solve", "_checksums"],
     ["mesh"],
     ["layout"],
-    ["validation", "host", "_atomic"],
+    ["validation", "host", "_atomic", "_digest", "_lock"],
     ["exceptions"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -56,6 +58,8 @@ HOST_ONLY = [
     "datasets",
     "holdout",
     "splits",
+    "_digest",
+    "_lock",
 ]
 HOST_ONLY += ["shards", "_shard_writer", "_shard_reader", "_transpose", "_atomic", "model_file"]
 

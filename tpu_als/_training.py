@@ -33,7 +33,7 @@ class Training:
     checkpoints : Checkpoints or None
         Where to keep it.
     settings : dict
-        What must be the same for a checkpoint to be resumed.
+        What decides the result besides the data: the identity of a run in its checkpoints.
     state : AlsState
         The tables; set by `resume`, or by the caller.
     done : int
@@ -62,14 +62,11 @@ class Training:
 
     def resume(self) -> bool:
         """Take up the last checkpoint; False where there is none."""
-        found = self.checkpoints and self.checkpoints.restore(self.settings, self.data)
-        if not found:
+        if self.checkpoints is None:
             return False
-        if found.iteration > self.iterations:
-            raise ValueError(
-                f"the last checkpoint is of iteration {found.iteration}, but iterations="
-                f"{self.iterations}: ask for no fewer, or give another checkpoint_dir"
-            )
+        found = self.checkpoints.restore(self.settings, self.data, self.iterations)
+        if found is None:
+            return False
         self.state, self.done, self.history = found.state, found.iteration, found.history
         if self.monitor is not None:
             best = found.extra["best_users"], found.extra["best_items"]

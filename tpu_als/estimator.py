@@ -16,7 +16,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils.validation import check_is_fitted, validate_data
 from tqdm.auto import tqdm
 
-from . import holdout, model_file, placing, validation
+from . import _digest, holdout, model_file, placing, validation
 from ._serving import Serving
 from ._training import Training
 from .checkpoint import Checkpoints
@@ -404,21 +404,25 @@ class TPUAlternatingLeastSquares(
         if self.checkpoint_dir is not None:
             checkpoints = Checkpoints(self.checkpoint_dir, self.checkpoint_every)
             at_end.callback(checkpoints.close)
-        rows = self._interactions(user_items)
+        rows, settings = self._interactions(user_items), {}
+        if checkpoints is not None:
+            settings = self._settings(isinstance(rows, ShardedMatrix))
         if self.early_stopping:
             rows, hidden = holdout.hide(rows, self.validation_fraction)
             monitor = EarlyStopping(rows, hidden, self.n_iter_no_change, self.tol)
+            if checkpoints is not None:
+                settings["held out (digest)"] = f"{_digest.entries(hidden):016x}"
         place = self._place()
         with place.watched():
             training = Training(
-                placing.place(rows, params, place),
+                placing.place(rows, params, place, with_digest=checkpoints is not None),
                 self._objective(),
                 iterations=int(self.iterations),
                 over_relaxation=float(self.over_relaxation),
                 with_loss=bool(self.calculate_training_loss),
                 monitor=monitor,
                 checkpoints=checkpoints,
-                settings=self._settings(),
+                settings=settings,
             )
             if not training.resume():
                 on_devices = isinstance(rows, ShardedMatrix)
@@ -430,8 +434,8 @@ class TPUAlternatingLeastSquares(
         self._publish(training.state, training.data)
         self.n_iter_, self.history_ = training.done, training.history
 
-    def _settings(self) -> dict[str, Any]:
-        """What must not change between a checkpoint and what resumes from it."""
+    def _settings(self, on_devices: bool) -> dict[str, Any]:
+        """What decides the result besides the data: a checkpoint is resumed only by the same."""
         is_seed = isinstance(self.random_state, Integral)
         watching = ("validation_fraction", "n_iter_no_change", "tol") if self.early_stopping else ()
         return {
@@ -441,7 +445,19 @@ class TPUAlternatingLeastSquares(
             **{name: int(getattr(self, name)) for name in ("cg_steps", "block_size")},
             **{name: float(getattr(self, name)) for name in ("over_relaxation", *watching)},
             "early_stopping": bool(self.early_stopping),
+            "objective": self.objective,
+            # Only plain ALS ends on the same tables whatever iteration was to be the last.
+            "iterations": int(self.iterations) if self.over_relaxation != 1 else None,
+            "initial tables": self._initial_tables(on_devices),
         }
+
+    def _initial_tables(self, on_devices: bool) -> dict[str, str]:
+        """Digests of the tables that `_start` is given, or where it draws them."""
+        drawn = "drawn on the devices" if on_devices else "drawn"
+        sides = [s for s in ("user", "item") if self.warm_start or s in self._assigned]
+        tables = {side: self._table(side) for side in sides}
+        return {side: drawn if table is None else _digest.array(table)
+                for side, table in tables.items()} or {"both": drawn}  # fmt: skip
 
     def _finish(self, monitor: EarlyStopping | None) -> None:
         if monitor is not None and monitor.best is not None:
