@@ -218,16 +218,20 @@ class FactorTables:
         fitted = vars(self).get("_fitted")
         return threading.RLock() if fitted is None else fitted.lock
 
+    def _given_tables(self, fitted: FittedModel) -> list[np.ndarray | None]:
+        """User and item table to start from; None of one that is to be drawn."""
+        return [
+            fitted.table(side).read() if self.warm_start or side in fitted.assigned else None
+            for side in ("user", "item")
+        ]
+
     def _start(self, fitted: FittedModel, data: placing.Data, on_devices: bool) -> als.AlsState:
         """Place tables to start from: assigned or, with `warm_start`, present ones; else drawn."""
         random_state, place, normal = self.random_state, data.place, self.objective == "ials"
         if len(place.processes) > 1 and not isinstance(random_state, Integral):
             # Chance must be the same in all processes.
             random_state = place.agree(parameters.random_seed(random_state))
-        given = [
-            fitted.table(side).read() if self.warm_start or side in fitted.assigned else None
-            for side in ("user", "item")
-        ]
+        given = self._given_tables(fitted)
         if on_devices and all(table is None for table in given):
             scale = initial.deviation(self.factors, normal)
             return als.draw(data, parameters.random_seed(random_state), scale, normal=normal)

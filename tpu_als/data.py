@@ -127,6 +127,7 @@ class Data:
 
     `plan` is empty where rows are laid out for `native`. `magnitudes` are the least and the largest
     absolute value of an entry, where they are known. `memory` is that of tables on the host.
+    `digest` is that of all entries, where it was asked for or where they were read from disk.
     """
 
     users: Side
@@ -138,3 +139,4 @@ class Data:
     absolute_sum: float
     magnitudes: tuple[float, float] | None = None
     memory: Memory = field(default_factory=Memory, repr=False, compare=False)
+    digest: int | None = None

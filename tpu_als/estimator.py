@@ -16,7 +16,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import metadata_routing
 from sklearn.utils.validation import validate_data
 
-from . import holdout, initial, parameters, placing, progress, structure, validation
+from . import _digest, holdout, initial, parameters, placing, progress, structure, validation
 from ._saving import Saving
 from ._serving import Serving
 from ._training import Training, settings_of
@@ -410,22 +410,29 @@ class TPUAlternatingLeastSquares(
             checkpoints = Checkpoints(self.checkpoint_dir, self.checkpoint_every)
             at_end.callback(checkpoints.close)
         rows, fitted = self._interactions(user_items)
-        identity = initial.identity(rows)
+        identity, settings = initial.identity(rows), {}
+        if checkpoints is not None:
+            given, on_devices = self._given_tables(before), isinstance(rows, ShardedMatrix)
+            settings = settings_of(
+                self, self._objective(), self._linear_solver(), given, on_devices
+            )
         fitted_to = identity, initial.warn_if_restarted(self, identity)
         if self.early_stopping:
             rows, hidden = holdout.hide(rows, self.validation_fraction)
             monitor = EarlyStopping(rows, hidden, self.n_iter_no_change, self.tol)
+            if checkpoints is not None:
+                settings["held out (digest)"] = f"{_digest.entries(hidden):016x}"
         place = self._place()
         with place.watched():
             training = Training(
-                placing.place(rows, params, place),
+                placing.place(rows, params, place, with_digest=checkpoints is not None),
                 self._objective(),
                 iterations=int(self.iterations),
                 over_relaxation=float(self.over_relaxation),
                 with_loss=bool(self.calculate_training_loss),
                 monitor=monitor,
                 checkpoints=checkpoints,
-                settings=settings_of(self, self._objective(), self._linear_solver()),
+                settings=settings,
                 fitted_to=fitted_to,
             )
             if not training.resume():
@@ -439,9 +446,6 @@ class TPUAlternatingLeastSquares(
             users, items = map(FactorTable, training.monitor.best)
             fitted = replace(fitted, user=users, item=items)
         losses = training.history.get("loss")
-        if losses:
-            log.info("final training loss %.4f", losses[-1])
-        return fitted
         if losses:
             log.info("final training loss %.4f", losses[-1])
         return fitted

@@ -16,7 +16,8 @@ import numpy as np
 from jax import Array
 from scipy import sparse
 
-from tpu_als import cells, exchange, layout, native, structure
+from tpu_als import _checksums, cells, exchange, layout, native, structure
+from tpu_als._digest import EntriesDigest
 from tpu_als.cells import Entries, InMemory, Long
 from tpu_als.data import DTYPES, AlsParams, Data, Side
 from tpu_als.exchange import Route
@@ -121,7 +122,13 @@ def cheapest_solver(
     return min(seconds, key=lambda name: seconds[name])
 
 
-def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Workplace) -> Data:
+def place(
+    user_items: sparse.csr_matrix | Entries,
+    params: AlsParams,
+    place: Workplace,
+    *,
+    with_digest: bool = False,
+) -> Data:
     """Lay out a matrix in both orientations and put it on the devices.
 
     Parameters
@@ -133,6 +140,14 @@ def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Wor
         Decides chunk sizes and dtype.
     place : Workplace
         Where it goes.
+    with_digest : bool, default=False
+        Whether to compute the digest of a matrix in memory, which checkpoints need. That of
+        `Entries` on disk is always computed.
+
+    Raises
+    ------
+    ValueError
+        Where processes passed different matrices, or the sides of `Entries` differ.
     """
     if isinstance(user_items, sparse.csr_matrix):
         structure.check_compressed(user_items)
@@ -158,7 +173,9 @@ def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Wor
     users, items = layout.share_shapes(users, items, _SHARED_WASTE[is_native] // row_bytes)
     if not place.together.sharded:  # else the sides' messages differ, and so do their programs
         users, items = layout.share_rungs(users, items)
-    fill = _Filling(plan, params, place, _kept_as(entries, params), owners[0] is not None)
+    with_digest = with_digest or not isinstance(entries, InMemory)
+    dtype, is_divided = _kept_as(entries, params), owners[0] is not None
+    fill = _Filling(plan, params, place, dtype, is_divided, with_digest)
     # Items first: then the matrix turned for them makes room for the users' cells.
     item_side = fill.side("item", entries, items, users, lengths[1])
     if isinstance(entries, InMemory):
@@ -175,7 +192,23 @@ def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Wor
         entries.nnz,
         fill.absolute_sum,
         fill.magnitudes,
+        digest=_agreed_digest(fill.digests, entries, place),
     )
+
+
+def _agreed_digest(
+    digests: dict[str, EntriesDigest], entries: Entries, place: Workplace
+) -> int | None:
+    """Digest of all entries, or an error where the two sides of files hold different ones."""
+    if isinstance(entries, InMemory):
+        return digests["user"].total if digests else None
+    users, items = (_checksums.total(digests[side].total, place) for side in _SIDES)
+    if users != items:
+        raise ValueError(
+            f"{getattr(entries, 'path', entries)}: the files by user and the files by item hold "
+            "different entries or values, but must hold the same ones; write both again"
+        )
+    return users
 
 
 def _check_same(matrix: sparse.csr_matrix, place: Workplace) -> None:
@@ -242,6 +275,11 @@ def _lengths(entries: Entries, side: str, place: Workplace) -> tuple[np.ndarray,
         for process, found in enumerate(place.gather_processes(pairs[low : low + _GATHERED])):
             found = found[found[:, 0] >= 0]
             lengths[found[:, 0]], owners[found[:, 0]] = found[:, 1], process
+    if lengths.sum() != entries.nnz:
+        raise ValueError(
+            f"{getattr(entries, 'path', entries)}: the rows of the files by {side} have "
+            f"{lengths.sum()} entries, but {entries.nnz} are expected"
+        )
     return lengths, owners
 
 
@@ -263,9 +301,16 @@ class _Filling:
     """Fills and places one side after the other, with values of a dtype, or None of them."""
 
     def __init__(
-        self, plan: Plan, params: AlsParams, place: Workplace, dtype: Any, divided: bool
+        self,
+        plan: Plan,
+        params: AlsParams,
+        place: Workplace,
+        dtype: Any,
+        divided: bool,
+        with_digest: bool = False,
     ) -> None:
         self._plan, self._params, self._place = plan, params, place
+        self._with_digest, self.digests = with_digest, dict[str, EntriesDigest]()
         self._dtype, self._divided = dtype, divided
         self.absolute_sum, self.magnitudes = 0.0, (np.inf, -np.inf)
 
@@ -277,6 +322,10 @@ class _Filling:
         blocks = self._blocks(name, entries)
         if name == "user":
             blocks = self._summed(blocks)
+        # The other side of a matrix in memory is made of the first.
+        if self._with_digest and (name == "user" or not isinstance(entries, InMemory)):
+            self.digests[name] = EntriesDigest(name, len(source.slots))
+            blocks = self.digests[name].passing(iter(blocks))
         ids, values = cells.fill(blocks, rows, source.slots, source.pad_slot, local, self._dtype)
         if name == "user" and self._divided:
             found = np.array([self.absolute_sum, *self.magnitudes])
