@@ -108,7 +108,8 @@ def warn_if_restarted(estimator: Any, now: Identity) -> bool:
         Whether the estimator has warned, now or before.
     """
     before, has_warned = estimator._fitted_to or (None, False)
-    continues = estimator.warm_start or estimator._assigned
+    # A fit with checkpoints resumes.
+    continues = estimator.warm_start or estimator._assigned or estimator.checkpoint_dir
     if has_warned or continues or before != now or not 0 < estimator.iterations < _FEW_ITERATIONS:
         return has_warned
     warnings.warn(
