@@ -108,7 +108,9 @@ def warn_if_restarted(estimator: Any, now: Identity) -> bool:
         Whether the estimator has warned, now or before.
     """
     before, has_warned = estimator._fitted_to or (None, False)
-    continues = estimator.warm_start or estimator._fitted.assigned
+    # A fit with checkpoints resumes.
+    assigned = estimator._fitted.assigned
+    continues = estimator.warm_start or assigned or estimator.checkpoint_dir
     if has_warned or continues or before != now or not 0 < estimator.iterations < _FEW_ITERATIONS:
         return has_warned
     warnings.warn(
