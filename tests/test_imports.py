@@ -28,7 +28,7 @@ FLOORS = [
     ["evaluation", "weighting", "datasets", "shards"],
     ["splits", "_shard_writer"],
     ["_shard_reader"],
-    ["_transpose"],
+    ["_transpose", "_shard_files"],
     ["holdout"],
     ["ranking"],
     ["topk"],
@@ -61,7 +61,15 @@ HOST_ONLY = [
     "_digest",
     "_lock",
 ]
-HOST_ONLY += ["shards", "_shard_writer", "_shard_reader", "_transpose", "_atomic", "model_file"]
+HOST_ONLY += [
+    "shards",
+    "_shard_writer",
+    "_shard_reader",
+    "_shard_files",
+    "_transpose",
+    "_atomic",
+    "model_file",
+]
 
 
 def tree(path: Path) -> ast.Module:
