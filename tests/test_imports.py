@@ -29,7 +29,7 @@ FLOORS = [
     ["evaluation", "weighting", "datasets", "shards"],
     ["splits", "metrics", "_shard_writer", "frames", "generators"],
     ["_shard_reader", "_columns"],
-    ["_transpose"],
+    ["_transpose", "_shard_files"],
     ["holdout"],
     ["ranking"],
     ["topk"],
@@ -76,7 +76,8 @@ HOST_ONLY = [
     "_lock",
 ]
 HOST_ONLY += ["parameters", "initial", "npz", "subclasses", "progress", "compat", "_saving"]
-HOST_ONLY += ["shards", "_shard_writer", "_shard_reader", "_transpose", "_atomic", "model_file"]
+HOST_ONLY += ["shards", "_shard_writer", "_shard_reader", "_shard_files", "_transpose", "_atomic"]
+HOST_ONLY += ["model_file"]
 
 
 def tree(path: Path) -> ast.Module:

@@ -18,7 +18,7 @@ from scipy import sparse
 Blocks = Iterator[tuple[np.ndarray, sparse.csr_matrix]]
 
 _AT_ONCE = 1 << 15  # entries or words whose temporaries stay in a core's own cache
-_FEW_COLUMNS = 1 << 20  # whose keys are kept, where others are computed for each entry
+_FEW_COLUMNS = 1 << 18  # whose keys are kept, where others are computed for each entry
 SALTS = {"user": 0x9E3779B97F4A7C15, "item": 0xC2B2AE3D27D4EB4F}
 _OTHER = {"user": "item", "item": "user"}
 MASK = (1 << 64) - 1
@@ -46,17 +46,17 @@ class EntriesDigest:
 
     def __init__(self, side: str, n_columns: int) -> None:
         self._salts = SALTS[side], SALTS[_OTHER[side]]
-        few = n_columns <= _FEW_COLUMNS
-        self._columns = _keys(np.arange(n_columns), self._salts[1]) if few else None
+        self._n_columns = n_columns
         self.total = 0
 
     def passing(self, blocks: Blocks) -> Blocks:
         """Yield the blocks as they come, and add them to `total`."""
         for row_ids, rows in blocks:
-            self._add(row_ids, rows)
+            self.add(row_ids, rows)
             yield row_ids, rows
 
-    def _add(self, row_ids: np.ndarray, rows: sparse.csr_matrix) -> None:
+    def add(self, row_ids: np.ndarray, rows: sparse.csr_matrix) -> None:
+        """Add the entries of some rows to `total`."""
         keys, lengths = _keys(row_ids, self._salts[0]), np.diff(rows.indptr)
         low, ends = 0, rows.indptr[1:]
         while low < len(keys):
@@ -69,7 +69,14 @@ class EntriesDigest:
             low = high
 
     def _column_keys(self, ids: np.ndarray) -> np.ndarray:
-        return _keys(ids, self._salts[1]) if self._columns is None else self._columns[ids]
+        if self._n_columns > _FEW_COLUMNS:
+            return _keys(ids, self._salts[1])
+        return _all_keys(self._n_columns, self._salts[1])[ids]
+
+
+@functools.lru_cache(maxsize=4)
+def _all_keys(n: int, salt: int) -> np.ndarray:
+    return _keys(np.arange(n), salt)
 
 
 def _keys(ids: np.ndarray, salt: int) -> np.ndarray:
@@ -105,8 +112,7 @@ def _mixed_values(values: np.ndarray) -> np.ndarray:
 def entries(matrix: sparse.csr_matrix) -> int:
     """Digest of a canonical matrix in memory, users by items."""
     digest = EntriesDigest("user", matrix.shape[1])
-    for _ in digest.passing(iter([(np.arange(matrix.shape[0]), matrix)])):
-        pass
+    digest.add(np.arange(matrix.shape[0]), matrix)
     return digest.total
 
 

@@ -21,7 +21,7 @@ from tpu_als._digest import EntriesDigest
 from tpu_als.cells import Entries, InMemory, Long
 from tpu_als.data import DTYPES, AlsParams, Data, Side
 from tpu_als.exchange import Route
-from tpu_als.host import give_back_memory
+from tpu_als.host import give_back_memory, require_memory
 from tpu_als.layout import Plan, RowMap
 from tpu_als.mesh import Together, Workplace, precision
 from tpu_als.sweep import Own
@@ -259,6 +259,11 @@ def place_rows(
 def _lengths(entries: Entries, side: str, place: Workplace) -> tuple[np.ndarray, np.ndarray | None]:
     """Entries (M,) of all rows of a side and, if each process has its part, whose they are."""
     n_rows = entries.shape[_SIDES.index(side)]
+    if not isinstance(entries, InMemory):
+        require_memory(
+            {f"lengths and places of {n_rows} rows by {side}": 40 * n_rows},
+            "check the numbers of users and items",
+        )
     rows, counts = entries.lengths(side, place.process, len(place.processes))
     if isinstance(entries, InMemory):
         return counts, None
