@@ -285,9 +285,10 @@ class TestClass:
         with pytest.raises(ValueError, match="expecting 20 features"):
             fitted().transform(COUNTS.T.tocsr())
 
-    def test_explain_wants_the_whole_matrix(self) -> None:
-        with pytest.raises(IndexError, match=r"a row of the whole user_items\) 3 is not"):
-            fitted().explain(3, COUNTS[3], 1)
+    def test_explain_wants_the_whole_matrix_or_one_row(self) -> None:
+        assert fitted().explain(3, COUNTS[3], 1)[:2] == fitted().explain(3, COUNTS, 1)[:2]
+        with pytest.raises(IndexError, match="userid 3 is not in user_items, which has 2 rows"):
+            fitted().explain(3, COUNTS[:2], 1)
 
     def test_explain_without_a_ridge(self) -> None:
         rank_one = sparse.csr_matrix(np.ones((6, 5), np.float32))
