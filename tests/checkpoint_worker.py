@@ -25,7 +25,8 @@ def begin(n_shards: int) -> tuple[placing.Data, als.AlsState]:
     matrix = random_counts(70, 50, seed=3)
     rng = np.random.default_rng(4)
     tables = (rng.normal(0, 0.1, (n, 6)).astype(np.float32) for n in matrix.shape)
-    data = placing.place(matrix, placing.AlsParams(6), workplace(None, num_threads=n_shards))
+    place = workplace(None, num_threads=n_shards)
+    data = placing.place(matrix, placing.AlsParams(6), place, with_digest=True)
     return data, als.start(data, *tables)
 
 

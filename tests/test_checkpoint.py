@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
 import logging
+import os
+import resource
 import shutil
+import socket
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +26,10 @@ import pytest
 from matrices import random_counts
 
 from tpu_als import als, layout, placing, relayout, solve
+from tpu_als._checkpoint_reader import checksum_of
 from tpu_als.als import AlsState
 from tpu_als.checkpoint import FOLDER, FORMAT, Checkpoints, Resumed
+from tpu_als.exceptions import DataWarning
 from tpu_als.mesh import Workplace, workplace
 from tpu_als.placing import AlsParams, Data
 
@@ -55,7 +63,9 @@ def placed() -> Any:
             place = workplace(devices, num_threads=threads, table_layout=table_layout)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(placing, "make_plan", small)
-                made[name, dtype] = placing.place(matrix, AlsParams(7, dtype=dtype), place)
+                made[name, dtype] = placing.place(
+                    matrix, AlsParams(7, dtype=dtype), place, with_digest=True
+                )
             assert len(made[name, dtype].users.rows.long) > 0
             assert len(made[name, dtype].users.rows.rungs) == 2
         return made[name, dtype]
@@ -84,8 +94,19 @@ def _restore(directory: Path, data: Data, **changed: Any) -> Resumed | None:
         return checkpoints.restore({**SETTINGS, **changed}, data)
 
 
+def _runs(directory: Path) -> list[Path]:
+    """Folders of all runs."""
+    return sorted(path for path in (directory / FOLDER).iterdir() if path.is_dir())
+
+
+def _run(directory: Path) -> Path:
+    """The folder of the only run."""
+    (run,) = _runs(directory)
+    return run
+
+
 def _steps(directory: Path) -> list[str]:
-    return sorted(path.name for path in (directory / FOLDER).iterdir())
+    return sorted(path.name for path in _run(directory).iterdir() if path.is_dir())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
@@ -181,73 +202,358 @@ def test_nothing_to_resume_from(placed: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"alpha": 3.0}, "settings: alpha was 2.0 and is 3.0. Give"),
-        ({"shape": [3, 5]}, r"shape was \[3, 4\] and is \[3, 5\]"),
+        ({"alpha": 3.0}, "alpha was 2.0 and is 3.0"),
+        ({"shape": [3, 5]}, "shape was [3, 4] and is [3, 5]"),
         (
             {"exponent": 1.0, "extra": 1},
             "exponent was None and is 1.0; extra was 'absent' and is 1",
         ),
     ],
 )
-def test_other_settings_are_refused(
-    changed: dict[str, Any], message: str, placed: Any, tmp_path: Path
+def test_other_settings_are_another_run(
+    changed: dict[str, Any],
+    message: str,
+    placed: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    _save(tmp_path, placed("one"))
-    with pytest.raises(ValueError, match=message) as refused:
-        _restore(tmp_path, placed("one"), **changed)
-    assert str(tmp_path / FOLDER) in str(refused.value)
-    assert _restore(tmp_path, placed("one"), shape=[3, 4]) is not None
-
-
-def test_other_data_are_refused(placed: Any, tmp_path: Path) -> None:
     data = placed("one")
-    _save(tmp_path, data)
-    near, far = (
-        dataclasses.replace(data, absolute_sum=data.absolute_sum * factor)
-        for factor in (1 + 1e-8, 1 + 1e-5)
+    saved = _save(tmp_path, data)
+    first = _run(tmp_path)
+    with caplog.at_level(logging.INFO, logger="tpu_als"):
+        assert _restore(tmp_path, data, **changed) is None
+    assert f"the run {first.name} differs in: {message}" in caplog.text
+    assert "started the run" in caplog.text and len(_runs(tmp_path)) == 2
+    with caplog.at_level(logging.INFO, logger="tpu_als"):
+        found = _restore(tmp_path, data, shape=[3, 4])
+    assert found is not None and f"resumed from {first / '1'}" in caplog.text
+    np.testing.assert_array_equal(_rows(found.state, data)[0], _rows(saved, data)[0])
+
+
+def _rewired(matrix: Any) -> Any:
+    """Two entries of two rows change their columns; lengths and sums stay."""
+    dense = matrix.toarray()
+    for first, second in itertools.combinations(range(len(dense)), 2):
+        left = np.flatnonzero((dense[first] == 1) & (dense[second] == 0))
+        right = np.flatnonzero((dense[second] == 1) & (dense[first] == 0))
+        if len(left) and len(right):
+            dense[[first, second], left[0]] = dense[[second, first], left[0]]
+            dense[[first, second], right[0]] = dense[[second, first], right[0]]
+            return type(matrix)(dense)
+    raise AssertionError("there are no such rows")
+
+
+def _values(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Any], Any]:
+    def changed(matrix: Any) -> Any:
+        new = matrix.copy()
+        new.data = change(new.data).astype(np.float32)
+        return new
+
+    return changed
+
+
+def _one(position: int, change: Callable[[np.float32], Any]) -> Callable[[Any], Any]:
+    def at(values: np.ndarray) -> np.ndarray:
+        values = values.copy()
+        values[position] = change(values[position])
+        return values
+
+    return _values(at)
+
+
+ALTERED = {
+    "signs": _values(lambda values: -values),
+    "one sign": _one(17, lambda value: -value),
+    "permuted values": _values(lambda values: values[::-1]),
+    "two values swapped": _values(lambda values: np.r_[values[1::-1], values[2:]]),
+    "rewired": _rewired,
+    "the least change": _one(-1, lambda value: np.nextafter(value, np.float32(9))),
+    "rows turned": lambda matrix: matrix[np.r_[1:90, 0]],
+}
+
+
+@pytest.mark.parametrize("name", ALTERED)
+def test_other_data_are_another_run(name: str, tmp_path: Path) -> None:
+    matrix, place = random_counts(90, 40, density=0.3, seed=2), workplace(1)
+    matrix.data[:2] = 1, 2
+    other = ALTERED[name](matrix)
+    assert (other != matrix).nnz
+    data, altered = (
+        placing.place(each, AlsParams(7), place, with_digest=True) for each in (matrix, other)
     )
-    assert _restore(tmp_path, near) is not None
-    with pytest.raises(ValueError, match="data: sum of absolute values was [0-9.]+ and is [0-9.]+"):
-        _restore(tmp_path, far)
-    # one user's entries for another's: the numbers of entries are the same
-    matrix = random_counts(90, 40, density=0.3, seed=2)[np.r_[1:90, 0]]
-    turned = placing.place(matrix, data.params, data.place)
-    with pytest.raises(
-        ValueError, match=r"data: entries per user \(digest\) was '\w+' and is '\w+'. G"
-    ):
-        _restore(tmp_path, turned)
-    wider = placing.place(random_counts(90, 41), AlsParams(8), data.place)
-    with pytest.raises(ValueError, match="factors was 7 and is 8; shape was .*entries was"):
-        _restore(tmp_path, wider)
+    _save(tmp_path, data)
+    assert _restore(tmp_path, altered) is None
+    assert _restore(tmp_path, data) is not None
+
+
+def test_data_need_a_digest(tmp_path: Path) -> None:
+    data = placing.place(random_counts(9, 5), AlsParams(2), workplace(1))
+    with pytest.raises(ValueError, match=r"place\(..., with_digest=True\)"):
+        _restore(tmp_path, data)
 
 
 def test_a_later_format_is_refused(placed: Any, tmp_path: Path) -> None:
     _save(tmp_path, placed("one"))
-    file = tmp_path / FOLDER / "1" / "meta" / "metadata"
+    file = _run(tmp_path) / "1" / "meta" / "metadata"
     meta = json.loads(file.read_text())
     file.write_text(json.dumps({**meta, "format": FORMAT + 1}))
     with pytest.raises(ValueError, match=f"format {FORMAT + 1}.*up to {FORMAT}.*upgrade"):
         _restore(tmp_path, placed("one"))
 
 
+def _largest(folder: Path) -> Path:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
 @pytest.mark.parametrize("damage", ["meta", "users", "truncated"])
-def test_a_damaged_checkpoint_says_what_to_do(damage: str, placed: Any, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_falls_back(damage: str, placed: Any, tmp_path: Path) -> None:
     data = placed("two")
     before = _save(tmp_path, data, 1, seed=1)
     _save(tmp_path, data, 2, seed=2)
-    latest = tmp_path / FOLDER / "2"
+    latest = _run(tmp_path) / "2"
     if damage == "truncated":
-        files = [path for path in (latest / "users").rglob("*") if path.is_file()]
-        largest = max(files, key=lambda path: path.stat().st_size)
+        largest = _largest(latest / "users")
         largest.write_bytes(largest.read_bytes()[:100])
     else:
         shutil.rmtree(latest / damage)
-    with pytest.raises(ValueError, match=f"{latest} cannot be read .*; remove it to resume from"):
-        _restore(tmp_path, data)
-    shutil.rmtree(latest)
+    named = latest / damage.replace("truncated", "users")
+    with Checkpoints(tmp_path) as checkpoints:
+        message = f"1 damaged .* from iteration 1: {named} "
+        with pytest.warns(DataWarning, match=message) as warned:
+            found = checkpoints.restore(SETTINGS, data)
+        assert len(warned) == 1
+        assert found is not None and found.iteration == 1
+        np.testing.assert_array_equal(_rows(found.state, data)[0], _rows(before, data)[0])
+        # what is trained again takes its place
+        again = _start(data, 3)
+        assert checkpoints.save(2, again, data, SETTINGS, HISTORY)
     found = _restore(tmp_path, data)
-    assert found is not None and found.iteration == 1
-    np.testing.assert_array_equal(_rows(found.state, data)[0], _rows(before, data)[0])
+    assert found is not None and found.iteration == 2
+    np.testing.assert_array_equal(_rows(found.state, data)[1], _rows(again, data)[1])
+    for step in ("1", "2"):
+        shutil.rmtree(_run(tmp_path) / step / "items")
+    run = _run(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"none of the 2 checkpoints in {run} .* Remove that folder"
+    ):
+        _restore(tmp_path, data)
+
+
+def _flipped(file: Path, rng: np.random.Generator) -> None:
+    content = bytearray(file.read_bytes())
+    content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "count", [20, pytest.param(500, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_no_flipped_bit_passes(
+    count: int, placed: Any, tmp_path: Path, record_property: Callable[[str, Any], None]
+) -> None:
+    """Where one bit of the latest checkpoint is flipped: the same tables, or those before."""
+    data, best, rng = placed("two"), np.arange(6.0), np.random.default_rng(0)
+    for step in (1, 2):
+        state = _start(data, step)
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(step, state, data, SETTINGS, HISTORY, {"best": best + step})
+    run = _run(tmp_path)
+    files = sorted(
+        path for path in (run / "2").rglob("*") if path.stat().st_size and path.is_file()
+    )
+    weights = np.sqrt([path.stat().st_size for path in files])
+    saved = {step: _rows(_start(data, step), data) for step in (1, 2)}
+    seen = {1: 0, 2: 0}
+    for _ in range(count):
+        file = files[rng.choice(len(files), p=weights / weights.sum())]
+        sound = file.read_bytes()
+        _flipped(file, rng)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always", DataWarning)
+            found = _restore(tmp_path, data)
+        file.write_bytes(sound)
+        assert found is not None
+        step = found.iteration
+        seen[step] += 1
+        assert len([w for w in warned if w.category is DataWarning]) == (step == 1)
+        np.testing.assert_array_equal(found.extra["best"], best + step)
+        np.testing.assert_equal(found.history, HISTORY)
+        for ours, expected in zip(_rows(found.state, data), saved[step], strict=True):
+            np.testing.assert_array_equal(ours, expected)
+    record_property("flips noticed, without effect", seen)
+    assert seen[1] > count // 4
+
+
+def _nested(file: Path) -> None:
+    file.write_text("[" * 100_000 + "]" * 100_000)
+
+
+def _meta(**changes: Any) -> Callable[[Path], None]:
+    """Change the metadata, with a checksum that fits."""
+
+    def change(step: Path) -> None:
+        file = step / "meta" / "metadata"
+        meta = json.loads(file.read_text()) | changes
+        meta["checksum"] = checksum_of(meta)
+        file.write_text(json.dumps(meta))
+
+    return change
+
+
+def _replaced(step: Path) -> None:
+    shutil.rmtree(step)
+    step.write_text("a file")
+
+
+def _swapped(step: Path) -> None:
+    (step / "users").rename(step / "other")
+    (step / "items").rename(step / "users")
+    (step / "other").rename(step / "items")
+
+
+def _emptied(folder: str) -> Callable[[Path], None]:
+    def empty(step: Path) -> None:
+        for file in (step / folder).rglob("*"):
+            if file.is_file():
+                file.write_bytes(b"")
+
+    return empty
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "no metadata": lambda step: shutil.rmtree(step / "meta"),
+    "no users": lambda step: shutil.rmtree(step / "users"),
+    "no items": lambda step: shutil.rmtree(step / "items"),
+    "no extra": lambda step: shutil.rmtree(step / "extra"),
+    "nothing at all": lambda step: [shutil.rmtree(p) for p in step.iterdir() if p.is_dir()],
+    "a file for metadata": lambda step: (shutil.rmtree(step / "meta"), (step / "meta").touch()),
+    "a folder for metadata": lambda step: (
+        (step / "meta" / "metadata").unlink(),
+        (step / "meta" / "metadata").mkdir(),
+    ),
+    "metadata nested": lambda step: _nested(step / "meta" / "metadata"),
+    "metadata empty": lambda step: (step / "meta" / "metadata").write_text(""),
+    "metadata of text": lambda step: (step / "meta" / "metadata").write_text('"text"'),
+    "metadata a list": lambda step: (step / "meta" / "metadata").write_text("[1, 2]"),
+    "metadata binary": lambda step: (step / "meta" / "metadata").write_bytes(bytes(range(256))),
+    "metadata without keys": lambda step: (step / "meta" / "metadata").write_text("{}"),
+    "an old format": _meta(format="x"),
+    "another run": _meta(run="0" * 16),
+    "another iteration": _meta(iteration=7),
+    "a table of 2**60 rows": _meta(
+        slots={s: {"shapes": [[1 << 60, 7]], "slots": "x"} for s in ("users", "items")}
+    ),
+    "a table of -1 rows": _meta(
+        slots={s: {"shapes": [[-1, 7]], "slots": "x"} for s in ("users", "items")}
+    ),
+    "shapes of text": _meta(slots={"users": {"shapes": "x"}, "items": {}}),
+    "no slots": _meta(slots=None),
+    "other checksums": _meta(checksums={"users": "0", "items": "0"}),
+    "checksums of text": _meta(checksums={"users": "?", "items": "?"}),
+    "another extra": _meta(extra={"other": "0"}),
+    "users and items swapped": _swapped,
+    "empty files of users": _emptied("users"),
+    "empty files of items": _emptied("items"),
+    "empty files of extra": _emptied("extra"),
+    "no data of users": lambda step: _largest(step / "users").unlink(),
+    "data of users truncated": lambda step: os.truncate(_largest(step / "users"), 50),
+    "data of items are text": lambda step: _largest(step / "items").write_text("no data"),
+    "tree of users nested": lambda step: _nested(step / "users" / "_METADATA"),
+    "no tree of users": lambda step: (step / "users" / "_METADATA").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_named_without_much_memory(name: str, placed: Any, tmp_path: Path) -> None:
+    data = placed("one")
+    _save(tmp_path, data, 1, best=np.arange(3.0))
+    DAMAGES[name](_run(tmp_path) / "1")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=f"checkpoints in {_run(tmp_path)} can be read: .*/1"):
+        _restore(tmp_path, data)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 200_000
+
+
+def test_two_trainings_of_one_run(placed: Any, tmp_path: Path) -> None:
+    data = placed("one")
+    with Checkpoints(tmp_path) as first, Checkpoints(tmp_path) as second:
+        assert first.restore(SETTINGS, data) is None
+        owner = f"host {socket.gethostname()}, process {os.getpid()}, since"
+        for refused in (
+            lambda: second.restore(SETTINGS, data),
+            lambda: second.save(1, _start(data), data, SETTINGS, {}),
+        ):
+            with pytest.raises(RuntimeError, match=rf"another fit \({owner}.* wait until it has"):
+                refused()
+        # another run may share the directory
+        assert second.restore({**SETTINGS, "alpha": 1.0}, data) is None
+        assert first.save(1, _start(data), data, SETTINGS, {})
+    assert _restore(tmp_path, data) is not None
+
+
+def test_without_locks_nothing_is_removed(
+    placed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for alpha in range(6):
+        _restore(tmp_path, placed("one"), alpha=alpha)
+    assert len(_runs(tmp_path)) == 6
+    assert "this file system has no locks" in caplog.text
+
+
+def test_three_other_runs_stay(placed: Any, tmp_path: Path) -> None:
+    data = placed("one")
+
+    def alphas() -> set[int]:
+        files = [path / "run.json" for path in _runs(tmp_path)]
+        return {json.loads(file.read_text())["alpha"] for file in files if file.exists()}
+
+    with Checkpoints(tmp_path) as running:
+        running.restore({**SETTINGS, "alpha": 0}, data)
+        kept = _run(tmp_path)
+        (tmp_path / FOLDER / "mine").mkdir()
+        (tmp_path / FOLDER / ("a" * 16)).mkdir()  # not ours: it has no run.json
+        for alpha in range(1, 7):
+            for path in _runs(tmp_path):
+                age = path.stat().st_mtime - 10
+                os.utime(path, (age, age))
+            assert _restore(tmp_path, data, alpha=alpha) is None
+        # the one that is open, the last, and three others
+        assert alphas() == {0, 3, 4, 5, 6} and kept.is_dir()
+    assert alphas() == {0, 4, 5, 6}
+    assert (tmp_path / FOLDER / "mine").is_dir() and (tmp_path / FOLDER / ("a" * 16)).is_dir()
+    locks = [path for path in (tmp_path / FOLDER).iterdir() if path.suffix == ".lock"]
+    assert len(locks) == 4
+
+
+def test_checkpoints_of_the_old_layout_stay(placed: Any, tmp_path: Path) -> None:
+    _save(tmp_path, placed("one"), 3)
+    for name in ("3", "12"):
+        shutil.copytree(_run(tmp_path) / "3", tmp_path / "old" / FOLDER / name)
+    with pytest.warns(DataWarning, match=r"2 checkpoints of an earlier version.* 3, 12:") as warned:
+        assert _restore(tmp_path / "old", placed("one")) is None
+    assert len(warned) == 1
+    assert (tmp_path / "old" / FOLDER / "12" / "users").is_dir()
+
+
+def test_fewer_iterations(placed: Any, tmp_path: Path) -> None:
+    data = placed("one")
+    for step in range(1, 6):
+        _save(tmp_path, data, step, seed=step)
+    with Checkpoints(tmp_path) as checkpoints:
+        found = checkpoints.restore(SETTINGS, data, at_most=4)
+        assert found is not None and found.iteration == 4
+        np.testing.assert_array_equal(_rows(found.state, data)[0], _rows(_start(data, 4), data)[0])
+        assert checkpoints.restore(SETTINGS, data, at_most=2) is None
+        # those of more iterations stay
+        assert not checkpoints.save(1, _start(data), data, SETTINGS, {})
+    assert _steps(tmp_path) == ["3", "4", "5"]
 
 
 def test_what_was_cut_short_is_removed_and_what_lies_beside_stays(
@@ -256,7 +562,7 @@ def test_what_was_cut_short_is_removed_and_what_lies_beside_stays(
     for beside in ("7", "8.orbax-checkpoint-tmp", "model.npz"):
         (tmp_path / beside).mkdir()
     _save(tmp_path, placed("one"))
-    shutil.copytree(tmp_path / FOLDER / "1", tmp_path / FOLDER / "2.orbax-checkpoint-tmp")
+    shutil.copytree(_run(tmp_path) / "1", _run(tmp_path) / "2.orbax-checkpoint-tmp")
     found = _restore(tmp_path, placed("one"))
     assert found is not None and found.iteration == 1
     for iteration in range(2, 6):
@@ -353,7 +659,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
 
 
 def _latest(directory: Path) -> int:
-    if not (directory / FOLDER).is_dir():
+    if not (directory / FOLDER).is_dir() or not _runs(directory):
         return 0
     return max((int(name) for name in _steps(directory) if name.isdigit()), default=0)
 

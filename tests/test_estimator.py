@@ -256,10 +256,10 @@ class TestTables:
     def test_serving_keeps_its_device_tables(self, new_compilations: Any) -> None:
         served = fitted()
         served.recommend(np.arange(9), COUNTS[:9])
-        kept = served._runtime().kept["item catalog"]
+        kept = served._fitted.item._kept["catalog"]
         with new_compilations() as count:
             served.recommend(np.arange(9, 18), COUNTS[9:18])
-        assert served._runtime().kept["item catalog"] is kept
+        assert served._fitted.item._kept["catalog"] is kept
         assert count.programs == 0
 
 
@@ -285,9 +285,12 @@ class TestClass:
         with pytest.raises(ValueError, match="expecting 20 features"):
             fitted().transform(COUNTS.T.tocsr())
 
-    def test_explain_wants_the_whole_matrix(self) -> None:
-        with pytest.raises(IndexError, match=r"a row of the whole user_items\) 3 is not"):
-            fitted().explain(3, COUNTS[3], 1)
+    def test_explain_takes_the_whole_matrix_or_the_users_row(self) -> None:
+        known = fitted()
+        whole, row = known.explain(3, COUNTS, 1), known.explain(3, COUNTS[3], 1)
+        assert whole[:2] == row[:2]
+        with pytest.raises(IndexError, match="userid 3 is not in user_items, which has 2 rows"):
+            known.explain(3, COUNTS[:2], 1)
 
     def test_explain_without_a_ridge(self) -> None:
         rank_one = sparse.csr_matrix(np.ones((6, 5), np.float32))
@@ -367,26 +370,68 @@ class TestCheckpoints:
 
     def test_every_and_the_last_are_saved(self, tmp_path: Path) -> None:
         fitted(checkpoint_dir=str(tmp_path), checkpoint_every=3, iterations=7)
-        saved = sorted(path.name for path in tmp_path.glob("*/[0-9]*"))
+        saved = sorted(path.name for path in tmp_path.glob("*/*/[0-9]*") if path.is_dir())
         assert saved == ["3", "6", "7"]
 
     @pytest.mark.parametrize(
-        ("change", "named"),
+        "change",
         [
-            ({"alpha": 2.0}, "alpha was 1.0 and is 2.0"),
-            ({"random_state": 1}, "random_state was 0 and is 1"),
-            ({"factors": 5}, "factors was 4 and is 5"),
-            ({"iterations": 3}, "is of iteration 4, but iterations=3"),
+            {"alpha": 2.0},
+            {"random_state": 1},
+            {"factors": 5},
+            {"iterations": 3},
+            {"over_relaxation": 1.5, "iterations": 6},
+            {"objective": "ials"},
+            {"early_stopping": True},
         ],
+        ids=str,
     )
-    def test_another_model_is_refused(
-        self, change: dict[str, Any], named: str, tmp_path: Path
+    def test_another_model_is_as_if_it_was_alone(
+        self, change: dict[str, Any], tmp_path: Path
     ) -> None:
         before = fitted(checkpoint_dir=tmp_path)
-        users = before.user_factors.copy()
-        with pytest.raises(ValueError, match=named):
-            before.set_params(**change).fit(COUNTS, show_progress=False)
-        np.testing.assert_array_equal(before.user_factors, users)
+        other = fitted(checkpoint_dir=tmp_path, **change)
+        assert same_tables(other, fitted(**change))
+        assert same_tables(before, fitted(checkpoint_dir=tmp_path))
+
+    def test_the_next_night_has_other_data(self, tmp_path: Path) -> None:
+        for factor in (1, 2, 1):
+            counts = COUNTS * np.float32(factor)
+            saved = model(checkpoint_dir=tmp_path).fit(counts, show_progress=False)
+            assert same_tables(saved, model().fit(counts, show_progress=False))
+        found = model(checkpoint_dir=tmp_path, iterations=6).fit(COUNTS, show_progress=False)
+        assert same_tables(found, fitted(iterations=6))
+
+    def test_initial_tables_are_a_part_of_the_run(self, tmp_path: Path) -> None:
+        rng = np.random.default_rng(0)
+        for _ in range(2):
+            start = rng.normal(size=(20, 4)).astype(np.float32)
+            found = []
+            for options in ({"checkpoint_dir": tmp_path}, {}):
+                estimator = model(**options)
+                estimator.item_factors = start
+                found.append(estimator.fit(COUNTS, show_progress=False))
+            assert same_tables(*found)
+        further = []
+        for options in ({"checkpoint_dir": tmp_path}, {}):
+            estimator = model(warm_start=True, **options)
+            for _ in range(3):
+                estimator.fit(COUNTS, show_progress=False)
+            further.append(estimator)
+        assert same_tables(*further)
+
+    def test_candidates_of_a_search_do_not_meet(self, tmp_path: Path) -> None:
+        grid = {"alpha": [1.0, 5.0], "iterations": [2, 4]}
+        found = []
+        for directory in (tmp_path, None):
+            search = GridSearchCV(model(checkpoint_dir=directory), grid, cv=2, error_score="raise")
+            search.fit(COUNTS, show_progress=False)
+            found.append(search)
+        one, other = found
+        np.testing.assert_array_equal(
+            one.cv_results_["mean_test_score"], other.cv_results_["mean_test_score"]
+        )
+        assert same_tables(one.best_estimator_, other.best_estimator_)
 
     def test_early_stopping_goes_on_as_well(self, tmp_path: Path) -> None:
         settings = dict(iterations=30, early_stopping=True, n_iter_no_change=3)
@@ -460,6 +505,7 @@ class TestTablesOnDevices:
         explained = [m.explain(0, COUNTS, 1)[0] for m in (found, expected)]
         assert explained[0] == pytest.approx(explained[1], abs=1e-4)
         np.testing.assert_allclose(found.YtY, expected.YtY, rtol=1e-4, atol=1e-4)
-        assert all(found._resident(side) is not None for side in ("user", "item"))
+        assert all(found._fitted.table(side).resident is not None for side in ("user", "item"))
         np.testing.assert_allclose(found.item_factors, expected.item_factors, rtol=0, atol=1e-4)
-        assert found._resident("item") is None and found._resident("user") is not None
+        assert found._fitted.item.resident is None
+        assert found._fitted.user.resident is not None

@@ -8,6 +8,7 @@ import pickle
 import sys
 import tempfile
 import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import _transpose, shards
+from tpu_als import _digest, _transpose, shards
 from tpu_als._transpose import ExternalTranspose
 from tpu_als.datasets import power_law
 from tpu_als.shards import ShardedMatrix, open_shards, write_shards
@@ -131,13 +132,20 @@ class TestRoundTrip:
         matrix = random_counts(31, 20)
         written = write_shards(matrix, tmp_path, 4)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["item", "totals.json", "user"]
-        assert json.loads((tmp_path / "totals.json").read_text()) == {
+        totals = json.loads((tmp_path / "totals.json").read_text())
+        for key, summary in totals["files"].items():
+            content = (tmp_path / key).read_bytes()
+            length = int.from_bytes(content[-8:-4], "little") + 8
+            assert summary[3:] == [len(content), zlib.crc32(content[-length:])]
+            del summary[3:]
+        assert totals == {
             "format": 1,
             "n_users": 31,
             "n_items": 20,
             "n_entries": matrix.nnz,
             "n_shards": 4,
             "has_values": True,
+            "files": self.summaries(matrix, 4),
         }
         for side, lengths in (("user", matrix.getnnz(1)), ("item", matrix.getnnz(0))):
             stored = np.flatnonzero(lengths)
@@ -147,6 +155,24 @@ class TestRoundTrip:
                 kinds = [pa.int64(), pa.list_(pa.int32()), pa.list_(pa.float32())]
                 assert [field.type for field in table.schema] == kinds
                 assert table["row_id"].to_pylist() == stored[stored % 4 == part].tolist()
+
+    @staticmethod
+    def summaries(matrix: sparse.csr_matrix, n_shards: int) -> dict[str, list[Any]]:
+        """Rows, entries and digest of each file."""
+        found = {}
+        for part in range(n_shards):
+            users, items = matrix.copy(), matrix.tocsc()
+            users.data = np.where(np.repeat(np.arange(31), matrix.getnnz(1)) % 4 == part, 1, 0)
+            items.data = np.where(np.repeat(np.arange(20), matrix.getnnz(0)) % 4 == part, 1, 0)
+            for side, mask, axis in (("user", users, 1), ("item", items, 0)):
+                mask.eliminate_zeros()
+                own = matrix.multiply(mask).tocsr().astype(np.float32)
+                counts = [int(np.sum(own.getnnz(axis) > 0)), own.nnz]
+                found[f"{side}/part-{part:05d}.parquet"] = [
+                    *counts,
+                    f"{_digest.entries(own):016x}",
+                ]
+        return found
 
     def test_rows_and_columns_beyond_the_data(self, tmp_path: Path) -> None:
         matrix = random_counts(5, 4)
@@ -347,11 +373,15 @@ class TestOtherWriters:
         assert held_out.dtype == np.float32 and held_out.has_canonical_format
         assert got.held_out(1, 2)[1].shape == (0, 3)
 
-    def test_values_are_ignored_where_the_totals_say_so(
-        self, foreign: Callable[..., ShardedMatrix]
-    ) -> None:
-        got = foreign([{"row_id": [0], "col_ids": [[0, 2]], "values": [[5.0, 7.0]]}])
-        assert got.to_csr().data.tolist() == [1, 1]
+    def test_values_that_the_totals_deny(self, foreign: Callable[..., ShardedMatrix]) -> None:
+        ones = {"row_id": [0, 1], "col_ids": [[0, 2], [1]], "values": [[1.0, 1.0], None]}
+        other = {"row_id": [2], "col_ids": [[0, 2]], "values": [[5.0, 7.0]]}
+        got = foreign([ones, other])
+        assert next(got.blocks("user", part=0, parts=2))[1].data.tolist() == [1, 1, 1]
+        message = r"00001-c000.*values are not all 1, but has_values is false in totals.json"
+        for read in (got.to_csr, lambda: list(got.blocks("item"))):
+            with pytest.raises(ValueError, match=message):
+                read()
 
     def test_many_empty_rows_do_not_make_a_long_block(
         self, foreign: Callable[..., ShardedMatrix]
@@ -471,9 +501,14 @@ class TestBadFiles:
                 read()
 
     def test_entries_are_missing(self, foreign: Callable[..., ShardedMatrix]) -> None:
-        got = foreign([{"row_id": [0], "col_ids": [[0, 1]]}], n_entries=5)
+        with pytest.raises(ValueError, match=r"holds 1 to 2 entries, but totals.json says 5"):
+            foreign([{"row_id": [0], "col_ids": [[0, 1]]}], n_entries=5)
+
+    def test_entries_are_fewer(self, foreign: Callable[..., ShardedMatrix]) -> None:
+        # by the footers a row may have none, or one
+        got = foreign([{"row_id": [0, 1], "col_ids": [[0, 1], [2]]}], n_entries=2)
         for read in (got.to_csr, lambda: got.lengths("item")):
-            with pytest.raises(ValueError, match=r"holds 2 entries, but totals.json says 5"):
+            with pytest.raises(ValueError, match=r"holds 3 entries, but totals.json says 2"):
                 read()
 
     def test_nothing_held_out(self, foreign: Callable[..., ShardedMatrix]) -> None:

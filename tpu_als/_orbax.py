@@ -36,9 +36,8 @@ def path(directory: str | os.PathLike[str]) -> Any:
 
 
 def manager(root: Any, keep: int, processes: tuple[int, ...]) -> Any:
-    """Open a directory for these processes, which all do so; make it where there is none."""
+    """Open a directory that exists, for these processes, which all do so."""
     ocp, first = load(), min(processes)
-    root.mkdir(parents=True, exist_ok=True)
     together = ocp.options.MultiprocessingOptions(
         primary_host=first,
         active_processes=set(processes),
@@ -47,8 +46,27 @@ def manager(root: Any, keep: int, processes: tuple[int, ...]) -> Any:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         create=False,  # not supported for some of the processes
-        cleanup_tmp_directories=True,
+        # Orbax's clean-up runs in a thread that `close` does not wait for, and fails where another
+        # opening of the directory cleans up as well. On local paths `_runs` does it.
+        cleanup_tmp_directories="://" in str(root),
         multiprocessing_options=together,
+    )
+    return ocp.CheckpointManager(root, options=options)
+
+
+def reader(root: Any, process: int) -> Any:
+    """Open a directory to read from it, by this process alone.
+
+    A read that fails in one process then leaves no other one waiting for it.
+    """
+    ocp = load()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process,
+        active_processes={process},
+        barrier_sync_key_prefix=f"tpu_als_reader_{process}",
+    )
+    options = ocp.CheckpointManagerOptions(
+        create=False, read_only=True, multiprocessing_options=alone
     )
     return ocp.CheckpointManager(root, options=options)
 

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Iterator
-from numbers import Integral
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from scipy import sparse
 
+from ._digest import EntriesDigest
+from ._shard_files import MOST, TOTALS, ShardFile, footer, parquet_library
 from ._transpose import index_dtype
+from .host import require_memory
 
 _ALIASES = {"row_id": ("row_id", "row_tag"), "col_ids": ("col_ids", "col_tag")}
-
-
-def parquet_library() -> tuple[ModuleType, ModuleType]:
-    """pyarrow and pyarrow.parquet, or an ImportError that names the extra."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError(
-            'sharded Parquet data need the package pyarrow: pip install "tpu-als[shards]"'
-        ) from error
-    return pyarrow, pyarrow.parquet
 
 
 class RowReader:
@@ -34,49 +22,154 @@ class RowReader:
 
     Parameters
     ----------
-    file : Path
+    file : ShardFile
     shape : (int, int)
         Rows and columns that ids must lie within.
+    side : {"user", "item"}
+        What the rows are.
+    filesystem : pyarrow.fs.FileSystem
+        Where the file is.
+    summary : list, optional
+        Rows, entries, digest, bytes and checksum of the footer, from totals.json, to be verified.
 
     Raises
     ------
     ValueError
         By every method, naming the file, for what is no such file, lacks a column, has one of
         another type, or holds an id out of range, a value missing or not finite, lists of values
-        and ids that differ in length, or a column twice in a row.
+        and ids that differ in length, or a column twice in a row; and, at its end, for what is not
+        what totals.json says.
     """
 
-    def __init__(self, file: Path, shape: tuple[int, int]) -> None:
-        self.file, self.shape = file, shape
+    def __init__(
+        self,
+        file: ShardFile,
+        shape: tuple[int, int],
+        side: str,
+        filesystem: Any,
+        summary: list[Any] | None = None,
+    ) -> None:
+        self.file, self.shape = file.name, shape
+        self._source, self._side, self._filesystem = file.source, side, filesystem
+        self._summary = summary
+
+    def counts(self) -> tuple[int, int, int, int]:
+        """Least and most entries, rows, and the largest row id or -1, by the file's footer."""
+        self._verify_footer()
+        with self._reading():
+            _, pq = parquet_library()
+            meta = pq.read_metadata(self._source, filesystem=self._filesystem)
+            n_rows, most, largest, is_known = int(meta.num_rows), 0, -1, False
+            for group in range(meta.num_row_groups):
+                for at in range(meta.num_columns):
+                    column = meta.row_group(group).column(at)
+                    name = column.path_in_schema.split(".")[0]
+                    if name in _ALIASES["col_ids"]:
+                        most, is_known = most + int(column.num_values), True
+                    if name in _ALIASES["row_id"]:
+                        found = column.statistics.max if column.is_stats_set else None
+                        largest = max(largest, found) if isinstance(found, int) else largest
+            if not (0 <= n_rows <= MOST and 0 <= most <= MOST and largest <= MOST):
+                raise ValueError(f"its footer counts {n_rows} rows and {most} entries")
+        if not is_known and meta.num_row_groups:
+            return 0, MOST, n_rows, largest
+        # Each row without entries has a value of its own in the count.
+        return max(most - n_rows, 0), most, n_rows, largest
 
     def lengths(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield row ids and numbers of entries, both int64 (m,)."""
+        n_rows, n_entries = 0, 0
         for row_ids, (columns,) in self._groups(["col_ids"]):
-            yield row_ids, _lengths(columns)
+            lengths = _lengths(columns)
+            n_rows, n_entries = n_rows + len(row_ids), n_entries + int(lengths.sum())
+            yield row_ids, lengths
+        self._verify(n_rows, n_entries, None)
 
     def rows(
         self, has_values: bool, column: str = "col_ids"
     ) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
         """Yield row ids int64 (m,), and rows as canonical float32 CSR of shape (m, n_columns)."""
-        for row_ids, lists in self._groups([column, "values"] if has_values else [column]):
+        names = [column, "values"] if has_values else [column]
+        # Values that are not to be read must not be there, or be 1.
+        if column == "col_ids" and not has_values and "values" in self._columns():
+            names.append("values")
+        digest, n_rows, n_entries = EntriesDigest(self._side, self.shape[1]), 0, 0
+        for row_ids, lists in self._groups(names):
             lengths, ids = _lengths(lists[0]), self._flat(lists[0], column)
-            values = self._values(lists[1], lengths) if has_values else None
-            yield row_ids, self._checked(row_ids, lengths, ids, values)
+            values = self._values(lists[1], lengths) if len(lists) > 1 else None
+            if not has_values and values is not None and np.any(values != 1):
+                raise ValueError(
+                    f"{self.file}: values are not all 1, but has_values is false in {TOTALS}"
+                )
+            rows = self._checked(row_ids, lengths, ids, values)
+            if self._summary is not None:
+                digest.add(row_ids, rows)
+            n_rows, n_entries = n_rows + len(row_ids), n_entries + rows.nnz
+            yield row_ids, rows
+        if column == "col_ids":
+            self._verify(n_rows, n_entries, f"{digest.total:016x}")
+
+    def _verify(self, n_rows: int, n_entries: int, digest: str | None) -> None:
+        """Compare what was read with the totals; no digest where only lengths were read."""
+        if self._summary is not None:
+            found = [n_rows, n_entries, *([] if digest is None else [digest])]
+            self._compare("rows, entries and digest", found, self._summary[: len(found)])
+
+    def _verify_footer(self) -> None:
+        """Before Arrow reads a damaged one."""
+        if self._summary is not None:
+            with self._reading():
+                found = footer(self._source, self._filesystem)
+            self._compare("bytes and checksum of the footer", found, self._summary[3:])
+
+    def _compare(self, what: str, found: list[Any], expected: list[Any]) -> None:
+        if found != expected:
+            raise ValueError(
+                f"{self.file} is damaged or another file: it has {what} {found}, but {TOTALS} says "
+                f"{expected}"
+            )
+
+    def _columns(self) -> list[str]:
+        self._verify_footer()
+        with self._reading():
+            _, pq = parquet_library()
+            return list(pq.read_schema(self._source, filesystem=self._filesystem).names)
 
     def _groups(self, names: list[str]) -> Iterator[tuple[np.ndarray, list[Any]]]:
         pa, pq = parquet_library()
+        file = None
+        self._verify_footer()
         try:
-            with pq.ParquetFile(self.file) as file:
-                found = self._find(["row_id", *names], file.schema_arrow)
-                for group in range(file.num_row_groups):
+            with self._reading():
+                file = pq.ParquetFile(
+                    self._source, filesystem=self._filesystem, page_checksum_verification=True
+                )
+            found = self._find(["row_id", *names], file.schema_arrow)
+            for group in range(file.num_row_groups):
+                with self._reading():
+                    size = file.metadata.row_group(group).total_byte_size
+                    require_memory({"a row group": 2 * size}, f"write {self.file} in smaller ones")
                     table = file.read_row_group(group, columns=found)
                     ids, *lists = (table.column(name).combine_chunks() for name in found)
-                    yield self._row_ids(ids), lists
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{self.file} cannot be read as a Parquet file: {error}") from error
+                    for array in (ids, *lists):
+                        array.validate(full=True)
+                yield self._row_ids(ids), lists
         finally:
+            if file is not None:
+                file.close(force=True)
             # Arrow keeps what it once had; each process has better use for it.
             pa.default_memory_pool().release_unused()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Scope whose errors become a ValueError that names the file."""
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as error:  # Arrow raises many kinds for damaged files
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise ValueError(f"{self.file} cannot be read as a Parquet file: {reason}") from error
 
     def _find(self, names: list[str], schema: Any) -> list[str]:
         """Names under which the file has these columns, once their types are checked."""
@@ -170,7 +263,7 @@ def cut_rows(
     if rows.nnz <= entries:
         yield row_ids, rows
         return
-    begin, indptr = 0, rows.indptr
+    begin, indptr = 0, rows.indptr.astype(np.int64, copy=False)  # `entries` more may not fit int32
     while begin < rows.shape[0]:
         end = int(np.searchsorted(indptr, indptr[begin] + entries, side="right")) - 1
         end = max(end, begin + 1)
@@ -206,39 +299,3 @@ def joined(
         return pieces[0]
     ids, rows = zip(*pieces, strict=True)
     return np.concatenate(ids), sparse.vstack(rows, format="csr")
-
-
-def is_count(number: Any, least: int = 1) -> bool:
-    """Whether it is an integer of at least so much."""
-    return isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= least
-
-
-def parquet_files(folder: Path) -> list[Path]:
-    """The folder's files of data, by name."""
-    if not folder.is_dir():
-        return []
-    # Spark and others begin the names of what is not data with these.
-    return sorted(f for f in folder.glob("*.parquet") if not f.name.startswith(("_", ".")))
-
-
-def read_totals(file: Path, version: int) -> dict[str, Any]:
-    """The totals of a directory, checked."""
-    try:
-        totals = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    found = totals.get("format") if isinstance(totals, dict) else None
-    if isinstance(found, int) and found > version:
-        raise ValueError(
-            f"{file} has format {found}, but this version reads formats up to {version}: it was "
-            "written by a later tpu_als; upgrade to read it"
-        )
-    least = {"format": version, "n_users": 0, "n_items": 0, "n_entries": 0, "n_shards": 1}
-    for name, low in least.items():
-        number = totals.get(name) if isinstance(totals, dict) else None
-        if not isinstance(number, int) or isinstance(number, bool) or number < low:
-            raise ValueError(f"{file}: {name} must be an integer of at least {low}, got {number!r}")
-    if not isinstance(totals.get("has_values"), bool):
-        got = totals.get("has_values")
-        raise ValueError(f"{file}: has_values must be true or false, got {got!r}")
-    return totals

@@ -16,7 +16,9 @@ import numpy as np
 from scipy import sparse
 
 from ._atomic import replacing
-from ._shard_reader import cut_rows, is_count, parquet_library
+from ._digest import EntriesDigest
+from ._shard_files import footer, is_count, parquet_library
+from ._shard_reader import cut_rows
 from ._transpose import ExternalTranspose, index_dtype
 from .validation import canonical_csr
 
@@ -39,7 +41,7 @@ def write_sides(
     shape: tuple[int | None, int],
     has_values: bool | None,
     settings: Settings,
-) -> tuple[int, int, bool]:
+) -> tuple[int, int, bool, dict[str, list[Any]]]:
     """Write the folders `user` and `item` from blocks of consecutive users.
 
     Parameters
@@ -59,6 +61,8 @@ def write_sides(
     n_rows, n_entries : int
         Of the blocks.
     has_values : bool
+    summaries : dict
+        By file, its rows, entries and digest.
     """
     n_rows, n_entries, found_values = 0, 0, False
     memory = settings.memory_entries
@@ -79,7 +83,7 @@ def write_sides(
         with PartWriter(folder / "item", n_users, found_values, settings) as items:
             for ids, rows in transpose.merged(n_users):
                 items.add(ids, rows)
-    return n_rows, n_entries, found_values
+    return n_rows, n_entries, found_values, users.summaries | items.summaries
 
 
 def write_test(
@@ -88,7 +92,7 @@ def write_test(
     folder: Path,
     n_columns: int,
     settings: Settings,
-) -> tuple[int, int, bool]:
+) -> tuple[int, int, bool, dict[str, list[Any]]]:
     """Write the folder `user` of data for evaluation, with the column `gt_tag`.
 
     Parameters
@@ -103,7 +107,7 @@ def write_test(
 
     Returns
     -------
-    n_rows, n_entries, has_values
+    n_rows, n_entries, has_values, summaries
         Of `known`, as in `write_sides`.
     """
     has_values = bool(np.any(known.data != 1))
@@ -112,7 +116,7 @@ def write_test(
     with PartWriter(folder / "user", n_columns, has_values, settings, held_out=True) as users:
         for ids, rows in cut_rows(np.arange(both.shape[0]), both, at_once):
             users.add(ids, rows)
-    return known.shape[0], known.nnz, has_values
+    return known.shape[0], known.nnz, has_values, users.summaries
 
 
 class PartWriter(contextlib.AbstractContextManager):
@@ -154,20 +158,36 @@ class PartWriter(contextlib.AbstractContextManager):
         self._held: list[list[tuple[np.ndarray, sparse.csr_matrix]]] = [[] for _ in range(n_shards)]
         self._n_held = [0] * n_shards
         folder.mkdir()
+        self._folder = folder
+        self._digests = [EntriesDigest(folder.name, n_columns) for _ in range(n_shards)]
+        self._counts = [[0, 0] for _ in range(n_shards)]
         with contextlib.ExitStack() as files:
             self._writers = [
                 files.enter_context(
                     pq.ParquetWriter(
-                        folder / f"part-{part:05d}.parquet",
+                        folder / _name(part),
                         self._schema,
                         compression=settings.compression,
                         use_dictionary=["values.list.element"],  # ids hardly ever repeat
                         write_statistics=["row_id"],
+                        write_page_checksum=True,
                     )
                 )
                 for part in range(n_shards)
             ]
             self._files = files.pop_all()
+
+    @property
+    def summaries(self) -> dict[str, list[Any]]:
+        """By file: rows, entries and digest of what was written, bytes, checksum of the footer."""
+        pa, _ = parquet_library()
+        local, found = pa.fs.LocalFileSystem(), {}
+        for part, (counts, digest) in enumerate(zip(self._counts, self._digests, strict=True)):
+            ending = footer(str(self._folder / _name(part)), local)
+            found[f"{self._folder.name}/{_name(part)}"] = [
+                *counts, f"{digest.total:016x}", *ending,
+            ]  # fmt: skip
+        return found
 
     def add(self, row_ids: np.ndarray, rows: sparse.csr_matrix) -> None:
         """Write rows that follow, in each part, those of earlier calls; empty ones are left out."""
@@ -202,6 +222,11 @@ class PartWriter(contextlib.AbstractContextManager):
         if "gt_tag" in kinds:
             n_columns = rows.shape[1] // 2
             rows, held_out = rows[:, :n_columns], rows[:, n_columns:]
+        self._digests[part].add(row_ids, rows)
+        self._counts[part] = [
+            self._counts[part][0] + len(row_ids),
+            self._counts[part][1] + rows.nnz,
+        ]
         columns = [pa.array(row_ids, pa.int64()), _id_lists(rows, kinds["col_ids"])]
         if "values" in kinds and self._null_if_ones and np.all(rows.data == 1):
             columns.append(pa.nulls(len(row_ids), kinds["values"]))
@@ -211,6 +236,10 @@ class PartWriter(contextlib.AbstractContextManager):
             columns.append(_id_lists(held_out, kinds["gt_tag"]))
         table = pa.Table.from_arrays(columns, schema=self._schema)
         self._writers[part].write_table(table, row_group_size=len(row_ids))
+
+
+def _name(part: int) -> str:
+    return f"part-{part:05d}.parquet"
 
 
 def _id_lists(rows: sparse.csr_matrix, kind: Any) -> Any:

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy import sparse
 
-from ._shard_reader import (
-    RowReader,
-    is_count,
-    joined,
-    packed,
-    parquet_files,
-    parquet_library,
-    read_totals,
-)
+from ._shard_files import TOTALS, Directory, ShardFile, is_count, parquet_library
+from ._shard_reader import RowReader, joined, packed
 from ._shard_writer import (
     Settings,
     fitting,
@@ -30,11 +23,14 @@ from ._shard_writer import (
     write_totals,
 )
 from ._transpose import index_dtype
+from .host import require_memory, threads
 
 FORMAT = 1
 Side = Literal["user", "item"]
 SIDES: tuple[Side, ...] = ("user", "item")
-TOTALS = "totals.json"
+_FOOTERS_AT_ONCE = 16
+# Users or items without entries that are plausible, for each id up to the largest, and besides.
+_ROWS_A_KNOWN, _ROWS_UNKNOWN = 64, 1 << 20
 _COMPRESSIONS = ("zstd", "snappy", "gzip", "brotli", "lz4", "none")
 
 
@@ -49,8 +45,8 @@ class ShardedMatrix:
 
     Attributes
     ----------
-    path : Path
-        The directory.
+    path : Path or str
+        The directory; an address where it is not local.
     shape : (int, int)
         Users and items.
     nnz : int
@@ -59,20 +55,23 @@ class ShardedMatrix:
         Files of each side.
     has_values : bool
         Whether the values are read; otherwise all entries are 1.
+    filesystem : pyarrow.fs.FileSystem or None
+        Where it is, if that was said.
     """
 
-    path: Path
+    path: Path | str
     shape: tuple[int, int]
     nnz: int
     n_shards: int
     has_values: bool
+    filesystem: Any = field(default=None, repr=False)
 
     @property
     def dtype(self) -> type[np.float32]:
         """Of the entries as they are read."""
         return np.float32
 
-    def files(self, side: Side, part: int = 0, parts: int = 1) -> list[Path]:
+    def files(self, side: Side, part: int = 0, parts: int = 1) -> list[Path | str]:
         """List the files of a process.
 
         Parameters
@@ -83,25 +82,32 @@ class ShardedMatrix:
 
         Returns
         -------
-        list of Path
-            By name.
+        list of Path or of str
+            By name, those in folders of the side's folder too; addresses where they are not local.
 
         Raises
         ------
         ValueError
             For another side, a part out of range, or files that are not `n_shards`.
         """
+        return [file.name for file in self._files(side, part, parts)]
+
+    def _files(self, side: Side, part: int, parts: int) -> list[ShardFile]:
         if side not in SIDES:
             raise ValueError(f"side must be one of {SIDES}, got {side!r}")
         if not (is_count(parts) and is_count(part, 0) and part < parts):
             raise ValueError(f"part must be from 0 to below parts, got part {part} of {parts}")
-        found = parquet_files(self.path / side)
+        found = self._directory.files(side)
         if len(found) != self.n_shards:
             raise ValueError(
-                f"{self.path / side} has {len(found)} Parquet files, but {TOTALS} counts "
+                f"{self.path}/{side} has {len(found)} Parquet files, but {TOTALS} counts "
                 f"{self.n_shards}: files are missing, or not of this data set"
             )
         return found[part::parts]
+
+    @property
+    def _directory(self) -> Directory:
+        return Directory(self.path, self.filesystem)
 
     def lengths(self, side: Side, part: int = 0, parts: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Count the entries of each row, without holding them.
@@ -130,12 +136,12 @@ class ShardedMatrix:
         again = ordered[1:][ordered[1:] == ordered[:-1]]
         if len(again):
             raise ValueError(
-                f"{self.path / side}: row {again[0]} occurs more than once, but a row must be "
+                f"{self.path}/{side}: row {again[0]} occurs more than once, but a row must be "
                 "whole in one file"
             )
         if parts == 1 and lengths.sum() != self.nnz:
             raise ValueError(
-                f"{self.path / side} holds {lengths.sum()} entries, but {TOTALS} says {self.nnz}"
+                f"{self.path}/{side} holds {lengths.sum()} entries, but {TOTALS} says {self.nnz}"
             )
         return row_ids, lengths
 
@@ -180,9 +186,16 @@ class ShardedMatrix:
         ------
         ValueError
             As in `lengths` and `blocks`.
+        MemoryError
+            Where it does not fit.
         """
-        row_ids, lengths = self.lengths("user")
         dtype = index_dtype(max(*self.shape, self.nnz))
+        width = np.dtype(dtype).itemsize
+        require_memory(
+            {"row starts": self.shape[0] * (8 + width), "entries": self.nnz * (4 + width)},
+            "read it by blocks()",
+        )
+        row_ids, lengths = self.lengths("user")
         indptr = np.zeros(self.shape[0] + 1, np.int64)
         indptr[row_ids + 1] = lengths
         np.cumsum(indptr, out=indptr)
@@ -223,18 +236,48 @@ class ShardedMatrix:
 
     def _readers(self, side: Side, part: int, parts: int) -> list[RowReader]:
         shape = self.shape if side == "user" else self.shape[::-1]
-        return [RowReader(file, shape) for file in self.files(side, part, parts)]
+        directory, files = self._directory, self._files(side, part, parts)
+        summaries = directory.totals(FORMAT).get("files")
+        if summaries is not None:
+            for file in files:
+                if file.key not in summaries:
+                    raise ValueError(f"{file.name} is not among the files in {TOTALS}")
+        return [
+            RowReader(file, shape, side, directory.filesystem, summaries and summaries[file.key])
+            for file in files
+        ]
+
+    def _check_footers(self, side: Side) -> None:
+        """Raise where the totals and the files' footers contradict each other."""
+        readers = self._readers(side, 0, 1)
+        counts = threads(RowReader.counts, readers, _FOOTERS_AT_ONCE)
+        least, most, _, _ = np.array(counts, np.int64).sum(axis=0)
+        if not least <= self.nnz <= most:
+            raise ValueError(
+                f"{self.path}/{side} holds {least} to {most} entries, but {TOTALS} says {self.nnz}"
+            )
+        name, n_rows = f"n_{side}s", self.shape[SIDES.index(side)]
+        n_known = max(count[3] for count in counts) + 1
+        if n_known and n_rows > _ROWS_A_KNOWN * n_known + _ROWS_UNKNOWN:
+            raise ValueError(
+                f"{self.path}/{TOTALS}: {name} is {n_rows}, but the largest row id in "
+                f"{self.path}/{side} is {n_known - 1}"
+            )
 
 
-def open_shards(path: str | os.PathLike) -> ShardedMatrix:
+def open_shards(path: str | os.PathLike, filesystem: Any = None) -> ShardedMatrix:
     """Open a directory that `write_shards`, Spark, Beam or BigQuery wrote.
 
-    Reads the totals and lists the files, but opens none of them.
+    Reads the totals, and the footer of each file.
 
     Parameters
     ----------
     path : str or path
-        The directory. Its folder `item` may be absent, in data for evaluation only.
+        The directory, or an address that pyarrow opens, such as ``s3://bucket/purchases``,
+        ``gs://...`` or ``file:///data/purchases``. Its folder `item` may be absent, in data for
+        evaluation only. Files may be in folders of `user` and `item`, as ``user/part=0/x.parquet``.
+    filesystem : pyarrow.fs.FileSystem or file system of fsspec, optional
+        Where `path` is, for storage that needs settings of its own.
 
     Returns
     -------
@@ -245,26 +288,21 @@ def open_shards(path: str | os.PathLike) -> ShardedMatrix:
     FileNotFoundError
         Where there is no totals.json, which is written last.
     ValueError
-        Where the totals are not as described, of a later format, or do not fit the files.
+        Where the totals are not as described, of a later format, or do not fit the files; where a
+        file is no Parquet file.
     ImportError
         Where pyarrow, of the extra ``shards``, is not installed.
     """
-    parquet_library()
-    folder = Path(path).absolute()
-    file = folder / TOTALS
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {TOTALS}, which is written last: the directory is another one, or "
-            "its writing was cut short (then remove it and write it again)"
-        )
-    totals = read_totals(file, FORMAT)
+    directory = Directory(path, filesystem)
+    totals = directory.totals(FORMAT)
     shape = totals["n_users"], totals["n_items"]
+    given = None if filesystem is None else directory.filesystem
     matrix = ShardedMatrix(
-        folder, shape, totals["n_entries"], totals["n_shards"], totals["has_values"]
+        directory.path, shape, totals["n_entries"], totals["n_shards"], totals["has_values"], given
     )
     for side in SIDES:
-        if side == "user" or (folder / side).exists():
-            matrix.files(side)
+        if side == "user" or directory.has(side):
+            matrix._check_footers(side)
     return matrix
 
 
@@ -289,7 +327,7 @@ def write_shards(
         Blocks hold consecutive users, from user 0 on, and all have `n_items` columns. Repeated
         entries are summed; zeros that are stored stay entries.
     path : str or path
-        Directory to make; may exist if it is empty.
+        Local directory to make; may exist if it is empty.
     n_shards : int, default=8
         Files of each side, all open at once. Best a multiple of the number of processes that
         will read them.
@@ -337,13 +375,19 @@ def write_shards(
     if held_out is not None:
         held_out = fitting(held_out, data)
     blocks, sizes, has_values = prepared(data, shape)
-    with new_directory(Path(path).absolute(), SIDES) as folder:
+    local = Directory(path).path
+    if not isinstance(local, Path):
+        raise ValueError(
+            f"write_shards writes to a local directory, got the address {path}: write locally and "
+            "copy the directory, totals.json last"
+        )
+    with new_directory(local, SIDES) as folder:
         settings = Settings(int(n_shards), compression, int(memory_entries))
         if held_out is None:
             written = write_sides(blocks, folder, sizes, has_values, settings)
         else:
             written = write_test(next(blocks), held_out, folder, sizes[1], settings)
-        n_rows, n_entries, has_values = written
+        n_rows, n_entries, has_values, summaries = written
         totals = {
             "format": FORMAT,
             "n_users": n_rows if sizes[0] is None else sizes[0],
@@ -351,6 +395,7 @@ def write_shards(
             "n_entries": n_entries,
             "n_shards": int(n_shards),
             "has_values": has_values,
+            "files": summaries,
         }
         write_totals(folder / TOTALS, totals)
-    return open_shards(path)
+    return open_shards(local)

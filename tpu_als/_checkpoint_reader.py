@@ -1,0 +1,186 @@
+"""Reading one checkpoint, with every check that damaged storage makes necessary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from tpu_als import _checksums, _digest, _orbax, relayout
+from tpu_als.als import AlsState
+from tpu_als.mesh import Shards, Workplace, precision
+from tpu_als.placing import Data, Side
+
+FORMAT = 2
+SIDES = ("users", "items")
+_Found = TypeVar("_Found")
+
+
+class Resumed(NamedTuple):
+    """What `Checkpoints.restore` found.
+
+    Attributes
+    ----------
+    state : AlsState
+        Both tables, in the slots of the data that it was asked for.
+    iteration : int
+        Iterations that led to them.
+    history : dict of list of float
+        As saved.
+    extra : dict of ndarray
+        As saved.
+    """
+
+    state: AlsState
+    iteration: int
+    history: dict[str, list[float]]
+    extra: dict[str, np.ndarray]
+
+
+class DamagedError(Exception):
+    """A checkpoint that cannot be read, or whose content is not what was saved."""
+
+
+class LaterFormatError(Exception):
+    """A checkpoint of a later version of this package."""
+
+
+class Reader:
+    """Reads the checkpoints of one run.
+
+    Parameters
+    ----------
+    manager : orbax.checkpoint.CheckpointManager
+        Of this process alone (`_orbax.reader`).
+    folder : epath.Path
+        The run's.
+    data : Data
+        What training goes on with.
+    """
+
+    def __init__(self, manager: Any, folder: Any, data: Data) -> None:
+        self._manager, self._folder, self._data = manager, folder, data
+        self._orbax = _orbax.load()
+
+    def read(self, step: int) -> Resumed:
+        """Read and verify the checkpoint of an iteration.
+
+        Raises
+        ------
+        DamagedError
+            On all processes, where one of them cannot read its part, or a checksum differs.
+        LaterFormatError
+            Where a later version wrote it.
+        """
+        place, folder = self._data.place, self._folder / str(step)
+        meta = _agreed(lambda: self._meta(step), folder / "meta", place)
+        tables = []
+        for name in SIDES:
+            with precision(self._data.params.dtype):
+                tables.append(self._table(step, name, meta, folder / name))
+        extra = _agreed(lambda: self._extra(step, meta["extra"]), folder / "extra", place)
+        return Resumed(AlsState(*tables), step, meta["history"], extra)
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        args = self._orbax.args
+        meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
+        found = meta["format"]
+        if not isinstance(found, int) or found < FORMAT:
+            raise DamagedError(f"its format is {found!r}, expected {FORMAT}")
+        if found > FORMAT:
+            raise LaterFormatError(
+                f"the checkpoint {self._folder / str(step)} has format {found}, but this version "
+                f"reads formats up to {FORMAT}: it was written by a later tpu_als; upgrade to read "
+                "it"
+            )
+        if meta["checksum"] != checksum_of(meta):
+            raise DamagedError("its content does not have the checksum that it was saved with")
+        if (meta["run"], meta["iteration"]) != (self._folder.name, step):
+            raise DamagedError(f"it is of iteration {meta['iteration']} of the run {meta['run']}")
+        return meta
+
+    def _table(self, step: int, name: str, meta: dict[str, Any], path: Any) -> Shards:
+        """Read a table into the slots of the data."""
+        side: Side = getattr(self._data, name)
+        place = self._data.place
+        is_same, arrays, checksum = _agreed(lambda: self._expected(name, meta), path, place)
+        found = _agreed(lambda: self._arrays(step, name, arrays), path, place)
+        if _checksums.of_table(found["rows"], found["table"], place) != checksum:
+            raise DamagedError(f"{path} does not have the checksum that it was saved with")
+        if not is_same:
+            return place.put(relayout.moved(found["rows"], found["table"], side.rows, place))
+        return found["table"] if place.mesh is None else found["table"][0]
+
+    def _expected(
+        self, name: str, meta: dict[str, Any]
+    ) -> tuple[bool, list[tuple[tuple[int, ...], Any]], int]:
+        """Whether a side lies as it is wanted; shape and sharding to read it in; its checksum."""
+        side: Side = getattr(self._data, name)
+        place, saved = self._data.place, meta["slots"][name]
+        is_same = saved == relayout.described(side.rows, self._data.params.factors, place)
+        arrays = []
+        for shape in saved["shapes"]:
+            axis = 0 if is_same else len(shape) - 2
+            # Parts of equal size: zeros are appended, which are no row's numbers.
+            shape = [*shape]
+            if not (is_same or place.mesh is None):
+                shape[axis] += -shape[axis] % len(place.devices)
+            arrays.append((tuple(shape), place.sharding(axis)))
+        return is_same, arrays, int(meta["checksums"][name], 16)
+
+    def _arrays(
+        self, step: int, name: str, arrays: list[tuple[tuple[int, ...], Any]]
+    ) -> dict[str, list[Any]]:
+        """Row numbers and table of one side, each array in the given shape and sharding."""
+        args = self._orbax.args
+        how = {
+            key: [
+                self._orbax.ArrayRestoreArgs(
+                    sharding=sharding, global_shape=shape[:last], strict=False
+                )
+                for shape, sharding in arrays
+            ]
+            for key, last in (("rows", -1), ("table", None))
+        }
+        tree = {key: [0] * len(arrays) for key in how}
+        wanted = args.Composite(**{name: args.PyTreeRestore(tree, how)})
+        found = self._manager.restore(step, args=wanted)[name]
+        dtypes = {array.dtype for array in found["table"]}
+        if len(dtypes) != 1 or str(dtypes.pop()) != self._data.params.dtype:
+            raise DamagedError(f"its tables are not of {self._data.params.dtype}")
+        return found
+
+    def _extra(self, step: int, digests: dict[str, str]) -> dict[str, np.ndarray]:
+        if not digests:
+            return {}
+        args, how = self._orbax.args, self._orbax.RestoreArgs(restore_type=np.ndarray)
+        wanted = args.PyTreeRestore(dict.fromkeys(digests, 0), dict.fromkeys(digests, how))
+        found = self._manager.restore(step, args=args.Composite(extra=wanted))["extra"]
+        arrays = {name: np.asarray(found[name]) for name in digests}
+        for name, values in arrays.items():
+            if _digest.array(values) != digests[name]:
+                raise DamagedError(f"{name} does not have the checksum that it was saved with")
+        return arrays
+
+
+def checksum_of(meta: dict[str, Any]) -> str:
+    """Checksum of all else in the metadata of a checkpoint."""
+    rest = {name: value for name, value in meta.items() if name != "checksum"}
+    return _digest.text(json.dumps(rest, sort_keys=True))
+
+
+def _agreed(read: Callable[[], _Found], path: Any, place: Workplace) -> _Found:
+    """What `read` returns, or DamagedError on all processes where it fails on one of them."""
+    found, failure = None, ""
+    try:
+        found = read()
+    except (LaterFormatError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001, as orbax and its libraries raise many kinds
+        reason = f"{type(error).__name__}: " * (not isinstance(error, DamagedError)) + str(error)
+        failure = f"{path} cannot be read ({reason.splitlines()[0][:200]})"
+    if place.agree(int(bool(failure))):
+        raise DamagedError(failure or f"another process cannot read its part of {path}")
+    return found  # type: ignore[return-value]

@@ -1,0 +1,109 @@
+"""A lock between processes, which the operating system releases when its owner ends."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import json
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+    import msvcrt
+
+log = logging.getLogger("tpu_als")
+_PATIENCE = 0.5  # seconds in which another process may end, or look whether the lock is held
+_FAR = 1 << 30  # byte that Windows locks; the text before it stays readable
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+class FileLock:
+    """An exclusive lock on a file, which names its owner. Released at the end of the process.
+
+    Where the file system has no locks, it is granted to everybody, and `is_real` is False.
+
+    Parameters
+    ----------
+    path : Path
+        The file; made where it does not exist. It stays.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.is_real = path, True
+        self._file: int | None = None
+
+    def acquire(self, patience: float = _PATIENCE) -> bool:
+        """Take the lock, or return False where another holds it for so many seconds."""
+        limit = time.monotonic() + patience
+        while not self._try():
+            if time.monotonic() > limit:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def sign(self) -> None:
+        """Write into the file whose it is."""
+        assert self._file is not None
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
+        os.ftruncate(self._file, 0)
+        os.lseek(self._file, 0, os.SEEK_SET)
+        os.write(self._file, json.dumps(owner).encode())
+
+    def owner(self) -> str:
+        """Who has signed the lock, for a message."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            return f"host {found['host']}, process {found['pid']}, since {found['since']}"
+        return "unknown host and process"
+
+    def release(self) -> None:
+        """Give the lock back, if it is held."""
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
+
+    def _try(self) -> bool:
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            taken = self._locked(file) and self._is_at_path(file)
+        except BaseException:
+            os.close(file)
+            raise
+        if taken:
+            self._file = file
+        else:
+            os.close(file)
+        return taken
+
+    def _locked(self, file: int) -> bool:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                os.lseek(file, _FAR, os.SEEK_SET)
+                msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                log.warning("%s: this file system has no locks, so two fits are not told apart",
+                            self.path)  # fmt: skip
+                self.is_real = False
+                return True
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                return False
+            raise
+        return True
+
+    def _is_at_path(self, file: int) -> bool:
+        """Whether the file has not been removed, or replaced by another, before it was locked."""
+        try:
+            return os.path.samestat(os.fstat(file), os.stat(self.path))
+        except FileNotFoundError:
+            return False
