@@ -1,4 +1,4 @@
-"""Four CPU devices, strict numerics, one BLAS thread; small matrices; a counter of compilations.
+"""Four CPU devices, strict numerics, one BLAS thread; small matrices; counters.
 
 All of it is set before any JAX backend starts.
 """
@@ -16,6 +16,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the processes that tes
 
 import hypothesis
 import jax
+import proof
 import pytest
 import threadpoolctl
 from matrices import planted_groups, random_counts
@@ -31,7 +32,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=20)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=20, derandomize=True)
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+# The large numbers are set by the tests themselves, see proof.examples.
+hypothesis.settings.register_profile("nightly", deadline=None, print_blob=True)
+hypothesis.settings.load_profile(proof.PROFILE)
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _compile_seconds: list[float] = []
@@ -43,6 +46,25 @@ def _record_compile(event: str, duration: float, **_: object) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_record_compile)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Record how many examples hypothesis gave to the test, for the summary."""
+    yield
+    name = getattr(item, "originalname", item.name)
+    if count := proof.EXAMPLES.pop(name, 0):
+        item.user_properties.append((f"{proof.PREFIX}examples of {name}", count))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the counts of the proof: bad inputs, files, examples, concurrent reads."""
+    reports = [report for kind in terminalreporter.stats.values() for report in kind]
+    totals = proof.summary(reports)
+    if totals:
+        terminalreporter.section(f"proof ({proof.PROFILE} profile)")
+        for name, total in sorted(totals.items()):
+            terminalreporter.write_line(f"{total:>8,} {name}")
 
 
 class Count:

@@ -74,28 +74,50 @@ def _cell_weights(
     return total, np.maximum(confidence, 0.0), stored
 
 
-def half_epoch(
-    matrix: sparse.spmatrix, source: np.ndarray, objective: Objective = IMPLICIT
+def systems(
+    matrix: sparse.spmatrix,
+    source: np.ndarray,
+    objective: Objective = IMPLICIT,
+    n_source: int | None = None,
 ) -> np.ndarray:
-    """Solve (1) exactly for every row of ``matrix`` (M, N) against ``source`` (N, K): (M, K)."""
+    """The matrices of (1), one for each row: (M, K, K)."""
     source = np.asarray(source, dtype=np.float64)
-    total, positive, stored = _cell_weights(matrix, objective)
-    lam = ridge(stored.sum(axis=1), len(source), objective)
+    total, _, stored = _cell_weights(matrix, objective)
+    lam = ridge(stored.sum(axis=1), n_source or len(source), objective)
+    eye = np.eye(source.shape[1])
+    return np.stack([(source.T * total[row]) @ source + lam[row] * eye for row in range(len(lam))])
+
+
+def half_epoch(
+    matrix: sparse.spmatrix,
+    source: np.ndarray,
+    objective: Objective = IMPLICIT,
+    n_source: int | None = None,
+) -> np.ndarray:
+    """Solve (1) exactly for every row of ``matrix`` (M, N) against ``source`` (N, K): (M, K).
+
+    ``n_source`` is the N of (2), where it is not that of the table.
+    """
+    source = np.asarray(source, dtype=np.float64)
+    _, positive, stored = _cell_weights(matrix, objective)
+    normals = systems(matrix, source, objective, n_source) if len(positive) else ()
     target = np.zeros((matrix.shape[0], source.shape[1]))
     for row in range(matrix.shape[0]):
         if not stored[row].any():
             continue  # the right side is zero
-        normal = (source.T * total[row]) @ source + lam[row] * np.eye(source.shape[1])
         right = source.T @ positive[row]
-        target[row] = np.linalg.lstsq(normal, right, rcond=None)[0]
+        target[row] = np.linalg.lstsq(normals[row], right, rcond=None)[0]
     return target
 
 
 def fold_in(
-    rows: sparse.spmatrix, source: np.ndarray, objective: Objective = IMPLICIT
+    rows: sparse.spmatrix,
+    source: np.ndarray,
+    objective: Objective = IMPLICIT,
+    n_source: int | None = None,
 ) -> np.ndarray:
     """Factors of new rows against a fixed table: the same equation, under serving's name."""
-    return half_epoch(rows, source, objective)
+    return half_epoch(rows, source, objective, n_source)
 
 
 def epoch(

@@ -14,7 +14,7 @@ import numpy as np
 import oracle
 import pytest
 from matrices import random_counts
-from models import FACTORS, OBJECTIVE, make
+from models import FACTORS, OBJECTIVE, load_class, make
 from scipy import sparse
 from sklearn.exceptions import NotFittedError
 
@@ -60,8 +60,10 @@ class TestFitArguments:
         quick(iterations=3, calculate_training_loss=True).fit(counts, True)
         out, err = capfd.readouterr()
         assert out == "" and "3/3" in err and "loss" in err
-        quick(iterations=3).fit(counts)
+        quick(iterations=3, verbose=True).fit(counts)
         assert "3/3" in capfd.readouterr().err
+        quick(iterations=3).fit(counts)  # this is no terminal
+        assert capfd.readouterr().err == ""
 
     def test_dense_and_sparse_array_equal_csr(self, counts: sparse.csr_matrix) -> None:
         reference = quick().fit(counts, show_progress=False)
@@ -352,6 +354,22 @@ class TestSimilar:
             assert sorted(ids[:2]) == [2, 4] and (ids[2:] == -1).all()
             assert (np.diff(scores) <= 0).all()
             assert set(similar(0, N=2, **{name: {4, 2}})[0]) == {2, 4}
+
+    def test_more_results_than_a_whitelist_has(self, groups: sparse.csr_matrix) -> None:
+        """implicit shortens what `recommend` gives and fills up what the other two give."""
+        for name, fills in (("tpu_als", 0), ("implicit", 3)):
+            model = make(load_class(name))
+            model.fit(groups, show_progress=False)
+            for given in (0, [0, 5]):
+                ids, scores = model.recommend(given, groups[given], N=5, items=[4, 2])
+                assert ids.shape[-1] == scores.shape[-1] == 2
+                for similar, side in (
+                    (model.similar_items, "items"),
+                    (model.similar_users, "users"),
+                ):
+                    ids, scores = similar(given, N=5, **{side: [4, 2]})
+                    assert ids.shape[-1] == scores.shape[-1] == 2 + fills
+                    assert (ids[..., 2:] == 4).all() and (scores[..., 2:] == 0).all()
 
     def test_recalculation_needs_rows(self, fitted: Any, groups: sparse.csr_matrix) -> None:
         with pytest.raises(ValueError, match="item_users"):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import doctest
+import logging
+import re
 import sys
 import time
+import warnings
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import sparse
 
-from tpu_als import datasets, evaluation
+from tpu_als import evaluation, frames
 from tpu_als.datasets import (
     interactions_from_frame,
     load_groceries,
@@ -19,6 +25,7 @@ from tpu_als.datasets import (
     split_by_time,
     web_graph,
 )
+from tpu_als.exceptions import DataWarning
 
 
 @pytest.fixture
@@ -35,7 +42,8 @@ def frame() -> pd.DataFrame:
 
 
 def test_examples() -> None:
-    assert doctest.testmod(datasets).failed == 0
+    results = doctest.testmod(frames)
+    assert results.failed == 0 and results.attempted > 2
 
 
 class TestFrames:
@@ -54,7 +62,10 @@ class TestFrames:
     def test_later_interactions_on_the_same_maps(self, frame: pd.DataFrame) -> None:
         first = interactions_from_frame(frame[:3], "who", "what")
         later = pd.DataFrame({"who": ["bob", "eve", "bob"], "what": [30, 30, 99]})
-        got = interactions_from_frame(later, "who", "what", users=first.users, items=first.items)
+        with pytest.warns(DataWarning):
+            got = interactions_from_frame(
+                later, "who", "what", users=first.users, items=first.items
+            )
         np.testing.assert_array_equal(got.matrix.toarray(), [[0, 0, 0], [0, 0, 1], [0, 0, 0]])
 
     def test_categories_and_an_empty_frame(self, frame: pd.DataFrame) -> None:
@@ -71,6 +82,233 @@ class TestFrames:
         with pytest.raises(ValueError, match="no missing values"):
             interactions_from_frame(frame, "who", "what", "paid")
         assert interactions_from_frame(frame, "who", "what").matrix.sum() == 6
+
+    @pytest.mark.parametrize("kind", [list, tuple, np.array, pd.Series, pd.Index, pd.Categorical])
+    def test_kinds_of_given_ids(self, frame: pd.DataFrame, kind: Any) -> None:
+        got = interactions_from_frame(
+            frame, "who", "what", users=kind(["cy", "bob", "ann", "dan"]), items=kind([30, 20, 10])
+        )
+        assert isinstance(got.users, pd.Index) and got.users.tolist() == ["cy", "bob", "ann", "dan"]
+        assert got.items.tolist() == [30, 20, 10]
+        expected = [[1, 1, 0], [0, 1, 0], [1, 0, 2], [0, 0, 0]]
+        np.testing.assert_array_equal(got.matrix.toarray(), expected)
+
+    def test_nothing_is_dropped_without_a_word(
+        self, frame: pd.DataFrame, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        given: dict[str, Any] = {"users": ["ann", "bob"], "items": [10, 20]}
+        message = (
+            "3 of 6 interactions, the first in row 0 (counted from 0), have unknown ids (1 of "
+            "column 'who' that are not in users=, 1 of column 'what' that are not in items=)"
+        )
+        with caplog.at_level(logging.WARNING, "tpu_als"), pytest.warns(DataWarning) as caught:
+            got = interactions_from_frame(frame, "who", "what", **given)
+        np.testing.assert_array_equal(got.matrix.toarray(), [[2, 0], [0, 1]])
+        assert len(caught) == 1 and str(caught[0].message).startswith(message)
+        assert caught[0].filename == __file__
+        assert [record.message for record in caplog.records] == [str(caught[0].message)]
+        with pytest.raises(ValueError, match=re.escape(message) + ".* pass unknown='drop'"):
+            interactions_from_frame(frame, "who", "what", **given, unknown="error")
+
+    def test_no_warning_where_nothing_is_dropped(self, frame: pd.DataFrame) -> None:
+        first = interactions_from_frame(frame, "who", "what")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            again = interactions_from_frame(
+                frame, "who", "what", users=first.users, items=first.items, unknown="error"
+            )
+        assert (again.matrix != first.matrix).nnz == 0
+        with pytest.raises(ValueError, match="unknown must be 'drop' or 'error', got 'ignore'"):
+            interactions_from_frame(frame, "who", "what", unknown="ignore")
+
+    @pytest.mark.parametrize(
+        ("ids", "given"),
+        [
+            (pd.array([3, 1, 3], "Int64"), [3, 1]),
+            (pd.array([3, 1, 3], "int64[pyarrow]"), [3, 1]),
+            (np.array([3.0, 1.0, 3.0]), [3, 1]),
+            (pd.array([3, 1, 3], "UInt8"), pd.Index([3, 1])),
+            (pd.array(["c", "a", "c"], "string[python]"), ["c", "a"]),
+            (pd.array(["c", "a", "c"], "string[pyarrow]"), pd.Index(["c", "a"], dtype=object)),
+            (np.array(["c", "a", "c"], object), pd.array(["c", "a"], "string[pyarrow]")),
+            (pd.Categorical(["c", "a", "c"], ["z", "c", "a"]), ["c", "a"]),
+            (pd.Categorical([3, 1, 3], [9, 3, 1], ordered=True), pd.CategoricalIndex([3, 1])),
+            (np.array([True, False, True]), [True, False]),
+            ([(1, "x"), (0, "y"), (1, "x")], [(1, "x"), (0, "y")]),
+            ([(1, "x"), (0, "y"), (1, "x")], pd.MultiIndex.from_tuples([(1, "x"), (0, "y")])),
+            (pd.to_datetime(["2021", "2020", "2021"]), pd.to_datetime(["2021", "2020"])),
+            (
+                pd.to_datetime(["2021", "2020", "2021"], utc=True),
+                pd.to_datetime(["2021", "2020"], utc=True).tz_convert("Asia/Tokyo"),
+            ),
+            ([decimal.Decimal(3), decimal.Decimal(1), decimal.Decimal(3)], [3, 1]),
+            ([datetime.date(2021, 1, 1), datetime.date(2020, 1, 1)] * 2, None),
+            (pd.PeriodIndex(["2021", "2020", "2021"], freq="Y"), None),
+        ],
+        ids=str,
+    )
+    def test_types_of_ids(self, ids: Any, given: Any) -> None:
+        column = pd.Series(ids, index=np.arange(len(ids)) + 7)[:3]
+        events = pd.DataFrame({"who": column, "what": 1})
+        ascending = interactions_from_frame(events, "who", "what")
+        assert len(ascending.users) == 2 and ascending.users[0] < ascending.users[1]
+        counts = [[1], [2]] if len(column.iloc[[0, 2]].unique()) == 1 else None
+        np.testing.assert_array_equal(ascending.matrix.toarray(), counts)
+        assert set(ascending.users) == set(column)
+        if given is not None:
+            got = interactions_from_frame(events, "who", "what", users=given, unknown="error")
+            np.testing.assert_array_equal(got.matrix.toarray(), [[2], [1]])
+
+    def test_sums_are_exact(self) -> None:
+        events = pd.DataFrame({"who": "ann", "what": 1, "paid": [2.0**24, 1, 1, 1, 1]})
+        assert interactions_from_frame(events, "who", "what", "paid").matrix[0, 0] == 2**24 + 4
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            pd.array([2, 0, 1], "Int64"),
+            pd.array([2, 0, 1], "double[pyarrow]"),
+            pd.Categorical([2, 0, 1]),
+            np.array([2, 0, True], object),
+            [decimal.Decimal(2), decimal.Decimal(0), decimal.Decimal(1)],
+            pd.arrays.SparseArray([2, 0, 1]),
+        ],
+        ids=str,
+    )
+    def test_types_of_values(self, values: Any) -> None:
+        events = pd.DataFrame({"who": ["a", "b", "c"], "what": 1, "paid": values})
+        got = interactions_from_frame(events, "who", "what", "paid").matrix
+        assert got.toarray().ravel().tolist() == [2, 0, 1] and got.nnz == 3
+
+
+class TestFrameErrors:
+    """Column, row and value in every message."""
+
+    @pytest.mark.parametrize(
+        ("ids", "message"),
+        [
+            (["a", 1, "b"], "text ('a') in row 0, but numbers (1) in row 1 (counted from 0)"),
+            ([1, 2, "b"], "numbers (1) in row 0, but text ('b') in row 2"),
+            ([1, True, 2], "numbers (1) in row 0, but booleans (True) in row 1"),
+            ([0.5, True, 2], "numbers (0.5) in row 0, but booleans (True) in row 1"),
+            (["a", b"a", "b"], "text ('a') in row 0, but bytes objects (b'a') in row 1"),
+            (pd.Categorical(["a", 1, "b"]), "text ('a') in row 0, but numbers (1) in row 1"),
+            (
+                [pd.Timestamp("2020"), pd.Timestamp("2020", tz="UTC"), pd.Timestamp("2021")],
+                "times without a time zone (Timestamp('2020-01-01 00:00:00')) in row 0, but times "
+                "with a time zone",
+            ),
+            (["a", ["b"], "c"], "column 'who' holds ['b'] in row 1 (counted from 0), which cannot"),
+            ([["a"], ["b"], ["c"]], "column 'who' holds ['a'] in row 0 (counted from 0), which"),
+            ([{}, {}, {}], "column 'who' holds {} in row 0 (counted from 0), which cannot be"),
+            ([1j, object, object], "column 'who' holds values of different types"),
+            ([object(), object(), object()], "column 'who' holds object objects, which do not so"),
+            ([1.0, 2.0**53 + 2, 3.0], "column 'who' holds 9007199254740994.0 (float) in row 1"),
+            ([1.0, np.inf, 3.0], "column 'who' holds inf (float) in row 1 (counted from 0)"),
+            (np.array([1, 2, 2**24 + 2], "f4"), "expected an id of at most 16777216, above which"),
+            ([1, None, 3], "column 'who' must have no missing values, got 1, the first in row 1"),
+        ],
+        ids=lambda value: re.sub(" at 0x[0-9a-f]*", "", str(value)),
+    )
+    def test_ids(self, ids: Any, message: str) -> None:
+        events = pd.DataFrame({"who": pd.Series(ids), "what": [1, 2, 3]})
+        with pytest.raises(ValueError, match=re.escape(message)):
+            interactions_from_frame(events, "who", "what")
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (pd.Index(["10", "20"]), "items= holds text (such as '10'), but column 'what' holds n"),
+            ([True, False], "items= holds booleans (such as True), but column 'what' holds number"),
+            (pd.to_datetime(["2020"]), "items= holds times without a time zone"),
+            ([10, "20"], "items= holds values of different types, which do not compare: numbers"),
+            ([10, 20, 10, 30], "items= must hold each id once, got 10 more than once (1 repeated"),
+            ([10, None, 20], "items= must have no missing values, got 1"),
+        ],
+        ids=str,
+    )
+    def test_given_ids(self, frame: pd.DataFrame, given: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            interactions_from_frame(frame, "who", "what", items=given)
+
+    def test_given_times_of_another_zone(self) -> None:
+        events = pd.DataFrame({"who": pd.to_datetime(["2020"], utc=True), "what": 1})
+        with pytest.raises(ValueError, match="users= holds times without a time zone .* holds tim"):
+            interactions_from_frame(events, "who", "what", users=pd.to_datetime(["2020"]))
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ("ann", "got str: pass the ids themselves"),
+            ({"ann"}, re.escape("got set: pass sorted(users)")),
+            ({"ann": 0}, "got dict"),
+            (3, "got int"),
+            (np.ones((2, 2)), "got ndarray"),
+            (pd.DataFrame({"a": [1]}), "got DataFrame"),
+        ],
+        ids=str,
+    )
+    def test_no_list_of_ids(self, frame: pd.DataFrame, given: Any, message: str) -> None:
+        with pytest.raises(TypeError, match="users= must be a 1-D list, array .* " + message):
+            interactions_from_frame(frame, "who", "what", users=given)
+
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            ("a", "'a' (str) in row 2 (counted from 0), expected a number: convert it"),
+            ("3", "'3' (str) in row 2"),
+            (1j, "1j (complex) in row 2"),
+            (None, "must have no missing values, got 1, the first in row 2"),
+            (np.inf, "inf (float) in row 2 (counted from 0), expected a finite number"),
+            (-1e39, "-1e+39 (float) in row 2"),
+            (10**400, "(int) in row 2"),
+            ([1], "[1] (list) in row 2"),
+        ],
+        ids=str,
+    )
+    def test_values(self, frame: pd.DataFrame, value: Any, message: str) -> None:
+        values = frame["paid"].astype(object)
+        values.iat[2] = value
+        with pytest.raises(ValueError, match="column 'paid' .*" + re.escape(message)):
+            interactions_from_frame(frame.assign(paid=values), "who", "what", "paid")
+
+    def test_values_of_numbers(self, frame: pd.DataFrame) -> None:
+        frame.loc[[2, 4], "paid"] = np.inf
+        with pytest.raises(ValueError, match="holds inf .* in row 2 .* such values, 2 in all"):
+            interactions_from_frame(frame, "who", "what", "paid")
+        with pytest.raises(
+            ValueError, match="column 'when' holds Timestamp.* in row 0 .* a number"
+        ):
+            interactions_from_frame(frame, "who", "what", "when")
+
+    def test_sums_beyond_float32(self, frame: pd.DataFrame) -> None:
+        frame["paid"] = 3e38
+        message = r"the values of user 'ann' and item 10 sum to 6e\+38, more than float32 holds"
+        with pytest.raises(ValueError, match=message):
+            interactions_from_frame(frame, "who", "what", "paid")
+
+    def test_columns(self, frame: pd.DataFrame) -> None:
+        twice = pd.concat([frame, frame[["who"]]], axis=1)
+        with pytest.raises(ValueError, match="the frame has 2 columns named 'who', expected one"):
+            interactions_from_frame(twice, "who", "what")
+        with pytest.raises(ValueError, match="the frame has 2 columns named 'who', expected one"):
+            split_by_time(twice, "who")
+        interactions_from_frame(twice.drop(columns="paid"), "what", "when")
+
+    @pytest.mark.parametrize("wrong", [{"who": [1]}, [(1, 2)], None, "events.csv"], ids=str)
+    def test_no_frame(self, wrong: Any) -> None:
+        kind = type(wrong).__name__
+        with pytest.raises(
+            TypeError, match=f"frame must be a pandas DataFrame, got builtins.{kind}"
+        ):
+            interactions_from_frame(wrong, "who", "what")
+        with pytest.raises(TypeError, match="frame must be a pandas DataFrame"):
+            split_by_time(wrong, "when")
+
+    def test_a_frame_of_another_library(self, frame: pd.DataFrame) -> None:
+        pyarrow = pytest.importorskip("pyarrow")
+        with pytest.raises(TypeError, match=r"got pyarrow.lib.Table: pass frame.to_pandas\(\)"):
+            interactions_from_frame(pyarrow.table({"who": [1]}), "who", "what")
 
 
 class TestSplitByTime:
@@ -104,6 +342,59 @@ class TestSplitByTime:
         late = split_by_time(frame, "when", 0.4)[1]
         assert late["when"].tolist() == ["2020-01-06", "2020-01-05"]
 
+    @pytest.mark.parametrize(
+        "times",
+        [
+            pd.to_datetime(["2020", "2019", "2021"]),
+            pd.to_datetime(["2020", "2019", "2021"], utc=True),
+            pd.array(pd.to_datetime(["2020", "2019", "2021"]), "timestamp[us][pyarrow]"),
+            [datetime.date(2020, 1, 1), datetime.date(2019, 1, 1), datetime.date(2021, 1, 1)],
+            pd.PeriodIndex(["2020", "2019", "2021"], freq="Y"),
+            pd.to_timedelta([2, 1, 3], unit="D"),
+            pd.array([2, 1, 3], "Int32"),
+            [2.5, -1.0, 3.0],
+            ["2020-01-01T00:00+02:00", "2019-01-01T00:00Z", "2021-01-01T00:00-03:30"],
+            pd.array(["2020-01", "2019-01", "2021-01"], "string[pyarrow]"),
+            pd.Categorical(["2020-01", "2019-01", "2021-01"], ["2021-01", "2020-01", "2019-01"]),
+            pd.Categorical(["mid", "early", "late"], ["early", "mid", "late"], ordered=True),
+        ],
+        ids=str,
+    )
+    def test_types_of_times(self, times: Any) -> None:
+        events = pd.DataFrame({"when": times, "place": [1, 0, 2]}, index=[4, 5, 4])
+        early, late = split_by_time(events, "when", 0.5)
+        assert early["place"].tolist() == [1, 0] and late["place"].tolist() == [2]
+
+    def test_offsets_count(self) -> None:
+        """By text the second would be the later one."""
+        events = pd.DataFrame({"when": ["2020-01-01T10:00-05:00", "2020-01-01T12:00+01:00"]})
+        assert split_by_time(events, "when", 0.5)[1].index.tolist() == [0]
+
+    @pytest.mark.parametrize(
+        ("times", "message"),
+        [
+            (["2020-01-01", pd.Timestamp("2020"), 3], "text ('2020-01-01') in row 0, but times wi"),
+            ([pd.Timestamp("2020"), "2020-01-01", 3], "in row 0, but text ('2020-01-01') in row 1"),
+            ([pd.Timestamp("2020"), pd.Timestamp("2020", tz="UTC")], "but times with a time zone"),
+            ([datetime.date(2020, 1, 1), datetime.datetime(2020, 1, 1)], "date objects (datetime."),
+            (["2020-01-01", "hello"], "column 'when' holds 'hello' (str) in row 1 (counted from 0"),
+            (["2020-01-01", "31/12/2020"], "holds '31/12/2020' (str) in row 1"),
+            (["1577836800", "99"], "holds '1577836800' (str) in row 0"),
+            (["2020-01-01T00:00", "2020-01-01T00:00Z"], "expected a time without an offset, as in"),
+            (
+                [True, False],
+                "column 'when' holds True (bool) in row 0 (counted from 0), expected a",
+            ),
+            ([1.0, np.inf], "column 'when' holds inf (float) in row 1"),
+            ([1j, 2j], "column 'when' holds 1j (complex) in row 0"),
+            ([(1, 2), [3]], "column 'when' holds [3] in row 1 (counted from 0), which cannot be"),
+        ],
+        ids=str,
+    )
+    def test_no_times(self, times: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            split_by_time(pd.DataFrame({"when": pd.Series(times)}), "when")
+
     def test_column(self, frame: pd.DataFrame) -> None:
         with pytest.raises(
             ValueError, match=r"column 'then' is not in the frame, which has \['who"
@@ -113,8 +404,8 @@ class TestSplitByTime:
         with pytest.raises(ValueError, match="column 'when' must have no missing values"):
             split_by_time(frame, "when")
 
-    @pytest.mark.parametrize("fraction", [0, 1, -0.1, 20])
-    def test_fraction(self, frame: pd.DataFrame, fraction: float) -> None:
+    @pytest.mark.parametrize("fraction", [0, 1, -0.1, 20, np.nan, "0.2", None])
+    def test_fraction(self, frame: pd.DataFrame, fraction: Any) -> None:
         with pytest.raises(ValueError, match="fraction must be between 0 and 1, got"):
             split_by_time(frame, "when", fraction)
 
@@ -170,10 +461,38 @@ class TestPowerLaw:
         ]
         assert largest[0] < 80 and largest[1] > 2 * largest[0] and largest[2] > 2 * largest[1]
 
-    @pytest.mark.parametrize("exponent", [-0.1, 1, 1.0, 1.5, np.nan])
-    def test_exponent_is_checked(self, exponent: float) -> None:
+    @pytest.mark.parametrize("exponent", [-0.1, 1, 1.0, 1.5, np.nan, "0.5", None])
+    def test_exponent_is_checked(self, exponent: Any) -> None:
         with pytest.raises(ValueError, match="exponent must be at least 0 and below 1, got"):
             power_law(20, 30, 100, exponent=exponent)
+
+    @pytest.mark.parametrize("name", ["n_users", "n_items", "n_entries"])
+    @pytest.mark.parametrize("value", [20.0, "20", True, None, np.nan])
+    def test_sizes_are_integers(self, name: str, value: Any) -> None:
+        with pytest.raises(ValueError, match=f"{name} must be an integer.*, got {value!r}"):
+            power_law(**{"n_users": 20, "n_items": 30, "n_entries": 50, name: value})
+
+    @pytest.mark.parametrize("size", [(-20, -30), (0, 30), (20, -1)])
+    def test_sides_are_positive(self, size: tuple[int, int]) -> None:
+        with pytest.raises(ValueError, match="n_.* must be an integer of at least 1, got"):
+            power_law(*size, 20)
+
+    def test_sizes_that_do_not_fit(self) -> None:
+        with pytest.raises(
+            ValueError, match=r"less than 2\*\*63 cells, got 4294967296 x 4294967296"
+        ):
+            power_law(2**32, 2**32, 20)
+        with pytest.raises(MemoryError, match="ask for a smaller matrix"):
+            power_law(2**50, 20, 20)
+        with pytest.raises(MemoryError, match="ask for a smaller matrix"):
+            web_graph(2**31, 2**50)
+
+    @pytest.mark.parametrize("seed", [1.5, "1", -1, True])
+    def test_seeds(self, seed: Any) -> None:
+        with pytest.raises(ValueError, match="random_state must be"):
+            power_law(20, 30, 50, random_state=seed)
+        with pytest.raises(ValueError, match="random_state must be"):
+            web_graph(20, 30, random_state=seed)
 
     def test_is_vectorised(self) -> None:
         begin = time.perf_counter()
@@ -226,6 +545,12 @@ class TestWebGraph:
     def test_number_of_links(self, size: tuple[int, int]) -> None:
         with pytest.raises(ValueError, match="n_links must be from 1 to a third of .* got"):
             web_graph(*size)
+
+    @pytest.mark.parametrize("name", ["n_nodes", "n_links", "n_sites"])
+    @pytest.mark.parametrize("value", [20.0, "20", True])
+    def test_sizes_are_integers(self, name: str, value: Any) -> None:
+        with pytest.raises(ValueError, match=f"{name} must be an integer.*, got {value!r}"):
+            web_graph(**{"n_nodes": 20, "n_links": 30, name: value})
 
     @pytest.mark.parametrize("n_sites", [0, 21])
     def test_number_of_sites(self, n_sites: int) -> None:

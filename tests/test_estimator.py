@@ -256,10 +256,10 @@ class TestTables:
     def test_serving_keeps_its_device_tables(self, new_compilations: Any) -> None:
         served = fitted()
         served.recommend(np.arange(9), COUNTS[:9])
-        kept = served._runtime().kept["item catalog"]
+        kept = served._fitted.item._kept["catalog"]
         with new_compilations() as count:
             served.recommend(np.arange(9, 18), COUNTS[9:18])
-        assert served._runtime().kept["item catalog"] is kept
+        assert served._fitted.item._kept["catalog"] is kept
         assert count.programs == 0
 
 
@@ -285,9 +285,12 @@ class TestClass:
         with pytest.raises(ValueError, match="expecting 20 features"):
             fitted().transform(COUNTS.T.tocsr())
 
-    def test_explain_wants_the_whole_matrix(self) -> None:
-        with pytest.raises(IndexError, match=r"a row of the whole user_items\) 3 is not"):
-            fitted().explain(3, COUNTS[3], 1)
+    def test_explain_takes_the_whole_matrix_or_the_users_row(self) -> None:
+        known = fitted()
+        whole, row = known.explain(3, COUNTS, 1), known.explain(3, COUNTS[3], 1)
+        assert whole[:2] == row[:2]
+        with pytest.raises(IndexError, match="userid 3 is not in user_items, which has 2 rows"):
+            known.explain(3, COUNTS[:2], 1)
 
     def test_explain_without_a_ridge(self) -> None:
         rank_one = sparse.csr_matrix(np.ones((6, 5), np.float32))
@@ -502,6 +505,7 @@ class TestTablesOnDevices:
         explained = [m.explain(0, COUNTS, 1)[0] for m in (found, expected)]
         assert explained[0] == pytest.approx(explained[1], abs=1e-4)
         np.testing.assert_allclose(found.YtY, expected.YtY, rtol=1e-4, atol=1e-4)
-        assert all(found._resident(side) is not None for side in ("user", "item"))
+        assert all(found._fitted.table(side).resident is not None for side in ("user", "item"))
         np.testing.assert_allclose(found.item_factors, expected.item_factors, rtol=0, atol=1e-4)
-        assert found._resident("item") is None and found._resident("user") is not None
+        assert found._fitted.item.resident is None
+        assert found._fitted.user.resident is not None

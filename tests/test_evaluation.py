@@ -133,7 +133,7 @@ class TestMetrics:
 class TestSplits:
     @pytest.mark.parametrize("part", [0.0, 0.7, 1.0])
     def test_random_split_is_implicits(self, part: float) -> None:
-        counts = random_counts(30, 20, density=0.4, negatives=True, seed=2)
+        counts = random_counts(30, 20, density=0.4, seed=2)
         for ours, theirs in zip(
             evaluation.train_test_split(counts, part, random_state=5),
             reference.train_test_split(counts, part, random_state=5),
@@ -141,6 +141,14 @@ class TestSplits:
         ):
             assert ours.nnz == theirs.nnz
             np.testing.assert_array_equal(ours.toarray(), theirs.toarray())
+
+    @pytest.mark.parametrize("part", [0.0, 0.7, 1.0])
+    def test_random_split_keeps_negatives_that_implicit_drops(self, part: float) -> None:
+        counts = random_counts(30, 20, density=0.4, negatives=True, seed=2)
+        train, test = evaluation.train_test_split(counts, part, random_state=5)
+        theirs = reference.train_test_split(counts, part, random_state=5)[1]
+        np.testing.assert_array_equal(test.toarray(), theirs.toarray())
+        np.testing.assert_array_equal((train + test).toarray(), counts.toarray())
 
     @pytest.mark.parametrize("k", [1, 3])
     def test_leave_k_out(self, k: int) -> None:

@@ -50,7 +50,7 @@ def test_a_short_whitelist_of_tables_on_devices() -> None:
         expected = here.recommend(users, COUNTS[users], N=3, items=[1, 7, 30, 31])
         np.testing.assert_array_equal(found[0], expected[0])
         np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
-    assert on_devices._resident("item") is not None
+    assert on_devices._fitted.item.resident is not None
 
 
 @pytest.mark.parametrize(

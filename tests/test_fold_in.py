@@ -147,3 +147,34 @@ def test_other_rows_and_numbers_compile_nothing(new_compilations) -> None:
         source = fold_in.source(-_table(4)[::-1], params, where)
         fold_in.solve_rows(_rows(1)[:7], source, solve.objective("ials", 1, 3, 0.1, 0.2), params)
     assert count.programs == 0
+
+
+@pytest.mark.parametrize("solver", EXACT)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=["implicit", "ials"])
+def test_one_more_column_stands_for_a_row_of_zeros(
+    solver: str, objective: oracle.Objective
+) -> None:
+    """Entries there count in (2), as often as they are stored, and change nothing else."""
+    params = dataclasses.replace(EXACT[solver], dtype="float64")
+    table, rows = _table(params.factors).astype(np.float64), _rows(5)
+    spread = sparse.hstack([rows, _rows(6)[:, :9]], "csr")
+    clipped = sparse.csr_matrix(
+        (spread.data, np.minimum(spread.indices, N), spread.indptr), (20, N + 1)
+    )
+    source = fold_in.source(table, params, workplace(1, num_threads=1))
+    ours = fold_in.solve_rows(clipped, source, solve.objective(*objective), params)
+    grown = np.vstack([table, np.zeros((9, params.factors))])
+    exact = oracle.fold_in(spread, grown, objective, N)
+    np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-7 * np.abs(exact).max())
+
+
+def test_rows_that_do_not_fit_the_table() -> None:
+    params = EXACT["cg"]
+    source = fold_in.source(_table(4), params, workplace(1, num_threads=1))
+    objective, rows = solve.objective("implicit", 0.5, 2.0), _rows(0)
+    wide = sparse.csr_matrix((rows.data, rows.indices, rows.indptr), (20, N + 2))
+    with pytest.raises(ValueError, match="rows have 52 columns for a table of 50 rows"):
+        fold_in.solve_rows(wide, source, objective, params)
+    rows.indices[0] = -1
+    with pytest.raises(ValueError, match="outside its shape"):
+        fold_in.solve_rows(rows, source, objective, params)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 from scipy import sparse
 
-from tpu_als import TPUAlternatingLeastSquares, model_file
+from tpu_als import DataWarning, ModelFileError, TPUAlternatingLeastSquares, model_file
 
 PARAMETERS = {
     "factors": 2,
@@ -122,8 +124,8 @@ def test_a_failed_write_leaves_the_old_file(
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
-    np.savez(tmp_path / "bad.npz", alpha=np.array([{}], dtype=object))
-    with pytest.raises(ValueError, match="allow_pickle=False"):
+    np.savez(tmp_path / "bad.npz", tpu_als_format=1, alpha=np.array([{}], dtype=object))
+    with pytest.raises(ModelFileError, match="'alpha' cannot be read: got pickled objects, which"):
         model_file.load_npz(tmp_path / "bad.npz")
 
 
@@ -149,7 +151,214 @@ def test_a_subclass_with_parameters_of_its_own(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read.item_factors, model.item_factors)
 
 
-def test_a_path_among_the_parameters(tmp_path: Path) -> None:
-    TPUAlternatingLeastSquares(checkpoint_dir=tmp_path / "here").save(tmp_path / "model")
-    read = TPUAlternatingLeastSquares.load(tmp_path / "model.npz")
-    assert read.checkpoint_dir == str(tmp_path / "here")
+def test_a_path_is_not_kept(tmp_path: Path) -> None:
+    model = TPUAlternatingLeastSquares(checkpoint_dir=tmp_path / "here")
+    with pytest.warns(DataWarning, match="no user and no item factors"):
+        model.save(tmp_path / "model")
+    with np.load(tmp_path / "model.npz") as data:
+        assert "tpu_als_checkpoint_dir" not in data.files
+    assert TPUAlternatingLeastSquares.load(tmp_path / "model.npz").checkpoint_dir is None
+
+
+def test_a_file_of_format_1_stays_loadable() -> None:
+    # Written by the first version that had a format; never to be replaced by a newer file.
+    model = TPUAlternatingLeastSquares.load(Path(__file__).parent / "data" / "model-format-1.npz")
+    given = {name: value for name, value in model.get_params().items() if name in OF_FORMAT_1}
+    assert given == OF_FORMAT_1
+    assert model.checkpoint_dir is None  # the file names one
+    assert list(model.feature_names_in_) == [f"item {i}" for i in range(7)]
+    assert (model.n_iter_, model.n_features_in_) == (2, 7)
+    assert model.history_["loss"] == [0.590489460009655, 0.32000209210959846]
+    assert (model.user_factors.shape, model.item_factors.shape) == ((12, 3), (7, 3))
+    row = sparse.csr_matrix(([3.0, 1.0], ([0, 0], [1, 4])), shape=(1, 7))
+    expected = oracle.fold_in(
+        row, model.item_factors, oracle.Objective("ials", 0.5, 2.0, unobserved_weight=0.25)
+    )
+    np.testing.assert_allclose(model.recalculate_user(0, row), expected[0], atol=1e-5)
+
+
+OF_FORMAT_1 = {
+    "factors": 3,
+    "regularization": 0.5,
+    "alpha": 2.0,
+    "dtype": np.float32,
+    "iterations": 2,
+    "random_state": 5,
+    "num_threads": 1,
+    "calculate_training_loss": True,
+    "objective": "ials",
+    "unobserved_weight": 0.25,
+    "linear_solver": "cholesky",
+    "checkpoint_every": 2,
+    "verbose": None,
+}
+GOOD = {
+    "tpu_als_format": 1,
+    "factors": 2,
+    "alpha": 1.0,
+    "dtype": "float32",
+    "user_factors": np.ones((3, 2), np.float32),
+    "item_factors": np.ones((4, 2), np.float32),
+    "tpu_als_n_iter_": 2,
+    "tpu_als_history_seconds": np.ones(2),
+    "tpu_als_feature_names_in_": np.array(list("abcd")),
+}
+
+
+def archive(**changes: Any) -> bytes:
+    """Bytes of a model file with some keys changed, or left out where None."""
+    file = io.BytesIO()
+    np.savez(file, **{k: v for k, v in {**GOOD, **changes}.items() if v is not None})
+    return file.getvalue()
+
+
+def load(content: bytes) -> Any:
+    """A model out of these bytes."""
+    return TPUAlternatingLeastSquares.load(io.BytesIO(content))
+
+
+NOT_FINITE = np.array([[np.nan, 1], [1, 1], [1, np.inf]], np.float32)
+
+
+class TestDamagedAndForeignFiles:
+    def test_the_model_that_the_cases_change_is_good(self) -> None:
+        assert load(archive()).item_factors.shape == (4, 2)
+        assert load(archive(unknown=np.ones(3))).n_iter_ == 2
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"user_factors": NOT_FINITE}, "user_factors must hold finite numbers, got NaN"),
+            ({"item_factors": np.ones((4, 3))}, "equally many columns"),
+            ({"item_factors": np.ones(4)}, "item_factors must be a 2-D array of floating-point"),
+            ({"item_factors": np.ones((4, 2), int)}, "item_factors must be a 2-D array of float"),
+            ({"item_factors": np.array([["a", "b"]])}, "item_factors must be a 2-D array"),
+            ({"factors": 5}, "as many columns as the parameter factors=5, got shape"),
+            ({"factors": 2.5}, "factors must be an integer of at least 1, got 2.5"),
+            ({"factors": "many"}, "factors must be an integer of at least 1, got 'many'"),
+            ({"factors": np.ones(2)}, "factors must be a number or text, got an array of shape"),
+            ({"alpha": -5.0}, "alpha must be a finite number of at least 0, got -5.0"),
+            ({"alpha": np.nan}, "alpha must be a finite number of at least 0, got nan"),
+            ({"alpha": 1j}, "alpha must be a number or text, got an array of shape"),
+            ({"use_cg": "False"}, "use_cg must be True or False, got 'False'"),
+            ({"tpu_als_warm_start": 3}, "warm_start must be True or False, got 3"),
+            ({"random_state": -3}, "random_state must be None, an integer of at least 0"),
+            ({"dtype": "int32"}, "dtype must be np.float32, np.float64 or 'bfloat16', got 'int32'"),
+            ({"tpu_als_objective": "warp"}, "objective must be one of"),
+            ({"tpu_als_n_iter_": 3}, "n_iter_ values in each series"),
+            ({"tpu_als_history_loss": np.ones(3)}, "n_iter_ values in each series"),
+            ({"tpu_als_history_loss": np.array(["a"] * 2)}, "history_loss must be a 1-D array"),
+            ({"tpu_als_feature_names_in_": np.array(["a"])}, "a name for each of the 4 items"),
+            ({"tpu_als_feature_names_in_": np.ones(4)}, "feature_names_in_ must be a 1-D array"),
+            ({"tpu_als_format": "one"}, "'tpu_als_format' must be an integer of at least 1"),
+            ({"tpu_als_format": 0}, "'tpu_als_format' must be an integer of at least 1"),
+            ({"tpu_als_format": 9}, "written by a later tpu_als; upgrade"),
+            ({"tpu_als_format": None}, "'tpu_als_format' is missing, and so is iterations"),
+            ({"alpha": np.array([{}], object)}, "key 'alpha' cannot be read: got pickled objects"),
+        ],
+        ids=str,
+    )
+    def test_values_that_contradict_their_key(self, changes: dict[str, Any], message: str) -> None:
+        with pytest.raises(ModelFileError, match=message) as raised:
+            load(archive(**changes))
+        assert "the model file: " in str(raised.value)
+
+    def test_other_files(self, tmp_path: Path) -> None:
+        path = tmp_path / "model.npz"
+        sparse.save_npz(path, sparse.csr_matrix(np.eye(3)))
+        with pytest.raises(ModelFileError, match=r"model.npz: key 'tpu_als_format' is missing"):
+            TPUAlternatingLeastSquares.load(path)
+        np.savez(path)
+        with pytest.raises(ModelFileError, match="is missing, and so is factors"):
+            TPUAlternatingLeastSquares.load(path)
+        for content in (b"", b"PK", b"\x93NUMPY", b"not a model" * 100, archive()[:-30]):
+            path.write_bytes(content)
+            with pytest.raises(ModelFileError, match="model.npz: the archive cannot be read"):
+                TPUAlternatingLeastSquares.load(path)
+        with pytest.raises(FileNotFoundError):
+            TPUAlternatingLeastSquares.load(tmp_path / "none")
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(IsADirectoryError):
+            TPUAlternatingLeastSquares.load(tmp_path / "folder")
+
+    def test_another_model_of_implicits(self, tmp_path: Path) -> None:
+        bpr = pytest.importorskip("implicit.cpu.bpr").BayesianPersonalizedRanking
+        model = bpr(factors=3, iterations=1, num_threads=1)
+        model.fit(sparse.csr_matrix(np.eye(4, dtype=np.float32)), show_progress=False)
+        model.save(str(tmp_path / "bpr"))
+        with pytest.raises(ModelFileError, match="so is use_cg, which a file of implicit's ALS"):
+            TPUAlternatingLeastSquares.load(tmp_path / "bpr")
+
+    def test_implicits_half_precision(self) -> None:
+        theirs = {"iterations": 3, "regularization": 0.1, "use_cg": True, "tpu_als_format": None}
+        half = np.ones((3, 2), np.float16)
+        model = load(archive(dtype="float16", user_factors=half, **theirs))
+        assert model.dtype is np.float32 and model.user_factors.dtype == np.float32
+
+    def test_every_truncation(self) -> None:
+        content = archive()
+        for length in range(0, len(content), 23):
+            with pytest.raises(ModelFileError):
+                load(content[:length])
+
+    def test_no_flipped_bit_goes_unseen(self) -> None:
+        content, loaded = archive(), 0
+        good, rng = load(content), np.random.default_rng(0)
+        for position in rng.integers(len(content) * 8, size=600):
+            flipped = bytearray(content)
+            flipped[position // 8] ^= 1 << position % 8
+            try:
+                model = load(bytes(flipped))
+            except ModelFileError:
+                continue
+            loaded += 1  # dates and the like, which nothing depends on
+            assert model.get_params() == good.get_params()
+            assert model.n_iter_ == good.n_iter_ and model.history_ == good.history_
+            assert list(model.feature_names_in_) == list("abcd")
+            np.testing.assert_array_equal(model.user_factors, good.user_factors)
+            np.testing.assert_array_equal(model.item_factors, good.item_factors)
+        assert loaded < 400
+
+    @pytest.mark.parametrize("key", ["user_factors", "tpu_als_history_loss", "unknown"])
+    def test_a_bomb_is_not_decompressed(self, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        file, zeros = io.BytesIO(), bytes(1 << 20)
+        file.write(archive(**{key: None}))
+        header = {"descr": "<f4", "fortran_order": False, "shape": (25 << 19, 2)}
+        with (
+            zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as bomb,
+            bomb.open(key + ".npy", "w") as member,
+        ):
+            np.lib.format.write_array_header_1_0(member, header)
+            for _ in range(100):
+                member.write(zeros)
+        assert file.tell() < 200_000
+        read = []
+        original = np.lib.format.read_array
+
+        def seen(stream: Any, **how: Any) -> np.ndarray:
+            read.append(stream.name)
+            return original(stream, **how)
+
+        monkeypatch.setattr(np.lib.format, "read_array", seen)
+        if key == "unknown":
+            assert load(file.getvalue()).factors == 2
+        else:
+            with pytest.raises(ModelFileError, match=f"most of them in key '{key}', but a model's"):
+                load(file.getvalue())
+        assert key + ".npy" not in read
+
+    def test_a_compressed_table(self) -> None:
+        file = io.BytesIO()
+        np.savez_compressed(file, **{**GOOD, "user_factors": np.zeros((20_000, 2), np.float32)})
+        assert load(file.getvalue()).user_factors.shape == (20_000, 2)
+
+
+def test_tables_and_factors_that_do_not_go_together_are_not_saved(tmp_path: Path) -> None:
+    model = TPUAlternatingLeastSquares(factors=2)
+    model.user_factors, model.item_factors = np.ones((3, 4)), np.ones((5, 4))
+    with pytest.raises(ValueError, match="Set factors=4 before save"):
+        model.save(tmp_path / "model")
+    model.item_factors = np.ones((5, 3))
+    with pytest.raises(ValueError, match="equally many columns"):
+        model.save(tmp_path / "model")
+    assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ import threadpoolctl
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import TPUAlternatingLeastSquares, als, host, mesh, native, placing, solve
+from tpu_als import TPUAlternatingLeastSquares, als, host, native, placing, programs, solve
 from tpu_als.mesh import Workplace, workplace
 from tpu_als.placing import AlsParams
 from tpu_als.shards import write_shards
@@ -279,7 +279,7 @@ def test_works_where_nothing_can_be_kept(
         return njit(**options)
 
     monkeypatch.setattr(numba, "njit", refuse)
-    monkeypatch.setattr(mesh, "compilation_cache", "/proc/nowhere")
+    monkeypatch.setattr(programs, "compilation_cache", "/proc/nowhere")
     before = numba.config.CACHE_DIR
     native._loaded.cache_clear()
     native._compiled.cache_clear()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matrices import random_counts
 from scipy import sparse
 
@@ -57,7 +63,6 @@ def test_values_are_as_narrow_as_they_can_be(
     # so that there are long rows too
     monkeypatch.setattr(placing, "_LONGEST", {"cpu": 16, "other": 16})
     monkeypatch.setattr(placing.layout, "LONGEST", 16)
-    monkeypatch.setattr(placing, "_ladders", {})
     place = workplace(devices or 1, num_threads=2, table_layout="sharded" if devices else "auto")
     matrix, params = _matrix(values), AlsParams(FACTORS)
     data = placing.place(matrix, params, place)
@@ -82,3 +87,60 @@ def test_shards_without_values_keep_none(values: list[float], kept: bool, tmp_pa
     assert (data.users.own.values is not None) == kept
     for found, same in zip(_tables(data), _tables(whole), strict=True):
         np.testing.assert_allclose(found, same, rtol=1e-4, atol=1e-5)
+
+
+ORDER_SCRIPT = """
+import json, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+from matrices import random_counts
+from tpu_als import TPUAlternatingLeastSquares
+
+small, large = random_counts(50, 40, seed=1), random_counts(300, 200, seed=2)
+found = {}
+for solver, native, devices in json.loads(sys.argv[1]):
+    for matrix in [small, large] if sys.argv[2] == "after" else [large]:
+        model = TPUAlternatingLeastSquares(
+            4, iterations=2, random_state=0, alpha=4.0, linear_solver=solver, block_size=3,
+            use_native=native, devices=devices, num_threads=2,
+        )
+        model.fit(matrix, show_progress=False)
+    found[f"{solver} {native} {devices}"] = model.user_factors.tobytes().hex(), (
+        model.item_factors.tobytes().hex()
+    )
+print(json.dumps(found))
+"""
+SOLVERS = ("cg", "cholesky", "subspace")
+SETTINGS = [("cg", True, 1), *((name, False, count) for name in SOLVERS for count in (1, 4))]
+
+
+def test_a_fit_does_not_depend_on_the_fits_before_it() -> None:
+    """The same tables, bit for bit, in a fresh process and after a fit of a smaller matrix."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here.parent), str(here)])
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", ORDER_SCRIPT, json.dumps(SETTINGS), order],
+            env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for order in ("fresh", "after")
+    ]
+    fresh, after = (json.loads(process.communicate()[0]) for process in running)
+    assert len(fresh) == len(SETTINGS)
+    for name, tables in fresh.items():
+        assert tables == after[name], name
+
+
+@given(st.integers(0, 99))
+def test_plans_depend_on_coarse_properties_of_the_lengths(seed: int) -> None:
+    """Folds of a matrix get one ladder, and so share programs."""
+    rng, params, place = np.random.default_rng(seed), AlsParams(64), workplace(1)
+    lengths = np.minimum(np.exp(rng.normal(4, 1.2, 12_000)).astype(int), 3000)
+    plans = [
+        placing.make_plan(rng.permutation(lengths)[: len(lengths) * 4 // 5], params, place)
+        for _ in range(5)
+    ]
+    rungs = [set(plan.lengths) for plan in plans]
+    assert len(set.union(*rungs)) <= len(rungs[0]) + 1

@@ -325,5 +325,7 @@ class TestDamage:
     def test_files_without_checksums_are_read(self, folder: Path) -> None:
         for file in folder.rglob("*.parquet"):
             rewrite(file, write_page_checksum=False)
-        change_totals(folder, files="absent")
+        totals = json.loads((folder / "totals.json").read_text())
+        del totals["files"]  # other writers do not know of it
+        (folder / "totals.json").write_text(json.dumps(totals))
         assert_same(open_shards(folder))

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpu_als import solve
+from tpu_als import cholesky, solve
 from tpu_als.mesh import precision
 from tpu_als.solve import Block
 
@@ -187,9 +187,9 @@ def test_factors_and_substitution_equal_numpys(dtype: str, seed: int) -> None:
         _close(_substitute(upper, rhs), exact, dtype)
 
 
-_factorise = jax.jit(solve._factorise_rows)
-_substitute = jax.jit(solve._substitute)
-_solve_direct = jax.jit(solve.direct)
+_factorise = jax.jit(cholesky._factorise_rows)
+_substitute = jax.jit(cholesky._substitute)
+_solve_direct = jax.jit(cholesky.direct)
 
 
 def test_a_matrix_that_is_not_definite_has_no_factor() -> None:
@@ -264,17 +264,20 @@ def test_pad_cells_weigh_nothing_wherever_they_point() -> None:
     np.testing.assert_array_equal(block.v, [[0, 0, 0], [10, 10, 0]])
 
 
-@given(seed=SEEDS)
-def test_cells_loss_is_the_square_error_but_for_its_constant(seed: int) -> None:
-    """Of an "ials" block: sum of w (1 - t)^2 is sum of (w t - 2 v) t plus the sum of w."""
-    block, _ = _block(seed, "float64")
-    block = block._replace(v=block.w)
-    z = np.random.default_rng(seed).normal(size=(R, K))
+@given(seed=SEEDS, offset=st.sampled_from([0.0, 0.7]))
+def test_cells_loss_is_the_square_error(seed: int, offset: float) -> None:
+    """Of an entry with c > 0 that is c (1 - t)^2, else |c| (1 + t^2); less what all cells have."""
+    rng = np.random.default_rng(seed)
+    left = rng.integers(0, L + 1, R).astype(np.int32)
+    live = np.arange(L) < left[:, None]
+    c = live * rng.integers(-3, 9, (R, L)).astype(np.float64)
+    block = Block(rng.normal(size=(R, L, K)), np.abs(c), np.maximum(c, 0))
+    z = rng.normal(size=(R, K))
     t = np.einsum("rlk,rk->rl", block.rows, z)
-    expected = (block.w * (1 - t) ** 2).sum(axis=1) - block.w.sum(axis=1)
+    each = np.where(c > 0, c * (1 - t) ** 2, np.abs(c) * (1 + t**2)) - offset * t**2
     with precision("float64"):
-        ours = np.asarray(_cells_loss(block, z))
-    np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-9)
+        ours = np.asarray(_cells_loss(block, z, solve.entries_of((R, L), left), offset))
+    np.testing.assert_allclose(ours, (live * each).sum(axis=1), rtol=1e-9, atol=1e-9)
 
 
 _cells_loss = jax.jit(solve.cells_loss)

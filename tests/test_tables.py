@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from tpu_als import TPUAlternatingLeastSquares, _tables
+from tpu_als import TPUAlternatingLeastSquares, fitted
 
 USERS = np.arange(30)
 EMPTY = sparse.csr_matrix((30, 80), dtype=np.float32)
@@ -86,13 +86,13 @@ def test_a_table_that_nobody_holds_is_looked_at_once(
     call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, looked = _model(), []
-    fingerprint = _tables._fingerprint
+    fingerprint = fitted._fingerprint
 
     def counted(table: np.ndarray) -> int:
         looked.append(table.shape)
         return fingerprint(table)
 
-    monkeypatch.setattr(_tables, "_fingerprint", counted)
+    monkeypatch.setattr(fitted, "_fingerprint", counted)
     assert model.item_factors.shape == (80, 8)  # read, and let go
     for _ in range(3):
         CALLS[call](model)

@@ -15,77 +15,6 @@ from tpu_als.validation import ModelFitError, ParameterWarning
 ROWS = sparse.csr_matrix(np.array([[1, 0, 2], [0, 3, 0]], dtype=np.float32))
 
 
-class TestParameters:
-    @pytest.mark.parametrize(
-        ("name", "value"),
-        [
-            ("factors", 0),
-            ("factors", True),
-            ("factors", 8.0),
-            ("regularization", -0.1),
-            ("regularization", np.nan),
-            ("regularization", "0.1"),
-            ("alpha", np.inf),
-            ("iterations", -1),
-            ("num_threads", -2),
-            ("unobserved_weight", -1.0),
-            ("regularization_exponent", -0.5),
-            ("linear_solver", "gauss"),
-            ("linear_solver", ["cg"]),
-            ("cg_steps", 0),
-            ("block_size", 0),
-            ("validation_fraction", 1.0),
-            ("validation_fraction", 0),
-            ("n_iter_no_change", 0),
-            ("tol", -1e-9),
-        ],
-    )
-    def test_out_of_range(self, name: str, value: Any) -> None:
-        with pytest.raises(ValueError, match=f"^{name} must be .*, got "):
-            validation.check_parameters({name: value})
-
-    def test_in_range(self) -> None:
-        validation.check_parameters(
-            {
-                "factors": np.int64(3),
-                "regularization": np.float32(0),
-                "alpha": 2,
-                "iterations": 0,
-                "regularization_exponent": None,
-                "linear_solver": None,
-                "validation_fraction": 0.5,
-                "a name without a rule": object(),
-            }
-        )
-
-    @pytest.mark.parametrize(
-        ("dtype", "name"),
-        [
-            (np.float32, "float32"),
-            ("float64", "float64"),
-            (np.dtype("f8"), "float64"),
-            ("bfloat16", "bfloat16"),
-        ],
-    )
-    def test_storage_dtype(self, dtype: Any, name: str) -> None:
-        assert validation.storage_dtype(dtype) == name
-
-    @pytest.mark.parametrize("dtype", [np.float16, np.int32, "half a float", -1, None.__class__])
-    def test_other_dtypes(self, dtype: Any) -> None:
-        with pytest.raises(ValueError, match="dtype must be np.float32, np.float64 or 'bfloat16'"):
-            validation.storage_dtype(dtype)
-
-    def test_generators(self) -> None:
-        expected = np.random.default_rng(5).random(3)
-        np.testing.assert_array_equal(validation.random_generator(5).random(3), expected)
-        rng = np.random.default_rng(0)
-        assert validation.random_generator(rng) is rng
-        drawn = [
-            validation.random_generator(np.random.RandomState(seed)).random() for seed in (1, 1, 2)
-        ]
-        assert drawn[0] == drawn[1] != drawn[2]
-
-
 class TestFitArguments:
     def test_either_convention(self) -> None:
         callback = print
@@ -94,10 +23,21 @@ class TestFitArguments:
         assert validation.fit_arguments(False, True, None) == (False, None)
         assert validation.fit_arguments(np.True_, callback, None) == (True, callback)
         assert validation.fit_arguments(False, callback, None) == (False, callback)
+        assert validation.fit_arguments(None, None, None) == (None, None)
+        assert validation.fit_arguments(None, callback, None) == (None, callback)
+        assert validation.fit_arguments(None, False, None, callback) == (False, callback)
+        assert validation.fit_arguments(None, False, max, callback) == (False, max)
 
     def test_a_callback_is_callable(self) -> None:
         with pytest.raises(TypeError, match="callback must be callable"):
             validation.fit_arguments(None, True, 3)
+        with pytest.raises(TypeError, match="fit_callback must be callable"):
+            validation.fit_arguments(None, True, None, 5)
+
+    @pytest.mark.parametrize("value", ["no", 2, np.ones(2)], ids=str)
+    def test_progress_is_a_flag(self, value: Any) -> None:
+        with pytest.raises(TypeError, match="show_progress must be True, False or None, got"):
+            validation.fit_arguments(None, value, None)
 
 
 class TestCanonicalCsr:
@@ -271,10 +211,6 @@ class TestTables:
     def test_not_a_table(self, table: Any) -> None:
         with pytest.raises(ValueError, match="user_factors must be a 2-D array of numbers"):
             validation.factor_table(table, "user_factors")
-
-    def test_a_start_of_another_shape(self) -> None:
-        with pytest.raises(ValueError, match=r"item_factors to start from has shape \(2, 3\)"):
-            validation.start_table(np.ones((2, 3)), (2, 4), "item_factors")
 
     def test_rows_that_are_not_finite(self) -> None:
         rows = np.array([[1.0], [np.nan]])

@@ -6,6 +6,7 @@ import doctest
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from matrices import random_counts
 from scipy import sparse
@@ -133,6 +134,111 @@ class TestKinds:
 def test_parameters_out_of_range(transformer: Any, message: str, counts: sparse.csr_matrix) -> None:
     with pytest.raises(ValueError, match=message):
         transformer.fit(counts)
+
+
+class TestNewItems:
+    """More columns in `transform` than in `fit`."""
+
+    @pytest.mark.parametrize("kind", [sparse.csr_matrix, sparse.csr_array, np.asarray])
+    def test_where_nothing_is_learnt_of_a_column(
+        self, counts: sparse.csr_matrix, kind: Any
+    ) -> None:
+        wide = np.hstack([counts.toarray(), np.arange(30, dtype=np.float32)[:, None]])
+        given = wide if kind is np.asarray else kind(wide)
+        got = LogWeighting(2.0).fit(counts).transform(given)
+        assert type(got) is type(given)
+        dense = got if kind is np.asarray else got.toarray()
+        np.testing.assert_allclose(dense, np.log1p(wide / 2), rtol=1e-6)
+        got = TfidfWeighting().fit(counts).transform(given)
+        idf = np.log(20) - np.log1p((wide > 0).sum(axis=1, keepdims=True))
+        dense = got if kind is np.asarray else got.toarray()
+        np.testing.assert_allclose(dense, np.sqrt(wide) * idf, rtol=1e-5)
+
+    @pytest.mark.parametrize("transformer", [LogWeighting(), TfidfWeighting()], ids=repr)
+    def test_weights_do_not_change_with_the_catalogue(
+        self, counts: sparse.csr_matrix, transformer: Any
+    ) -> None:
+        wide = sparse.csr_matrix((counts.data, counts.indices, counts.indptr), shape=(30, 500))
+        fitted = clone(transformer).fit(counts)
+        np.testing.assert_array_equal(fitted.transform(wide).data, fitted.transform(counts).data)
+
+    def test_what_is_learnt_needs_another_fit(self, counts: sparse.csr_matrix) -> None:
+        wide = sparse.hstack([counts, counts[:, :1]], format="csr")
+        message = r"X has 21 features, .* expecting 20 .* fit again .* or pass X\[:, :20\]"
+        fitted = BM25Weighting().fit(counts)
+        with pytest.raises(ValueError, match=message):
+            fitted.transform(wide)
+        assert fitted.transform(wide[:, :20]).nnz == counts.nnz
+        assert fitted.fit(wide).transform(wide).nnz == wide.nnz
+
+    @pytest.mark.parametrize("transformer", ALL, ids=repr)
+    def test_fewer_columns(self, counts: sparse.csr_matrix, transformer: Any) -> None:
+        fitted = clone(transformer).fit(counts)
+        with pytest.raises(ValueError, match="X has 19 features, but .* is expecting 20 features"):
+            fitted.transform(counts[:, :19])
+
+    def test_frames_go_by_their_names(self, counts: sparse.csr_matrix) -> None:
+        frame = pd.DataFrame(counts.toarray(), columns=[f"item {i}" for i in range(20)])
+        fitted = LogWeighting().fit(frame)
+        with pytest.raises(ValueError, match="Feature names unseen at fit time"):
+            fitted.transform(frame.assign(more=1.0))
+
+    def test_without_a_fit(self, counts: sparse.csr_matrix) -> None:
+        """A logarithm needs none."""
+        got = LogWeighting().transform(counts)
+        np.testing.assert_allclose(got.data, np.log1p(counts.data), rtol=1e-6)
+
+
+class TestRange:
+    @pytest.mark.parametrize(
+        ("transformer", "weight"),
+        [
+            (LogWeighting(1e-50), "epsilon=1e-50 gives a weight of inf to a count of"),
+            (LogWeighting(1e-320), "epsilon=1e-320 gives a weight of inf"),
+            (LogWeighting(1e50), r"epsilon=1e\+50 gives a weight of 0.0 to a count of"),
+            (BM25Weighting(1.7e308), r"K1=1.7e\+308, B=0.8 gives a weight of inf"),
+        ],
+        ids=repr,
+    )
+    def test_beyond_float32(self, counts: sparse.csr_matrix, transformer: Any, weight: str) -> None:
+        with pytest.raises(ValueError, match=weight + ".* in float32.* counts as float64"):
+            clone(transformer).fit_transform(counts)
+
+    def test_float64_has_room(self, counts: sparse.csr_matrix) -> None:
+        got = LogWeighting(1e-50).fit_transform(counts.astype(np.float64))
+        np.testing.assert_allclose(got.data, np.log(counts.data) + np.log(1e50))
+        with pytest.raises(ValueError, match="epsilon=1e-320 .* in float64: choose [a-z ]*$"):
+            LogWeighting(1e-320).fit_transform(counts.astype(np.float64))
+
+    def test_zeros_have_no_weight(self) -> None:
+        zero = sparse.csr_matrix(([0.0, 1.0], [0, 1], [0, 2]), shape=(1, 2))
+        assert LogWeighting().fit_transform(zero).data.tolist() == [0, np.log(2)]
+
+    def test_values_that_are_not_finite(self) -> None:
+        counts = sparse.csr_matrix(np.array([[1, 2], [0, np.nan]]))
+        for transformer in ALL:
+            with pytest.raises(ValueError, match="X contains NaN: 1 of 3 .* row 1, column 1"):
+                clone(transformer).fit(counts)
+        sums = (np.full(2, 3e38, np.float32), np.array([1, 1]), np.array([0, 0, 2]))
+        twice = sparse.csr_matrix(sums, shape=(2, 2))
+        with pytest.raises(ValueError, match="X contains infinity.* in row 1, column 1"):
+            LogWeighting().fit(twice)
+
+
+def test_parameters_are_checked_again(counts: sparse.csr_matrix) -> None:
+    for transformer, name in ((LogWeighting(), "epsilon"), (BM25Weighting(), "K1")):
+        transformer.fit(counts)
+        setattr(transformer, name, -1.0)
+        with pytest.raises(ValueError, match=f"{name} must be a finite number"):
+            transformer.transform(counts)
+
+
+def test_objects_that_belong_elsewhere(counts: sparse.csr_matrix) -> None:
+    fitted = LogWeighting().fit(counts)
+    events = pd.DataFrame({"who": ["ann"], "what": ["tea"]})
+    for call in (LogWeighting().fit, fitted.transform):
+        with pytest.raises(TypeError, match="X must be a matrix of .* a frame of events"):
+            call(events)
 
 
 def test_negative_values(signed_counts: sparse.csr_matrix) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .estimator import TPUAlternatingLeastSquares
 from .exceptions import DataWarning, ModelFileError, ModelFitError, ParameterWarning
-from .mesh import enable_compilation_cache
+from .programs import enable_compilation_cache
 
 __version__ = "0.1.0"
 __all__ = [

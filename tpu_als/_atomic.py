@@ -3,23 +3,97 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # Windows, which refuses to remove or replace an open file
+    fcntl = None  # type: ignore[assignment]
+
+_SHOWN = 24  # characters of the name in that of the temporary file, whose length is thus bounded
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the name `path` at the end; after an error nothing has changed."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    """Open a file that takes the name `path` at the end; after an error nothing has changed.
+
+    A symbolic link stays, and its target is replaced. The mode of an existing file is kept.
+    Temporary files for the same name whose writers are dead are removed.
+    """
+    path = Path(os.path.realpath(path))
+    prefix = _prefix(path)
+    _remove_leftovers(path.parent, prefix)
+    part, file = _create(path, prefix)
     try:
-        with open(part, "xb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+            if fcntl is not None:  # before the lock is released
+                os.replace(part, path)
+        if fcntl is None:
+            os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def _prefix(path: Path) -> str:
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    return f".{path.name[:_SHOWN]}.{digest}."
+
+
+def _create(path: Path, prefix: str) -> tuple[Path, BinaryIO]:
+    """A new temporary file, locked for as long as it is open."""
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+    while True:
+        part = path.with_name(f"{prefix}{uuid.uuid4().hex[:12]}.tmp")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        # Never readable by more than the old file was, even for a moment.
+        file = os.fdopen(os.open(part, flags, 0o666 if mode is None else mode & 0o600), "w+b")
+        try:
+            if mode is not None and hasattr(os, "fchmod"):
+                with contextlib.suppress(OSError):  # a file system without modes
+                    os.fchmod(file.fileno(), mode)
+            if _lock(file.fileno()) and part.exists():
+                return part, file
+        except BaseException:
+            file.close()
+            part.unlink(missing_ok=True)
+            raise
+        file.close()  # another process took it for a leftover before it was locked
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock a file until it is closed, or its process ends; False where another has locked it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks, where nothing is taken for a leftover either
+        return True
+    return True
+
+
+def _remove_leftovers(folder: Path, prefix: str) -> None:
+    """Remove temporary files that no process holds a lock on."""
+    found = []
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        found = [e.name for e in entries if e.name.startswith(prefix) and e.name.endswith(".tmp")]
+    for name in found:
+        # Locked or gone by now; without locks, open.
+        with contextlib.suppress(OSError), open(folder / name, "r+b") as file:
+            if fcntl is not None:
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(folder / name)  # while it is locked: a writer that was slow will notice
+        if fcntl is None:
+            with contextlib.suppress(OSError):
+                os.unlink(folder / name)

@@ -9,8 +9,10 @@ import numpy as np
 from scipy import linalg, sparse
 from sklearn.utils import check_array
 
-from . import fold_in, mesh, placing, solve, validation
+from . import fold_in, matrices, mesh, parameters, placing, solve, validation
 from ._tables import FactorTables
+from .fitted import FactorTable
+from .host import require_memory
 
 # Up to so many rows and entries, a dispatch to the devices takes longer than solving them here.
 _HOST_ROWS, _HOST_ENTRIES = 4, 1 << 14
@@ -41,6 +43,8 @@ class FoldIn(FactorTables):
         Returns
         -------
         ndarray of shape (factors,), or (n, factors) for several users
+            Up to 4 rows are solved on the host in float64, more on the devices: the results agree
+            within rounding, of which docs/math.md states the bound, but not bit for bit.
 
         Raises
         ------
@@ -48,7 +52,7 @@ class FoldIn(FactorTables):
             Where the numbers of rows and users differ, or an entry lies beyond the items.
         """
         validation.warn_if_converted(user_items)
-        return self._recalculate(userid, user_items, "user_items", "item")
+        return self._recalculate(self._complete("item").item, userid, user_items, "user")
 
     def recalculate_item(self, itemid: Any, item_users: Any) -> np.ndarray:
         """Compute factors of items from their users, without storing them.
@@ -63,6 +67,7 @@ class FoldIn(FactorTables):
         Returns
         -------
         ndarray of shape (factors,), or (n, factors) for several items
+            Exact up to rounding, as in `recalculate_user`.
 
         Raises
         ------
@@ -70,7 +75,7 @@ class FoldIn(FactorTables):
             Where the numbers of rows and items differ, or an entry lies beyond the users.
         """
         validation.warn_if_converted(item_users)
-        return self._recalculate(itemid, item_users, "item_users", "user")
+        return self._recalculate(self._complete("user").user, itemid, item_users, "item")
 
     def partial_fit_users(self, userids: Any, user_items: Any) -> None:
         """Recompute and store the factors of some users; new ids grow the table.
@@ -78,18 +83,22 @@ class FoldIn(FactorTables):
         Parameters
         ----------
         userids : array-like of int
-            Users to update. Ids past the end are added; rows in between are zero.
+            Users to update. Ids past the end are added; rows in between are zero. Of a repeated id
+            the last row is stored, as NumPy does.
         user_items : csr_matrix or csr_array of shape (n, n_items)
-            One row for each user.
+            One row for each user. Entries of items that the model does not have yet are accepted:
+            they add no information, as an item of zeros would, and their number is logged.
 
         Raises
         ------
         ValueError
             Where the numbers of rows and users differ.
         IndexError
-            For negative ids.
+            For negative ids, and for ids that would grow the table beyond twice its size and
+            1,000,000 rows. Assign `user_factors` to grow it further.
         """
-        self._store_rows("user", userids, self.recalculate_user(userids, user_items))
+        validation.warn_if_converted(user_items)
+        self._partial_fit("user", userids, user_items)
 
     def partial_fit_items(self, itemids: Any, item_users: Any) -> None:
         """Recompute and store the factors of some items; new ids grow the table.
@@ -97,18 +106,22 @@ class FoldIn(FactorTables):
         Parameters
         ----------
         itemids : array-like of int
-            Items to update. Ids past the end are added; rows in between are zero.
+            Items to update. Ids past the end are added; rows in between are zero. Of a repeated id
+            the last row is stored, as NumPy does.
         item_users : csr_matrix or csr_array of shape (n, n_users)
-            One row for each item.
+            One row for each item. Entries of users that the model does not have yet are accepted:
+            they add no information, as a user of zeros would, and their number is logged.
 
         Raises
         ------
         ValueError
             Where the numbers of rows and items differ.
         IndexError
-            For negative ids.
+            For negative ids, and for ids that would grow the table beyond twice its size and
+            1,000,000 rows. Assign `item_factors` to grow it further.
         """
-        self._store_rows("item", itemids, self.recalculate_item(itemids, item_users))
+        validation.warn_if_converted(item_users)
+        self._partial_fit("item", itemids, item_users)
 
     def explain(
         self,
@@ -124,8 +137,10 @@ class FoldIn(FactorTables):
         ----------
         userid : int
             The user.
-        user_items : csr_matrix or csr_array of shape (n_users, n_items)
-            The whole matrix, unlike in `recommend`: its row `userid` is used.
+        user_items : csr_matrix or csr_array of shape (n_users, n_items) or (1, n_items)
+            The whole matrix, whose row `userid` is used as in implicit, or that row alone, as in
+            `recommend`. It must hold the values that the model was fitted with: weighted ones if
+            `fit` got weighted ones, not the raw counts, which belong to other factors.
         itemid : int
             The item whose score is to be explained.
         user_weights : tuple, optional
@@ -141,18 +156,27 @@ class FoldIn(FactorTables):
             Largest first. Disliked items (negative entries) contribute nothing and are left out.
         user_weights : tuple
             Cholesky factor of the user's system, as `scipy.linalg.cho_factor` gives it.
+
+        Raises
+        ------
+        IndexError
+            For anything but one id each, and for ids beyond the matrix or the items.
+        ValueError
+            Where an entry lies beyond the items.
         """
-        n_items, n = self._shape("item")[0], validation.result_count(N)
+        n, table = validation.result_count(N), self._complete("item").item
+        n_items = table.shape[0]
         validation.warn_if_converted(user_items)
-        rows = validation.rows_for(user_items, None, n_items, strict=False)
-        user = validation.ids_of(userid, rows.shape[0], "userid (a row of the whole user_items)")
-        item = validation.ids_of(itemid, n_items, "itemid")
-        row = rows[user[0][0]]
-        w, v = solve.confidence(self._objective(), row.data.astype(np.float64))
-        liked = self._rows("item", row.indices)
+        user = validation.one_id(userid, None, "userid")
+        item = validation.one_id(itemid, n_items, "itemid")
+        row = matrices.explained_row(user_items, user, n_items)
+        objective = self._objective()
+        w, v = solve.confidence(objective, row.data.astype(np.float64))
+        liked = table.rows(row.indices)
         if user_weights is None:
-            user_weights = _factorize(self._system(liked.astype(np.float64), w, "item"))
-        wanted = self._rows("item", item[0][:1])[0].astype(np.float64)
+            system = _system(table, liked.astype(np.float64), w, row.nnz, objective)
+            user_weights = _factorize(system)
+        wanted = table.rows(np.array([item]))[0].astype(np.float64)
         scores = (liked @ linalg.cho_solve(user_weights, wanted)) * v
         order = [i for i in np.argsort(-scores, kind="stable") if row.data[i] >= 0][:n]
         top = [(int(row.indices[i]), float(scores[i])) for i in order]
@@ -171,13 +195,15 @@ class FoldIn(FactorTables):
         ndarray of shape (n_rows, n_items)
             A dense array: mind the memory, and use `recommend` for the best items.
         """
-        table = self._fitted_table("item")
+        table = self._complete("item").item.read()
         factors = check_array(X, dtype=[np.float64, np.float32], ensure_min_samples=0)
         if factors.shape[1] != table.shape[1]:
             raise ValueError(
                 f"X has {factors.shape[1]} columns, expected {table.shape[1]} factors: "
                 "inverse_transform takes what transform returns"
             )
+        size = len(factors) * len(table) * table.itemsize
+        require_memory({"scores": size}, "pass fewer rows, or use recommend for the best items")
         return factors.astype(table.dtype, copy=False) @ table.T
 
     @property
@@ -197,75 +223,69 @@ class FoldIn(FactorTables):
         regularization: float,
         num_threads: int | None = 0,
     ) -> None:
+        validation.solver_arguments(X, Y, regularization, num_threads)
         rows = validation.rows_for(Cui, len(X), len(Y), "Cui", strict=False)
         objective = self._objective()._replace(alpha=1.0, regularization=regularization)
-        params = self._params(Y, self._linear_solver())
+        params = self._params_of(Y.shape[1], Y.dtype, self._linear_solver())
+        parameters.check(self, parameters.PLACE)
         # The caller's tables come and go, so nothing is kept of them.
         place = mesh.workplace(
             self.devices, num_threads or self.num_threads, self.use_gpu, self.table_layout
         )
         source = fold_in.source(np.asarray(Y), params, place)
-        X[...] = fold_in.solve_rows(rows, source, objective, params, start=np.asarray(X))
+        solved = fold_in.solve_rows(rows, source, objective, params, start=np.asarray(X))
+        X[...] = validation.finite_rows(solved, "X, which stays as it was")
 
-    def _recalculate(self, ids: Any, matrix: Any, name: str, source: str) -> np.ndarray:
-        which = "userid" if source == "item" else "itemid"
-        ids, is_scalar, mask = validation.ids_of(ids, None, which)
-        n_columns = self._shape(source)[0]
-        rows = validation.rows_for(matrix, len(ids), n_columns, name, strict=False, mask=mask)
-        solved = self._fold_in_fast(rows, source)
+    def _recalculate(self, table: FactorTable, ids: Any, matrix: Any, side: str) -> np.ndarray:
+        """Solve rows of a side against the table of the other one."""
+        name = "user_items" if side == "user" else "item_users"
+        ids, is_scalar, mask = validation.ids_of(ids, None, f"{side}id")
+        rows = validation.rows_for(matrix, len(ids), table.shape[0], name, strict=False, mask=mask)
+        solved = self._fold_in_fast(table, rows)
         return solved[0] if is_scalar else solved
 
-    def _fold_in(self, rows: sparse.csr_matrix, side: str) -> np.ndarray:
-        """Solve equation (1) exactly for canonical rows against the table of a side."""
-        # Only one that was assigned: a result must not depend on what was computed before it.
-        gramian = self._YtY if side == "item" else self._XtX
-        on_devices = self._resident(side)
-        if on_devices is not None and gramian is None:
-            solved = on_devices.solve(rows, self._objective())
-            return validation.finite_rows(solved, "the given rows")
-        # Before the table has a name here: see `_is_ours_alone`.
-        stamp, table, place = self._stamp(side), self._fitted_table(side), self._own_place()
+    def _fold_in(self, table: FactorTable, rows: sparse.csr_matrix) -> np.ndarray:
+        """Solve equation (1) exactly for canonical rows against a table."""
         params = self._params(table, "cholesky")
-        source = self._kept(
-            f"{side} source",
-            (stamp, place, params),
-            lambda: fold_in.source(table, params, place),
-        )
-        solved = fold_in.solve_rows(rows, source, self._objective(), params, gramian=gramian)
-        return validation.finite_rows(solved.astype(table.dtype, copy=False), "the given rows")
-
-    def _fold_in_fast(self, rows: sparse.csr_matrix, side: str) -> np.ndarray:
-        """`_fold_in`, but a few rows are solved on the host; the same except for rounding."""
-        few = rows.shape[0] <= _HOST_ROWS and rows.nnz <= _HOST_ENTRIES
-        if self._resident(side) is not None or not few:
-            return self._fold_in(rows, side)
-        solved = np.zeros((rows.shape[0], self._shape(side)[1]), self._fitted_table(side).dtype)
-        for row in np.flatnonzero(np.diff(rows.indptr)):
-            at = slice(rows.indptr[row], rows.indptr[row + 1])
-            w, v = solve.confidence(self._objective(), rows.data[at].astype(np.float64))
-            source = self._rows(side, rows.indices[at]).astype(np.float64)
-            solved[row] = _solve(self._system(source, w, side), v @ source)
+        solved = table.solve(rows, self._objective(), params, self._own_place())
         return validation.finite_rows(solved, "the given rows")
 
-    def _store_rows(self, side: str, ids: Any, rows: np.ndarray) -> None:
-        table = self._fitted_table(side)
-        ids = validation.ids_of(ids, None, f"{side}ids")[0]
-        if ids.size and ids.min() < 0:
-            raise IndexError(f"{side}ids must not be negative, got {ids.min()}")
-        grown = np.zeros((max(len(table), ids.max(initial=-1) + 1), table.shape[1]), table.dtype)
-        grown[: len(table)] = table
-        grown[ids] = rows
-        self._store(side, grown)
+    def _fold_in_fast(self, table: FactorTable, rows: sparse.csr_matrix) -> np.ndarray:
+        """`_fold_in`, but a few rows are solved on the host; the same except for rounding."""
+        objective = self._objective()  # checked, whatever the rows hold
+        few = rows.shape[0] <= _HOST_ROWS and rows.nnz <= _HOST_ENTRIES
+        if table.resident is not None or not few:
+            return self._fold_in(table, rows)
+        solved = np.zeros((rows.shape[0], table.shape[1]), table.read().dtype)
+        for row in np.flatnonzero(np.diff(rows.indptr)):
+            ids, values, count = matrices.known_entries(rows, row, table.shape[0])
+            w, v = solve.confidence(objective, values.astype(np.float64))
+            source = table.rows(ids).astype(np.float64)
+            solved[row] = _solve(_system(table, source, w, count, objective), v @ source)
+        return validation.finite_rows(solved, "the given rows")
 
-    def _system(self, rows: np.ndarray, w: np.ndarray, side: str) -> np.ndarray:
-        """The matrix of equation (1) for one row's entries, in float64."""
-        objective, gramian = self._objective(), self.YtY if side == "item" else self.XtX
-        matrix = objective.unobserved_weight * gramian.astype(np.float64) + (rows.T * w) @ rows
-        lam = solve.ridge(objective, float(len(rows)), float(self._shape(side)[0]))
-        matrix.flat[:: len(matrix) + 1] += lam
-        return matrix
+    def _partial_fit(self, side: str, given: Any, matrix: Any) -> None:
+        """Solve rows of a side against the other one, and store them; all is checked first."""
+        name = "user_items" if side == "user" else "item_users"
+        stored = False
+        while not stored:
+            fitted = self._complete()
+            source = fitted.item if side == "user" else fitted.user
+            n_rows = fitted.table(side).shape[0]
+            ids, mask = validation.ids_to_store(given, n_rows, f"{side}ids")
+            rows = validation.rows_for(
+                matrix, len(ids), source.shape[0], name,
+                strict=False, mask=mask, allow_unknown=True,
+            )  # fmt: skip
+            solved = self._fold_in_fast(source, rows)
+            with fitted.lock:
+                # Where a fit or an assignment came between, the rows belong to its predecessor.
+                stored = self._fitted.origin is fitted.origin
+                if stored:
+                    self._fitted = self._fitted.with_rows(side, ids, solved)
 
     def _objective(self) -> solve.Objective:
+        parameters.check(self, parameters.OBJECTIVE)
         return solve.objective(
             self.objective,
             self.regularization,
@@ -275,19 +295,37 @@ class FoldIn(FactorTables):
         )
 
     def _linear_solver(self) -> str:
+        parameters.check(self, ("linear_solver", "use_cg"))
         return self.linear_solver or ("cg" if self.use_cg else "cholesky")
 
-    def _params(self, table: np.ndarray, linear_solver: str) -> placing.AlsParams:
+    def _params(self, table: FactorTable, linear_solver: str) -> placing.AlsParams:
         """Engine parameters for solves against a table as it is: its own width and dtype."""
+        resident = table.resident
+        dtype = table.read().dtype if resident is None else resident.dtype
+        return self._params_of(table.shape[1], dtype, linear_solver)
+
+    def _params_of(self, factors: int, dtype: Any, linear_solver: str) -> placing.AlsParams:
+        parameters.check(self, ("cg_steps", "block_size"))
         # bfloat16 is how tables are stored in `fit`; a fold-in does not round its results to it.
         return placing.AlsParams(
-            factors=table.shape[1],
-            dtype="float64" if table.dtype == np.float64 else "float32",
+            factors=factors,
+            dtype="float64" if dtype == np.float64 else "float32",
             linear_solver="cg" if linear_solver == "auto" else linear_solver,
             cg_steps=self.cg_steps,
             block_size=self.block_size,
             positive=self.objective == "ials",
         )
+
+
+def _system(
+    table: FactorTable, rows: np.ndarray, w: np.ndarray, count: int, objective: solve.Objective
+) -> np.ndarray:
+    """The matrix of equation (1) for one row's entries, of which (2) counts so many; float64."""
+    gramian = table.gramian().astype(np.float64)
+    matrix = objective.unobserved_weight * gramian + (rows.T * w) @ rows
+    lam = solve.ridge(objective, float(count), float(table.shape[0]))
+    matrix.flat[:: len(matrix) + 1] += lam
+    return matrix
 
 
 def _factorize(matrix: np.ndarray) -> tuple[np.ndarray, bool]:

@@ -11,6 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+# Entries that are summed in the tables' dtype before the sum is added to one in float64. A multiple
+# of four. The rounding error of a row's sums is bounded by this, not by the length of the row.
+BLOCK = 1024
+
 
 def prefetch(address: Any) -> None:
     """Begin to bring the cache line at an address to the nearest cache; compiled as `_hint`."""
@@ -73,9 +79,34 @@ def _pass(
     return bend
 
 
+def _long_pass(
+    entries: Any, first: Any, n: Any, p: Any, out: Any,
+    on_targets: Any, on_predictions: Any, is_last: Any, part: Any, total: Any,
+) -> Any:  # fmt: skip
+    """`_pass` over more entries than a block has: block sums `part` (K,) add up in `total` (K,).
+
+    The total is float64. Compensated sums would not do: the compiler may reorder them away.
+    """
+    zero, bend, end = p.dtype.type(0), np.float64(0), first + n
+    for k in range(len(p)):
+        total[k] = zero
+    for low in range(first, end, BLOCK):
+        for k in range(len(p)):
+            part[k] = zero
+        count = min(end - low, BLOCK)
+        bend += _pass(entries, low, count, p, part, on_targets, on_predictions, is_last)
+        if not is_last:
+            for k in range(len(p)):
+                total[k] += part[k]
+    if not is_last:
+        for k in range(len(p)):
+            out[k] += p.dtype.type(total[k])
+    return p.dtype.type(bend)
+
+
 def solve_rows(
     rows: Any, cells: Any, lengths: Any, entries: Any, diagonal: Any, relaxation: Any, steps: int,
-    vectors: Any,
+    vectors: Any, total: Any,
 ) -> None:  # fmt: skip
     """Solve R rows, as `sweep.solve_block` does in the eigenbasis.
 
@@ -97,11 +128,11 @@ def solve_rows(
         As in `solve.relax`.
     steps : int
         Steps of CG; 0 where every weight w is 0.
-    vectors : (6, K)
-        Scratch.
+    vectors, total : (7, K)
+        Scratch, of which `total` (K,) is float64.
     """
     spectrum, ridge, others, exponent, tiny = diagonal
-    r, p, image = vectors[0], vectors[1], vectors[2]
+    r, p, image, part = vectors[0], vectors[1], vectors[2], vectors[6]
     d, inverse, z = vectors[3], vectors[4], vectors[5]
     zero, one = z.dtype.type(0), z.dtype.type(1)
     # Not literals, for each of which `_pass` would be compiled once more.
@@ -120,7 +151,11 @@ def solve_rows(
             inverse[k] = one / d[k]
             z[k] = rows[row, k] if steps else zero
             r[k] = -d[k] * z[k]
-        _pass(entries, first, n, z, r, one, zero - one if steps else zero, no)
+        on_z = zero - one if steps else zero
+        if n <= BLOCK:
+            _pass(entries, first, n, z, r, one, on_z, no)
+        else:
+            _long_pass(entries, first, n, z, r, one, on_z, no, part, total)
         for k in range(len(z)):
             p[k] = r[k] * inverse[k]
             size += r[k] * p[k]
@@ -130,7 +165,10 @@ def solve_rows(
             is_last = yes if step == steps - 1 else no
             for k in range(len(z)):
                 image[k] = d[k] * p[k]
-            bend = _pass(entries, first, n, p, image, zero, one, is_last)
+            if n <= BLOCK:
+                bend = _pass(entries, first, n, p, image, zero, one, is_last)
+            else:
+                bend = _long_pass(entries, first, n, p, image, zero, one, is_last, part, total)
             for k in range(len(z)):
                 bend += image[k] * p[k]
             a, last = size / max(bend, tiny), size
@@ -146,14 +184,29 @@ def solve_rows(
             rows[row, k] = (one - relaxation) * rows[row, k] + relaxation * z[k]
 
 
-def measure_rows(rows: Any, cells: Any, lengths: Any, entries: Any, vectors: Any, out: Any) -> None:
-    """Write what the entries of R rows add to the loss into `out`, as `solve.cells_loss` has it."""
-    p, one = vectors[0], rows.dtype.type(1)  # `_pass` writes nothing where it is the last
+def measure_rows(rows: Any, cells: Any, lengths: Any, entries: Any, out: Any) -> None:
+    """Write what the entries of R rows add to the loss into `out`, as `solve.cells_loss` has it.
+
+    Sums are float64. Each entry is a square by itself: from (w t - 2 v) t and a constant, the small
+    difference of large sums would remain.
+    """
+    held, ids, values, alpha, offset, ahead = entries
+    address, row_bytes = held.ctypes.data, rows.shape[1] * held.itemsize
+    zero, one = rows.dtype.type(0), rows.dtype.type(1)
     for row in range(len(lengths)):
-        for k in range(len(p)):
-            p[k] = rows[row, k]
-        is_last = row == row  # not a literal either
-        out[row] = _pass(entries, cells[row], lengths[row], p, p, -one - one, one, is_last)
+        total = np.float64(0)
+        for at in range(cells[row], cells[row] + lengths[row]):
+            if ahead and at + ahead < len(ids):
+                for byte in range(0, row_bytes, 64):
+                    prefetch(address + ids[at + ahead] * row_bytes + byte)
+            t, i = zero, ids[at]
+            for k in range(rows.shape[1]):
+                t += held[i, k] * rows[row, k]
+            c = alpha * values[at] if len(values) else alpha
+            liked, disliked = max(c, zero), max(-c, zero)
+            total += liked * (one - t) ** 2 + disliked * (one + t * t)
+            total -= offset * t * t
+        out[row] = total
 
 
 def _hint() -> Any:
@@ -193,4 +246,4 @@ def compiled(njit: Any, cached: bool) -> tuple[Any, Any]:
     return made["solve_rows"], made["measure_rows"]
 
 
-_PLAIN = (_pass, solve_rows, measure_rows)
+_PLAIN = (_pass, _long_pass, solve_rows, measure_rows)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from . import ranking, topk, validation
+from . import parameters, ranking, topk, validation
 from ._foldin import FoldIn
-from ._tables import norms
+from .fitted import FactorTable, norms
 
 _FEW = 4  # a whitelist of at most this part of the table is ranked by itself, on the host
 NO_ID = -1  # what a place without a result holds: implicit's own convention for batches
@@ -65,18 +65,25 @@ class Serving(FoldIn):
             For a matrix that is not CSR, has not one row per user, or has entries beyond the items.
         IndexError
             For ids that are not in the model.
+        MemoryError
+            Before any work, where so many results would not fit into the memory that is left.
         """
-        n, n_items = validation.result_count(N), self._shape("item")[0]
-        n_users = None if recalculate_user else self._shape("user")[0]
+        n = validation.result_count(N)
+        fitted = self._complete("item", *(() if recalculate_user else ("user",)))
+        n_items = fitted.item.shape[0]
+        n_users = None if recalculate_user else fitted.user.shape[0]
         ids, is_scalar, mask = validation.ids_of(userid, n_users)
         rows = None
         if filter_already_liked_items or recalculate_user:
             rows = validation.rows_for(user_items, len(ids), n_items, mask=mask)
         names = ("items", "filter_items")
         chosen, excluded = validation.selection(items, filter_items, n_items, names)
-        queries = self._fold_in_fast(rows, "item") if recalculate_user else self._rows("user", ids)
+        if recalculate_user:
+            queries = self._fold_in_fast(fitted.item, rows)
+        else:
+            queries = fitted.user.rows(ids)
         seen = rows if filter_already_liked_items else None
-        found = self._rank(queries, "item", n, seen=seen, chosen=chosen, excluded=excluded)
+        found = self._rank(queries, fitted.item, n, seen=seen, chosen=chosen, excluded=excluded)
         return _unwrapped(found, is_scalar)
 
     def similar_items(
@@ -112,10 +119,15 @@ class Serving(FoldIn):
         scores : ndarray of the factors' dtype and the same shape
             Cosines.
         """
-        n = validation.result_count(N)
-        factors = self.recalculate_item(itemid, item_users) if recalculate_item else None
-        names = ("items", "filter_items")
-        return self._similar(itemid, "item", n, factors, items, filter_items, names)
+        n, factors = validation.result_count(N), None
+        fitted = self._complete("item", *(("user",) if recalculate_item else ()))
+        if recalculate_item:
+            validation.warn_if_converted(item_users)
+            factors = self._recalculate(fitted.user, itemid, item_users, "item")
+        chosen = validation.selection(
+            items, filter_items, fitted.item.shape[0], ("items", "filter_items")
+        )
+        return self._similar(fitted.item, "itemid", itemid, n, factors, chosen)
 
     def similar_users(
         self, userid: Any, N: int = 10, filter_users: Any = None, users: Any = None
@@ -140,8 +152,11 @@ class Serving(FoldIn):
         scores : ndarray of the factors' dtype and the same shape
             Cosines.
         """
-        n, names = validation.result_count(N), ("users", "filter_users")
-        return self._similar(userid, "user", n, None, users, filter_users, names)
+        n, table = validation.result_count(N), self._complete("user").user
+        chosen = validation.selection(
+            users, filter_users, table.shape[0], ("users", "filter_users")
+        )
+        return self._similar(table, "userid", userid, n, None, chosen)
 
     def score_pairs(self, userids: Any, itemids: Any) -> np.ndarray:
         """Score given pairs of a user and an item.
@@ -156,14 +171,16 @@ class Serving(FoldIn):
         ndarray of the factors' dtype and shape (n,)
             Inner products, the scores that `recommend` ranks by; 0-d for two single ids.
         """
-        users_at, one_user, _ = validation.ids_of(userids, self._shape("user")[0], "userids")
-        items_at, one_item, _ = validation.ids_of(itemids, self._shape("item")[0], "itemids")
+        fitted = self._complete()
+        users_at, one_user, _ = validation.ids_of(userids, fitted.user.shape[0], "userids")
+        items_at, one_item, _ = validation.ids_of(itemids, fitted.item.shape[0], "itemids")
         if len(users_at) != len(items_at) and not (one_user or one_item):
             raise ValueError(
                 f"userids and itemids must be of equal length, got {len(users_at)} and "
                 f"{len(items_at)}: pairs are scored, not every combination"
             )
-        users, items = self._rows("user", users_at), self._rows("item", items_at)
+        users, items = fitted.user.rows(users_at), fitted.item.rows(items_at)
+        validation.same_width(users.shape[-1], items.shape[-1])
         scores = np.einsum("...k,...k->...", users, items)
         return scores[0] if one_user and one_item else scores
 
@@ -230,36 +247,35 @@ class Serving(FoldIn):
         return self._rows_of("item", itemid)
 
     def _rows_of(self, side: str, ids: Any) -> np.ndarray:
-        at, is_scalar, _ = validation.ids_of(ids, self._shape(side)[0], f"{side}id")
-        rows = self._rows(side, at)
+        table = self._complete(side).table(side)
+        at, is_scalar, _ = validation.ids_of(ids, table.shape[0], f"{side}id")
+        rows = table.rows(at)
         return rows[0] if is_scalar else rows
 
     def _similar(
         self,
+        table: FactorTable,
+        name: str,
         ids: Any,
-        side: str,
         n: int,
         factors: np.ndarray | None,
-        chosen: Any,
-        dropped: Any,
-        names: tuple[str, str],
+        selection: tuple[np.ndarray | None, np.ndarray | None],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Neighbours of some rows of a table, or of the factors that were solved in their place."""
-        lengths = self.item_norms if side == "item" else self.user_norms
-        chosen, excluded = validation.selection(chosen, dropped, len(lengths), names)
+        lengths, (chosen, excluded) = table.norms(), selection
         if factors is None:
-            at, is_scalar, _ = validation.ids_of(ids, len(lengths), f"{side}id")
-            queries = self._rows(side, at) / lengths[at, None]
+            at, is_scalar, _ = validation.ids_of(ids, len(lengths), name)
+            queries = table.rows(at) / lengths[at, None]
         else:
             is_scalar = factors.ndim == 1
             queries = np.atleast_2d(factors / norms(factors)[..., None])
-        found = self._rank(queries, side, n, chosen=chosen, excluded=excluded, lengths=lengths)
+        found = self._rank(queries, table, n, chosen=chosen, excluded=excluded, lengths=lengths)
         return _unwrapped(found, is_scalar)
 
     def _rank(
         self,
         queries: np.ndarray,
-        side: str,
+        table: FactorTable,
         n: int,
         *,
         seen: sparse.csr_matrix | None = None,
@@ -268,19 +284,21 @@ class Serving(FoldIn):
         lengths: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The n best rows of a table for each query, by product, over `lengths` where given."""
-        ranking.check_recall(self.approximate_recall)
-        n_rows, hidden = self._shape(side)[0], excluded
+        parameters.check(self, ("approximate_recall",))
+        (n_rows, width), hidden = table.shape, excluded
+        validation.same_width(queries.shape[-1], width)
         if chosen is not None:
             n = min(n, len(chosen))
+        validation.require_results(len(queries), n, queries.dtype)
         if chosen is not None and len(chosen) <= n_rows // _FEW:
-            rows = self._rows(side, chosen)
+            rows = table.rows(chosen)
             own = None if lengths is None else lengths[chosen]
             queries = queries.astype(rows.dtype, copy=False)
             found = topk.top_k_of_chosen(queries, rows, chosen, n, lengths=own, seen=seen)
         else:
             if chosen is not None:
                 hidden = np.setdiff1d(np.arange(n_rows), chosen, assume_unique=True)
-            found = self._rank_all(queries, side, n, seen, hidden, lengths)
+            found = self._rank_all(queries, table, n, seen, hidden, lengths)
         if n and n_rows:
             _fill(found[0][:, :n_rows], seen, excluded, chosen)
         return found
@@ -288,42 +306,24 @@ class Serving(FoldIn):
     def _rank_all(
         self,
         queries: np.ndarray,
-        side: str,
+        table: FactorTable,
         n: int,
         seen: sparse.csr_matrix | None,
         excluded: np.ndarray | None,
         lengths: np.ndarray | None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """`_rank` over a whole table: a few queries on the host, else on the devices."""
-        if self._resident(side) is None and len(queries) <= topk.HOST_QUERIES:
-            table = self._fitted_table(side)
-            queries = queries.astype(table.dtype, copy=False)
+        if table.resident is None and len(queries) <= topk.HOST_QUERIES:
+            rows = table.read()
+            queries = queries.astype(rows.dtype, copy=False)
             return topk.top_k_on_host(
-                queries, table, n, lengths=lengths, seen=seen, excluded=excluded
+                queries, rows, n, lengths=lengths, seen=seen, excluded=excluded
             )
-        catalog = self._catalog(side, lengths)
+        catalog = table.catalog(lengths, self._own_place())
         return ranking.top_k(
             queries.astype(catalog.dtype, copy=False), catalog, n,
             seen=seen, excluded=excluded, approximate_recall=self.approximate_recall,
         )  # fmt: skip
-
-    def _catalog(self, side: str, lengths: np.ndarray | None) -> ranking.Catalog:
-        """A side's table on the devices: the very one of the training where it stayed there."""
-        resident = self._resident(side)
-        name = f"{side} catalog" if lengths is None else f"{side} directions"
-
-        def make() -> tuple[ranking.Catalog, np.ndarray | None]:
-            if resident is None:
-                table, place = self._fitted_table(side), self._own_place()
-                made = ranking.catalog(table, place, lengths=lengths)
-            else:
-                shards, rows, place = resident.shards, resident.rows, resident.place
-                made = ranking.catalog_of(shards, rows, place, lengths=lengths)
-            return made, lengths
-
-        # The kept pair holds the lengths, so that their identity cannot be taken by another array.
-        stamp = (self._stamp(side), self._own_place()) if resident is None else None
-        return self._kept(name, (stamp, id(lengths)), make)[0]
 
 
 def _fill(

@@ -169,13 +169,13 @@ def checked_totals(totals: Any, file: str, version: int) -> dict[str, Any]:
         )
     least = {"format": version, "n_users": 0, "n_items": 0, "n_entries": 0, "n_shards": 1}
     for name, low in least.items():
-        number = totals.get(name) if isinstance(totals, dict) else None
+        number: Any = totals.get(name) if isinstance(totals, dict) else None
         if not is_count(number, low):
             got = repr(number)[:50]
             raise ValueError(f"{file}: {name} must be an integer of at least {low}, got {got}")
-        if number > MOST:
-            raise ValueError(f"{file}: {name} must be at most 2**48, got about 2**"
-                             f"{number.bit_length()}")  # fmt: skip
+        if int(number) > MOST:
+            size = int(number).bit_length()
+            raise ValueError(f"{file}: {name} must be at most 2**48, got about 2**{size}")
     if not isinstance(totals.get("has_values"), bool):
         got = repr(totals.get("has_values"))[:50]
         raise ValueError(f"{file}: has_values must be true or false, got {got}")

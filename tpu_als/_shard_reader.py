@@ -263,7 +263,7 @@ def cut_rows(
     if rows.nnz <= entries:
         yield row_ids, rows
         return
-    begin, indptr = 0, rows.indptr
+    begin, indptr = 0, rows.indptr.astype(np.int64, copy=False)  # `entries` more may not fit int32
     while begin < rows.shape[0]:
         end = int(np.searchsorted(indptr, indptr[begin] + entries, side="right")) - 1
         end = max(end, begin + 1)

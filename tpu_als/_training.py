@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
-from . import als, placing, validation
+import numpy as np
+
+from . import _digest, als, placing, validation
 from .checkpoint import Checkpoints
 from .early_stopping import EarlyStopping
 from .solve import Objective
@@ -34,6 +37,8 @@ class Training:
         Where to keep it.
     settings : dict
         What decides the result besides the data: the identity of a run in its checkpoints.
+    fitted_to : tuple
+        Identity of the data, and whether a restart on them has warned.
     state : AlsState
         The tables; set by `resume`, or by the caller.
     done : int
@@ -50,6 +55,7 @@ class Training:
     monitor: EarlyStopping | None
     checkpoints: Checkpoints | None
     settings: dict[str, Any]
+    fitted_to: tuple[Any, bool]
     state: als.AlsState = field(init=False)
     done: int = 0
     history: dict[str, list[float]] = field(default_factory=lambda: {"seconds": []})
@@ -104,3 +110,45 @@ class Training:
             self.done, self.state, self.data, self.settings, self.history, extra,
             force=self.is_over,
         )  # fmt: skip
+
+
+def settings_of(
+    estimator: Any,
+    objective: Objective,
+    linear_solver: str,
+    initial_tables: list[np.ndarray | None],
+    on_devices: bool,
+) -> dict[str, Any]:
+    """What decides the result besides the data: a checkpoint is resumed only by the same.
+
+    Parameters
+    ----------
+    estimator : TPUAlternatingLeastSquares
+        Its parameters are known to be valid.
+    objective : Objective
+        What they make of the equations.
+    linear_solver : str
+        The solver they choose.
+    initial_tables : two of ndarray or None
+        User and item table that the fit starts from; None of one that is drawn.
+    on_devices : bool
+        Whether tables are drawn on the devices.
+    """
+    is_seed = isinstance(estimator.random_state, Integral)
+    is_watched = bool(estimator.early_stopping)
+    watching = ("validation_fraction", "n_iter_no_change", "tol") if is_watched else ()
+    drawn = "drawn on the devices" if on_devices else "drawn"
+    return {
+        **{name: float(value) for name, value in objective._asdict().items()},
+        "linear_solver": linear_solver,
+        "random_state": int(estimator.random_state) if is_seed else None,
+        **{name: int(getattr(estimator, name)) for name in ("cg_steps", "block_size")},
+        **{name: float(getattr(estimator, name)) for name in ("over_relaxation", *watching)},
+        "early_stopping": is_watched,
+        "objective": estimator.objective,
+        # Only plain ALS ends on the same tables whatever iteration was to be the last.
+        "iterations": int(estimator.iterations) if estimator.over_relaxation != 1 else None,
+        "initial tables": [
+            drawn if table is None else _digest.array(table) for table in initial_tables
+        ],
+    }

@@ -279,7 +279,8 @@ def _typed(number: float, params: AlsParams) -> Any:
 def loss(state: AlsState, data: Data, objective: Objective) -> float:
     """Loss at the tables, in implicit's normalisation: over the sum of all cells' weights.
 
-    The sum over all cells is a0 tr(X^T X Y^T Y); the stored cells add what differs.
+    The sum over all cells is a0 tr(X^T X Y^T Y); the stored cells add what differs. Sums over rows
+    are float64 on the host; docs/math.md says how sums over the entries of a row are bounded.
     """
     params, where, users = data.params, data.place, data.users
     with precision(params.dtype):
@@ -303,10 +304,8 @@ def loss(state: AlsState, data: Data, objective: Objective) -> float:
         )
     )
     n_cells = users.n_rows * data.items.n_rows
-    # implicit counts a disliked cell as |c| (1 + t^2), so every stored cell has the constant |c|.
-    constant = objective.alpha * data.absolute_sum
-    total = per_row.sum(dtype=np.float64) + constant + objective.unobserved_weight * every + ridges
-    weights = constant - objective.offset * data.n_entries
+    total = per_row.sum(dtype=np.float64) + objective.unobserved_weight * every + ridges
+    weights = objective.alpha * data.absolute_sum - objective.offset * data.n_entries
     return float(total / (weights + objective.unobserved_weight * n_cells))
 
 

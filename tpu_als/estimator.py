@@ -7,27 +7,32 @@ import copy
 import logging
 import os
 from collections.abc import Callable
-from numbers import Integral
-from typing import Any, BinaryIO, Self
+from dataclasses import replace
+from typing import Any, Self
 
 import numpy as np
 from scipy import sparse
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
-from tqdm.auto import tqdm
+from sklearn.utils import metadata_routing
+from sklearn.utils.validation import validate_data
 
-from . import _digest, holdout, model_file, placing, validation
+from . import _digest, holdout, initial, parameters, placing, progress, structure, validation
+from ._saving import Saving
 from ._serving import Serving
-from ._training import Training
+from ._training import Training, settings_of
 from .checkpoint import Checkpoints
 from .early_stopping import EarlyStopping
+from .fitted import FactorTable, FittedModel, tables_of
+from .metrics import popularity_of
+from .refusals import refuse_misplaced
 from .shards import ShardedMatrix
 
 log = logging.getLogger("tpu_als")
 
 
+@parameters.with_defaults
 class TPUAlternatingLeastSquares(
-    Serving, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
+    Serving, Saving, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
 ):
     """Alternating least squares for implicit feedback, on one or many devices.
 
@@ -100,6 +105,9 @@ class TPUAlternatingLeastSquares(
         parameters and data, be it on other devices. Needs the extra ``checkpoint``.
     checkpoint_every : int, default=1
         Iterations between checkpoints, of which the last three are kept; the last is always made.
+    verbose : bool, default=None
+        Whether `fit` shows a bar where its `show_progress` is None. None shows it on a terminal and
+        in a notebook. The environment variable TQDM_DISABLE=1 hides it in any case.
 
     Attributes
     ----------
@@ -111,6 +119,8 @@ class TPUAlternatingLeastSquares(
         Number of items.
     feature_names_in_ : ndarray of str and shape (n_items,)
         Column names, where `fit` saw a DataFrame with string names.
+    item_popularity_ : ndarray of int and shape (n_items,)
+        Users with a positive entry for each item, where `fit` saw a matrix in memory.
     n_iter_ : int
         Iterations run.
     history_ : dict of list
@@ -120,6 +130,9 @@ class TPUAlternatingLeastSquares(
     Notes
     -----
     A bar or a callback costs nothing to speak of; tables leave the devices when they are read.
+
+    The constructor of a subclass may set further parameters, and need not set all of these: what it
+    does not set has its default. Each call checks the parameters that it uses.
 
     References
     ----------
@@ -141,6 +154,10 @@ class TPUAlternatingLeastSquares(
 
     # implicit's name for a callback that `fit` falls back to.
     fit_callback: Callable[[int, float, float | None], Any] | None = None
+    # What the last fit learnt from, and whether another on the same data has warned.
+    _fitted_to: tuple[initial.Identity, bool] | None = None
+    # scikit-learn takes `fit`'s first argument for metadata, because it is not called X.
+    __metadata_request__fit = {"user_items": metadata_routing.UNUSED}  # noqa: RUF012
 
     def __init__(
         self,
@@ -173,6 +190,7 @@ class TPUAlternatingLeastSquares(
         approximate_recall: float | None = None,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 1,
+        verbose: bool | None = None,
     ) -> None:
         self.factors = factors
         self.regularization = regularization
@@ -202,12 +220,13 @@ class TPUAlternatingLeastSquares(
         self.approximate_recall = approximate_recall
         self.checkpoint_dir = checkpoint_dir
         self.checkpoint_every = checkpoint_every
+        self.verbose = verbose
 
     def fit(
         self,
         user_items: Any,
         y: Any = None,
-        show_progress: bool = True,
+        show_progress: bool | None = None,
         callback: Callable[[int, float, float | None], Any] | None = None,
     ) -> Self:
         """Factorize a matrix of users by items.
@@ -221,8 +240,8 @@ class TPUAlternatingLeastSquares(
             begin with values drawn on the devices.
         y : None
             Ignored. A bool is taken for `show_progress`, so that implicit's positional calls work.
-        show_progress : bool, default=True
-            Show a bar.
+        show_progress : bool, default=None
+            Show a bar. None goes by the parameter `verbose`.
         callback : callable, optional
             Called as ``callback(iteration, seconds, loss)`` after each iteration; loss is None
             unless computed. The model is usable in it as it stands then. To stop, raise: the
@@ -241,27 +260,53 @@ class TPUAlternatingLeastSquares(
         RuntimeError
             Where another process that takes part has ended.
         """
-        show_progress, callback = validation.fit_arguments(y, show_progress, callback)
+        arguments = (y, show_progress, callback, self.fit_callback)
+        show_progress, callback = validation.fit_arguments(*arguments)
         validation.warn_if_converted(user_items)
-        callback, before = callback or self.fit_callback, self._fitted_state()
         with contextlib.ExitStack() as at_end:
-            at_end.callback(self._settle)
-            with self._undone_on_error(before):
-                training = self._training(user_items, at_end)
-                at_end.callback(training.data.memory.clear)  # before tables are copied
-                self._take_over(training)
-            place, done = training.data.place, training.done
-            is_quiet = not show_progress or place.process != 0
-            with tqdm(total=self.iterations, initial=done, disable=is_quiet) as progress:
-                while not training.is_over:
-                    with self._undone_on_error(before), place.watched():
-                        report = training.step()
-                        self._take_over(training)
-                    self._show(progress, report)
-                    if callback:
-                        callback(self.n_iter_ - 1, report["seconds"], report.get("loss"))
-            self._finish(training.monitor)
+            at_end.callback(lambda: self._fitted.settle())
+            training, fitted = self._training(user_items, at_end)
+            at_end.callback(training.data.memory.clear)  # before tables are copied
+            is_other = training.data.place.process != 0
+            hides = is_other or progress.is_disabled(show_progress, self.verbose)
+            with progress.bar(self.iterations, training.done, hides) as bar:
+                self._train(training, fitted, callback, bar)
+            self._fitted_to = training.fitted_to
         return self
+
+    def _train(
+        self,
+        training: Training,
+        fitted: FittedModel,
+        callback: Callable[[int, float, float | None], Any] | None,
+        bar: Any,
+    ) -> None:
+        """Run the iterations, and publish the model whole.
+
+        After an error it is the model before `fit`; after an interruption, or an error of the
+        callback, that of the last finished iteration.
+        """
+        before, is_calling = vars(self).get("_fitted"), False
+        try:
+            fitted = _after(training, fitted)
+            while not training.is_over:
+                with training.data.place.watched():
+                    report = training.step()
+                fitted = _after(training, fitted)
+                progress.advance(bar, report)
+                log.debug("iteration %d: %s", training.done - 1, report)
+                if callback:
+                    self._publish(fitted)
+                    is_calling = True
+                    callback(training.done - 1, report["seconds"], report.get("loss"))
+                    is_calling = False
+            self._publish(self._finished(training, fitted))
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and fitted.n_iter:
+                self._publish(fitted)
+            elif not is_calling:
+                self._publish(before)
+            raise
 
     def transform(self, X: Any) -> np.ndarray:
         """Compute factors of rows, seen in `fit` or not, exactly (fold-in).
@@ -274,10 +319,10 @@ class TPUAlternatingLeastSquares(
         Returns
         -------
         ndarray of shape (n_rows, factors)
-            Each row depends on that row of X only.
+            Each row depends on that row of X only, bit for bit where the table is on one device.
         """
-        check_is_fitted(self)
-        return self._fold_in(self._validated(X), "item")
+        fitted = self._complete()
+        return self._fold_in(fitted.item, self._validated(X, fitted))
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean NDCG@10 of items hidden from rows that need not have been seen in `fit`.
@@ -298,49 +343,11 @@ class TPUAlternatingLeastSquares(
         float
             Between 0 and 1, larger is better.
         """
-        check_is_fitted(self)
-        kept, hidden = holdout.for_scoring(self._validated(X))
-        ids, _ = self._rank(self._fold_in(kept, "item"), "item", holdout.CUTOFF, seen=kept)
+        fitted = self._complete()
+        kept, hidden = holdout.for_scoring(self._validated(X, fitted))
+        solved = self._fold_in(fitted.item, kept)
+        ids, _ = self._rank(solved, fitted.item, holdout.CUTOFF, seen=kept)
         return holdout.mean_ndcg(ids, hidden)
-
-    def save(self, fileobj_or_path: str | os.PathLike | BinaryIO) -> None:
-        """Write the model to an .npz file that implicit can load as well.
-
-        Parameters
-        ----------
-        fileobj_or_path : str, path or binary file object
-            A path gets ".npz" where it lacks it. It is replaced only by a complete file.
-
-        Notes
-        -----
-        Random generators and device handles are not saved; they load as None.
-        """
-        fitted = {name: getattr(self, name, None) for name in ("n_iter_", "history_")}
-        fitted["feature_names_in_"] = getattr(self, "feature_names_in_", None)
-        fitted.update(user_factors=self._table("user"), item_factors=self._table("item"))
-        model_file.save_model(fileobj_or_path, self.get_params(deep=False), fitted)
-
-    @classmethod
-    def load(cls, fileobj_or_path: str | os.PathLike | BinaryIO) -> Self:
-        """Read a model that `save`, or implicit's, wrote. Nothing is unpickled.
-
-        Parameters
-        ----------
-        fileobj_or_path : str, path or binary file object
-            A path may lack its ".npz".
-        """
-        parameters, fitted = model_file.load_model(fileobj_or_path, cls._get_param_names())
-        model = cls(**parameters)
-        for side in ("user", "item"):
-            name = f"{side}_factors"
-            if name in fitted:
-                model._store(side, validation.factor_table(fitted.pop(name), name))
-        model.__dict__.update(fitted)
-        return model
-
-    def to_gpu(self) -> Self:
-        """Return a copy whose next computation requires a GPU."""
-        return copy.deepcopy(self).set_params(use_gpu=True)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -348,21 +355,20 @@ class TPUAlternatingLeastSquares(
         # Results have the model's own dtype, so that is the one kind of input whose dtype stays.
         tags.transformer_tags.preserves_dtype = []
         with contextlib.suppress(ValueError):
-            name = validation.storage_dtype(self.dtype)
+            name = parameters.storage_dtype(self.dtype)
             tags.transformer_tags.preserves_dtype = [name.replace("bfloat16", "float32")]
         return tags
 
     @property
     def _n_features_out(self) -> int:
-        return self._shape("item")[1]
+        return self._complete("item").item.shape[1]
 
     def _checked_params(self) -> placing.AlsParams:
         """Interpret the constructor's parameters, or raise for one that is wrong."""
-        validation.check_parameters(self.get_params(deep=False))
-        self._objective()
+        parameters.check(self)
         return placing.AlsParams(
             factors=int(self.factors),
-            dtype=validation.storage_dtype(self.dtype),
+            dtype=parameters.storage_dtype(self.dtype),
             linear_solver=self._linear_solver(),
             cg_steps=int(self.cg_steps),
             block_size=int(self.block_size),
@@ -370,43 +376,47 @@ class TPUAlternatingLeastSquares(
             native=bool(self.use_native),
         )
 
-    def _validated(self, X: Any, reset: bool = False) -> sparse.csr_matrix:
-        """scikit-learn's checks of X, then canonical CSR."""
-        # A sparse matrix without rows is data without users; an empty array is a mistake.
-        least = 0 if sparse.issparse(X) else 1
-        X = validate_data(
-            self,
-            X,
-            reset=reset,
-            accept_sparse="csr",
-            dtype=[np.float64, np.float32],
-            ensure_min_samples=least,
-            ensure_min_features=least,
-        )
-        return validation.canonical_csr(X)
+    def _validated(self, X: Any, fitted: FittedModel) -> sparse.csr_matrix:
+        """scikit-learn's checks of X against what a fitted model knows, then canonical CSR."""
+        return _checked(self._view(fitted), X, reset=False)
 
-    def _interactions(self, user_items: Any) -> sparse.csr_matrix | ShardedMatrix:
-        """What `fit` learns from."""
+    def _view(self, fitted: FittedModel) -> Self:
+        """Copy this estimator with another fitted model; all else is shared."""
+        view = copy.copy(self)
+        view._fitted = fitted
+        return view
+
+    def _interactions(
+        self, user_items: Any
+    ) -> tuple[sparse.csr_matrix | ShardedMatrix, FittedModel]:
+        """What `fit` learns from, and the model to come with a record of the columns."""
+        view = self._view(FittedModel(lock=self._writers_lock()))
         if not isinstance(user_items, ShardedMatrix):
-            return self._validated(user_items, reset=True)
+            rows = _checked(view, user_items, reset=True)
+            return rows, replace(view._fitted, popularity=popularity_of(rows))
         if self.early_stopping:
             raise ValueError(
                 "early_stopping=True needs a matrix in memory, got a ShardedMatrix: measure on "
                 "its held_out() in a callback"
             )
-        self._count_features(None)
-        self._count_features(user_items.shape[1])
-        return user_items
+        return user_items, replace(view._fitted, n_features=user_items.shape[1])
 
-    def _training(self, user_items: Any, at_end: contextlib.ExitStack) -> Training:
+    def _training(
+        self, user_items: Any, at_end: contextlib.ExitStack
+    ) -> tuple[Training, FittedModel]:
         """Check everything, lay out the data, and stand where training starts or goes on."""
-        params, checkpoints, monitor = self._checked_params(), None, None
+        params, before, checkpoints, monitor = self._checked_params(), self._fitted, None, None
         if self.checkpoint_dir is not None:
             checkpoints = Checkpoints(self.checkpoint_dir, self.checkpoint_every)
             at_end.callback(checkpoints.close)
-        rows, settings = self._interactions(user_items), {}
+        rows, fitted = self._interactions(user_items)
+        identity, settings = initial.identity(rows), {}
         if checkpoints is not None:
-            settings = self._settings(isinstance(rows, ShardedMatrix))
+            given, on_devices = self._given_tables(before), isinstance(rows, ShardedMatrix)
+            settings = settings_of(
+                self, self._objective(), self._linear_solver(), given, on_devices
+            )
+        fitted_to = identity, initial.warn_if_restarted(self, identity)
         if self.early_stopping:
             rows, hidden = holdout.hide(rows, self.validation_fraction)
             monitor = EarlyStopping(rows, hidden, self.n_iter_no_change, self.tol)
@@ -423,54 +433,46 @@ class TPUAlternatingLeastSquares(
                 monitor=monitor,
                 checkpoints=checkpoints,
                 settings=settings,
+                fitted_to=fitted_to,
             )
             if not training.resume():
                 on_devices = isinstance(rows, ShardedMatrix)
-                training.state = self._start(training.data, on_devices)
-        return training
+                training.state = self._start(before, training.data, on_devices)
+        return training, fitted
 
-    def _take_over(self, training: Training) -> None:
-        """Make the present tables of a training the fitted ones."""
-        self._publish(training.state, training.data)
-        self.n_iter_, self.history_ = training.done, training.history
-
-    def _settings(self, on_devices: bool) -> dict[str, Any]:
-        """What decides the result besides the data: a checkpoint is resumed only by the same."""
-        is_seed = isinstance(self.random_state, Integral)
-        watching = ("validation_fraction", "n_iter_no_change", "tol") if self.early_stopping else ()
-        return {
-            **{name: float(value) for name, value in self._objective()._asdict().items()},
-            "linear_solver": self._linear_solver(),
-            "random_state": int(self.random_state) if is_seed else None,
-            **{name: int(getattr(self, name)) for name in ("cg_steps", "block_size")},
-            **{name: float(getattr(self, name)) for name in ("over_relaxation", *watching)},
-            "early_stopping": bool(self.early_stopping),
-            "objective": self.objective,
-            # Only plain ALS ends on the same tables whatever iteration was to be the last.
-            "iterations": int(self.iterations) if self.over_relaxation != 1 else None,
-            "initial tables": self._initial_tables(on_devices),
-        }
-
-    def _initial_tables(self, on_devices: bool) -> dict[str, str]:
-        """Digests of the tables that `_start` is given, or where it draws them."""
-        drawn = "drawn on the devices" if on_devices else "drawn"
-        sides = [s for s in ("user", "item") if self.warm_start or s in self._assigned]
-        tables = {side: self._table(side) for side in sides}
-        return {side: drawn if table is None else _digest.array(table)
-                for side, table in tables.items()} or {"both": drawn}  # fmt: skip
-
-    def _finish(self, monitor: EarlyStopping | None) -> None:
-        if monitor is not None and monitor.best is not None:
-            for side, table in zip(("user", "item"), monitor.best, strict=True):
-                self._store(side, table)
-        losses = self.history_.get("loss")
+    def _finished(self, training: Training, fitted: FittedModel) -> FittedModel:
+        """The model at the end of a fit: with early stopping, the best one."""
+        if training.monitor is not None and training.monitor.best is not None:
+            users, items = map(FactorTable, training.monitor.best)
+            fitted = replace(fitted, user=users, item=items)
+        losses = training.history.get("loss")
         if losses:
             log.info("final training loss %.4f", losses[-1])
+        return fitted
 
-    def _show(self, progress: tqdm, report: dict[str, float]) -> None:
-        progress.set_postfix({name: f"{value:.4g}" for name, value in report.items()})
-        progress.update(1)
-        log.debug("iteration %d: %s", self.n_iter_ - 1, report)
+
+def _after(training: Training, fitted: FittedModel) -> FittedModel:
+    """The model after the iterations that a training has run."""
+    tables = tables_of(training.state, training.data)
+    return fitted.trained(tables, training.done, training.history)
+
+
+def _checked(estimator: TPUAlternatingLeastSquares, X: Any, reset: bool) -> sparse.csr_matrix:
+    name = "user_items" if reset else "X"
+    refuse_misplaced(X, name)
+    # A sparse matrix without rows is data without users; an empty array is a mistake.
+    least = 0 if sparse.issparse(X) else 1
+    X = validate_data(
+        estimator,
+        structure.checked(X, name, widen=True),
+        reset=reset,
+        accept_sparse="csr",
+        dtype=[np.float64, np.float32],
+        ensure_min_samples=least,
+        ensure_min_features=least,
+        ensure_all_finite=False,  # our own message: scikit-learn's points to other estimators
+    )
+    return validation.canonical_csr(X, name)
 
 
 try:  # implicit's wrappers check for its class; it is an ABC, so no inheritance is needed.

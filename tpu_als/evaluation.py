@@ -1,7 +1,9 @@
 """Splits and ranking metrics, for any model that has implicit's `recommend`.
 
-Names that implicit has mean what they mean there, and give its numbers. Splits are vectorised and
-the same for the same seed; ids may have any integer dtype, and id -1 is never a hit.
+Names that implicit has mean what they mean there, and give its numbers for a test matrix of
+positive entries; in ours only those are relevant, where implicit takes every stored one. Splits
+are vectorised and the same for the same seed; ids may have any integer dtype, and id -1 is never
+a hit.
 """
 
 from __future__ import annotations
@@ -15,18 +17,17 @@ from scipy import sparse
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import validate_data
 
-from tpu_als import holdout, validation
-from tpu_als.splits import (
+from . import _evaluation_inputs, holdout, host, validation
+from .metrics import METRICS, metrics_of_rankings, popularity_of
+from .splits import (
     leave_k_out_split,
     strong_generalization_split,
     time_split,
     train_test_split,
 )
 
-METRICS = (
-    "precision", "map", "ndcg", "auc", "recall", "hit_rate", "mrr", "coverage", "novelty",
-)  # fmt: skip
 _BATCH = 1024
+_BYTES_PER_ID = 64  # ids, hits, misses and their running sums
 
 
 def ranking_metrics_at_k(
@@ -37,7 +38,7 @@ def ranking_metrics_at_k(
     show_progress: bool = False,
     num_threads: int = 0,
 ) -> dict[str, float]:
-    """Rank items for every user with test entries, and measure.
+    """Rank items for every user with positive test entries, and measure.
 
     Parameters
     ----------
@@ -46,120 +47,78 @@ def ranking_metrics_at_k(
     train_user_items : csr_matrix of shape (n_users, n_items)
         What the users are known to like; left out of the ranking.
     test_user_items : csr_matrix of shape (n_users, n_items)
-        What should be found.
+        What should be found: the positive entries. Both matrices may be narrower than the model,
+        whose further items then are misses. They may be wider: test entries that the model does
+        not know are misses, and what it makes of such train entries is its own affair (ours
+        raises ValueError).
     K : int, default=10
-        Length of the ranking.
+        Length of the ranking. Where the model returns less, there is no result.
     show_progress, num_threads
         Ignored; as implicit has them.
 
     Returns
     -------
     dict of str to float
-        See `metrics_of_rankings`.
-    """
-    del show_progress, num_threads
-    train, test = sparse.csr_matrix(train_user_items), holdout.canonical(test_user_items)
-    if train.shape != test.shape:
-        raise ValueError(f"train has shape {train.shape}, but test {test.shape}")
-    users = np.flatnonzero(np.diff(test.indptr))
-    batches = [
-        np.asarray(model.recommend(batch, train[batch], N=K)[0])
-        for batch in (users[low : low + _BATCH] for low in range(0, len(users), _BATCH))
-    ]
-    ids = np.concatenate(batches) if batches else np.zeros((0, K), np.int32)
-    return metrics_of_rankings(ids, test[users], _popularity(train), train.shape[0])
-
-
-def metrics_of_rankings(
-    ids: np.ndarray,
-    held_out: sparse.csr_matrix,
-    popularity: np.ndarray | None = None,
-    n_users: int | None = None,
-) -> dict[str, float]:
-    """Metrics of rankings against held-out entries.
-
-    Parameters
-    ----------
-    ids : array of int and shape (n, K)
-        Best first; below 0 where there is no result.
-    held_out : csr_matrix of shape (n, n_items)
-        The hits; rows without any are left out.
-    popularity : array of shape (n_items,), optional
-        Users who like each item, for "novelty".
-    n_users : int, optional
-        Of how many users, those without held-out entries included; needed with `popularity`.
-
-    Returns
-    -------
-    dict of str to float
-        With h hits in the first K and m held-out entries of a user, means over users of
-
-        * "precision": sum of h over the sum of min(K, m), implicit's definition;
-        * "recall": h / min(K, m), the capped recall of Liang et al. (2018);
-        * "hit_rate": whether h > 0; "mrr": 1 / rank of the first hit;
-        * "map": average precision over min(K, m);
-        * "ndcg": sum of 1 / log2(1 + rank) of the hits, over the largest possible sum;
-        * "auc": area under the ROC curve, where what is not ranked is taken to be in random order;
-
-        "coverage": part of the items ranked for anybody; "novelty": mean of -log2 of the part of
-        the `n_users` who like a ranked item. NaN where there is nothing to measure.
+        See `metrics_of_rankings`. The catalogue is what the model was fitted on, or the matrices
+        where they are wider.
 
     Raises
     ------
+    TypeError
+        For an object that is no matrix.
     ValueError
-        For a popularity without `n_users`, or one above it.
+        For NaN or infinity, matrices of different shapes, or rankings of another shape.
+
+    Warns
+    -----
+    DataWarning
+        With the count, where positive test entries are stored in the train matrix too: they are
+        left out of the ranking, and only lower the numbers.
     """
-    _check_popularity(popularity, n_users)
-    counts = np.diff(held_out.indptr)
-    ids, held_out, counts = ids[counts > 0], held_out[counts > 0], counts[counts > 0]
-    k = ids.shape[1]
-    if not ids.size:
-        return dict.fromkeys(METRICS, float("nan"))
-    hits = holdout.hits_of(ids, held_out)
-    found, places = np.cumsum(hits, axis=1), np.arange(1, k + 1)
-    most = np.minimum(counts, k)
-    ranked = ids[ids >= 0]
-    return {
-        "precision": float(hits.sum() / most.sum()),
-        "map": float(np.mean((hits * found / places).sum(axis=1) / most)),
-        "ndcg": float(np.mean(holdout.ndcg_of_hits(hits, counts))),
-        "auc": float(np.mean(_auc(hits, found, counts, held_out.shape[1]))),
-        "recall": float(np.mean(found[:, -1] / most)),
-        "hit_rate": float(np.mean(found[:, -1] > 0)),
-        "mrr": float(np.mean((hits / places).max(axis=1))),
-        "coverage": len(np.unique(ranked)) / held_out.shape[1],
-        "novelty": _novelty(ranked, popularity, n_users),
-    }
+    del show_progress, num_threads
+    K = _evaluation_inputs.whole_number("K", K)
+    train = holdout.canonical(train_user_items, "train_user_items")
+    test = holdout.relevant(test_user_items, "test_user_items")
+    if train.shape != test.shape:
+        raise ValueError(f"train has shape {train.shape}, but test {test.shape}")
+    users = np.flatnonzero(np.diff(test.indptr))
+    _require_memory(len(users), K)
+    ids = np.full((len(users), K), -1, np.int64)
+    for low in range(0, len(users), _BATCH):
+        batch = users[low : low + _BATCH]
+        ranked = model.recommend(batch, train[batch], N=K)[0]
+        ids[low : low + _BATCH] = _rankings(ranked, len(batch), K)
+    likes, n_users = popularity_of(train), max(train.shape[0], 1)
+    seen, n_items = train[users], _n_items(model)
+    return metrics_of_rankings(ids, test[users], likes, n_users, n_items, seen)
 
 
-def _auc(hits: np.ndarray, found: np.ndarray, counts: np.ndarray, n_items: int) -> np.ndarray:
-    """Pairs of a held-out and another item in the right order, over all pairs (n,)."""
-    misses = hits.shape[1] - found[:, -1]
-    others = n_items - counts
-    right = (found * ~hits).sum(axis=1) + (found[:, -1] + counts) / 2 * (others - misses)
-    return right / np.maximum(counts * others, 1)
+def _require_memory(n_rows: int, k: int) -> None:
+    """Raise MemoryError where rankings of shape (n_rows, k) cannot be measured."""
+    parts = {f"metrics of {n_rows} rankings of {k} ids": _BYTES_PER_ID * n_rows * k}
+    host.require_memory(parts, "measure fewer users, or lower K (k of a scorer)")
 
 
-def _check_popularity(popularity: np.ndarray | None, n_users: int | None) -> None:
-    most = 0 if popularity is None else int(np.max(popularity, initial=0))
-    if popularity is not None and (n_users is None or n_users < most):
+def _rankings(ids: Any, n_rows: int, k: int) -> np.ndarray:
+    """Check the ids that a model recommends, and fill up to (n_rows, k) with -1."""
+    array = np.asarray(ids)
+    if array.ndim != 2 or len(array) != n_rows or not holdout.are_ids(array):
         raise ValueError(
-            "n_users must be the number of users that popularity counts, here at least "
-            f"{most}, got {n_users}"
+            f"recommend(userids, user_items, N={k}) must return ids as integers of shape "
+            f"({n_rows}, {k}) for {n_rows} users, got shape {array.shape} of {array.dtype}"
         )
+    filled = np.full((n_rows, k), -1, np.int64)
+    filled[:, : array.shape[1]] = array[:, :k]
+    return filled
 
 
-def _popularity(user_items: sparse.csr_matrix) -> np.ndarray:
-    """Users with a positive entry for each item (n_items,)."""
-    rows = holdout.canonical(user_items)
-    return np.bincount(rows.indices[rows.data > 0], minlength=rows.shape[1])
-
-
-def _novelty(ranked: np.ndarray, popularity: np.ndarray | None, n_users: int | None) -> float:
-    if popularity is None or n_users is None or not len(ranked):
-        return float("nan")
-    # An item that nobody likes yet is taken to have half a user.
-    return float(np.mean(-np.log2(np.maximum(popularity[ranked], 0.5) / n_users)))
+def _n_items(model: Any) -> int | None:
+    """Items that a model ranks, where it says so. Its table may be spread over devices."""
+    count = getattr(model, "n_features_in_", None)
+    if count is None:
+        shape: Any = getattr(getattr(model, "item_factors", None), "shape", None)
+        count = shape[0] if shape else None
+    return None if count is None else int(count)
 
 
 def _metric_at_k(name: str) -> Callable[..., float]:
@@ -187,20 +146,25 @@ hit_rate_at_k = _metric_at_k("hit_rate")
 mrr_at_k = _metric_at_k("mrr")
 coverage_at_k = _metric_at_k("coverage")
 novelty_at_k = _metric_at_k("novelty")
+recall_full_at_k = _metric_at_k("recall_full")
+# implicit's function has the name of the textbook's metric, which therefore has another here.
+precision_full_at_k = _metric_at_k("precision_at_k")
+AUC_unseen_at_k = _metric_at_k("auc_unseen")
 
 
 class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its scorer factories)
     """Scorer for ``GridSearchCV(scoring=...)`` by strong generalisation.
 
-    A fixed fifth of each row's entries is hidden, the rest is folded in, and the hidden ones are
-    ranked among all items not folded in, as in the estimator's own `score`. Works for a model
-    alone and for a Pipeline that ends in one, whose earlier steps transform what is folded in.
-    Of a DataFrame, column names are checked as in `score`, and passed on to those steps.
+    A fixed fifth of each row's positive entries is hidden, the rest is folded in, and the hidden
+    ones are ranked among all items not folded in, as in the estimator's own `score`. Works for a
+    model alone and for a Pipeline that ends in one, whose earlier steps transform what is folded
+    in. Of a DataFrame, column names are checked as in `score`, and passed on to those steps.
 
     Parameters
     ----------
     metric : str
-        One of `METRICS`.
+        One of `METRICS`. "novelty" is measured with the popularity of what the model was fitted
+        on, where it has an attribute ``item_popularity_``, and otherwise of the rows given.
     k : int, default=10
         Length of the ranking.
     """
@@ -208,12 +172,33 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
     def __init__(self, metric: str, k: int = 10) -> None:
         if metric not in METRICS:
             raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
-        if k < 1:
-            raise ValueError(f"k must be 1 or more, got {k}")
-        self.metric, self.k = metric, k
+        self.metric, self.k = metric, _evaluation_inputs.whole_number("k", k)
 
     def __call__(self, estimator: Any, X: Any, y: Any = None) -> float:
-        """Score a fitted estimator on rows, seen in `fit` or not."""
+        """Score a fitted estimator on rows, seen in `fit` or not.
+
+        Parameters
+        ----------
+        estimator : object
+            A fitted model, or a Pipeline that ends in one.
+        X : csr_matrix, csr_array, array or DataFrame of shape (n_rows, n_items)
+            Rows; a matrix may have fewer columns than the model has items.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        float
+            NaN, with an UndefinedMetricWarning, where no row has two positive entries.
+
+        Raises
+        ------
+        TypeError
+            For an object that is no matrix, such as a table of events.
+        ValueError
+            For NaN or infinity, or columns that are not the model's.
+        """
+        _check_frame(estimator, X)
         visible, hidden = holdout.for_scoring(validation.canonical_csr(X))
         model, known = estimator, visible
         if hasattr(X, "columns"):  # whose order the steps, or the model, compare
@@ -223,15 +208,43 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
             known = estimator[:-1].transform(known) if len(estimator.steps) > 1 else known
         if hasattr(known, "columns") and isinstance(model, BaseEstimator):
             validate_data(model, known, reset=False, skip_check_array=True)
+        if not visible.shape[0]:
+            holdout.warn_of_nothing(self.metric)
+            return float("nan")
         known, users = sparse.csr_matrix(known), np.arange(visible.shape[0])
+        _require_memory(len(users), self.k)
         ids, _ = model.recommend(users, known, N=self.k, recalculate_user=True)
-        found = metrics_of_rankings(ids, hidden, _popularity(visible), len(users))
+        ranked = _rankings(ids, len(users), self.k)
+        likes, n_users = None, None
+        if self.metric == "novelty":
+            likes, n_users = _popularity_of_fit(model, visible)
+        found = metrics_of_rankings(ranked, hidden, likes, n_users, _n_items(model), visible)
         return found[self.metric]
 
 
+def _check_frame(estimator: Any, X: Any) -> None:
+    """Refuse what is no matrix; of a frame, one that has not the estimator's columns."""
+    _evaluation_inputs.refuse_other_objects(X, "X", frames=True)
+    expected = getattr(estimator, "n_features_in_", None)
+    if hasattr(X, "columns") and expected is not None and len(X.columns) != expected:
+        raise ValueError(
+            f"X must have users as rows and the {expected} items of fit as columns, got "
+            f"{len(X.columns)} columns: {_evaluation_inputs.IF_EVENTS}"
+        )
+
+
+def _popularity_of_fit(model: Any, rows: sparse.csr_matrix) -> tuple[np.ndarray, int]:
+    """Users who like each item (n_items,), and of how many: in `fit`, or else of rows."""
+    popularity = getattr(model, "item_popularity_", None)
+    if popularity is None:
+        return popularity_of(rows), rows.shape[0]
+    return popularity, max(model.user_factors.shape[0], int(np.max(popularity, initial=1)))
+
+
 __all__ = [
-    "METRICS", "AUC_at_k", "coverage_at_k", "hit_rate_at_k", "leave_k_out_split",
-    "make_ranking_scorer", "mean_average_precision_at_k", "metrics_of_rankings", "mrr_at_k",
-    "ndcg_at_k", "novelty_at_k", "precision_at_k", "ranking_metrics_at_k", "recall_at_k",
+    "METRICS", "AUC_at_k", "AUC_unseen_at_k", "coverage_at_k", "hit_rate_at_k",
+    "leave_k_out_split", "make_ranking_scorer", "mean_average_precision_at_k",
+    "metrics_of_rankings", "mrr_at_k", "ndcg_at_k", "novelty_at_k", "precision_at_k",
+    "precision_full_at_k", "ranking_metrics_at_k", "recall_at_k", "recall_full_at_k",
     "strong_generalization_split", "time_split", "train_test_split",
 ]  # fmt: skip

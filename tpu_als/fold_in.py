@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from scipy import sparse
 
-from tpu_als import cells, layout, solve, sweep
+from tpu_als import cells, layout, solve, structure, sweep
 from tpu_als.als import typed
 from tpu_als.layout import Plan, Rung
 from tpu_als.mesh import Workplace, precision
@@ -89,8 +89,9 @@ def solve_rows(
 
     Parameters
     ----------
-    rows : CSR matrix (M, N)
-        Stored entries of each row.
+    rows : CSR matrix (M, N) or (M, N + 1)
+        Stored entries of each row. Column N stands for a row of zeros: entries there count in (2)
+        and change nothing else.
     source : Source
         The fixed table.
     objective : Objective
@@ -107,12 +108,15 @@ def solve_rows(
     array (M, K)
         float32 or float64. A row that could not be solved is NaN.
     """
+    structure.check_compressed(rows, "rows")
+    if rows.shape[1] > source.n_rows + 1:
+        raise ValueError(f"rows have {rows.shape[1]} columns for a table of {source.n_rows} rows")
     dtype = np.dtype(params.compute_dtype)
     lengths = np.diff(rows.indptr)
     where = layout.map_rows(lengths, _plan(lengths, params, source.place))
     blocks = [(np.arange(len(lengths)), rows)]
     pad, one = source.n_rows, range(1)
-    all_ids, all_values = cells.fill(blocks, where, np.arange(pad), pad, one, dtype)
+    all_ids, all_values = cells.fill(blocks, where, np.arange(pad + 1), pad, one, dtype)
     assert all_values is not None
     counts = layout.to_slots(lengths.astype(np.int32), where, one)[0]
     begin = np.zeros((rows.shape[0], params.factors), dtype) if start is None else start

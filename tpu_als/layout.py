@@ -18,6 +18,7 @@ Compiled loops (`native`) need none of this: for them rows and cells stay as the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -102,13 +103,14 @@ class RowMap:
         return self.n_shards * self.n_slots - 1
 
 
-def ladder(
-    lengths: np.ndarray, rung_cells: float, most: int = 16, longest: int = LONGEST
-) -> tuple[int, ...]:
-    """Choose the rungs' lengths from a histogram of row lengths, at the least total cost.
+def ladder(lengths: np.ndarray, rung_cells: float, longest: int = LONGEST) -> tuple[int, ...]:
+    """Choose the rungs' lengths from a histogram of row lengths, at a low total cost.
 
-    Dynamic programming over a geometric grid: each row is padded to the next rung, and a rung
-    itself costs as much as `rung_cells` cells, since each is a program to compile.
+    Each row is padded to the next rung, and a rung itself costs as much as `rung_cells` cells,
+    since each is a program to compile. Rungs are powers of two, chosen by dynamic programming, and
+    lengths half-way between two of them, each of which must save more than it costs. The result
+    depends on the arguments only. A finer grid pads no less at the same cost, and its best choice
+    changes with every few rows: folds of one matrix would then compile programs of their own.
 
     Parameters
     ----------
@@ -116,8 +118,6 @@ def ladder(
         Stored entries of the rows, of both orientations.
     rung_cells : float
         Cells whose work in all iterations takes as long as compiling a rung.
-    most : int, default=16
-        Most rungs.
     longest : int, default=LONGEST
         Bound on the rungs' lengths.
 
@@ -126,24 +126,49 @@ def ladder(
     tuple of int
         Ascending. The last one holds the longest row, or is `longest`.
     """
-    grid = _grid(int(lengths.max(initial=1)), longest)
-    rows = np.searchsorted(np.sort(lengths), grid, side="right")
+    grid = doubling(int(lengths.max(initial=1)), longest)
+    ordered = np.sort(lengths)
+    chosen = _cheapest_rungs(ordered, np.array(grid), rung_cells)
+    halves = []
+    for low, high in itertools.pairwise((-1, *chosen)):
+        # A multiple of 8 near the geometric mean of `high` and the power of two below it.
+        middle = round(high / np.sqrt(2) / SHORTEST) * SHORTEST
+        rows = np.count_nonzero((lengths > low) & (lengths <= middle))
+        if low < middle < high and rows * (high - middle) > rung_cells:
+            halves.append(middle)
+    return tuple(sorted((*chosen, *halves)))
+
+
+def doubling(longest: int, bound: int = LONGEST, growth: int = 2) -> tuple[int, ...]:
+    """Lengths of rungs, each `growth` times the one before, until they hold the longest row."""
+    rungs = [SHORTEST]
+    while rungs[-1] < min(longest, bound):
+        rungs.append(rungs[-1] * growth)
+    return (*rungs[:-1], min(rungs[-1], bound))
+
+
+def _cheapest_rungs(ordered: np.ndarray, grid: np.ndarray, rung_cells: float) -> tuple[int, ...]:
+    """Those of a grid of lengths at which padded cells and rungs together cost least.
+
+    Row lengths come in ascending order; the last length of the grid is always chosen.
+    """
+    rows = np.searchsorted(ordered, grid, side="right")
     below = np.concatenate([[0], rows])
     # cost[j]: least cells for the rows up to grid[j - 1] with the rungs chosen so far
     cost = np.where(below == 0, 0.0, np.inf)
     choices, totals = [], []
-    for _ in range(most):
+    for _ in grid:
         step = cost[None, :] + (below[1:, None] - below[None, :]) * grid[:, None]
         step[np.arange(len(grid))[:, None] < np.arange(len(grid) + 1)[None, :]] = np.inf
         choices.append(step.argmin(axis=1))
         cost = np.concatenate([[np.inf], step.min(axis=1)])
         totals.append(cost[-1])
-    count = int(np.argmin(np.array(totals) + rung_cells * np.arange(1, most + 1))) + 1
-    chosen, at = [], len(grid)
+    count = int(np.argmin(np.array(totals) + rung_cells * np.arange(1, len(grid) + 1))) + 1
+    chosen, at = set(), len(grid)
     for choice in reversed(choices[:count]):
-        chosen.append(int(grid[at - 1]))
+        chosen.add(int(grid[at - 1]))
         at = choice[at - 1]
-    return tuple(sorted(set(chosen)))
+    return tuple(sorted(chosen))
 
 
 def padded_cells(lengths: np.ndarray, ladder: tuple[int, ...]) -> int:
@@ -151,15 +176,6 @@ def padded_cells(lengths: np.ndarray, ladder: tuple[int, ...]) -> int:
     rungs = np.array(ladder)
     at = np.minimum(np.searchsorted(rungs, lengths), len(rungs) - 1)
     return int((rungs[at] * np.maximum(-(-lengths // rungs[at]), 1)).sum())
-
-
-def _grid(longest: int, bound: int) -> np.ndarray:
-    """Lengths a rung may have: a tenth apart, up to somewhat over the longest row or a bound."""
-    grain = max((1 << max(longest - 1, 1).bit_length()) >> 3, SHORTEST)
-    top = min(-(-longest // grain) * grain, bound)
-    steps = np.arange(np.ceil(np.log(bound / SHORTEST) / np.log(1.1)) + 1)
-    grid = np.unique(np.ceil(1.1**steps).astype(np.int64)) * SHORTEST
-    return np.append(grid[grid < top], top)
 
 
 def round_up(count: int, small: int = 1 << 13) -> int:
@@ -186,6 +202,11 @@ def map_rows(lengths: np.ndarray, plan: Plan, owners: np.ndarray | None = None) 
     owners : int array (M,), optional
         For each row, which of the ``plan.n_owners`` equal runs of shards must have it. By default
         any shard may.
+
+    Raises
+    ------
+    ValueError
+        Where a slot or a cell has a number that int32 does not hold.
     """
     order = np.argsort(lengths, kind="stable")
     ends = np.searchsorted(lengths[order], plan.lengths, side="right")
@@ -197,6 +218,7 @@ def map_rows(lengths: np.ndarray, plan: Plan, owners: np.ndarray | None = None) 
         turns.append(turn)
         most.append(int(turn.max(initial=-1)) + 1)
     rungs, n_slots, n_cells = stack(most, plan)
+    _check_addressable(n_slots * plan.n_shards, n_cells)
     filled = [(members, turn) for members, turn in zip(short, turns, strict=False) if len(members)]
     for rung, (members, turn) in zip(rungs, filled, strict=True):
         slots[members] = rung.first_slot + turn
@@ -204,6 +226,19 @@ def map_rows(lengths: np.ndarray, plan: Plan, owners: np.ndarray | None = None) 
     slots[long] = sum(rung.n_chunks * rung.rows for rung in rungs) + turns[-1]
     slots += shard_of * n_slots
     return RowMap(slots, cells, long, rungs, n_slots, n_cells, plan.n_shards)
+
+
+def _check_addressable(n_slots: int, n_cells: int) -> None:
+    """Raise ValueError for slots of all shards, or cells of one, beyond int32, which would wrap."""
+    for count, what, remedy in (
+        (n_slots, "slots of a table", "fit fewer rows"),
+        (n_cells, "cells of a device", "use more devices"),
+    ):
+        if count > np.iinfo(np.int32).max:
+            raise ValueError(
+                f"the data need {count} {what}, but compiled programs number them with int32, up "
+                f"to {np.iinfo(np.int32).max}: {remedy}"
+            )
 
 
 def in_order(lengths: np.ndarray) -> RowMap:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from . import parameters as rules
 from ._atomic import replacing
-from .validation import storage_dtype
+from .exceptions import ModelFileError
+from .npz import Header, NpzFile
+from .validation import factor_table, same_width
 
 PREFIX = "tpu_als_"
 FORMAT = 1
@@ -32,12 +37,20 @@ _IMPLICIT = frozenset(
         "alpha",
     }
 )
-_SERIES = "history_"
+# Of implicit's models only ALS has all of these.
+_IMPLICIT_ALS = {"factors", "regularization", "iterations", "use_cg"}
+_TABLES = ("user_factors", "item_factors")
+_SERIES, _OWN, _JSON = "history_", "own_", "json_"
+_KNOWN_SCALARS = ("format", "storage_dtype")
+_NEVER_LOADED = ("checkpoint_dir",)  # the next fit would obey a path that the file names
 
 
 def save_model(
-    target: str | os.PathLike | BinaryIO, parameters: dict[str, Any], fitted: dict[str, Any]
-) -> None:
+    target: str | os.PathLike | BinaryIO,
+    parameters: dict[str, Any],
+    fitted: dict[str, Any],
+    own: dict[str, Any] | None = None,
+) -> list[str]:
     """Write an estimator's parameters and fitted attributes.
 
     Parameters
@@ -45,29 +58,46 @@ def save_model(
     target : str, path or binary file object
         As in `save_npz`.
     parameters : dict
-        Constructor parameters. Random generators and device handles are left out. A subclass may
-        lack any.
+        Constructor parameters. Random generators and device handles are left out, and so is
+        `checkpoint_dir`.
     fitted : dict
         Any of user_factors, item_factors, feature_names_in_, n_iter_ and history_.
+    own : dict, optional
+        Further parameters of a subclass, as far as they are arrays, numbers and text, or lists,
+        dicts and tuples of such.
+
+    Returns
+    -------
+    left_out : list of str
+        Names of parameters with values that the file cannot hold.
+
+    Raises
+    ------
+    ValueError
+        Where the tables differ in width, or have another one than `factors`.
     """
-    # Subclasses may have parameters of their own only.
-    name = storage_dtype(parameters.get("dtype", np.float32))
-    values = {**parameters, **fitted}
+    _check_widths([fitted.get(name) for name in _TABLES], parameters.get("factors"))
+    name = rules.storage_dtype(parameters.get("dtype", np.float32))
+    values = {k: v for k, v in {**parameters, **fitted}.items() if k not in _NEVER_LOADED}
     # implicit knows no bfloat16, but reads what it finds under its own names.
     values.update(dtype=name.replace("bfloat16", "float32"), storage_dtype=name)
     if not isinstance(values.get("devices"), int):
         values["devices"] = None
-    if values.get("checkpoint_dir") is not None:
-        values["checkpoint_dir"] = os.fspath(values["checkpoint_dir"])
     if values.get("feature_names_in_") is not None:
         values["feature_names_in_"] = values["feature_names_in_"].astype(str)
     for key, series in (values.pop("history_", None) or {}).items():
         values[_SERIES + key] = np.asarray(series, np.float64)
+    packed = {key: _packed(key, value) for key, value in (own or {}).items()}
+    values.update(pair for pair in packed.values() if pair is not None)
     save_npz(target, values)
+    lost = [key for key in ("random_state", "devices") if _is_lost(parameters.get(key), key)]
+    return lost + [key for key, pair in packed.items() if pair is None]
 
 
 def load_model(
-    source: str | os.PathLike | BinaryIO, parameter_names: Iterable[str]
+    source: str | os.PathLike | BinaryIO,
+    parameter_names: Iterable[str],
+    own_names: Iterable[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read what `save_model`, or implicit's `save`, wrote.
 
@@ -77,26 +107,107 @@ def load_model(
         As in `load_npz`.
     parameter_names : iterable of str
         Constructor parameters to look for.
+    own_names : iterable of str, optional
+        Further parameters of a subclass to look for.
 
     Returns
     -------
     parameters, fitted : dict
-        Of what the file holds; other keys are ignored.
+        Of what the file holds; other keys are ignored, and so is `checkpoint_dir`.
+
+    Raises
+    ------
+    FileNotFoundError, IsADirectoryError
+        Where there is no such file.
+    ModelFileError
+        Where the file is damaged, is no model of this class or of implicit's, or where its values
+        contradict each other.
     """
-    values = load_npz(source)
-    parameter_names = set(parameter_names)
-    parameters = {name: values[name] for name in parameter_names if name in values}
-    name = values.get("storage_dtype", values.get("dtype", "float32"))
-    if "dtype" in parameter_names:
-        parameters["dtype"] = name if name == "bfloat16" else np.dtype(name).type
-    plain = ("user_factors", "item_factors", "n_iter_")
-    fitted = {name: values[name] for name in plain if name in values}
-    if "feature_names_in_" in values:
-        fitted["feature_names_in_"] = values["feature_names_in_"].astype(object)
-    series = {k.removeprefix(_SERIES): v for k, v in values.items() if k.startswith(_SERIES)}
-    if series:
-        fitted["history_"] = {key: np.atleast_1d(v).tolist() for key, v in series.items()}
+    own_names, name = set(own_names), _name_of(source)
+    values = load_npz(source, own_names)
+    with _blamed_on(name):
+        # implicit's GPU models may be of half precision, whose tables are read as float32.
+        dtype = str(values.get("storage_dtype", values.get("dtype", "float32")))
+        dtype = dtype.replace("float16", "float32") if dtype == "float16" else dtype
+        values["dtype"] = (
+            dtype if dtype == "bfloat16" else np.dtype(rules.storage_dtype(dtype)).type
+        )
+        wanted = [key for key in parameter_names if key in values and key not in _NEVER_LOADED]
+        parameters = {key: values[key] for key in wanted}
+        rules.check_parameters(parameters)
+        parameters.update(_unpacked(values, own_names))
+        fitted = _fitted(values)
     return parameters, fitted
+
+
+def _fitted(values: dict[str, Any]) -> dict[str, Any]:
+    """Fitted attributes among the values of a file, checked against each other."""
+    found: dict[str, Any] = {n: factor_table(values[n], n) for n in _TABLES if n in values}
+    _check_widths([found.get(name) for name in _TABLES], values.get("factors"))
+    if "feature_names_in_" in values:
+        names = values["feature_names_in_"]
+        if "item_factors" in found and len(names) != len(found["item_factors"]):
+            raise ValueError(
+                f"feature_names_in_ must have a name for each of the "
+                f"{len(found['item_factors'])} items, got {len(names)}"
+            )
+        found["feature_names_in_"] = names.astype(object)
+    series = {k.removeprefix(_SERIES): v for k, v in values.items() if k.startswith(_SERIES)}
+    lengths = {key: np.atleast_1d(value).size for key, value in series.items()}
+    if "n_iter_" in values:
+        found["n_iter_"] = lengths["n_iter_"] = values["n_iter_"]
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"history_ must have n_iter_ values in each series, got {lengths}")
+    if series:
+        found["history_"] = {key: np.atleast_1d(v).tolist() for key, v in series.items()}
+    return found
+
+
+def _check_widths(tables: list[np.ndarray | None], factors: Any) -> None:
+    widths = [table.shape[1] for table in tables if table is not None]
+    if widths:
+        same_width(widths[0], widths[-1])
+    for name, table in zip(_TABLES, tables, strict=True):
+        if table is not None and factors is not None and table.shape[1] != factors:
+            raise ValueError(
+                f"{name} must have as many columns as the parameter factors={factors}, got shape "
+                f"{table.shape}. Set factors={table.shape[1]} before save"
+            )
+
+
+def _is_lost(value: Any, name: str) -> bool:
+    """Whether a parameter of ours has a value that the file leaves out."""
+    if name == "devices":
+        return value is not None and not isinstance(value, int)
+    return value is not None and np.asarray(value).dtype.hasobject
+
+
+def _packed(name: str, value: Any) -> tuple[str, Any] | None:
+    """Key and value for a subclass's parameter in a file; None where the file cannot hold it."""
+    if isinstance(value, (bool, int, float, str, np.generic, np.ndarray)):
+        array = np.asarray(value)
+        if array.dtype.kind in "biufcU" and (array.ndim or array.item() == value or value != value):
+            return _OWN + name, array
+    wrapped = {"tuple": list(value)} if isinstance(value, tuple) else {"value": value}
+    try:
+        text = json.dumps(wrapped)
+        return (_OWN + _JSON + name, text) if json.loads(text) == wrapped else None
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
+def _unpacked(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A subclass's parameters among the values of a file."""
+    found = {}
+    for name in names:
+        if _OWN + _JSON + name in values:
+            wrapped = json.loads(values[_OWN + _JSON + name])
+            found[name] = tuple(wrapped["tuple"]) if "tuple" in wrapped else wrapped["value"]
+        elif _OWN + name in values:
+            found[name] = values[_OWN + name]
+        elif name in values:  # as files were written before
+            found[name] = values[name]
+    return found
 
 
 def save_npz(target: str | os.PathLike | BinaryIO, values: dict[str, Any]) -> None:
@@ -122,13 +233,15 @@ def save_npz(target: str | os.PathLike | BinaryIO, values: dict[str, Any]) -> No
         np.savez(file, **arrays)
 
 
-def load_npz(source: str | os.PathLike | BinaryIO) -> dict[str, Any]:
+def load_npz(source: str | os.PathLike | BinaryIO, own_names: Iterable[str] = ()) -> dict[str, Any]:
     """Read what `save_npz`, or implicit's `save`, wrote.
 
     Parameters
     ----------
     source : str, path or binary file object
         A path may lack its ".npz".
+    own_names : iterable of str, optional
+        Keys to read beside those that this version knows. Others are never decompressed.
 
     Returns
     -------
@@ -137,25 +250,99 @@ def load_npz(source: str | os.PathLike | BinaryIO) -> dict[str, Any]:
 
     Raises
     ------
-    FileNotFoundError
+    FileNotFoundError, IsADirectoryError
         Where there is no such file.
-    ValueError
-        Where the file holds pickled objects, or comes from a later format.
+    ModelFileError
+        Where the file is damaged, comes from elsewhere or from a later format, or a value is of
+        another kind than expected.
     """
-    if not hasattr(source, "read") and not Path(source).is_file():
-        source = _with_suffix(source)
-    with np.load(source, allow_pickle=False) as data:
+    name, wanted = _name_of(source), _wanted(own_names)
+    with contextlib.ExitStack() as at_end:
+        if hasattr(source, "read"):
+            file: Any = source
+        else:
+            path = Path(source)
+            if not path.is_file() and (_with_suffix(path).exists() or not path.exists()):
+                path = _with_suffix(path)
+            file = at_end.enter_context(open(path, "rb"))
+        found = at_end.enter_context(NpzFile(file, name, wanted))
+        _check_origin(found, name)
+        with _blamed_on(name):
+            for key, header in found.headers.items():
+                _check_header(key.removeprefix(PREFIX), header)
         values = {}
-        for key in data.files:
-            value = data[key]
+        for key in found.headers:
+            value = found.read(key)
             values[key.removeprefix(PREFIX)] = value.item() if value.ndim == 0 else value
-    found = values.pop("format", FORMAT)
-    if found > FORMAT:
-        raise ValueError(
-            f"the file has format {found}, but this version reads formats up to {FORMAT}: "
-            "it was written by a later tpu_als; upgrade to read it"
-        )
+    values.pop("format", None)
     return values
+
+
+def _wanted(own_names: Iterable[str]) -> Callable[[str], bool]:
+    own = {PREFIX + form + name for name in own_names for form in (_OWN, _OWN + _JSON, "")}
+    further = ("format", "storage_dtype", "n_iter_", "feature_names_in_")
+    ours = {PREFIX + name for name in (*rules.RULES, *further) if name not in _NEVER_LOADED}
+    known = own | (ours - {PREFIX + name for name in _IMPLICIT}) | _IMPLICIT
+    return lambda key: key in known or key.startswith(PREFIX + _SERIES)
+
+
+def _check_origin(found: NpzFile, name: str) -> None:
+    """Raise ModelFileError for a file that neither we nor implicit's ALS wrote."""
+    key = PREFIX + "format"
+    if key not in found.headers:
+        missing = sorted(_IMPLICIT_ALS - set(found.headers))
+        if missing:
+            raise ModelFileError(
+                f"{name}: key {key!r} is missing, and so is {', '.join(missing)}, which a file of "
+                "implicit's ALS has: expected a file that `save` of this class or of "
+                "implicit.als.AlternatingLeastSquares wrote"
+            )
+        return
+    header = found.headers[key]
+    version = found.read(key).item() if header.shape == () and header.dtype.kind in "iu" else None
+    if version is None or version < 1:
+        raise ModelFileError(f"{name}: key {key!r} must be an integer of at least 1, got {header}")
+    if version > FORMAT:
+        raise ModelFileError(
+            f"{name}: the file has format {version}, but this version reads formats up to "
+            f"{FORMAT}: it was written by a later tpu_als; upgrade to read it"
+        )
+
+
+def _check_header(key: str, header: Header) -> None:
+    """Raise ValueError for a value of another kind than its key has."""
+    n_axes, kinds, expected = 0, "biufU", "a number or text"
+    if key in _TABLES:
+        n_axes, kinds, expected = 2, "f", "a 2-D array of floating-point numbers"
+    elif key == "feature_names_in_":
+        n_axes, kinds, expected = 1, "U", "a 1-D array of text"
+    elif key.startswith(_SERIES):
+        n_axes, kinds, expected = 1, "fiu", "a 1-D array of numbers"
+    elif key == "n_iter_":
+        kinds, expected = "iu", "an integer"
+    elif key == "random_state" or (key not in rules.RULES and key not in _KNOWN_SCALARS):
+        # A seed may be an array of integers; a subclass's parameter may be any array.
+        n_axes, kinds, expected = len(header.shape), "biufcU", "numbers or text"
+    if len(header.shape) != n_axes or header.dtype.kind not in kinds or header.dtype.subdtype:
+        raise ValueError(f"{key} must be {expected}, got {header}")
+
+
+@contextlib.contextmanager
+def _blamed_on(name: str) -> Iterator[None]:
+    """Scope in which an unexpected value becomes a ModelFileError that names the file."""
+    try:
+        yield
+    except ModelFileError:
+        raise
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ModelFileError(f"{name}: {error}") from error
+
+
+def _name_of(source: Any) -> str:
+    if not hasattr(source, "read"):
+        return os.fspath(source)
+    name = getattr(source, "name", None)
+    return name if isinstance(name, str) else "the model file"
 
 
 def _with_suffix(path: str | os.PathLike) -> Path:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tpu_als import _loops, mesh, solve
+from tpu_als import _loops, programs, solve
 from tpu_als.host import LINE, Memory
 from tpu_als.mesh import Workplace
 from tpu_als.solve import Objective
@@ -30,6 +30,7 @@ log = logging.getLogger("tpu_als")
 _PARTS = 16  # for each thread; many, so that threads end together and scratch is small
 _LEAST_PART = 1 << 19  # entries times factors of one, a fifth of a millisecond
 _LEAST_PRODUCT = 1 << 22  # multiplications worth a thread
+_GRAMIAN_ROWS = 1 << 13  # rows of a table whose products BLAS adds up by itself
 _ROW_ENTRIES = 4  # what a row costs by itself, in entries; about what its rotations take
 _LARGE = 1 << 23  # bytes of a source table that fits no cache of one core
 _AHEAD = 1 << 13  # bytes of such a table that are fetched before they are needed
@@ -111,9 +112,9 @@ def begin_loading(dtype: str) -> None:
 def _loaded() -> tuple[Any, Any]:
     """The loops, which numba compiles when they are called."""
     numba = _numba()
-    if mesh.compilation_cache is None:
+    if programs.compilation_cache is None:
         return _loops.compiled(numba.njit, cached=False)
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, mesh.compilation_cache
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, programs.compilation_cache
     try:
         return _loops.compiled(numba.njit, cached=True)
     except RuntimeError as error:  # it finds no place that it may write to
@@ -135,7 +136,7 @@ def _compiled(dtype: str) -> tuple[Any, Any]:
     rows = Rows(number, number, number.astype(np.uint32), None)
     table, one = np.zeros((1, 1), dtype), np.dtype(dtype).type(1)
     system = _System(_read_only(table), _read_only(table[0]), *(one,) * 7)
-    _solve(loops[0], rows.part(slice(0, 1), dtype), table, system, 1, np.zeros((6, 1), dtype))
+    _solve(loops[0], rows.part(slice(0, 1), dtype), table, system, 1, np.zeros((7, 1), dtype))
     return loops
 
 
@@ -156,12 +157,13 @@ class _System(NamedTuple):
 def _solve(
     solve_rows: Any, part: Rows, rows: np.ndarray, system: _System, steps: int, vectors: np.ndarray
 ) -> None:
-    """Solve a part in place, from where its rows (R, P) begin, with scratch (6, P)."""
+    """Solve a part in place, from where its rows (R, P) begin, with scratch (7, P)."""
     source, spectrum, alpha, offset, regularization, unobserved, exponent, tiny, relax = system
     solve_rows(
         rows, part.cells, part.lengths,
         (source, part.ids, part.values, alpha, offset, _ahead(source)),
         (spectrum, regularization, unobserved, exponent, tiny), relax, steps, vectors,
+        np.empty(vectors.shape[1]),
     )  # fmt: skip
 
 
@@ -214,11 +216,11 @@ def solve_side(
     out[len(rows.lengths) :] = 0
     most = max((at.stop - at.start for at in parts), default=0)
     blocks = range(min(n_threads, len(parts)))
-    scratch = deque(memory.empty((most + 6, width), dtype) for _ in blocks)
+    scratch = deque(memory.empty((most + 7, width), dtype) for _ in blocks)
 
     def work(at: slice) -> None:
         own = scratch.pop()
-        turned, vectors = own[6 : 6 + at.stop - at.start], own[:6]
+        turned, vectors = own[7 : 7 + at.stop - at.start], own[:7]
         np.matmul(target[at], rotation, out=turned)
         _solve(solve_rows, rows.part(at, dtype), turned, system, steps, vectors)
         np.matmul(turned, rotation.T, out=out[at])
@@ -231,16 +233,15 @@ def solve_side(
 def measure_side(
     target: Any, source: Any, rows: Rows, place: Workplace, objective: Objective
 ) -> np.ndarray:
-    """What the entries of each row (M,) add to the loss (`solve.cells_loss`)."""
+    """What the entries of each row (M,) add to the loss (`solve.cells_loss`), in float64."""
     source, target = _read_only(np.asarray(source)), _read_only(np.asarray(target))
-    dtype, out = source.dtype, np.empty(len(rows.lengths), source.dtype)
+    dtype, out = source.dtype, np.empty(len(rows.lengths))
     measure_rows = _ready(dtype.name)[1]
 
     def work(at: slice) -> None:
         part = rows.part(at, dtype)
         entries = source, part.ids, part.values, objective.alpha, objective.offset, _ahead(source)
-        vectors = np.empty((1, target.shape[1]), dtype)
-        measure_rows(target[at], part.cells, part.lengths, entries, vectors, out[at])
+        measure_rows(target[at], part.cells, part.lengths, entries, out[at])
 
     place.threads(work, rows.parts(place.n_threads, target.shape[1]), place.n_threads)
     return out
@@ -258,9 +259,17 @@ def _eigenbasis(table: np.ndarray, place: Workplace) -> tuple[np.ndarray, np.nda
 
 
 def gramian(table: np.ndarray, place: Workplace) -> np.ndarray:
-    """Y^T Y of a table (N, K)."""
-    parts = _even(table, place)
-    return sum(place.threads(lambda at: table[at].T @ table[at], parts, place.n_threads))
+    """Y^T Y of a table (N, K): products of blocks of rows, added up in float64."""
+
+    def work(at: slice) -> np.ndarray:
+        total = np.zeros((table.shape[1],) * 2)
+        for low in range(at.start, at.stop, _GRAMIAN_ROWS):
+            rows = table[low : min(low + _GRAMIAN_ROWS, at.stop)]
+            total += rows.T @ rows
+        return total
+
+    parts = place.threads(work, _even(table, place), place.n_threads)
+    return sum(parts[1:], parts[0]).astype(table.dtype)
 
 
 def rotated(table: np.ndarray, rotation: np.ndarray, place: Workplace, out: np.ndarray) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,16 +16,32 @@ import numpy as np
 from jax import Array
 from scipy import sparse
 
-from tpu_als import _checksums, cells, exchange, layout, native
+from tpu_als import _checksums, cells, exchange, layout, native, structure
 from tpu_als._digest import EntriesDigest
 from tpu_als.cells import Entries, InMemory, Long
+from tpu_als.data import DTYPES, AlsParams, Data, Side
 from tpu_als.exchange import Route
-from tpu_als.host import Memory, give_back_memory, require_memory
+from tpu_als.host import give_back_memory, require_memory
 from tpu_als.layout import Plan, RowMap
 from tpu_als.mesh import Together, Workplace, precision
-from tpu_als.sweep import Own, Shape
+from tpu_als.sweep import Own
 
-DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16}
+__all__ = [
+    "DTYPES",
+    "AlsParams",
+    "Data",
+    "Side",
+    "backend_kind",
+    "cheapest_solver",
+    "chunk_sizes",
+    "long_block",
+    "make_plan",
+    "place",
+    "place_rows",
+    "turning",
+]
+
+
 # Bytes of a gathered chunk; a core's own cache on CPU.
 _SCRATCH = {"cpu": 1 << 20, "other": 1 << 26}
 _SYSTEMS = {"cpu": 1 << 22, "other": 1 << 28}  # bytes of the K x K systems of a chunk
@@ -34,7 +50,6 @@ _LONGEST = {"cpu": layout.LONGEST, "other": 1 << 16}
 _SHORTEST_BLOCK = 128  # cells of a block of a long row, of which each shard has a share
 # Factors times cells that take as long, over a fit or a few, as compiling one more rung.
 _RUNG_CELLS = {"cpu": 4e6, "other": 1e8}
-_LADDER_SLACK = 1.1  # padding accepted, against the best ladder's, for a ladder compiled before
 _GATHERED = 1 << 20  # row lengths of each process gathered at once
 # Bytes of unused slots that sharing programs between the sides may cost, few where `native` solves.
 _SHARED_WASTE = {False: 1 << 26, True: 1 << 22}
@@ -43,148 +58,27 @@ _SPEEDS = {"cpu": (1e11, 4e10), "other": (2e12, 2e13)}
 _CHECKED = 1 << 20  # values looked at at once
 _MANY = 1 << 20  # entries whose temporaries are worth the milliseconds of giving them back
 _SIDES = ("user", "item")
-_ladders: dict[Any, list[tuple[int, ...]]] = {}
-
-
-@dataclass(frozen=True)
-class AlsParams:
-    """What may recompile; everything else is traced.
-
-    Attributes
-    ----------
-    factors : int
-        K.
-    dtype : {"float32", "float64", "bfloat16"}
-        Storage of the tables. Sums are float32, or float64 with "float64".
-    linear_solver : {"cg", "cholesky", "subspace", "auto"}
-        How the rows' systems (1) are solved; "auto" takes the cheapest by `cheapest_solver`. Where
-        every w is 0 they are diagonal, and solved as such ("diagonal").
-    cg_steps : int
-        Steps of "cg".
-    block_size : int
-        Factors solved at once by "subspace".
-    positive : bool
-        No weight w will be negative, as with the objective "ials": "cholesky" may then solve short
-        rows through a system of their own length.
-    native : bool
-        Work by the loops of `native`, where they serve; of placed data: whether they do.
-    """
-
-    factors: int
-    dtype: str = "float32"
-    linear_solver: str = "cg"
-    cg_steps: int = 3
-    block_size: int = 64
-    positive: bool = False
-    native: bool = False
-
-    @property
-    def compute_dtype(self) -> str:
-        """What sums and solves are done in."""
-        return "float64" if self.dtype == "float64" else "float32"
-
-    def shape(self, rows: int, length: int) -> Shape:
-        """The static part of a rung's program."""
-        steps, block_size = self.cg_steps, self.block_size
-        return Shape(
-            self.linear_solver,
-            steps if self.linear_solver != "diagonal" else 0,
-            block_size if self.linear_solver != "diagonal" else 0,
-            self.compute_dtype,
-            rows,
-            length,
-            self.positive and self.linear_solver == "cholesky",
-        )
-
-
-@dataclass(frozen=True)
-class Side:
-    """One orientation: the map of its rows and its placed cells.
-
-    Attributes
-    ----------
-    rows : RowMap
-        Where the rows live.
-    own : Own or None
-        Their entries, long rows aside; None of a side that is only read.
-    long : Long or None
-        The entries of long rows, where there are any.
-    routes : tuple of Route or None
-        How source rows arrive for each rung; None where every device holds them all.
-    lengths : int array (M,)
-        Stored entries of each row.
-    """
-
-    rows: RowMap
-    own: Any
-    long: Long | None
-    routes: tuple[Route, ...] | None
-    lengths: np.ndarray
-
-    @property
-    def n_rows(self) -> int:
-        """Rows of the table, unused slots not counted."""
-        return len(self.rows.slots)
-
-    @property
-    def in_order(self) -> native.Rows:
-        """The rows as `native` reads them, where they are laid out for it."""
-        ids, values = np.asarray(self.own.ids[0]), self.own.values
-        return native.Rows(
-            self.rows.cells,
-            self.lengths.astype(np.int64, copy=False),
-            ids.view(np.uint32),
-            None if values is None else np.asarray(values[0]),
-        )
-
-    @property
-    def received_rows(self) -> int:
-        """Source rows that a device receives from others for the chunks of a half-epoch."""
-        if self.routes is None:
-            return 0
-        return exchange.received_rows(self.routes, self.rows.rungs, self.rows.n_shards)
-
-
-@dataclass(frozen=True)
-class Data:
-    """Both orientations of a matrix, laid out and placed; reusable for any parameter values.
-
-    `plan` is empty where rows are laid out for `native`. `magnitudes` are the least and the largest
-    absolute value of an entry, where they are known. `memory` is that of tables on the host.
-    `digest` is that of all entries, where it was asked for or where they were read from disk.
-    """
-
-    users: Side
-    items: Side
-    plan: Plan
-    params: AlsParams
-    place: Workplace
-    n_entries: int
-    absolute_sum: float
-    magnitudes: tuple[float, float] | None = None
-    memory: Memory = field(default_factory=Memory, repr=False, compare=False)
-    digest: int | None = None
 
 
 def make_plan(lengths: np.ndarray, params: AlsParams, place: Workplace) -> Plan:
     """Choose chunk sizes for the backend's memory, and rungs for the rows of both sides.
 
-    A ladder that this process has compiled is kept where it pads little more than the best one
-    for these rows, so that folds, refits and candidates compile nothing new.
+    The plan depends on the arguments only, never on earlier fits of the process.
     """
-    chunk, most_rows = chunk_sizes(params, place)
     rung_cells = _RUNG_CELLS[backend_kind(place)] / params.factors
-    longest = min(max(chunk, layout.LONGEST), _LONGEST[backend_kind(place)])
-    best = layout.ladder(lengths, rung_cells, longest=longest)
-    known = _ladders.setdefault((params, place), [])
-    bound = _LADDER_SLACK * layout.padded_cells(lengths, best) + rung_cells
-    for ladder in known:
-        if layout.padded_cells(lengths, ladder) <= bound:
-            best = ladder
-            break
-    else:
-        known.append(best)
-    return Plan(best, chunk, most_rows, place.n_shards, len(place.processes))
+    rungs = layout.ladder(lengths, rung_cells, longest=_longest_rung(params, place))
+    return _plan_of(rungs, params, place)
+
+
+def _plan_of(rungs: tuple[int, ...], params: AlsParams, place: Workplace) -> Plan:
+    chunk, most_rows = chunk_sizes(params, place)
+    return Plan(rungs, chunk, most_rows, place.n_shards, len(place.processes))
+
+
+def _longest_rung(params: AlsParams, place: Workplace) -> int:
+    """Bound on the rungs' lengths; longer rows are worked on by all shards together."""
+    chunk, _ = chunk_sizes(params, place)
+    return min(max(chunk, layout.LONGEST), _LONGEST[backend_kind(place)])
 
 
 def backend_kind(place: Workplace) -> str:
@@ -256,6 +150,7 @@ def place(
         Where processes passed different matrices, or the sides of `Entries` differ.
     """
     if isinstance(user_items, sparse.csr_matrix):
+        structure.check_compressed(user_items)
         _check_same(user_items, place)
         entries: Entries = InMemory.turned(user_items)
     else:
@@ -337,8 +232,8 @@ def place_rows(
 
     Parameters
     ----------
-    rows : CSR matrix (M, N)
-        Canonical; with several processes each passes all of it.
+    rows : CSR matrix (M, N) or (M, N + 1)
+        Canonical; with several processes each passes all of it. Column N stands for a row of zeros.
     source : RowMap
         Where the rows of the table are.
     params : AlsParams
@@ -346,13 +241,18 @@ def place_rows(
     place : Workplace
         That of the table.
     """
+    structure.check_compressed(rows, "rows")
     entries, lengths = InMemory(rows, None), np.diff(rows.indptr).astype(np.int64)
     params = replace(params, native=False)
-    plan = make_plan(lengths, params, place)
+    # Rungs that depend on the longest row only, so that batches of rows share programs.
+    longest = int(lengths.max(initial=0))
+    rungs = layout.doubling(longest, _longest_rung(params, place), growth=4)
+    plan = _plan_of(rungs, params, place)
     items = Side(source, None, None, None, np.zeros(0, np.int64))
     # Values as they come, so that one program serves all calls.
     fill = _Filling(plan, params, place, np.dtype(params.compute_dtype), False)
-    users = fill.side("user", entries, layout.map_rows(lengths, plan), source, lengths)
+    columns = replace(source, slots=np.append(source.slots, source.pad_slot))
+    users = fill.side("user", entries, layout.map_rows(lengths, plan), columns, lengths)
     return Data(users, items, plan, params, place, rows.nnz, fill.absolute_sum)
 
 
@@ -430,7 +330,7 @@ class _Filling:
         # The other side of a matrix in memory is made of the first.
         if self._with_digest and (name == "user" or not isinstance(entries, InMemory)):
             self.digests[name] = EntriesDigest(name, len(source.slots))
-            blocks = self.digests[name].passing(blocks)
+            blocks = self.digests[name].passing(iter(blocks))
         ids, values = cells.fill(blocks, rows, source.slots, source.pad_slot, local, self._dtype)
         if name == "user" and self._divided:
             found = np.array([self.absolute_sum, *self.magnitudes])

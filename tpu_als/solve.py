@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from tpu_als.cholesky import direct
+from tpu_als.parameters import OBJECTIVES
+
 # Full float32 products: accelerators would otherwise round the operands to bfloat16 or tf32.
 PRECISION = lax.Precision.HIGHEST
 SOLVERS = ("cg", "cholesky", "subspace")
-_PANELS, _LEAST_PANEL = 4, 16  # of the factorisation on CPU; each panel costs compilation
-OBJECTIVES = ("implicit", "ials")
+_BLOCK = 1 << 12  # rows, or entries of a row, that a program adds up one after the other
+_GRAMIANS = 1 << 24  # numbers of the gramians of blocks that stand in memory together
 
 
 class Objective(NamedTuple):
@@ -96,9 +99,27 @@ class Basis(NamedTuple):
 
 
 def gramian(table: Array, dtype: Any) -> Array:
-    """Y^T Y of a table (N, K), accumulated in `dtype`."""
-    table = table.astype(dtype)
-    return jnp.einsum("nk,nj->kj", table, table, precision=PRECISION)
+    """Y^T Y of a table (N, K), accumulated in `dtype`, over blocks of rows.
+
+    One product over millions of rows would add each row to a sum of all rows before it.
+    """
+    n_rows, n_factors = table.shape
+    size = _block_rows(n_rows, max(min(_GRAMIANS // n_factors**2, 256), 1))
+    blocks = table.astype(dtype).reshape(n_rows // size, size, n_factors)
+    return jnp.einsum("bnk,bnj->bkj", blocks, blocks, precision=PRECISION).sum(axis=0)
+
+
+def _block_rows(n_rows: int, most: int) -> int:
+    """Rows of a block, a divisor of `n_rows`: about `_BLOCK`, or what makes at most `most` blocks.
+
+    A large power of two divides the number of rows of a long table (`layout.round_up`).
+    """
+    size = n_rows & -n_rows
+    if n_rows <= _BLOCK or n_rows // size > most:
+        return max(n_rows, 1)
+    while size > _BLOCK and 2 * (n_rows // size) <= most:
+        size //= 2
+    return size
 
 
 def basis(gram: Array, n_source: Array) -> Basis:
@@ -147,11 +168,27 @@ def gather(
     """
     # Ids come from the layout, so they are in bounds; any other mode costs a select per element.
     rows = table.at[ids].get(mode="promise_in_bounds").astype(dtype)
-    live = lax.broadcasted_iota(jnp.int32, ids.shape, 1) < left[:, None]
+    live = entries_of(ids.shape, left)
     values = jnp.ones(ids.shape, dtype) if values is None else values.astype(dtype)
     w, v = confidence(objective, values)
     zero = jnp.zeros((), dtype)
     return Block(rows, jnp.where(live, w, zero), jnp.where(live, v, zero))
+
+
+def entries_of(shape: tuple[int, ...], left: Array) -> Array:
+    """Which cells (R, L) are entries, and not pads: the first `left` (R,) of each row."""
+    return lax.broadcasted_iota(jnp.int32, shape, 1) < left[:, None]
+
+
+def _in_blocks(cells: Array) -> Array:
+    """Cells (R, L, ...) as (R, B, L / B, ...), of which each block is summed by itself.
+
+    B is 1 for rows of ordinary length. A fold-in has whole rows of any length; those of a fit come
+    in blocks (`sweep.solve_long`).
+    """
+    length = cells.shape[1]
+    size = _BLOCK if length > _BLOCK and length % _BLOCK == 0 else max(length, 1)
+    return cells.reshape(cells.shape[0], length // size, size, *cells.shape[2:])
 
 
 def predict(block: Block, z: Array) -> Array:
@@ -161,7 +198,10 @@ def predict(block: Block, z: Array) -> Array:
 
 def project(block: Block, t: Array) -> Array:
     """E^T t: (R, K) of cell values t (R, L)."""
-    return jnp.einsum("rlk,rl->rk", block.rows, t, precision=PRECISION)
+    rows, t = _in_blocks(block.rows), _in_blocks(t)
+    if rows.shape[1] > 1:
+        return jnp.einsum("rblk,rbl->rbk", rows, t, precision=PRECISION).sum(axis=1)
+    return jnp.einsum("rlk,rl->rk", block.rows, t[:, 0], precision=PRECISION)
 
 
 def normal(block: Block, p: Array) -> Array:
@@ -171,7 +211,12 @@ def normal(block: Block, p: Array) -> Array:
 
 def curvature(block: Block, p: Array) -> Array:
     """p^T E^T W E p of each row (R, 1)."""
-    return jnp.sum(block.w * jnp.square(predict(block, p)), axis=1, keepdims=True)
+    return _row_sums(block.w * jnp.square(predict(block, p)))[:, None]
+
+
+def _row_sums(cells: Array) -> Array:
+    """Sum (R,) of the cells (R, L) of each row."""
+    return jnp.sum(jnp.sum(_in_blocks(cells), axis=2), axis=1)
 
 
 def residual(block: Block, z: Array) -> Array:
@@ -235,117 +280,12 @@ def relax(before: Array, solved: Array, relaxation: Any) -> Array:
 
 def accumulate(block: Block) -> tuple[Array, Array]:
     """Data parts of equation (1): E^T W E (R, K, K) and E^T v (R, K)."""
-    weighted = block.rows * block.w[:, :, None]
-    matrix = jnp.einsum("rlk,rlj->rkj", weighted, block.rows, precision=PRECISION)
+    weighted, rows = _in_blocks(block.rows * block.w[:, :, None]), _in_blocks(block.rows)
+    if rows.shape[1] > 1:
+        matrix = jnp.einsum("rblk,rblj->rbkj", weighted, rows, precision=PRECISION).sum(axis=1)
+    else:
+        matrix = jnp.einsum("rlk,rlj->rkj", weighted[:, 0], block.rows, precision=PRECISION)
     return matrix, project(block, block.v)
-
-
-def direct(matrix: Array, rhs: Array) -> Array:
-    """Solve systems (R, K, K), symmetric and positive semi-definite, by Cholesky.
-
-    Where a factorisation fails (rank-deficient and no ridge), the block is factored again with a
-    ridge of a few rounding errors of its mean diagonal, which picks nearly the least-norm solution.
-    """
-    upper = _factorise_semidefinite(matrix)
-    return lax.platform_dependent(upper, rhs, cpu=_substitute, default=_triangular)
-
-
-def _factorise_semidefinite(matrix: Array) -> Array:
-    """Factorise as `_factorise`, again with a ridge where that failed. One loop, compiled once."""
-    size = matrix.shape[1]
-    mean = jnp.trace(matrix, axis1=1, axis2=2)[:, None, None] / size
-    ridge = 4 * size * jnp.finfo(matrix.dtype).eps * mean + jnp.finfo(matrix.dtype).tiny
-    ridge = ridge * jnp.eye(size, dtype=matrix.dtype)[None]
-
-    def failed(upper: Array) -> Array:
-        return ~jnp.all(jnp.isfinite(upper), axis=(1, 2))
-
-    def again(carry: tuple[Any, Array]) -> tuple[Any, Array]:
-        tries, upper = carry
-        factor = _factorise(jnp.where(tries > 0, matrix + ridge, matrix))
-        return tries + 1, jnp.where(failed(upper)[:, None, None], factor, upper)
-
-    def unfinished(carry: tuple[Any, Array]) -> Array:
-        return (carry[0] < 2) & jnp.any(failed(carry[1]))
-
-    return lax.while_loop(unfinished, again, (0, jnp.full_like(matrix, jnp.nan)))[1]
-
-
-def _factorise(matrix: Array) -> Array:
-    """U with U^T U = matrix (R, K, K); NaN where a matrix is not positive definite.
-
-    XLA's Cholesky and triangular solve on CPU wait for a thread pool of its own, and deadlock where
-    several programs run at once, as work shards and CPU devices do. So the CPU has plain loops.
-    """
-    return lax.platform_dependent(
-        matrix, cpu=_factorise_rows, default=lambda m: jnp.linalg.cholesky(m, upper=True)
-    )
-
-
-def _factorise_rows(matrix: Array) -> Array:
-    """Cholesky by panels of rows of U, vectorised over R.
-
-    A panel first loses, by one product, what the panels above account for.
-    """
-    size = matrix.shape[1]
-    height = max(-(-size // _PANELS), _LEAST_PANEL)
-    upper = jnp.zeros_like(matrix)
-    for low in range(0, size, height):
-        high = min(low + height, size)
-        panel = matrix[:, low:high, low:]
-        if low:
-            above = upper[:, :low, low:]
-            panel = panel - jnp.einsum(
-                "rij,rik->rjk", above[:, :, : high - low], above, precision=PRECISION
-            )
-        upper = upper.at[:, low:high, low:].set(_factorise_panel(panel))
-    return upper
-
-
-def _factorise_panel(panel: Array) -> Array:
-    """The top rows (R, P, n >= P) of U, row by row, each from the rows above it."""
-    columns = jnp.arange(panel.shape[2])[None]
-
-    def body(k: Any, upper: Array) -> Array:
-        line = lax.dynamic_index_in_dim(panel, k, 1, keepdims=False)
-        above = lax.dynamic_index_in_dim(upper, k, 2, keepdims=False)
-        line = line - jnp.einsum("ri,rik->rk", above, upper, precision=PRECISION)
-        pivot = jnp.sqrt(lax.dynamic_slice_in_dim(line, k, 1, 1))
-        line = jnp.where(columns >= k, line / pivot, 0)
-        return lax.dynamic_update_slice_in_dim(upper, line[:, None, :], k, 1)
-
-    return lax.fori_loop(0, panel.shape[1], body, jnp.zeros_like(panel))
-
-
-def _substitute(upper: Array, rhs: Array) -> Array:
-    """Solve U^T U z = rhs (R, K) row by row of U."""
-    last = upper.shape[1] - 1
-
-    def row(k: Any) -> tuple[Array, Array]:
-        line = lax.dynamic_index_in_dim(upper, k, 1, keepdims=False)
-        return line, lax.dynamic_slice_in_dim(line, k, 1, 1)
-
-    def forward(k: Any, y: Array) -> Array:
-        line, pivot = row(k)
-        value = lax.dynamic_slice_in_dim(y, k, 1, 1) / pivot
-        # Entries before k are final: the line is zero there.
-        return lax.dynamic_update_slice_in_dim(y - line * value, value, k, 1)
-
-    def backward(step: Any, z: Array) -> Array:
-        k = last - step
-        line, pivot = row(k)
-        # Entries of z up to k are still zero, so the whole line may be summed.
-        rest = jnp.sum(line * z, axis=1, keepdims=True)
-        value = (lax.dynamic_slice_in_dim(y, k, 1, 1) - rest) / pivot
-        return lax.dynamic_update_slice_in_dim(z, value, k, 1)
-
-    y = lax.fori_loop(0, last + 1, forward, rhs)
-    return lax.fori_loop(0, last + 1, backward, jnp.zeros_like(rhs))
-
-
-def _triangular(upper: Array, rhs: Array) -> Array:
-    z = lax.linalg.triangular_solve(upper, rhs[..., None], left_side=True, transpose_a=True)
-    return lax.linalg.triangular_solve(upper, z, left_side=True)[..., 0]
 
 
 def rows_direct(parts: tuple[Array, Array], d: Array) -> Array:
@@ -411,10 +351,27 @@ def rows_subspace(block: Block, d: Array, z: Array, block_size: int) -> Array:
     return lax.fori_loop(0, z.shape[1] // size, body, start)[0][:, :n_factors]
 
 
-def cells_loss(block: Block, z: Array) -> Array:
-    """What stored cells add to the loss beyond the unobserved term and a constant |c| each (R,)."""
+def cells_loss(block: Block, z: Array, live: Array, offset: Any) -> Array:
+    """What stored cells add to the loss beyond the unobserved term: (R,).
+
+    Each cell is a square by itself. Sums of (w t - 2 v) t and of |c| nearly cancel where a model
+    fits well, and what is left of them is their rounding error.
+
+    Parameters
+    ----------
+    block : Block
+        Gathered with an objective whose offset is 0, so that w is abs(c).
+    z : (R, K)
+        Rows of the target table.
+    live : (R, L)
+        `entries_of` the block.
+    offset : scalar
+        The offset of the objective.
+    """
     t = predict(block, z)
-    return jnp.sum((block.w * t - 2 * block.v) * t, axis=1)
+    liked, disliked = block.v * jnp.square(1 - t), (block.w - block.v) * (1 + jnp.square(t))
+    given_already = jnp.where(live, offset * jnp.square(t), jnp.zeros((), t.dtype))
+    return _row_sums(liked + disliked - given_already)
 
 
 def finite_rows(z: Array) -> Array:

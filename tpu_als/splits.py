@@ -1,7 +1,10 @@
 """Splits of interactions into a part to learn from and a part to find. NumPy only.
 
 Names that implicit has mean what they mean there. All are vectorised, leave their input as it is,
-and are the same for the same seed.
+are the same for the same seed, and lose nothing: entries that are stored more than once are
+summed before the split, and the parts add up to that sum. What is drawn for a test part is drawn
+from the positive entries, as only those can be found; zeros and negative values that are stored
+stay in the train part. NaN and infinity are errors.
 """
 
 from __future__ import annotations
@@ -11,67 +14,75 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from tpu_als import holdout, validation
+from . import _evaluation_inputs, holdout
+from .parameters import random_generator
 
 
 def train_test_split(
     ratings: Any, train_percentage: float = 0.8, random_state: Any = None
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Split entries at random; those of the test part below 0 are dropped, as in implicit.
+    """Split entries at random.
 
     Parameters
     ----------
     ratings : sparse matrix or array of shape (n_users, n_items)
-        The entries.
+        The entries; one stored twice is summed.
     train_percentage : float, default=0.8
-        Probability, from 0 to 1, that an entry goes to the train part; 1 leaves no test part.
+        Probability, from 0 to 1, that a positive entry goes to the train part; 1 leaves no test
+        part.
     random_state : None, int, RandomState or Generator, default=None
-        Seed. The split of an integer is implicit's.
+        Seed. The test part of an integer is implicit's, if `ratings` is a CSR matrix with sorted
+        indices and without duplicates.
 
     Returns
     -------
     train, test : csr_matrix of shape (n_users, n_items)
+        They add up to `ratings`. implicit drops entries below 0 that it drew for the test part,
+        and puts duplicates on both sides; here the former stay in `train`.
     """
-    if not 0 <= train_percentage <= 1:
-        raise ValueError(f"train_percentage must be from 0 to 1, got {train_percentage}")
-    entries = sparse.coo_matrix(ratings)
-    draws = validation.random_generator(random_state).random(len(entries.data))
-    in_train = draws < train_percentage
-    return _part(entries, in_train), _part(entries, ~in_train & (entries.data > 0))
+    if not _evaluation_inputs.is_number(train_percentage) or not 0 <= train_percentage <= 1:
+        raise ValueError(f"train_percentage must be from 0 to 1, got {train_percentage!r}")
+    rows = holdout.canonical(ratings, "ratings")
+    draws = random_generator(random_state).random(rows.nnz)
+    return holdout.parts(rows, (draws >= train_percentage) & (rows.data > 0))
 
 
 def leave_k_out_split(
     ratings: Any, K: int = 1, train_only_size: float = 0.0, random_state: Any = None
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Hold out K entries of every user with more than K + 1; unlike implicit's, reproducible.
+    """Hold out K positive entries of every user with more than K + 1 of them.
+
+    Unlike implicit's, it is reproducible, loses no entries, and counts positive entries only.
 
     Parameters
     ----------
     ratings : sparse matrix or array of shape (n_users, n_items)
-        The entries.
+        The entries; one stored twice is summed.
     K : int, default=1
         Entries to hold out of a user.
     train_only_size : float, default=0.0
-        Part of the users of whom nothing is held out.
+        Part, from 0 to below 1, of the n users with entries of whom nothing is held out: as in
+        implicit, ``int(n * train_only_size)`` of them, at least one unless it is 0.
     random_state : None, int, RandomState or Generator, default=None
         Seed.
 
     Returns
     -------
     train, test : csr_matrix of shape (n_users, n_items)
+        They add up to `ratings`.
     """
-    if K < 1:
-        raise ValueError(f"K must be 1 or more, got {K}")
-    if not 0 <= train_only_size < 1:
-        raise ValueError(f"train_only_size must be at least 0 and below 1, got {train_only_size}")
-    entries, rng = sparse.coo_matrix(ratings), validation.random_generator(random_state)
-    counts = np.bincount(entries.row, minlength=entries.shape[0])
-    tested = (counts > K + 1) & (rng.random(entries.shape[0]) >= train_only_size)
-    order = np.argsort(entries.row + rng.random(entries.nnz), kind="stable")
-    place = np.arange(entries.nnz) - np.repeat(np.cumsum(counts) - counts, counts)
-    held = np.zeros(entries.nnz, bool)
-    held[order[(place < K) & tested[entries.row[order]]]] = True
-    return _part(entries, ~held), _part(entries, held & (entries.data > 0))
+    K = _evaluation_inputs.whole_number("K", K)
+    if not _evaluation_inputs.is_number(train_only_size) or not 0 <= train_only_size < 1:
+        raise ValueError(f"train_only_size must be at least 0 and below 1, got {train_only_size!r}")
+    rows, rng = holdout.canonical(ratings, "ratings"), random_generator(random_state)
+    is_tested = holdout.positive_counts(rows) > K + 1
+    users = np.flatnonzero(np.diff(rows.indptr))
+    if train_only_size > 0 and len(users):
+        # implicit multiplies in float32, where .29 of 100 users are 29; in float64 they are 28.
+        size = int(np.float32(len(users)) * np.float32(train_only_size))
+        size = min(max(size, 1), len(users))
+        is_tested[users[rng.choice(len(users), size, replace=False)]] = False
+    return holdout.parts(rows, holdout.drawn(rows, np.where(is_tested, K, 0), rng))
 
 
 def strong_generalization_split(
@@ -105,11 +116,10 @@ def strong_generalization_split(
     Liang, Krishnan, Hoffman, Jebara (2018), Variational Autoencoders for Collaborative Filtering,
     section 4.1; also the protocol of ALX.
     """
-    _check_fraction("test_users", test_users)
-    _check_fraction("fold_in", fold_in)
-    rows, rng = holdout.canonical(user_items), validation.random_generator(random_state)
-    positive = np.append(0, np.cumsum(rows.data > 0))[rows.indptr]
-    able = np.flatnonzero(np.diff(positive) > 1)
+    _evaluation_inputs.fraction("test_users", test_users)
+    _evaluation_inputs.fraction("fold_in", fold_in)
+    rows, rng = holdout.canonical(user_items), random_generator(random_state)
+    able = np.flatnonzero(holdout.positive_counts(rows) > 1)
     if not len(able):
         raise ValueError("no user has two positive entries, one to fold in and one to find")
     chosen = np.sort(rng.permutation(able)[: max(round(test_users * rows.shape[0]), 1)])
@@ -129,44 +139,45 @@ def time_split(
     Parameters
     ----------
     user_items : sparse matrix or array of shape (n_users, n_items)
-        The entries.
+        The entries; one stored twice is summed.
     timestamps : sparse matrix or array of the same entries
-        When each of them happened, in any unit.
+        When each of them happened, in any unit. Of an entry stored twice, the first time counts.
     fraction : float, default=0.2
         Part of the entries to hold out.
 
     Returns
     -------
     train, test : csr_matrix of shape (n_users, n_items)
+        They add up to `user_items`. Late entries that are not positive are in `test` too, as a
+        model must not be trained on what came later; the metrics pass over them.
 
     Raises
     ------
     ValueError
         For a fraction out of range, other entries, or a missing time (NaN).
     """
-    _check_fraction("fraction", fraction)
-    entries, times = _sorted(user_items), _sorted(timestamps)
+    _evaluation_inputs.fraction("fraction", fraction)
+    entries, times = holdout.canonical(user_items), _earliest(timestamps)
     same = entries.shape == times.shape and np.array_equal(entries.indptr, times.indptr)
     if not same or not np.array_equal(entries.indices, times.indices):
         raise ValueError("timestamps must be a sparse matrix with the entries of user_items")
     if np.isnan(times.data).any():
         raise ValueError("timestamps must have no missing values (NaN): drop those entries first")
     cut = np.quantile(times.data, 1 - fraction, method="lower") if times.nnz else 0
-    late = times.data > cut
-    return _part(entries.tocoo(), ~late), _part(entries.tocoo(), late)
+    return holdout.parts(entries, times.data > cut)
 
 
-def _check_fraction(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise ValueError(f"{name} must be between 0 and 1, got {value}")
-
-
-def _sorted(matrix: Any) -> sparse.csr_matrix:
-    """CSR with sorted indices; where that takes sorting, in a copy, as others may share them."""
-    rows = sparse.csr_matrix(matrix)
-    return rows if rows.has_sorted_indices else rows.sorted_indices()
-
-
-def _part(entries: sparse.coo_matrix, chosen: np.ndarray) -> sparse.csr_matrix:
-    kept = (entries.data[chosen], (entries.row[chosen], entries.col[chosen]))
-    return sparse.csr_matrix(kept, shape=entries.shape, dtype=entries.dtype)
+def _earliest(timestamps: Any) -> sparse.csr_matrix:
+    """Canonical CSR of the least of the values stored for each entry."""
+    times = _evaluation_inputs.sparse_matrix(timestamps, "timestamps")
+    if times.format == "csr" and times.has_canonical_format:
+        return times
+    times = times.tocoo()
+    order = np.lexsort((times.col, times.row))
+    rows, columns, values = times.row[order], times.col[order], times.data[order]
+    is_first = np.append(True, (np.diff(rows) != 0) | (np.diff(columns) != 0))[: len(order)]
+    if len(order):
+        values = np.minimum.reduceat(values, np.flatnonzero(is_first))
+    counts = np.bincount(rows[is_first], minlength=times.shape[0])
+    entries = (values, columns[is_first], np.append(0, np.cumsum(counts)))
+    return sparse.csr_matrix(entries, shape=times.shape)

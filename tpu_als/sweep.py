@@ -180,12 +180,13 @@ def _over_blocks(
     held: Array,
     objective: Objective,
     batch: Any,
-    part: Callable[[Block, Any], Any],
+    part: Callable[[Block, Any, Array], Any],
     zero: Any,
 ) -> Any:
-    """Sum part(block, row) of each row of a batch over its blocks, and over the shards.
+    """Sum part(block, row, left) of each row of a batch over its blocks, and over the shards.
 
     Blocks never stand in memory together. `zero` has a leading axis of rows, as has the result.
+    Sums are compensated (Knuth's two-sum), so that their error does not grow with their length.
     """
     dtype = jnp.dtype(shape.dtype)
 
@@ -198,13 +199,18 @@ def _over_blocks(
         row = long.rows[step]
 
         def add(total: Array, more: Array) -> Array:
-            old = lax.dynamic_slice_in_dim(total, row, 1)
-            return lax.dynamic_update_slice_in_dim(total, old + more, row, 0)
+            """Add to a row of total[0]; total[1] has the sum of the rounding errors."""
+            old, lost = lax.dynamic_slice_in_dim(total, row, 1, 1)
+            new = old + more
+            added = new - old
+            lost = lost + ((old - (new - added)) + (more - added))
+            return lax.dynamic_update_slice_in_dim(total, jnp.stack([new, lost]), row, 1)
 
-        return jax.tree.map(add, sums, part(block, row))
+        return jax.tree.map(add, sums, part(block, row, left))
 
-    sums = lax.fori_loop(long.starts[batch], long.starts[batch + 1], body, zero)
-    return shape.together.total(sums)
+    pairs = jax.tree.map(lambda each: jnp.zeros((2, *each.shape), each.dtype), zero)
+    pairs = lax.fori_loop(long.starts[batch], long.starts[batch + 1], body, pairs)
+    return shape.together.total(jax.tree.map(lambda pair: pair[0] + pair[1], pairs))
 
 
 def _batch(shape: Shape, long: Long, table: Array, batch: Any) -> tuple[Array, Array, Array]:
@@ -227,7 +233,8 @@ def solve_long(shape: Shape, out: Array, long: Long, held: Array, shared: Shared
         vector = jnp.zeros_like(z)
 
         def over(part: Callable[[Block, Any], Any], zero: Any) -> Any:
-            return _over_blocks(shape, long, held, objective, batch, part, zero)
+            each = lambda block, row, _: part(block, row)  # noqa: E731
+            return _over_blocks(shape, long, held, objective, batch, each, zero)
 
         def of(p: Array, row: Any) -> Array:
             return lax.dynamic_slice_in_dim(p, row, 1)
@@ -238,8 +245,9 @@ def solve_long(shape: Shape, out: Array, long: Long, held: Array, shared: Shared
         elif shape.solver == "cholesky":
             zero = jnp.zeros((rows, z.shape[1], z.shape[1]), shape.dtype)
             z = solve.rows_direct(over(lambda b, _: solve.accumulate(b), (zero, vector)), d)
+        elif shape.solver == "subspace":
+            z = _long_subspace(over, of, d, z, shape.block_size)
         else:
-            # Also for "subspace": its predictions of a row of any length would have to be kept.
             r = over(lambda b, row: solve.residual(b, of(before, row)), vector)
             z = solve.rows_cg(
                 lambda p: over(lambda b, row: solve.normal(b, of(p, row)), vector),
@@ -252,11 +260,52 @@ def solve_long(shape: Shape, out: Array, long: Long, held: Array, shared: Shared
     return lax.fori_loop(0, shared.spans[0].count, body, out)
 
 
+def _long_subspace(
+    over: Callable[[Callable[[Block, Any], Any], Any], Any],
+    of: Callable[[Array, Any], Array],
+    d: Array,
+    z: Array,
+    block_size: int,
+) -> Array:
+    """Do the sweep of `solve.rows_subspace` for rows whose entries lie in many blocks.
+
+    Predictions are recomputed for each block of factors: for a row of any length they would not
+    fit in memory. ``over(part, zero)`` sums ``part(block, row)`` over all blocks of each row,
+    and ``of(rows, row)`` takes a row, with its leading axis, out of (R, K).
+    """
+    n_factors = z.shape[1]
+    size = min(block_size, n_factors)
+    spare = -n_factors % size
+    d = jnp.pad(d, ((0, 0), (0, spare)), constant_values=1)
+    z = jnp.pad(z, ((0, 0), (0, spare)))
+    zero = jnp.zeros((len(z), size, size), z.dtype), jnp.zeros((len(z), size), z.dtype)
+
+    def body(step: Any, z: Array) -> Array:
+        def own(a: Array) -> Array:
+            return lax.dynamic_slice_in_dim(a, step * size, size, -1)
+
+        def part(block: Block, row: Any) -> tuple[Array, Array]:
+            t = solve.predict(block, of(z, row)[:, :n_factors])
+            rows = own(jnp.pad(block.rows, ((0, 0), (0, 0), (0, spare))))
+            return solve.accumulate(Block(rows, block.w, block.v - block.w * t))
+
+        matrix, rhs = over(part, zero)
+        change = solve.rows_direct((matrix, rhs - own(d) * own(z)), own(d))
+        return lax.dynamic_update_slice_in_dim(z, own(z) + change, step * size, 1)
+
+    return lax.fori_loop(0, z.shape[1] // size, body, z)[:, :n_factors]
+
+
 class Measured(NamedTuple):
     """What a shard reads to measure its loss: its entries and its own table (S, K)."""
 
     own: Any
     table: Array
+
+
+def _without_offset(objective: Objective) -> tuple[Objective, Any]:
+    """An objective whose weights w are abs(c), as `solve.cells_loss` wants them; and its offset."""
+    return objective._replace(offset=jnp.zeros_like(objective.offset)), objective.offset
 
 
 def loss_rungs(
@@ -271,10 +320,13 @@ def loss_rungs(
 def _loss_rung(
     shape: Shape, span: Span, out: Array, measured: Measured, held: Array, shared: Shared
 ) -> Array:
+    objective, offset = _without_offset(shared.objective)
+
     def body(step: Any, source: Array, out: Array) -> Array:
-        slot, _, block = _chunk(shape, span, measured.own, source, shared.objective, step)
-        z = lax.dynamic_slice_in_dim(measured.table, slot, shape.rows)
-        part = solve.cells_loss(block, z.astype(shape.dtype))
+        slot, lengths, block = _chunk(shape, span, measured.own, source, objective, step)
+        z = lax.dynamic_slice_in_dim(measured.table, slot, shape.rows).astype(shape.dtype)
+        live = solve.entries_of(block.w.shape, lengths)
+        part = solve.cells_loss(block, z, live, offset)
         return lax.dynamic_update_slice(out, part, (slot,))
 
     return _over_chunks(shape, span, measured.own, held, body, out)
@@ -283,15 +335,17 @@ def _loss_rung(
 def loss_long(shape: Shape, out: Array, measured: Measured, held: Array, shared: Shared) -> Array:
     """Likewise for the long rows."""
     long = measured.own
+    objective, offset = _without_offset(shared.objective)
 
     def body(batch: Any, out: Array) -> Array:
         slots, _, z = _batch(shape, long, measured.table, batch)
 
-        def part(block: Block, row: Any) -> Array:
-            return solve.cells_loss(block, lax.dynamic_slice_in_dim(z, row, 1))
+        def part(block: Block, row: Any, left: Array) -> Array:
+            live = solve.entries_of(block.w.shape, left)
+            return solve.cells_loss(block, lax.dynamic_slice_in_dim(z, row, 1), live, offset)
 
         sums = _over_blocks(
-            shape, long, held, shared.objective, batch, part, jnp.zeros(LONG_ROWS, shape.dtype)
+            shape, long, held, objective, batch, part, jnp.zeros(LONG_ROWS, shape.dtype)
         )
         return out.at[slots].set(sums, mode="drop")
 

@@ -1,259 +1,60 @@
-"""Outside input to canonical CSR, ids and settings, or an error: got, expected, likely cause."""
+"""Outside input to canonical CSR, ids and tables, or an error: got, expected, likely cause."""
 
 from __future__ import annotations
 
-import math
 import operator
-import os
-import warnings
 from collections.abc import Callable, Collection, Iterable
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from scipy import sparse
-from sklearn.utils import assert_all_finite
 
-from .exceptions import ModelFitError, ParameterWarning
+from .exceptions import ModelFitError as ModelFitError
+from .exceptions import ParameterWarning as ParameterWarning
+from .host import require_memory
+from .matrices import canonical_csr as canonical_csr
+from .matrices import rows_for as rows_for
+from .matrices import warn_if_converted as warn_if_converted
+from .parameters import check_parameters, is_flag
 
-LINEAR_SOLVERS = ("auto", "cg", "cholesky", "subspace")
-DTYPES = ("float32", "float64", "bfloat16")
-
-
-def _integer(least: int) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, Integral) and not isinstance(v, bool) and int(v) >= least
-
-
-def _real(low: float, high: float = math.inf, is_open: bool = False) -> Callable[[Any], bool]:
-    def accepts(v: Any) -> bool:
-        if not isinstance(v, Real) or isinstance(v, bool) or not math.isfinite(v):
-            return False
-        return low < float(v) < high if is_open else low <= float(v) <= high
-
-    return accepts
+GROWTH = 1_000_000  # rows that a partial fit may add to any table, besides doubling it
+_ROWS_AT_ONCE = 1 << 16  # of a table that is looked at for NaN
 
 
-_PARAMETERS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "factors": (_integer(1), "an integer of at least 1"),
-    "regularization": (_real(0.0), "a finite number of at least 0"),
-    "alpha": (_real(0.0), "a finite number of at least 0"),
-    "iterations": (_integer(0), "an integer of at least 0"),
-    "num_threads": (_integer(0), "an integer of at least 0 (0: all cores)"),
-    "unobserved_weight": (_real(0.0), "a finite number of at least 0"),
-    "regularization_exponent": (
-        lambda v: v is None or _real(0.0)(v),
-        "None or a finite number of at least 0",
-    ),
-    "linear_solver": (
-        lambda v: v is None or (isinstance(v, str) and v in LINEAR_SOLVERS),
-        f"None or one of {LINEAR_SOLVERS}",
-    ),
-    "cg_steps": (_integer(1), "an integer of at least 1"),
-    "block_size": (_integer(1), "an integer of at least 1"),
-    "over_relaxation": (
-        _real(0.0, 2.0, is_open=True),
-        "a number between 0 and 2, where 1 is plain ALS",
-    ),
-    "validation_fraction": (_real(0.0, 1.0, is_open=True), "a number between 0 and 1"),
-    "n_iter_no_change": (_integer(1), "an integer of at least 1"),
-    "approximate_recall": (
-        lambda v: v is None or _real(0.0, 1.0, is_open=True)(v),
-        "None or a number between 0 and 1",
-    ),
-    "checkpoint_dir": (
-        lambda v: v is None or isinstance(v, (str, os.PathLike)),
-        "None or the path of a directory",
-    ),
-    "checkpoint_every": (_integer(1), "an integer of at least 1"),
-    "tol": (_real(0.0), "a finite number of at least 0"),
-}
-
-
-def check_parameters(parameters: dict[str, Any]) -> None:
-    """Raise ValueError for the first constructor parameter outside its range.
-
-    Parameters
-    ----------
-    parameters : dict
-        Name to value; names without a rule here are checked by the room that uses them.
-    """
-    for name, (accepts, expected) in _PARAMETERS.items():
-        if name in parameters and not accepts(parameters[name]):
-            raise ValueError(f"{name} must be {expected}, got {parameters[name]!r}")
-
-
-def storage_dtype(dtype: Any) -> str:
-    """Name of the storage dtype: "float32", "float64" or "bfloat16".
-
-    Parameters
-    ----------
-    dtype : dtype-like
-        np.float32, np.float64 or their names, or "bfloat16".
-
-    Raises
-    ------
-    ValueError
-        For anything else.
-    """
-    try:
-        name = dtype if isinstance(dtype, str) and dtype in DTYPES else np.dtype(dtype).name
-    except TypeError:
-        name = None
-    if name not in DTYPES:
-        raise ValueError(f"dtype must be np.float32, np.float64 or 'bfloat16', got {dtype!r}")
-    return name
-
-
-def random_generator(random_state: Any) -> np.random.Generator:
-    """Return the generator that implicit would draw the first tables with.
-
-    Parameters
-    ----------
-    random_state : int, None, numpy.random.RandomState, numpy.random.Generator or seed-like
-        A RandomState gives a seed (implicit means to, and fails); all else is NumPy's
-        `default_rng`, so a Generator is used as it is.
-    """
-    if isinstance(random_state, np.random.RandomState):
-        return np.random.default_rng(random_state.randint(2**31, dtype=np.int64))
-    return np.random.default_rng(random_state)
-
-
-def random_seed(random_state: Any) -> int:
-    """Draw a seed from what `random_generator` makes of this."""
-    return int(random_generator(random_state).integers(1 << 31))
-
-
-def fit_arguments(y: Any, show_progress: Any, callback: Any) -> tuple[bool, Callable | None]:
+def fit_arguments(
+    y: Any, show_progress: Any, callback: Any, default: Any = None
+) -> tuple[bool | None, Callable | None]:
     """Tell scikit-learn's `fit(X, y)` from implicit's `fit(user_items, show_progress, callback)`.
 
+    Parameters
+    ----------
+    y, show_progress, callback
+        As given to `fit`.
+    default : callable, optional
+        The attribute `fit_callback`, for where there is no callback.
+
     Returns
     -------
-    show_progress : bool
+    show_progress : bool or None
     callback : callable or None
+
+    Raises
+    ------
+    TypeError
+        For a callback that cannot be called, or a `show_progress` that is not True, False or None.
     """
     if callable(show_progress):
-        show_progress, callback = True, show_progress
+        show_progress, callback = None, show_progress
     if isinstance(y, (bool, np.bool_)):
         show_progress = y
+    name = "callback" if callback is not None else "fit_callback"
+    callback = default if callback is None else callback
     if callback is not None and not callable(callback):
         raise TypeError(
-            f"callback must be callable(iteration, seconds, loss), got {type(callback).__name__}"
+            f"{name} must be callable(iteration, seconds, loss), got {type(callback).__name__}"
         )
-    return bool(show_progress), callback
-
-
-def warn_if_converted(matrix: Any) -> None:
-    """Warn, as implicit does, where a sparse matrix is not CSR and has to be converted."""
-    if sparse.issparse(matrix) and matrix.ndim == 2 and matrix.format != "csr":
-        warnings.warn(
-            f"Method expects CSR input, and was passed {type(matrix).__name__} instead: it is "
-            "converted, which takes time and memory (pass user_items.tocsr())",
-            ParameterWarning,
-            stacklevel=3,
-        )
-
-
-def canonical_csr(matrix: Any) -> sparse.csr_matrix:
-    """Return a float32 csr_matrix with sorted indices and no duplicates; the input stays as it is.
-
-    Parameters
-    ----------
-    matrix : ndarray, sparse matrix or sparse array of shape (n_rows, n_columns)
-        A 1-D sparse array is one row. Of a dense array, zeros are not entries; zeros that a
-        sparse matrix stores are, as in implicit. Duplicate entries are summed (implicit lets
-        them count twice in the weights and once in the filters).
-
-    Raises
-    ------
-    ValueError
-        Where a stored value is not finite or too large for float32, or an index out of bounds.
-    """
-    if sparse.issparse(matrix) and matrix.ndim == 1:
-        matrix = matrix.reshape(1, -1)
-    csr = matrix.tocsr() if sparse.issparse(matrix) else sparse.csr_matrix(matrix)
-    with np.errstate(over="ignore"):
-        values = np.asarray(csr.data, dtype=np.float32)
-    if not np.isfinite(values).all():  # scikit-learn words the error, but is slow for a single row
-        assert_all_finite(values, input_name="user_items")
-    if csr.nnz and (csr.indices.min() < 0 or csr.indices.max() >= csr.shape[1]):
-        raise ValueError(f"a column index of the sparse matrix lies outside its shape {csr.shape}")
-    if isinstance(csr, sparse.csr_matrix) and values is csr.data and csr.has_canonical_format:
-        return csr
-    out = sparse.csr_matrix((values, csr.indices, csr.indptr), shape=csr.shape)
-    if not out.has_canonical_format:
-        out = out.copy()
-        out.sum_duplicates()
-    return out
-
-
-def rows_for(
-    matrix: Any,
-    n_rows: int | None,
-    n_columns: int,
-    name: str = "user_items",
-    strict: bool = True,
-    mask: np.ndarray | None = None,
-) -> sparse.csr_matrix:
-    """Check the rows that go with a list of ids.
-
-    Parameters
-    ----------
-    matrix : csr_matrix, csr_array or 1-D sparse array
-        One row for each id. Other sparse formats pass where not `strict`.
-    n_rows : int or None
-        Number of ids; None accepts any number of rows.
-    n_columns : int
-        Rows of the table that the columns refer to. Fewer columns are filled up; more are cut
-        off, and must hold no entries.
-    name : str
-        The argument's name, for messages.
-    strict : bool
-        Whether formats other than CSR are refused, as in `recommend`.
-    mask : ndarray of bool, optional
-        Where the ids came as a mask, `matrix` may have a row for each of its places.
-
-    Returns
-    -------
-    rows : csr_matrix of shape (n_rows, n_columns)
-        Canonical.
-
-    Raises
-    ------
-    ValueError
-        For another format, another number of rows, or entries beyond the table.
-    """
-    one_row = sparse.issparse(matrix) and matrix.ndim == 1
-    if not sparse.issparse(matrix) or (strict and matrix.format != "csr" and not one_row):
-        advice = f"{name}.tocsr()" if sparse.issparse(matrix) else f"csr_matrix({name})"
-        if matrix is None:
-            advice = "the rows of the ids"
-            advice += ", or filter_already_liked_items=False" if strict else ""
-        raise ValueError(
-            f"{name} needs to be a CSR sparse matrix, got {type(matrix).__name__}: pass {advice}"
-        )
-    rows = canonical_csr(matrix)
-    if mask is not None and rows.shape[0] == len(mask):
-        rows = rows[np.flatnonzero(mask)]
-    if n_rows is not None and rows.shape[0] != n_rows:
-        of, ids = ("item", "itemids") if name == "item_users" else ("user", "userids")
-        raise ValueError(
-            f"{name} must contain 1 row for every {of} in {ids}: got {rows.shape[0]} rows of "
-            f"shape {matrix.shape} for {n_rows} ids. Did you pass all rows? Use {name}[{ids}]"
-        )
-    return _fit_columns(rows, n_columns, name)
-
-
-def _fit_columns(rows: sparse.csr_matrix, n_columns: int, name: str) -> sparse.csr_matrix:
-    if rows.nnz and rows.indices.max() >= n_columns:
-        kind = "items" if name == "user_items" else "users"
-        raise ValueError(
-            f"{name} of shape {rows.shape} has an entry in column {rows.indices.max()}, but the "
-            f"model was fitted with {n_columns} {kind}. Is the matrix transposed, or are there "
-            f"new {kind} (add them with partial_fit_{kind})?"
-        )
-    if rows.shape[1] == n_columns:
-        return rows
-    return sparse.csr_matrix((rows.data, rows.indices, rows.indptr), (rows.shape[0], n_columns))
+    if show_progress is not None and not is_flag(show_progress):
+        raise TypeError(f"show_progress must be True, False or None, got {show_progress!r:.60}")
+    return None if show_progress is None else bool(show_progress), callback
 
 
 def ids_of(
@@ -286,21 +87,79 @@ def ids_of(
     """
     if type(ids) is int and count is not None and 0 <= ids < count:  # a server's usual call
         return np.array([ids]), True, None
+    array, is_scalar, mask = _integers(ids, name)
+    if mask is not None and count is not None and len(mask) != count:
+        raise IndexError(f"{name} is a mask of length {len(mask)}, expected {count}")
+    if count is not None and array.size and (array.min() < 0 or array.max() >= count):
+        wrong = array.min() if array.min() < 0 else array.max()
+        raise IndexError(f"{name} {wrong} is not in the model, which has ids 0 to {count - 1}")
+    return array.astype(np.int64), is_scalar, mask
+
+
+def _integers(ids: Any, name: str) -> tuple[np.ndarray, bool, np.ndarray | None]:
+    """Ids as they came, (n,); whether there was but one; and the mask, if it was one."""
     array = np.asarray(list(ids) if isinstance(ids, Collection) and _unordered(ids) else ids)
     is_scalar, mask = array.ndim == 0, None
     if array.ndim > 1:
         raise IndexError(f"{name} must be one id or a 1-D list of ids, got shape {array.shape}")
     if array.dtype == bool and not is_scalar:
-        if count is not None and len(array) != count:
-            raise IndexError(f"{name} is a mask of length {len(array)}, expected {count}")
         array, mask = np.flatnonzero(array), array
     if array.size and array.dtype.kind not in "iu":
         raise IndexError(f"{name} must hold integers, got dtype {array.dtype} ({ids!r:.60})")
-    array = np.atleast_1d(array).astype(np.int64)
-    if count is not None and array.size and (array.min() < 0 or array.max() >= count):
-        wrong = array.min() if array.min() < 0 else array.max()
-        raise IndexError(f"{name} {wrong} is not in the model, which has ids 0 to {count - 1}")
-    return array, is_scalar, mask
+    return np.atleast_1d(array), is_scalar, mask
+
+
+def one_id(ids: Any, count: int | None, name: str) -> int:
+    """Check an id of a table with `count` rows: a single one, of at least 0.
+
+    Raises
+    ------
+    IndexError
+        For several ids, none, or what `ids_of` refuses.
+    """
+    array = ids_of(ids, count, name)[0]
+    if len(array) != 1:
+        raise IndexError(f"{name} must be exactly one id, got {len(array)}: call once for each")
+    if array[0] < 0:
+        raise IndexError(f"{name} must not be negative, got {array[0]}")
+    return int(array[0])
+
+
+def ids_to_store(ids: Any, n_rows: int, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Check the ids of rows to store in a table, which they may grow.
+
+    Parameters
+    ----------
+    ids : array-like of int
+        Ids may repeat.
+    n_rows : int
+        Rows of the table. It may grow to twice as many and `GROWTH` more.
+    name : str
+        The argument's name, for messages.
+
+    Returns
+    -------
+    ids : ndarray of int64 and shape (n,)
+    mask : ndarray of bool or None
+        The mask that was given, if any.
+
+    Raises
+    ------
+    IndexError
+        For ids that are no integers, negative, or so large that the table would grow too far.
+    """
+    array, _, mask = _integers(ids, name)
+    if array.size and array.min() < 0:
+        raise IndexError(f"{name} must not be negative, got {array.min()}")
+    bound = 2 * n_rows + GROWTH
+    if array.size and int(array.max()) >= bound:
+        raise IndexError(
+            f"{name} {array.max()} is too far beyond the table, which has {n_rows} rows: one call "
+            f"grows it to {bound} rows at most, twice its size and {GROWTH:,}, because the rows in "
+            f"between are zero. Number new {name.removesuffix('ids')}s from {n_rows} on, or assign "
+            f"{name.removesuffix('ids')}_factors a larger table first"
+        )
+    return array.astype(np.int64), mask
 
 
 def _unordered(ids: Collection) -> bool:
@@ -338,14 +197,57 @@ def selection(
 
 
 def result_count(n: Any) -> int:
-    """Check N, the number of results: an integer of at least 0."""
+    """Check N, the number of results: an integer of at least 0 and below 2**31."""
     try:
         n = operator.index(n)
     except TypeError:
         raise TypeError(f"N must be an integer, got {type(n).__name__}") from None
     if n < 0:
         raise ValueError(f"N must be at least 0, got {n}")
+    if n >= 1 << 31:
+        raise ValueError(f"N must be below 2**31, as ids are int32, got {n}")
     return n
+
+
+def require_results(n_queries: int, n: int, dtype: Any) -> None:
+    """Raise MemoryError where ids and scores (n_queries, n) would not fit into memory."""
+    size = n_queries * n
+    require_memory(
+        {"ids": 4 * size, "scores": size * np.dtype(dtype).itemsize},
+        f"set N to less than {n}, or pass fewer than {n_queries} ids at a time",
+    )
+
+
+def solver_arguments(X: Any, Y: Any, regularization: Any, num_threads: Any) -> None:
+    """Check the tables and the ridge that the callable `solver` is given.
+
+    Parameters
+    ----------
+    X : ndarray of float and shape (n_rows, factors)
+        To be written into.
+    Y : array of shape (n_columns, factors)
+        The table held fixed.
+    regularization : float
+        Finite, at least 0.
+    num_threads : int or None
+        At least 0.
+
+    Raises
+    ------
+    ValueError
+        For anything else. Nothing has been written then.
+    """
+    if not isinstance(X, np.ndarray) or X.ndim != 2 or X.dtype.kind != "f" or not X.flags.writeable:
+        got = type(X).__name__
+        if isinstance(X, np.ndarray):
+            got = f"{X.dtype} of shape {X.shape}, writeable={X.flags.writeable}"
+        raise ValueError(f"X must be a writeable 2-D array of floats, as it is solved; got {got}")
+    shape = np.shape(Y)
+    if len(shape) != 2 or shape[1] != X.shape[1]:
+        raise ValueError(
+            f"Y must have shape (n_columns, {X.shape[1]}), the factors of X, got {shape}"
+        )
+    check_parameters({"regularization": regularization, "num_threads": num_threads or 0})
 
 
 def factor_table(table: Any, name: str) -> np.ndarray | None:
@@ -354,29 +256,73 @@ def factor_table(table: Any, name: str) -> np.ndarray | None:
     Parameters
     ----------
     table : array-like of shape (n_rows, n_factors) or None
-        Also anything with `to_numpy`, such as implicit's GPU matrices.
+        Also anything with `to_numpy`, such as implicit's GPU matrices. There may be no rows.
     name : str
         The attribute's name, for messages.
+
+    Raises
+    ------
+    ValueError
+        For another number of axes, no columns, or values that are no finite numbers.
     """
     if table is None:
         return None
     array = np.asarray(table.to_numpy() if hasattr(table, "to_numpy") else table)
-    if array.ndim != 2 or array.dtype.kind not in "fiuV":
+    # "V" is bfloat16; structures are of that kind as well.
+    if array.ndim != 2 or array.dtype.kind not in "fiuV" or array.dtype.names or not array.shape[1]:
         raise ValueError(
             f"{name} must be a 2-D array of numbers (n_rows, n_factors), "
             f"got shape {array.shape} of {array.dtype}"
         )
-    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
+    if array.dtype not in (np.float32, np.float64):
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+    _check_finite(array, name)
+    return array
 
 
-def start_table(table: np.ndarray, shape: tuple[int, int], name: str) -> np.ndarray:
-    """Check that a table to continue from has the shape that the data and `factors` ask for."""
-    if table.shape != shape:
+def _check_finite(array: np.ndarray, name: str) -> None:
+    for low in range(0, len(array), _ROWS_AT_ONCE):
+        with np.errstate(all="ignore"):
+            sums = array[low : low + _ROWS_AT_ONCE].sum(axis=-1)
+        suspects = np.flatnonzero(~np.isfinite(sums)) + low
+        # Sums of finite numbers may overflow.
+        bad = [row for row in suspects if not np.isfinite(array[row]).all()]
+        if bad:
+            raise ValueError(
+                f"{name} must hold finite numbers, got NaN, infinity or values too large for "
+                f"float32 (first in row {bad[0]}: {array[bad[0]]!r:.100})"
+            )
+
+
+def same_width(user_width: int, item_width: int) -> None:
+    """Raise ValueError where rows of a user and an item table differ in their number of factors."""
+    if user_width != item_width:
         raise ValueError(
-            f"{name} to start from has shape {table.shape}, but the data and `factors` need "
-            f"{shape}. Set {name} to None, or warm_start to False, to start anew"
+            f"user_factors and item_factors must have equally many columns to be multiplied, got "
+            f"{user_width} and {item_width}: assign two tables of one model"
         )
-    return table
+
+
+def derived(value: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Check a gramian or norms that were assigned, of the given shape.
+
+    Raises
+    ------
+    ValueError
+        For another shape, values that are no finite numbers, or lengths that are not positive.
+    """
+    array = np.asarray(value)
+    is_length = len(shape) == 1
+    good = array.shape == shape and array.dtype.kind in "fiu" and bool(np.isfinite(array).all())
+    if not good or (is_length and not (array > 0).all()):
+        expected = "positive numbers" if is_length else "numbers"
+        raise ValueError(
+            f"{name} must hold finite {expected} of shape {shape}, got shape {array.shape} of "
+            f"{array.dtype}{' with other values' if array.shape == shape else ''}. Set {name} to "
+            "None to have it computed"
+        )
+    return array
 
 
 def finite_rows(rows: np.ndarray, what: str) -> np.ndarray:

@@ -1,0 +1,118 @@
+"""Every wrong call fails with a clear error, and the fitted model answers as before.
+
+The tables of cases are in ``bad_models.py`` and ``bad_functions.py``; matrices that could crash
+the process are tried in another one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import bad_functions
+import bad_models
+import corrupt_worker
+import numpy as np
+import pytest
+from bad_models import N_USERS, ROWS, Case
+from models import make
+
+from tpu_als import TPUAlternatingLeastSquares
+
+CASES = [*bad_models.cases(), *bad_functions.cases()]
+
+
+@pytest.fixture(scope="module")
+def model() -> TPUAlternatingLeastSquares:
+    fitted = make(TPUAlternatingLeastSquares, use_cg=True, devices=1)
+    return fitted.fit(ROWS, show_progress=False)
+
+
+def answers(model: TPUAlternatingLeastSquares) -> list[Any]:
+    """What a server would get of the model, its tables and its parameters."""
+    parameters = {name: repr(value) for name, value in model.get_params().items()}
+    return [
+        *model.recommend(np.arange(N_USERS), ROWS, N=4),
+        *model.recommend(3, ROWS[3], recalculate_user=True),
+        *model.similar_items([0, 5]),
+        model.transform(ROWS[:6]),
+        model.user_factors.copy(),
+        model.item_factors.copy(),
+        parameters,
+        model.n_features_in_,
+        model.n_iter_,
+    ]
+
+
+@pytest.fixture(scope="module")
+def before(model: TPUAlternatingLeastSquares) -> list[Any]:
+    return answers(model)
+
+
+@pytest.fixture(autouse=True)
+def counted(record_property: Any) -> None:
+    record_property("proof: bad inputs refused", 1)
+
+
+def carry_out(case: Case, model: TPUAlternatingLeastSquares) -> None:
+    """Change what the case changes, where an error is as good as at the call, and call."""
+    for name, value in case.settings.items():
+        setattr(model, name, value)
+    case.call(model)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_clear_error_and_the_same_model(
+    model: TPUAlternatingLeastSquares, before: list[Any], case: Case, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)  # nothing may be written
+    own = copy.deepcopy(model)
+    parameters = own.get_params()
+    old = {name: copy.copy(getattr(own, name)) for name in case.settings}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(case.error, match=case.message):
+            carry_out(case, own)
+    for name, value in {**parameters, **old}.items():
+        setattr(own, name, value)
+    for now, then in zip(answers(own), before, strict=True):
+        np.testing.assert_array_equal(now, then)
+    assert not list(tmp_path.iterdir())
+
+
+def test_there_are_enough_cases_and_no_two_of_one_name() -> None:
+    names = [case.name for case in CASES]
+    assert len(names) >= 120
+    assert len(set(names)) == len(names)
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> dict[str, str]:
+    """What became of each corrupt matrix: an error, no error, or the end of the process."""
+    found: dict[str, str] = {}
+    while left := [name for name in corrupt_worker.NAMES if name not in found]:
+        done = subprocess.run(
+            [sys.executable, corrupt_worker.__file__, *left], capture_output=True, text=True
+        )
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        found.update({name: verdict for name, verdict in lines if verdict})
+        unfinished = [name for name, _ in lines if name not in found]
+        if unfinished:
+            found[unfinished[-1]] = f"the process ended with {done.returncode}"
+        elif not lines:
+            raise RuntimeError(done.stderr[-3000:])
+    return found
+
+
+@pytest.mark.parametrize("name", corrupt_worker.NAMES)
+def test_a_corrupt_matrix(verdicts: dict[str, str], name: str) -> None:
+    """The error is a ValueError that names what is wrong, and the model answers as before."""
+    assert verdicts[name].startswith("ValueError, as before: ")
+    words = ("indptr", "indices", "column index", "row", "data")
+    assert any(word in verdicts[name] for word in words)

@@ -1,0 +1,89 @@
+"""Directories with compiled code: who may write there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+import tpu_als
+from tpu_als import programs
+from tpu_als._private import private_directory
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes and owners are of POSIX")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A cache with one program in it, all of it private."""
+    path = tmp_path / "cache"
+    (path / "loops").mkdir(parents=True)
+    (path / "loops" / "index.nbi").write_bytes(b"")
+    for entry, mode in ((path, 0o755), (path / "loops", 0o755), (path / "loops/index.nbi", 0o644)):
+        entry.chmod(mode)
+    return path
+
+
+def refused(path: Path, message: str) -> None:
+    """The directory is refused, and nothing is set."""
+    with pytest.raises(PermissionError, match=message):
+        tpu_als.enable_compilation_cache(path)
+    assert programs.compilation_cache is None and jax.config.jax_compilation_cache_dir is None
+
+
+def test_private_ones_pass(folder: Path, tmp_path: Path) -> None:
+    assert private_directory(folder) == folder.resolve()
+    assert private_directory(str(folder)) == folder.resolve()
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    assert private_directory(link) == folder.resolve()
+
+
+def test_made_for_this_user_alone(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        made = private_directory(tmp_path / "deep" / "cache")
+    finally:
+        os.umask(before)
+    assert made.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o757, 0o777, 0o1777])
+def test_writable_by_others(folder: Path, mode: int) -> None:
+    folder.chmod(mode)
+    refused(folder, f"cache is writable by others .mode {mode:o}.: .* chmod -R go-w")
+
+
+@pytest.mark.parametrize("inside", ["loops", "loops/index.nbi"])
+def test_writable_inside(folder: Path, inside: str) -> None:
+    (folder / inside).chmod(0o666 if inside.endswith("nbi") else 0o777)
+    refused(folder, f"{inside} is writable by others")
+    folder.chmod(0o700)  # which nobody else can enter
+    assert private_directory(folder) == folder.resolve()
+
+
+def test_of_another_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    refused(folder, f"cache belongs to user {owner}, not to user {owner + 1} of this process")
+
+
+def test_a_file_of_another_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lstat = Path.lstat
+
+    def of_another(path: Path) -> os.stat_result:
+        info = list(lstat(path))
+        info[4] += path.name == "index.nbi"  # the owner
+        return os.stat_result(info)
+
+    monkeypatch.setattr(Path, "lstat", of_another)
+    refused(folder, "index.nbi belongs to user")
+
+
+def test_parents_that_anybody_may_replace(folder: Path) -> None:
+    folder.parent.chmod(0o777)
+    refused(folder, "anybody may replace it, as .* is writable by all users")
+    folder.parent.chmod(0o1777)  # as /tmp is: only owners rename there
+    assert private_directory(folder) == folder.resolve()

@@ -1,0 +1,333 @@
+"""Columns of an event frame as ids, numbers or times, or an error: column, row and value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Set
+from datetime import datetime
+from decimal import Decimal
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+_LARGEST = float(np.finfo(np.float32).max)
+_WIDEST = {"b": np.bool_, "i": np.int64, "u": np.uint64, "f": np.float64}
+_KINDS = {
+    "b": "booleans", "i": "numbers", "u": "numbers", "f": "numbers", "c": "complex numbers",
+    "m": "time spans",
+}  # fmt: skip
+# Kinds of objects that pandas finds without a loop in Python.
+_INFERRED = {
+    "string": "text", "boolean": "booleans", "integer": "numbers", "floating": "numbers",
+    "mixed-integer-float": "numbers", "decimal": "numbers", "empty": "nothing",
+}  # fmt: skip
+_ZONE = r"[T ].*(?:Z|[+-]\d\d:?(?:\d\d)?)$"  # how an ISO 8601 text with an offset ends
+
+
+def columns_of(frame: Any, names: list[str]) -> list[pd.Series]:
+    """Columns of an event frame, without missing values.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        One event a row.
+    names : list of str
+        The columns.
+
+    Raises
+    ------
+    TypeError
+        For anything but a pandas DataFrame.
+    ValueError
+        For a column that the frame lacks or has twice, or a missing value.
+    """
+    if not isinstance(frame, pd.DataFrame):
+        way = "frame.to_pandas()" if hasattr(frame, "to_pandas") else "pandas.DataFrame(frame)"
+        kind = f"{type(frame).__module__}.{type(frame).__qualname__}"
+        raise TypeError(f"frame must be a pandas DataFrame, got {kind}: pass {way}")
+    lacking = [name for name in names if name not in frame.columns]
+    if lacking:
+        which = f"column {lacking[0]!r} is" if len(names) == 1 else f"columns {lacking} are"
+        raise ValueError(f"{which} not in the frame, which has {list(frame.columns)}")
+    for name in names:
+        if isinstance(frame[name], pd.DataFrame):
+            raise ValueError(
+                f"the frame has {frame[name].shape[1]} columns named {name!r}, expected one: "
+                "rename or drop the others"
+            )
+        missing = np.flatnonzero(frame[name].isna())
+        if len(missing):
+            raise ValueError(
+                f"column {name!r} must have no missing values, got {len(missing)}, the first in "
+                f"row {missing[0]} (counted from 0): drop those rows first"
+            )
+    return [frame[name] for name in names]
+
+
+def ids_and_places(column: pd.Series, given: Any, name: str) -> tuple[pd.Index, np.ndarray]:
+    """Distinct ids, and the place of each of a column's values among them.
+
+    Parameters
+    ----------
+    column : Series of length n
+        Ids of one type that sorts.
+    given : Index, list, array or None
+        The ids to use, in their order; None takes those that occur, ascending.
+    name : str
+        Name of that argument, for messages.
+
+    Returns
+    -------
+    ids : Index of shape (m,)
+    places : ndarray of int64 and shape (n,)
+        -1 for a value that is not among the given ids.
+
+    Raises
+    ------
+    TypeError
+        For given ids that are not a 1-D list, array or Index.
+    ValueError
+        For ids of several types, ids that do not sort or compare, floating-point ids that are too
+        large to be exact, and given ids that are missing or repeated.
+    """
+    values, label = _plain(column), f"column {column.name!r}"
+    kind = _kind(values, label)
+    _require_exact(values, column.name)
+    codes, occurring = _distinct(values)
+    distinct = pd.Index(occurring, tupleize_cols=False)
+    if given is None:
+        try:
+            order = distinct.argsort()
+        except TypeError as error:
+            raise ValueError(f"{label} holds {kind}, which do not sort: {error}") from error
+        ranks = np.empty(len(order), np.int64)
+        ranks[order] = np.arange(len(order))
+        return distinct[order], ranks[codes]
+    ids = _given_ids(given, name)
+    known = pd.Index(_plain(pd.Series(ids)), tupleize_cols=False)
+    theirs = _kind(known, f"{name}=")
+    if len(known) and len(values) and theirs != kind:
+        raise ValueError(
+            f"{name}= holds {theirs} (such as {shown(known[0])}), but {label} holds {kind} (such "
+            f"as {shown(values[0])}), so that no id can match: convert one of them with astype"
+        )
+    return ids, known.get_indexer(distinct)[codes].astype(np.int64)
+
+
+def numbers_of(column: pd.Series) -> np.ndarray:
+    """Values of a column of numbers or booleans, as float64.
+
+    Parameters
+    ----------
+    column : Series of length n
+
+    Returns
+    -------
+    ndarray of float64 and shape (n,)
+
+    Raises
+    ------
+    ValueError
+        For a value that is not a number, not finite, or too large for float32.
+    """
+    values = _plain(column)
+    if values.dtype.kind not in _WIDEST:
+        values = values.astype(object)
+        for row, value in enumerate(values):
+            if not isinstance(value, (Real, Decimal, np.bool_)):
+                advice = f"convert it, for example with pandas.to_numeric(frame[{column.name!r}])"
+                raise _refusal(column.name, row, value, "a number", advice)
+        values = values.map(_as_float)
+    result = values.to_numpy(np.float64)
+    wrong = np.flatnonzero(~(np.abs(result) <= _LARGEST))
+    if len(wrong):
+        advice = f"replace such values, {len(wrong)} in all, or drop their rows"
+        value = column.iloc[wrong[0]]
+        raise _refusal(column.name, wrong[0], value, "a finite number within float32", advice)
+    return result
+
+
+def ranks_of_times(column: pd.Series) -> np.ndarray:
+    """Ranks of a column of times; equal times have equal ranks.
+
+    Parameters
+    ----------
+    column : Series of length n
+        Times, dates, time spans, periods, finite numbers, text by ISO 8601, or an ordered
+        categorical, which goes by its own order.
+
+    Returns
+    -------
+    ndarray of int64 and shape (n,)
+
+    Raises
+    ------
+    ValueError
+        For values of several types, or a value that is not a time.
+    """
+    name = column.name
+    if isinstance(column.dtype, pd.CategoricalDtype) and column.cat.ordered:
+        return column.cat.codes.to_numpy(np.int64)
+    values = _plain(column)
+    kind = _kind(values, f"column {name!r}")
+    if kind in ("booleans", "complex numbers"):
+        raise _refusal(name, 0, values[0], "a time", "split by a column of times")
+    codes, distinct = _distinct(values)
+    times = pd.Series(distinct)
+    if kind == "text":
+        times = _parsed(times, values, name)
+    elif values.dtype.kind == "f" and np.isinf(values).any():
+        row = np.flatnonzero(np.isinf(values))[0]
+        raise _refusal(name, row, values[row], "a finite time", "replace it or drop its row")
+    # Ranks: interpolated or as floats, moments less than a microsecond apart would not keep apart.
+    try:
+        ranks = times.rank(method="dense").to_numpy(np.int64)
+    except TypeError as error:
+        raise ValueError(f"column {name!r} holds {kind}, which do not sort: {error}") from error
+    return ranks[codes]
+
+
+def _parsed(texts: pd.Series, values: pd.Series, name: str) -> pd.Series:
+    """Distinct texts as times in UTC; `values` are the column that they are of."""
+    times = pd.to_datetime(texts, format="ISO8601", errors="coerce", utc=True)
+    zoned = texts.str.contains(_ZONE, regex=True).to_numpy(bool)
+    wrong, expected = times.isna().to_numpy(), "text by ISO 8601 (such as '2020-01-31 12:00')"
+    if not wrong.any() and len(zoned):
+        wrong = zoned != zoned[0]
+        expected = f"a time {'with' if zoned[0] else 'without'} an offset, as in row 0"
+    if wrong.any():
+        row = np.flatnonzero(values.isin(texts[wrong]))[0]
+        advice = f"convert the column first, with pandas.to_datetime(frame[{name!r}], format=...)"
+        raise _refusal(name, row, values[row], expected, advice)
+    return times
+
+
+def _given_ids(given: Any, name: str) -> pd.Index:
+    """`users=` or `items=` as an Index without missing or repeated ids."""
+    is_list = isinstance(given, Iterable) and not isinstance(
+        given, (str, bytes, Mapping, Set, pd.DataFrame)
+    )
+    if not is_list or getattr(given, "ndim", 1) != 1:
+        advice = f"pass sorted({name})" if isinstance(given, Set) else "pass the ids themselves"
+        raise TypeError(
+            f"{name}= must be a 1-D list, array or Index of ids, got {type(given).__name__}: "
+            f"{advice}"
+        )
+    if isinstance(given, pd.MultiIndex):
+        given = given.to_flat_index()
+    elif not isinstance(given, (pd.Index, pd.Series, np.ndarray)):
+        given = list(given)
+    ids = given if isinstance(given, pd.Index) else pd.Index(given, tupleize_cols=False)
+    if ids.isna().any():
+        raise ValueError(
+            f"{name}= must have no missing values, got {ids.isna().sum()}: drop them first"
+        )
+    if not ids.is_unique:
+        again = ids[ids.duplicated()]
+        raise ValueError(
+            f"{name}= must hold each id once, got {shown(again[0])} more than once ({len(again)} "
+            f"repeated ids): pass pandas.unique({name})"
+        )
+    return ids
+
+
+def _plain(column: pd.Series) -> pd.Series:
+    """Values by position; of categoricals and nullable types what they hold."""
+    values = column.reset_index(drop=True)
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        values = values.astype(values.cat.categories.dtype)
+    if isinstance(values.dtype, (np.dtype, pd.StringDtype)):
+        return values
+    if values.dtype.kind in _WIDEST:
+        return pd.Series(values.to_numpy(_WIDEST[values.dtype.kind]))
+    if isinstance(values.dtype, pd.ArrowDtype):  # text, times and the like
+        return values.astype(object).infer_objects()
+    return values
+
+
+def _distinct(values: pd.Series) -> tuple[np.ndarray, Any]:
+    """The place of each value among the distinct ones (n,), and these."""
+    return pd.factorize(values.to_numpy() if isinstance(values.dtype, np.dtype) else values.array)
+
+
+def _kind(values: pd.Series | pd.Index, label: str) -> str:
+    """What kind of values these are, in words; values of different kinds do not compare."""
+    dtype = values.dtype
+    if isinstance(dtype, pd.StringDtype):
+        return "text"
+    if dtype.kind == "M":
+        return _time_kind(getattr(dtype, "tz", None))
+    if not pd.api.types.is_object_dtype(dtype):
+        return _KINDS.get(dtype.kind, str(dtype))
+    inferred = _INFERRED.get(pd.api.types.infer_dtype(values, skipna=False))
+    if inferred is not None:
+        return inferred
+    first = None
+    for row, value in enumerate(values):
+        kind = _kind_of(value)
+        first = kind if first is None else first
+        try:
+            hash(value)
+        except TypeError:
+            raise ValueError(
+                f"{label} holds {shown(value)} in row {row} (counted from 0), which cannot be "
+                "hashed: use numbers, text, times or tuples of them"
+            ) from None
+        if kind != first:
+            raise ValueError(
+                f"{label} holds values of different types, which do not compare: {first} "
+                f"({shown(values[0])}) in row 0, but {kind} ({shown(value)}) in row {row} "
+                "(counted from 0). Convert them to one type, for example with astype(str)"
+            )
+    return first or "nothing"
+
+
+def _kind_of(value: Any) -> str:
+    if isinstance(value, (bool, np.bool_)):
+        return "booleans"
+    if isinstance(value, (Real, Decimal)):
+        return "numbers"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, datetime):
+        return _time_kind(value.tzinfo)
+    return f"{type(value).__name__} objects"
+
+
+def _time_kind(zone: Any) -> str:
+    return "times without a time zone" if zone is None else "times with a time zone"
+
+
+def _require_exact(values: pd.Series, name: str) -> None:
+    """Refuse ids of floating point that may stand for several integers."""
+    if values.dtype.kind == "f":
+        limit = 2.0 ** (np.finfo(values.dtype).nmant + 1)
+        wrong = np.flatnonzero(np.abs(values) > limit)
+        if len(wrong):
+            expected = f"an id of at most {limit:.0f}, above which {values.dtype} is not exact"
+            advice = "read the column as integers or text"
+            raise _refusal(name, wrong[0], values[wrong[0]], expected, advice)
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond float64
+        return float("inf")
+
+
+def _refusal(name: Any, row: int, value: Any, expected: str, advice: str) -> ValueError:
+    return ValueError(
+        f"column {name!r} holds {shown(value)} ({type(_unboxed(value)).__name__}) in row {row} "
+        f"(counted from 0), expected {expected}: {advice}"
+    )
+
+
+def shown(value: Any) -> str:
+    """A value as messages have it."""
+    return f"{_unboxed(value)!r:.60}"
+
+
+def _unboxed(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value

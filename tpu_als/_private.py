@@ -1,0 +1,67 @@
+"""Directories from which code is loaded, and that only their user may therefore write to."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_OTHERS_ENTER = stat.S_IXGRP | stat.S_IXOTH
+
+
+def private_directory(path: str | os.PathLike[str]) -> Path:
+    """Make a directory that only this user may write to, or check that an existing one is such.
+
+    Parameters
+    ----------
+    path : path-like
+        The directory; made, for this user alone, where it does not exist.
+
+    Returns
+    -------
+    Path
+        Absolute and without symbolic links, so that nobody can redirect it later.
+
+    Raises
+    ------
+    PermissionError
+        On POSIX, where the directory or anything in it belongs to another user or can be written
+        by others, or where anybody can replace one of its parents. Access control lists are not
+        looked at.
+    """
+    folder = Path(path).expanduser().resolve()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if os.name != "posix":
+        return folder
+    for parent in folder.parents:
+        mode = parent.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise PermissionError(
+                f"{folder} is to hold code that is run, but anybody may replace it, as {parent} is "
+                "writable by all users: take a directory below your home"
+            )
+    is_closed = not folder.stat().st_mode & _OTHERS_ENTER
+    for entry in _tree(folder):
+        info = entry.lstat()
+        is_shared = info.st_mode & _OTHERS_WRITE and not stat.S_ISLNK(info.st_mode)
+        if info.st_uid != os.geteuid():
+            problem = f"belongs to user {info.st_uid}, not to user {os.geteuid()} of this process"
+        elif is_shared and (entry == folder or not is_closed):
+            problem = f"is writable by others (mode {stat.S_IMODE(info.st_mode):o})"
+        else:
+            continue
+        raise PermissionError(
+            f"{folder} is to hold code that is run, but {entry} {problem}: take a new directory, "
+            f"or remove what others may have put there and run chmod -R go-w {folder}"
+        )
+    return folder
+
+
+def _tree(folder: Path) -> Iterator[Path]:
+    """A directory and all that is in it."""
+    yield folder
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            yield Path(parent, name)

@@ -1,0 +1,89 @@
+"""Models to and from files and other devices."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import replace
+from typing import BinaryIO, Self
+
+from . import model_file, parameters, subclasses
+from .fitted import SIDES, FactorTable, FittedModel
+
+
+class Saving:
+    """implicit's `save`, `load` and `to_gpu`."""
+
+    use_gpu: bool | None
+
+    _fitted: FittedModel
+
+    def save(self, fileobj_or_path: str | os.PathLike | BinaryIO) -> None:
+        """Write the model to an .npz file that implicit can load as well.
+
+        Parameters
+        ----------
+        fileobj_or_path : str, path or binary file object
+            A path gets ".npz" where it lacks it. It is replaced only by a complete file: a kill
+            leaves the old one. Mode and symbolic links stay.
+
+        Raises
+        ------
+        ValueError
+            For parameters out of range, and tables that do not go with `factors`.
+
+        Notes
+        -----
+        Kept are the parameters, the tables, and the public attributes of a fit; of a subclass also
+        its own parameters where they are arrays, numbers and text, or lists, dicts and tuples of
+        such. `checkpoint_dir` is not: the next fit would obey a path that the file names. What is
+        lost beyond that (random generators, device handles, further attributes) is named by one
+        DataWarning. A model without both tables is saved with a DataWarning as well.
+        """
+        parameters.check(self)
+        subclasses.warn_if_unfitted(self)
+        fitted = self._fitted
+        values = {
+            "user_factors": fitted.user.read(),
+            "item_factors": fitted.item.read(),
+            "n_iter_": fitted.n_iter,
+            "history_": fitted.history,
+            "feature_names_in_": fitted.feature_names,
+        }
+        ours = {name: getattr(self, name) for name in parameters.RULES}
+        own = subclasses.own_values(self)
+        lost = model_file.save_model(fileobj_or_path, ours, values, own)
+        subclasses.warn_of_lost(self, lost)
+
+    @classmethod
+    def load(cls, fileobj_or_path: str | os.PathLike | BinaryIO) -> Self:
+        """Read a model that `save`, or implicit's, wrote. Nothing is unpickled.
+
+        Parameters
+        ----------
+        fileobj_or_path : str, path or binary file object
+            A path may lack its ".npz".
+
+        Raises
+        ------
+        FileNotFoundError, IsADirectoryError
+            Where there is no such file.
+        ModelFileError
+            A ValueError. Where the file is damaged, out of proportion, of another kind or of a
+            later format, or where its values contradict each other.
+        """
+        own_names = subclasses.own_parameters(cls)
+        found, fitted = model_file.load_model(fileobj_or_path, parameters.RULES, own_names)
+        own = {name: found.pop(name) for name in own_names if name in found}
+        model = subclasses.construct(cls, found, own)
+        loaded = FittedModel(n_iter=fitted.get("n_iter_"), history=fitted.get("history_"))
+        for side in SIDES:
+            loaded = loaded.with_table(side, FactorTable(fitted.get(f"{side}_factors")))
+        model._fitted = replace(loaded, feature_names=fitted.get("feature_names_in_"))
+        return model
+
+    def to_gpu(self) -> Self:
+        """Return a copy whose next computation requires a GPU."""
+        twin = copy.deepcopy(self)
+        twin.use_gpu = True
+        return twin

@@ -1,0 +1,100 @@
+"""implicit's behaviour to the letter, where scikit-learn's differs."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from .estimator import TPUAlternatingLeastSquares
+
+__all__ = ["AlternatingLeastSquares"]
+
+
+class AlternatingLeastSquares(TPUAlternatingLeastSquares):
+    """`TPUAlternatingLeastSquares` as code that was written for implicit expects it.
+
+    Parameters are in the order of the function ``implicit.als.AlternatingLeastSquares``, with
+    `use_gpu` before `iterations`, and `warm_start` is True by default: each call of `fit`
+    continues from the present tables, so that fifteen fits of one iteration are one fit of fifteen.
+    Where the matrix has more rows or columns than the tables, new ones are drawn; where it has
+    fewer, `fit` raises a ValueError. All else is as in `TPUAlternatingLeastSquares`, whose text
+    describes the parameters; ``warm_start=False`` starts each fit anew.
+
+    Examples
+    --------
+    >>> from scipy.sparse import csr_matrix
+    >>> from tpu_als.compat import AlternatingLeastSquares
+    >>> plays = csr_matrix([[3, 1, 0, 0], [1, 4, 1, 0], [0, 0, 2, 5]])
+    >>> model = AlternatingLeastSquares(factors=2, alpha=10, iterations=1, random_state=0)
+    >>> for _ in range(15):
+    ...     _ = model.fit(plays, show_progress=False)
+    >>> model.recommend(0, plays[0], N=2)[0].tolist()
+    [2, 3]
+    """
+
+    def __init__(
+        self,
+        factors: int = 100,
+        regularization: float = 0.01,
+        alpha: float = 1.0,
+        dtype: Any = np.float32,
+        use_native: bool = True,
+        use_cg: bool = True,
+        use_gpu: bool | None = None,
+        iterations: int = 15,
+        calculate_training_loss: bool = False,
+        num_threads: int = 0,
+        random_state: Any = None,
+        *,
+        objective: str = "implicit",
+        unobserved_weight: float = 1.0,
+        regularization_exponent: float | None = None,
+        linear_solver: str | None = None,
+        cg_steps: int = 3,
+        devices: Any = None,
+        table_layout: str = "auto",
+        over_relaxation: float = 1.0,
+        warm_start: bool = True,
+        block_size: int = 64,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 3,
+        tol: float = 1e-4,
+        approximate_recall: float | None = None,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 1,
+        verbose: bool | None = None,
+    ) -> None:
+        super().__init__(
+            factors=factors,
+            regularization=regularization,
+            alpha=alpha,
+            dtype=dtype,
+            use_native=use_native,
+            use_cg=use_cg,
+            use_gpu=use_gpu,
+            iterations=iterations,
+            calculate_training_loss=calculate_training_loss,
+            num_threads=num_threads,
+            random_state=random_state,
+            objective=objective,
+            unobserved_weight=unobserved_weight,
+            regularization_exponent=regularization_exponent,
+            linear_solver=linear_solver,
+            cg_steps=cg_steps,
+            devices=devices,
+            table_layout=table_layout,
+            over_relaxation=over_relaxation,
+            warm_start=warm_start,
+            block_size=block_size,
+            early_stopping=early_stopping,
+            validation_fraction=validation_fraction,
+            n_iter_no_change=n_iter_no_change,
+            tol=tol,
+            approximate_recall=approximate_recall,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_every=checkpoint_every,
+            verbose=verbose,
+        )

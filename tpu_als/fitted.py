@@ -1,0 +1,342 @@
+"""A fitted model as one immutable value: both tables, and what is derived from them.
+
+A call takes the `FittedModel` of an estimator once, at its start, and works with that one alone.
+A writer builds another one and publishes it by a single assignment. So a call sees one state,
+whatever other threads do, and a derived value is stored with the table that it comes from.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from scipy import sparse
+
+from . import fold_in, ranking, resident, validation
+from .mesh import Workplace
+from .placing import AlsParams
+from .resident import Table
+from .solve import Objective
+
+Kept = TypeVar("Kept")
+SIDES = ("user", "item")
+# Under these attributes users assign a gramian and norms, as in implicit.
+_ASSIGNED = {"user": ("_XtX", "_user_norms"), "item": ("_YtY", "_item_norms")}
+
+
+class FactorTable:
+    """One factor table, on the host or on the devices, with the values derived from it.
+
+    Parameters
+    ----------
+    host : ndarray of shape (n, factors), optional
+        The table. The caller may hold it, and write into it.
+    on_devices : Table, optional
+        The table where training left it. It is fetched when all of it is read.
+    gramian, norms : ndarray, optional
+        Assigned by the user in place of the table's own. They are checked when they are used.
+    names : (str, str)
+        The attributes that they were assigned to, for messages.
+    """
+
+    def __init__(
+        self,
+        host: np.ndarray | None = None,
+        on_devices: Table | None = None,
+        *,
+        gramian: np.ndarray | None = None,
+        norms: np.ndarray | None = None,
+        names: tuple[str, str] = ("gramian", "norms"),
+    ) -> None:
+        self._host, self._on_devices = host, on_devices
+        self.given_gramian, self.given_norms, self._names = gramian, norms, names
+        self._exposed = host is not None
+        self._stamp: int | None = None
+        self._kept: dict[str, tuple[Any, Any]] = {}
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        given = {"gramian": self.given_gramian, "norms": self.given_norms, "names": self._names}
+        return {"host": self.read(), **given}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether there is no table yet."""
+        return self._host is None and self._on_devices is None
+
+    @property
+    def resident(self) -> Table | None:
+        """The table if it is to stay on the devices until somebody reads all of it."""
+        table = self._on_devices
+        return table if table is not None and table.is_resident else None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and factors."""
+        table: Any = self.resident
+        return (table if table is not None else self.read()).shape
+
+    def read(self) -> Any:
+        """The whole table as an ndarray, fetched from the devices the first time; or None."""
+        if self._on_devices is not None:
+            with self._lock:
+                table = self._on_devices
+                if table is not None:
+                    self._host = table.fetch()
+                    self._kept.clear()  # it holds copies on the devices
+                    self._on_devices = None
+        return self._host
+
+    def expose(self) -> np.ndarray | None:
+        """`read` for a caller who may write into the table, or keep it and write later."""
+        self.read()
+        with self._lock:
+            self._exposed = True
+            return self._host
+
+    def settle(self) -> None:
+        """Fetch the table, unless it is to stay on the devices."""
+        if self.resident is None:
+            self.read()
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """Some rows, a copy; the ids are known to be in range."""
+        table = self.resident
+        return self.read()[ids] if table is None else table.take(ids)
+
+    def changed(self, ids: np.ndarray, rows: np.ndarray) -> FactorTable:
+        """A copy with some rows replaced; ids past the end add rows, those in between zero."""
+        table = self.read()
+        grown = np.zeros((max(len(table), ids.max(initial=-1) + 1), table.shape[1]), table.dtype)
+        grown[: len(table)] = table
+        grown[ids] = rows
+        found = FactorTable(grown)
+        found._exposed = False
+        return found
+
+    def given(self, names: tuple[str, str], **values: np.ndarray | None) -> FactorTable:
+        """The same table with a gramian or norms assigned; None drops what was computed as well."""
+        values = {"gramian": self.given_gramian, "norms": self.given_norms, **values}
+        with self._lock:
+            found = FactorTable(self._host, self._on_devices, names=names, **values)
+            found._exposed = self._exposed
+        return found
+
+    def gramian(self) -> np.ndarray:
+        """Y^T Y (factors, factors), assigned or computed."""
+        if self.given_gramian is not None:
+            width = self.shape[1]
+            return validation.derived(self.given_gramian, self._names[0], (width, width))
+        return self._derived("gramian", _gramian, Table.gramian)
+
+    def norms(self) -> np.ndarray:
+        """Euclidean lengths (n,) of the rows, assigned or computed; 1e-10 in place of 0."""
+        if self.given_norms is not None:
+            return validation.derived(self.given_norms, self._names[1], self.shape[:1])
+        return self._derived("norms", norms, lambda table: _divisible(table.norms()))
+
+    def solve(
+        self, rows: sparse.csr_matrix, objective: Objective, params: AlsParams, place: Workplace
+    ) -> np.ndarray:
+        """Solve equation (1) exactly for canonical rows (m, n) against this table: (m, factors).
+
+        A row that could not be solved is not finite.
+        """
+        # Only an assigned gramian: a result must not depend on what was computed before it.
+        gramian = None if self.given_gramian is None else self.gramian()
+        table = self.resident
+        if table is not None and gramian is None:
+            return table.solve(rows, objective)
+        stamp = self.stamp()
+        source = self._keep(
+            "source",
+            (stamp, place, params),
+            lambda: fold_in.source(self.read(), params, place),
+        )
+        solved = fold_in.solve_rows(rows, source, objective, params, gramian=gramian)
+        return solved.astype(self.read().dtype, copy=False)
+
+    def catalog(self, lengths: np.ndarray | None, place: Workplace) -> ranking.Catalog:
+        """The table on the devices, to rank its rows; where training left it, nothing is copied."""
+        table = self.resident
+        name = "catalog" if lengths is None else "directions"
+
+        def make() -> tuple[ranking.Catalog, np.ndarray | None]:
+            if table is None:
+                made = ranking.catalog(self.read(), place, lengths=lengths)
+            else:
+                made = ranking.catalog_of(table.shards, table.rows, table.place, lengths=lengths)
+            return made, lengths
+
+        # The kept pair holds the lengths, so that their identity cannot be taken by another array.
+        stamp = (self.stamp(), place) if table is None else None
+        return self._keep(name, (stamp, id(lengths)), make)[0]
+
+    def stamp(self) -> int:
+        """Fingerprint of the content.
+
+        Users write into `item_factors`, as implicit lets them, and a copy on a device would then be
+        stale. So the content is read again while somebody else holds the array.
+        """
+        self.read()
+        if self._stamp is not None and not self._exposed:
+            return self._stamp
+        with self._lock:
+            assert self._host is not None
+            self._stamp = _fingerprint(self._host)
+            if self._is_ours_alone():
+                self._exposed = False
+            return self._stamp
+
+    def _is_ours_alone(self) -> bool:
+        """Whether nobody else can write into the table: it is no view, and only we refer to it."""
+        held = vars(self)
+        # The dictionary's reference and the argument's, and no name's: what those count for differs
+        # between versions of Python.
+        return held["_host"].base is None and sys.getrefcount(held["_host"]) <= 2
+
+    def _derived(
+        self,
+        name: str,
+        on_host: Callable[[np.ndarray], np.ndarray],
+        on_devices: Callable[[Table], np.ndarray],
+    ) -> np.ndarray:
+        table = self.resident
+        if table is not None:
+            return self._keep(name, None, lambda: on_devices(table))
+        return self._keep(name, self.stamp(), lambda: on_host(self.read()))
+
+    def _keep(self, name: str, stamp: Any, make: Callable[[], Kept]) -> Kept:
+        """A value kept from an earlier call where `stamp` is still the same, else made anew."""
+        kept = self._kept.get(name)
+        if kept is None or kept[0] != stamp:
+            kept = self._kept[name] = (stamp, make())
+        return kept[1]
+
+
+@dataclass(frozen=True, eq=False)
+class FittedModel:
+    """What an estimator has learnt.
+
+    Attributes
+    ----------
+    user, item : FactorTable
+        The tables.
+    assigned : tuple of {"user", "item"}
+        Tables assigned since the last fit, from which the next fit starts.
+    n_iter, history : int and dict of list, or None
+        Of the last fit.
+    n_features, feature_names : int and ndarray, or None
+        scikit-learn's record of the columns.
+    popularity : ndarray of int and shape (n_items,), or None
+        Users with a positive entry for each item, in the matrix of the last fit.
+    origin : object
+        The same for models that differ only in rows that were folded in.
+    lock : Lock
+        Held by a writer while it replaces an estimator's model by one made from it.
+    """
+
+    user: FactorTable = field(default_factory=FactorTable)
+    item: FactorTable = field(default_factory=FactorTable)
+    assigned: tuple[str, ...] = ()
+    n_iter: int | None = None
+    history: dict[str, list[float]] | None = None
+    n_features: int | None = None
+    feature_names: np.ndarray | None = None
+    popularity: np.ndarray | None = None
+    origin: object = field(default_factory=object)
+    lock: Any = field(default_factory=threading.RLock)
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = set(self.__dataclass_fields__) - {"origin", "lock"}
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(vars(FittedModel(**state)))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there are both tables."""
+        return not (self.user.is_absent or self.item.is_absent)
+
+    def table(self, side: str) -> FactorTable:
+        """The table of a side."""
+        return self.item if side == "item" else self.user
+
+    def with_table(self, side: str, table: FactorTable) -> Self:
+        """Replace a table by another one, with all that was derived from it."""
+        changes: dict[str, Any] = {side: table, "origin": object()}
+        if side == "item":
+            changes.update(self._columns(None if table.is_absent else table.shape[0]))
+            changes["popularity"] = None
+        return replace(self, **changes)
+
+    def with_rows(self, side: str, ids: np.ndarray, rows: np.ndarray) -> Self:
+        """Replace some rows of a table; ids past the end make it longer."""
+        table = self.table(side).changed(ids, rows)
+        changes: dict[str, Any] = {side: table}
+        if side == "item":
+            changes.update(self._columns(table.shape[0]))
+        return replace(self, **changes)
+
+    def with_values(self, side: str, **values: np.ndarray | None) -> Self:
+        """Assign the gramian or the norms of a table."""
+        changes: dict[str, Any] = {side: self.table(side).given(_ASSIGNED[side], **values)}
+        return replace(self, **changes)
+
+    def trained(
+        self, tables: dict[str, FactorTable], n_iter: int, history: dict[str, list[float]]
+    ) -> Self:
+        """The model after so many iterations of a fit."""
+        return replace(
+            self,
+            user=tables["user"],
+            item=tables["item"],
+            assigned=(),
+            n_iter=n_iter,
+            history={name: list(values) for name, values in history.items()},
+            origin=object(),
+        )
+
+    def settle(self) -> None:
+        """Fetch tables that are not to stay on the devices."""
+        self.user.settle()
+        self.item.settle()
+
+    def _columns(self, n_items: int | None) -> dict[str, Any]:
+        if n_items == self.n_features:
+            return {}
+        return {"n_features": n_items, "feature_names": None}
+
+
+def tables_of(state: Any, data: Any) -> dict[str, FactorTable]:
+    """Both tables of a training, left on the devices until somebody reads them."""
+    found = resident.tables(state, data)
+    return {side: FactorTable(on_devices=table) for side, table in found.items()}
+
+
+def norms(table: np.ndarray) -> np.ndarray:
+    """Lengths (n,) of the rows of a table (n, K); 1e-10 in place of 0, so that one may divide."""
+    return _divisible(np.linalg.norm(table, axis=-1))
+
+
+def _divisible(lengths: np.ndarray) -> np.ndarray:
+    return np.where(lengths == 0, lengths.dtype.type(1e-10), lengths)
+
+
+def _gramian(table: np.ndarray) -> np.ndarray:
+    return np.asarray(table.T @ table)
+
+
+def _fingerprint(table: np.ndarray) -> int:
+    # About as fast as a sum; unlike sums it also sees signs flipped and numbers changing places.
+    content = np.ascontiguousarray(table).reshape(-1).view(np.uint8)
+    return hash((table.shape, table.dtype.char, zlib.crc32(content.data)))

@@ -1,0 +1,123 @@
+"""Tables that a fit starts from: present ones, extended where the matrix has grown, or drawn."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from . import parameters
+
+Identity = tuple[Any, ...]
+_SAMPLE = 1 << 12  # entries that the identity of a matrix looks at
+_FEW_ITERATIONS = 3
+
+
+def deviation(factors: int, normal: bool) -> float:
+    """Scale of drawn tables: that of Rendle et al. (2022) for normal numbers, else implicit's."""
+    return float(0.1 / np.sqrt(factors)) if normal else 0.01
+
+
+def tables(
+    given: Iterable[np.ndarray | None],
+    shapes: Iterable[tuple[int, int]],
+    random_state: Any,
+    dtype: Any,
+    normal: bool,
+) -> list[np.ndarray]:
+    """Return the user and item table that a fit starts from.
+
+    Users are drawn first and only what is missing is drawn, as in implicit, whose tables these
+    equal bit by bit for uniform numbers and an integer seed.
+
+    Parameters
+    ----------
+    given : two of ndarray of shape (m, factors) or None
+        Present tables.
+    shapes : two of (int, int)
+        Rows and factors needed. Rows beyond those of a present table are drawn.
+    random_state : int, None, RandomState or Generator
+        Seed.
+    dtype : type
+        np.float32 or np.float64, of what is drawn.
+    normal : bool
+        Whether to draw normal numbers rather than uniform ones.
+
+    Raises
+    ------
+    ValueError
+        Where a present table has another width, or more rows than needed.
+    """
+    rng, kind, found = parameters.random_generator(random_state), np.dtype(dtype).type, []
+    for side, table, (n_rows, factors) in zip(("user", "item"), given, shapes, strict=True):
+        present = 0 if table is None else len(table)
+        if table is not None and (table.shape[1] != factors or present > n_rows):
+            raise ValueError(
+                f"{side}_factors to start from has shape {table.shape}, but the data and "
+                f"`factors` need {(n_rows, factors)}: rows may be added, but none can go. Set "
+                f"{side}_factors to None, or warm_start to False, to start anew"
+            )
+        size, scale = (n_rows - present, factors), deviation(factors, normal)
+        if normal:
+            drawn = rng.standard_normal(size, dtype=kind) * kind(scale)
+        else:
+            drawn = rng.random(size, dtype=kind) * scale
+        if table is None:
+            found.append(drawn)
+        else:
+            found.append(
+                np.concatenate([table, drawn.astype(table.dtype)]) if len(drawn) else table
+            )
+    return found
+
+
+def identity(rows: Any) -> Identity:
+    """What tells one matrix from another at no cost to speak of: shape, entries, and a sample.
+
+    Parameters
+    ----------
+    rows : csr_matrix or ShardedMatrix
+        What a fit learns from.
+    """
+    if not hasattr(rows, "indptr"):
+        return (*rows.shape, rows.nnz, str(rows.path))
+    step = max(1, rows.nnz // _SAMPLE)
+    sample = (rows.indptr[:: max(1, rows.shape[0] // _SAMPLE)], rows.indices[::step])
+    digest = zlib.crc32(np.ascontiguousarray(rows.data[::step]).data)
+    for part in sample:
+        digest = zlib.crc32(np.ascontiguousarray(part, np.int64).data, digest)
+    return (*rows.shape, rows.nnz, digest)
+
+
+def warn_if_restarted(estimator: Any, now: Identity) -> bool:
+    """Warn where short fits on the same data begin anew each time, as implicit's do not.
+
+    Parameters
+    ----------
+    estimator : TPUAlternatingLeastSquares
+        Its `_fitted_to` holds the identity of the last fit's data, and whether it has warned.
+    now : tuple
+        Identity of the data of the fit that begins.
+
+    Returns
+    -------
+    bool
+        Whether the estimator has warned, now or before.
+    """
+    before, has_warned = estimator._fitted_to or (None, False)
+    # A fit with checkpoints resumes.
+    assigned = estimator._fitted.assigned
+    continues = estimator.warm_start or assigned or estimator.checkpoint_dir
+    if has_warned or continues or before != now or not 0 < estimator.iterations < _FEW_ITERATIONS:
+        return has_warned
+    warnings.warn(
+        f"fit is called again on the same data with iterations={estimator.iterations} and starts "
+        "from new tables, so that calls do not add up. To continue, as implicit does, set "
+        "warm_start=True or use tpu_als.compat.AlternatingLeastSquares",
+        UserWarning,
+        stacklevel=4,
+    )
+    return True

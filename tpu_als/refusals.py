@@ -1,0 +1,149 @@
+"""Errors for what is no matrix of finite numbers; each says what to pass instead."""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import date
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+# Columns, without case and underscores, that a table of events has and a matrix has not together.
+_USERS = {
+    "user",
+    "userid",
+    "uid",
+    "customer",
+    "customerid",
+    "household",
+    "householdid",
+    "visitorid",
+}
+_ITEMS = {"item", "itemid", "iid", "product", "productid", "movieid", "trackid", "artistid", "asin"}
+_FEW = 16  # columns of a table of events; those of a wider one may be words
+_NUMERIC_IN_POLARS = re.compile("U?Int|Float|Decimal|Boolean")
+
+
+def refuse_misplaced(X: Any, name: str = "X", *, takes_shards: bool = False) -> None:
+    """Raise TypeError for an object that belongs to another call, and name that call.
+
+    Parameters
+    ----------
+    X : object
+        What was passed as a matrix. Matrices, arrays and frames of numbers pass.
+    name : str
+        The argument's name, for messages.
+    takes_shards : bool, default=False
+        Whether a ShardedMatrix passes.
+
+    Raises
+    ------
+    TypeError
+        For an `Interactions`, a table of events of pandas, polars or pyarrow or in an array, a
+        ShardedMatrix, a path or text, and a tuple or list of matrices.
+    """
+    if sparse.issparse(X):  # what servers pass, call after call
+        return
+    # By name: this module must not import what it only recognises.
+    kinds = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(X).__mro__}
+    problem = _own_problem(X, kinds, name, takes_shards) or _table_problem(X, kinds, name)
+    if problem is not None:
+        sides = "items by users" if name == "item_users" else "users by items"
+        raise TypeError(f"{name} must be a matrix of {sides}, got {problem}")
+
+
+def require_finite(rows: Any, values: np.ndarray, name: str = "X") -> None:
+    """Raise ValueError where a stored value is not finite.
+
+    Parameters
+    ----------
+    rows : csr_matrix or csr_array
+        The matrix.
+    values : ndarray of shape (nnz,)
+        Its stored values in the dtype that they are used in.
+    name : str
+        The argument's name, for messages.
+
+    Raises
+    ------
+    ValueError
+        With the count, and the first row and column.
+    """
+    is_finite = np.isfinite(values)
+    if is_finite.all():
+        return
+    wrong, n_nan = np.flatnonzero(~is_finite), int(np.isnan(values).sum())
+    problem = "NaN" if n_nan else f"infinity, or values too large for {values.dtype}"
+    row = np.searchsorted(rows.indptr, wrong[0], side="right") - 1
+    raise ValueError(
+        f"{name} contains {problem}: {len(wrong)} of {len(values)} stored values are not finite "
+        f"({n_nan} NaN), the first is {rows.data[wrong[0]]} in row {row}, column "
+        f"{rows.indices[wrong[0]]} (counted from 0). Remove these entries or replace their values"
+    )
+
+
+def _own_problem(X: Any, kinds: set[str], name: str, takes_shards: bool) -> str | None:
+    """What is wrong with an object of this package, a path, or several matrices."""
+    if "tpu_als.Interactions" in kinds:
+        return f"an Interactions: pass {name}.matrix"
+    if "tpu_als.ShardedMatrix" in kinds and not takes_shards:
+        return (
+            f"a ShardedMatrix, which only `fit` takes: pass rows in memory, {name}.to_csr() or "
+            f"those of {name}.blocks('user')"
+        )
+    if isinstance(X, (str, bytes, os.PathLike)):
+        return (
+            f"a path or text ({X!r:.60}): read the file first, with scipy.sparse.load_npz, or, for "
+            "`fit` on a directory of shards, with tpu_als.shards.open_shards"
+        )
+    if isinstance(X, (tuple, list)) and any(map(sparse.issparse, X)):
+        return f"a {type(X).__name__} of {len(X)} matrices: pass one of them"
+    return None
+
+
+def _table_problem(X: Any, kinds: set[str], name: str) -> str | None:
+    """What is wrong with a frame, a table or an array."""
+    if "pandas.DataFrame" in kinds:
+        others = (not _is_number_in_pandas(X, place, dtype) for place, dtype in enumerate(X.dtypes))
+        return _events("a frame of events", name) if _has_events(X.columns, any(others)) else None
+    if "polars.DataFrame" in kinds:  # one of numbers passes: scikit-learn's checks pass such frames
+        others = (_NUMERIC_IN_POLARS.match(str(dtype)) is None for dtype in X.dtypes)
+        frame = f"{name}.to_pandas()"
+        is_of_events = _has_events(X.columns, any(others))
+        return _events("a polars frame of events", frame) if is_of_events else None
+    if "polars.LazyFrame" in kinds:
+        return _events("a polars LazyFrame", f"{name}.collect().to_pandas()")
+    if kinds & {"pyarrow.Table", "pyarrow.RecordBatch"}:
+        return _events("a pyarrow table", f"{name}.to_pandas()")
+    if isinstance(X, np.ndarray) and (X.dtype.names or _has_text(X)):
+        return _events("an array of text or records", f"pandas.DataFrame({name})")
+    return None
+
+
+def _events(what: str, frame: str) -> str:
+    return (
+        f"{what}: turn events, one a row, into a matrix with "
+        f"tpu_als.datasets.interactions_from_frame({frame}, user, item).matrix"
+    )
+
+
+def _has_events(columns: Any, has_other_things: bool) -> bool:
+    """Whether a frame has other things than numbers, or columns of users and of items."""
+    few = columns if len(columns) <= _FEW else ()
+    names = {re.sub("[^a-z]", "", str(column).lower()) for column in few}
+    return has_other_things or bool(names & _USERS and names & _ITEMS)
+
+
+def _is_number_in_pandas(frame: Any, place: int, dtype: Any) -> bool:
+    dtype = getattr(getattr(dtype, "categories", None), "dtype", dtype)
+    if dtype != np.dtype(object):
+        return dtype.kind in "biufc"
+    return not _has_text(frame.iloc[:, place].to_numpy(object))
+
+
+def _has_text(values: np.ndarray) -> bool:
+    if values.dtype.kind != "O":
+        return values.dtype.kind in "USMm"
+    return any(isinstance(value, (str, bytes, date)) for value in values.flat)

@@ -1,0 +1,244 @@
+"""The arrays of the caller's sparse matrices: consistent, in range and real, or an error.
+
+SciPy, the compiled loops and XLA address memory with the numbers in `indptr` and `indices`. A wrong
+number there ends the process, and anyone can set the flags of a SciPy matrix. So the arrays are
+read here before anything compiled sees them, whatever the flags say.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NoReturn
+
+import numpy as np
+from scipy import sparse
+
+
+def checked(matrix: Any, name: str = "user_items", *, widen: bool = False) -> Any:
+    """Return a matrix that compiled code may work on; the input stays as it is.
+
+    Parameters
+    ----------
+    matrix : object
+        All but sparse matrices are returned as they are.
+    name : str
+        The argument's name, for messages.
+    widen : bool, default=False
+        Whether integers of a format other than CSR become float64: its conversion sums duplicates,
+        and sums of small integers wrap.
+
+    Returns
+    -------
+    object
+        A sparse matrix has one or two dimensions, consistent arrays with ids in range, and real
+        values. Order and repeats of the ids are not checked.
+
+    Raises
+    ------
+    ValueError
+        For arrays that contradict each other or the shape, and for values that are not real.
+    """
+    if sparse.issparse(matrix):
+        return checked_with_order(matrix, name, widen=widen)[0]
+    return matrix
+
+
+def check_compressed(matrix: sparse.csr_matrix, name: str = "user_items") -> bool:
+    """Raise ValueError unless the arrays of a CSR matrix agree with each other and its shape.
+
+    Returns
+    -------
+    bool
+        Whether each row's ids strictly increase, which is what "canonical" means.
+    """
+    shape = matrix.shape if matrix.ndim == 2 else (1, *matrix.shape)
+    major, minor = shape if matrix.format == "csr" else shape[::-1]
+    indptr, indices, data = matrix.indptr, matrix.indices, matrix.data
+    n_entries = _length(indices, "indices", matrix, name)
+    if _length(indptr, "indptr", matrix, name) != major + 1:
+        _damaged(matrix, name, f"indptr has length {len(indptr)}, expected {major + 1}")
+    if not isinstance(data, np.ndarray) or data.shape != (n_entries,):
+        got = getattr(data, "shape", type(data).__name__)
+        _damaged(matrix, name, f"data has shape {got}, but indices has length {n_entries}")
+    return _is_ascending(indptr, indices, (major, minor), matrix, name)
+
+
+def _is_ascending(
+    indptr: np.ndarray, indices: np.ndarray, shape: tuple[int, int], matrix: Any, name: str
+) -> bool:
+    """Check the content of index arrays; return whether ids strictly increase within rows."""
+    n_entries, (major, minor) = len(indices), shape
+    if indptr[0] != 0 or indptr[-1] != n_entries:
+        _damaged(
+            matrix,
+            name,
+            f"indptr runs from {indptr[0]} to {indptr[-1]}, expected from 0 to {n_entries}, the "
+            "length of indices and data (matrix.prune() drops spare entries)",
+        )
+    if major > 1:
+        falls = indptr[1:] < indptr[:-1]
+        if falls.any():
+            at = int(falls.argmax())
+            found = f"indptr falls from {indptr[at]} to {indptr[at + 1]} at row {at}"
+            _damaged(matrix, name, f"{found}, expected a sequence that never decreases")
+    if not n_entries:
+        return True
+    rises = indices[1:] > indices[:-1]
+    if major > 1:  # ids start afresh where a row starts
+        starts = indptr[1:-1]
+        rises[starts[(starts > 0) & (starts < n_entries)] - 1] = True
+    is_ascending = bool(rises.all())
+    if is_ascending and major == 1:
+        low, high = indices[0], indices[-1]
+    else:
+        low, high = indices.min(), indices.max()
+    if low < 0 or high >= minor:
+        _outside("column" if matrix.format != "csc" else "row", low, high, minor, matrix, name)
+    return is_ascending
+
+
+def checked_with_order(matrix: Any, name: str, *, widen: bool) -> tuple[Any, bool]:
+    """Check a sparse matrix; return it, and whether it is CSR with increasing ids in each row."""
+    if matrix.ndim > 2:
+        raise ValueError(f"{name} must have 2 dimensions, got a sparse array of {matrix.ndim}")
+    kind = matrix.format
+    if kind == "csr":
+        is_ascending = check_compressed(matrix, name)
+        return _real(matrix, name), is_ascending
+    if kind in ("lil", "dok"):  # neither holds arrays that compiled code could trust
+        matrix = _from_objects(matrix, name)
+        kind = matrix.format
+    if kind == "csc":
+        check_compressed(matrix, name)
+    elif kind == "bsr":
+        _check_blocks(matrix, name)
+    elif kind == "coo":
+        _check_coordinates(matrix, name)
+    elif kind == "dia":
+        _check_diagonals(matrix, name)
+    matrix = _real(matrix, name)
+    if widen and matrix.dtype.char not in "fd":
+        matrix = matrix.astype(np.float64)
+    return matrix, False
+
+
+def _check_coordinates(matrix: Any, name: str) -> None:
+    n_entries, coordinates = len(matrix.data), matrix.coords
+    if matrix.data.ndim != 1 or len(coordinates) != matrix.ndim:
+        _damaged(matrix, name, f"{len(coordinates)} coordinates for {matrix.ndim} dimensions")
+    axes = ("row", "column")[-matrix.ndim :]
+    for axis, ids, size in zip(axes, coordinates, matrix.shape, strict=True):
+        if _length(ids, f"{axis} ids", matrix, name) != n_entries:
+            _damaged(matrix, name, f"{len(ids)} {axis} ids for {n_entries} values")
+        if n_entries and (ids.min() < 0 or ids.max() >= size):
+            _outside(axis, ids.min(), ids.max(), size, matrix, name)
+
+
+def _check_blocks(matrix: Any, name: str) -> None:
+    indptr, indices, data = matrix.indptr, matrix.indices, matrix.data
+    n_blocks = _length(indices, "indices", matrix, name)
+    if data.ndim != 3 or len(data) != n_blocks or 0 in data.shape[1:]:
+        _damaged(matrix, name, f"data has shape {data.shape}, but indices has length {n_blocks}")
+    (major, rest), (minor, spare) = map(divmod, matrix.shape, data.shape[1:])
+    if rest or spare:
+        _damaged(matrix, name, f"blocks of {data.shape[1:]} do not divide its shape")
+    if _length(indptr, "indptr", matrix, name) != major + 1:
+        _damaged(matrix, name, f"indptr has length {len(indptr)}, expected {major + 1}")
+    _is_ascending(indptr, indices, (major, minor), matrix, name)
+
+
+def _check_diagonals(matrix: Any, name: str) -> None:
+    n_diagonals = _length(matrix.offsets, "offsets", matrix, name)
+    if matrix.data.ndim != 2 or len(matrix.data) != n_diagonals:
+        _damaged(matrix, name, f"data has shape {matrix.data.shape} for {n_diagonals} offsets")
+    if len(np.unique(matrix.offsets)) != n_diagonals:
+        _damaged(matrix, name, "offsets repeat")
+
+
+def _from_objects(matrix: Any, name: str) -> Any:
+    """COO of a matrix that keeps Python objects; its arrays are still to be checked."""
+    if matrix.format == "dok":
+        try:
+            return matrix.tocoo()
+        except (TypeError, ValueError, OverflowError) as error:
+            _damaged(matrix, name, str(error))
+    lists = len(matrix.rows), len(matrix.data), matrix.shape[0]
+    if len(set(lists)) > 1:
+        _damaged(matrix, name, f"{lists[0]} lists of ids and {lists[1]} of values")
+    lengths = [len(ids) for ids in matrix.rows]
+    if lengths != [len(values) for values in matrix.data]:
+        _damaged(matrix, name, "a row's lists of ids and of values differ in length")
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    columns = [column for ids in matrix.rows for column in ids]
+    values = [value for row in matrix.data for value in row]
+    try:
+        arrays = np.array(values, matrix.dtype), np.array(columns, np.int64)
+    except (TypeError, ValueError, OverflowError) as error:
+        _damaged(matrix, name, str(error))
+    out = sparse.coo_matrix(matrix.shape, dtype=matrix.dtype)
+    out.data, out.coords = arrays[0], (rows, arrays[1])
+    return out
+
+
+def _length(array: Any, what: str, matrix: Any, name: str) -> int:
+    """Length of an index array, which is one-dimensional and of integers."""
+    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
+        got = type(array).__name__
+        if isinstance(array, np.ndarray):
+            got = f"{array.dtype} of shape {array.shape}"
+        _damaged(matrix, name, f"{what} must be a 1-D array of integers, got {got}")
+    return len(array)
+
+
+def _real(matrix: Any, name: str) -> Any:
+    """A matrix whose values are real numbers: itself, or a copy where they are objects."""
+    if matrix.data.dtype.kind in "fiub":
+        return matrix
+    if matrix.data.dtype.kind == "O":
+        out = copy.copy(matrix)  # not matrix.copy(): SciPy refuses objects
+        out.data = real_numbers(matrix.data, name)
+        return out
+    real_numbers(matrix.data, name)
+    return matrix
+
+
+def real_numbers(values: np.ndarray, name: str) -> np.ndarray:
+    """Return an array of real numbers; objects become float64.
+
+    Raises
+    ------
+    ValueError
+        For complex numbers, whose imaginary part would be lost, strings, dates and other objects.
+    """
+    kind = values.dtype.kind
+    if kind in "fiub":
+        return values
+    if kind == "c" or (kind == "O" and any(isinstance(v, complex) for v in values.flat)):
+        raise ValueError(
+            f"{name} holds complex numbers, whose imaginary part would be lost: pass {name}.real, "
+            f"or abs({name})"
+        )
+    if kind == "O" and not any(isinstance(v, (str, bytes)) for v in values.flat):
+        try:
+            return values.astype(np.float64)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    raise ValueError(
+        f"{name} must hold real numbers, got values of dtype {values.dtype}: convert them, for "
+        f"instance with {name}.astype(np.float32)"
+    )
+
+
+def _damaged(matrix: Any, name: str, what: str) -> NoReturn:
+    raise ValueError(
+        f"{name} is a damaged {type(matrix).__name__} of shape {matrix.shape}: {what}. Build it "
+        "anew from its entries, for instance as csr_matrix((values, (rows, columns)), shape)"
+    )
+
+
+def _outside(axis: str, low: Any, high: Any, size: int, matrix: Any, name: str) -> NoReturn:
+    wrong = low if low < 0 else high
+    raise ValueError(
+        f"a {axis} index of the sparse matrix lies outside its shape {matrix.shape}: {name} has "
+        f"{axis} {wrong}, expected 0 to {size - 1}"
+    )

@@ -1,0 +1,102 @@
+"""Subclasses of the estimator: parameters of their own, and what a model file keeps of them."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from . import parameters
+from .exceptions import DataWarning, ModelFileError
+
+Estimator = TypeVar("Estimator")
+
+
+def own_parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """Parameters that the constructor of a subclass names and the engine does not know."""
+    named = parameters.named(cls.__init__)  # type: ignore[misc]
+    return {name: p for name, p in named.items() if name not in parameters.RULES}
+
+
+def own_values(estimator: Any) -> dict[str, Any]:
+    """Values of those parameters, as far as attributes have their names."""
+    names = own_parameters(type(estimator))
+    return {name: getattr(estimator, name) for name in names if hasattr(estimator, name)}
+
+
+def warn_if_unfitted(estimator: Any) -> None:
+    """Warn where a model that is saved lacks a table."""
+    lacking = [side for side in ("user", "item") if estimator._fitted.table(side).is_absent]
+    if lacking:
+        warnings.warn(
+            f"the model has no {' and no '.join(lacking)} factors: the file will hold its "
+            "parameters, but cannot serve. Call fit before save",
+            DataWarning,
+            stacklevel=3,
+        )
+
+
+def warn_of_lost(estimator: Any, left_out: Iterable[str]) -> None:
+    """Warn of what a model file does not keep.
+
+    Parameters
+    ----------
+    estimator : object
+        The model that was saved.
+    left_out : iterable of str
+        Parameters with values that the file cannot hold.
+    """
+    base = _base(type(estimator))
+    kept = own_parameters(type(estimator))
+    others = [name for name in vars(estimator) if name not in kept and not hasattr(base, name)]
+    hooks = [name for name in ("fit_callback",) if vars(estimator).get(name) is not None]
+    lost = sorted({*left_out, *others, *hooks})
+    if lost:
+        warnings.warn(
+            f"{len(lost)} attribute(s) of {type(estimator).__name__} are not kept by save: "
+            f"{', '.join(lost)}. Set them again after load, or pickle the model",
+            DataWarning,
+            stacklevel=3,
+        )
+
+
+def construct(cls: type[Estimator], ours: dict[str, Any], own: dict[str, Any]) -> Estimator:
+    """Make an estimator with given parameters, whatever its constructor takes.
+
+    Parameters
+    ----------
+    cls : type
+        `TPUAlternatingLeastSquares` or a subclass.
+    ours : dict
+        Parameters of the engine. Those that the constructor does not name become attributes.
+    own : dict
+        Further parameters of the subclass.
+
+    Raises
+    ------
+    ModelFileError
+        Where the constructor requires a parameter that is not given.
+    """
+    wanted = parameters.named(cls.__init__)
+    given = {name: value for name, value in {**ours, **own}.items() if name in wanted}
+    missing = [n for n, p in wanted.items() if p.default is p.empty and n not in given]
+    if missing:
+        raise ModelFileError(
+            f"the file has no value for {', '.join(missing)}, which {cls.__name__} requires. Load "
+            "it with the class that saved it, or give the parameter a default"
+        )
+    estimator = cls(**given)
+    # The file leaves out what is None.
+    nones = [name for name in parameters.RULES if getattr(_base(cls), name) is None]
+    for name, value in {**dict.fromkeys(nones), **ours}.items():
+        if name not in given:
+            with contextlib.suppress(AttributeError):  # a property that a subclass computes
+                setattr(estimator, name, value)
+    return estimator
+
+
+def _base(cls: type) -> type:
+    """The class whose constructor has the engine's parameters, and which has their defaults."""
+    return next(c for c in reversed(cls.__mro__) if parameters.RULES.keys() <= vars(c).keys())
