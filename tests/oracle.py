@@ -110,7 +110,7 @@ def half_epoch(
     return target
 
 
-def systems(
+def both_sides(
     matrix: sparse.spmatrix, source: np.ndarray, objective: Objective = IMPLICIT
 ) -> tuple[np.ndarray, np.ndarray]:
     """Both sides of (1) for every row: normal matrices (M, K, K) and right sides (M, K)."""
@@ -125,7 +125,7 @@ def backward_errors(
     rows: np.ndarray, matrix: sparse.spmatrix, source: np.ndarray, objective: Objective = IMPLICIT
 ) -> np.ndarray:
     """How far solved rows (M, K) are from (1), relative to its parts: (M,)."""
-    normal, right = systems(matrix, source, objective)
+    normal, right = both_sides(matrix, source, objective)
     rows = np.asarray(rows, dtype=np.float64)
     missed = np.linalg.norm(np.einsum("mkl,ml->mk", normal, rows) - right, axis=1)
     size = np.linalg.norm(normal, axis=(1, 2)) * np.linalg.norm(rows, axis=1)

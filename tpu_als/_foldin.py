@@ -173,7 +173,9 @@ class FoldIn(FactorTables):
         objective = self._objective()
         w, v = solve.confidence(objective, row.data.astype(np.float64))
         liked = table.rows(row.indices)
-        if user_weights is None:
+        if user_weights is not None:
+            user_weights = validation.user_weights(user_weights, table.shape[1])
+        else:
             system = _system(table, liked.astype(np.float64), w, row.nnz, objective)
             user_weights = _factorize(system)
         wanted = table.rows(np.array([item]))[0].astype(np.float64)
@@ -271,7 +273,8 @@ class FoldIn(FactorTables):
         while not stored:
             fitted = self._complete()
             source = fitted.item if side == "user" else fitted.user
-            n_rows = fitted.table(side).shape[0]
+            n_rows, width = fitted.table(side).shape
+            validation.same_width(width, source.shape[1])
             ids, mask = validation.ids_to_store(given, n_rows, f"{side}ids")
             rows = validation.rows_for(
                 matrix, len(ids), source.shape[0], name,

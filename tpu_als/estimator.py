@@ -459,6 +459,8 @@ def _after(training: Training, fitted: FittedModel) -> FittedModel:
 
 def _checked(estimator: TPUAlternatingLeastSquares, X: Any, reset: bool) -> sparse.csr_matrix:
     name = "user_items" if reset else "X"
+    if X is None:
+        raise TypeError(f"{name} must be a matrix of users by items, got None")
     refuse_misplaced(X, name)
     # A sparse matrix without rows is data without users; an empty array is a mistake.
     least = 0 if sparse.issparse(X) else 1

@@ -109,7 +109,9 @@ def _table_problem(X: Any, kinds: set[str], name: str) -> str | None:
         others = (not _is_number_in_pandas(X, place, dtype) for place, dtype in enumerate(X.dtypes))
         return _events("a frame of events", name) if _has_events(X.columns, any(others)) else None
     if "polars.DataFrame" in kinds:  # one of numbers passes: scikit-learn's checks pass such frames
-        others = (_NUMERIC_IN_POLARS.match(str(dtype)) is None for dtype in X.dtypes)
+        others = (
+            _NUMERIC_IN_POLARS.match(str(dtype)) is None for dtype in getattr(X, "dtypes", [""])
+        )
         frame = f"{name}.to_pandas()"
         is_of_events = _has_events(X.columns, any(others))
         return _events("a polars frame of events", frame) if is_of_events else None

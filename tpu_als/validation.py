@@ -98,7 +98,11 @@ def ids_of(
 
 def _integers(ids: Any, name: str) -> tuple[np.ndarray, bool, np.ndarray | None]:
     """Ids as they came, (n,); whether there was but one; and the mask, if it was one."""
-    array = np.asarray(list(ids) if isinstance(ids, Collection) and _unordered(ids) else ids)
+    given = list(ids) if isinstance(ids, Collection) and _unordered(ids) else ids
+    try:
+        array = np.asarray(given)
+    except ValueError as error:  # lists of several lengths
+        raise IndexError(f"{name} must hold integers, got {ids!r:.60}: {error}") from None
     is_scalar, mask = array.ndim == 0, None
     if array.ndim > 1:
         raise IndexError(f"{name} must be one id or a 1-D list of ids, got shape {array.shape}")
@@ -267,7 +271,13 @@ def factor_table(table: Any, name: str) -> np.ndarray | None:
     """
     if table is None:
         return None
-    array = np.asarray(table.to_numpy() if hasattr(table, "to_numpy") else table)
+    try:
+        array = np.asarray(table.to_numpy() if hasattr(table, "to_numpy") else table)
+    except ValueError as error:  # lists of several lengths
+        raise ValueError(
+            f"{name} must be a 2-D array of numbers (n_rows, n_factors), got "
+            f"{type(table).__name__}: {error}"
+        ) from None
     # "V" is bfloat16; structures are of that kind as well.
     if array.ndim != 2 or array.dtype.kind not in "fiuV" or array.dtype.names or not array.shape[1]:
         raise ValueError(
@@ -304,6 +314,25 @@ def same_width(user_width: int, item_width: int) -> None:
         )
 
 
+def user_weights(value: Any, width: int) -> tuple[np.ndarray, bool]:
+    """Check what `explain` returned earlier: a Cholesky factor (width, width), and which half.
+
+    Raises
+    ------
+    ValueError
+        For anything else.
+    """
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2
+    shape = np.shape(value[0]) if is_pair else None
+    if shape != (width, width):
+        got = f"a factor of shape {shape}" if is_pair else f"{value!r:.60}"
+        raise ValueError(
+            f"user_weights must be what explain returned for this user, a pair with a factor of "
+            f"shape {(width, width)}, got {got}. Leave it out to have it computed"
+        )
+    return value
+
+
 def derived(value: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Check a gramian or norms that were assigned, of the given shape.
 
@@ -317,10 +346,10 @@ def derived(value: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
     good = array.shape == shape and array.dtype.kind in "fiu" and bool(np.isfinite(array).all())
     if not good or (is_length and not (array > 0).all()):
         expected = "positive numbers" if is_length else "numbers"
+        others = ", some of them NaN, infinite or not positive" if array.shape == shape else ""
         raise ValueError(
-            f"{name} must hold finite {expected} of shape {shape}, got shape {array.shape} of "
-            f"{array.dtype}{' with other values' if array.shape == shape else ''}. Set {name} to "
-            "None to have it computed"
+            f"{name} must hold finite {expected} of shape {shape}, got values of {array.dtype} and "
+            f"shape {array.shape}{others}. Set {name} to None to have it computed"
         )
     return array
 
