@@ -20,7 +20,7 @@ from tpu_als import cells, exchange, layout, native, structure
 from tpu_als.cells import Entries, InMemory, Long
 from tpu_als.data import DTYPES, AlsParams, Data, Side
 from tpu_als.exchange import Route
-from tpu_als.host import give_back_memory
+from tpu_als.host import give_back_memory, require_memory
 from tpu_als.layout import Plan, RowMap
 from tpu_als.mesh import Together, Workplace, precision
 from tpu_als.sweep import Own
@@ -133,7 +133,13 @@ def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Wor
         Decides chunk sizes and dtype.
     place : Workplace
         Where it goes.
+
+    Raises
+    ------
+    MemoryError
+        Where the tables cannot fit, before any work.
     """
+    _require_tables(user_items.shape, params, place)
     if isinstance(user_items, sparse.csr_matrix):
         structure.check_compressed(user_items)
         _check_same(user_items, place)
@@ -176,6 +182,25 @@ def place(user_items: sparse.csr_matrix | Entries, params: AlsParams, place: Wor
         fill.absolute_sum,
         fill.magnitudes,
     )
+
+
+def _require_tables(shape: tuple[int, int], params: AlsParams, place: Workplace) -> None:
+    """Raise MemoryError where the tables of a fit, and what it computes of them, cannot fit.
+
+    On a CPU a half-epoch has both tables and a solved or rotated copy of the larger one, or more.
+    """
+    if place.platform != "cpu":  # tables lie on devices, which tell when they are full
+        return
+    factors, size = int(params.factors), np.dtype(DTYPES[params.dtype]).itemsize
+    users, items = (int(n) * factors * size // len(place.processes) for n in shape)
+    square = factors**2 * np.dtype(params.compute_dtype).itemsize
+    parts = {
+        "user table": users,
+        "item table": items,
+        "copy of the larger table": max(users, items),
+        "gramian and eigenbasis": 2 * square,
+    }
+    require_memory(parts, f"fit with fewer factors than {factors}, or with a smaller dtype")
 
 
 def _check_same(matrix: sparse.csr_matrix, place: Workplace) -> None:
