@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 
 import jax
+import joblib
 import numpy as np
 import pytest
+from matrices import random_counts
 
+from tpu_als import TPUAlternatingLeastSquares, host
 from tpu_als.host import LINE, Memory
 
 
@@ -88,3 +92,47 @@ def test_what_is_free_can_be_let_go() -> None:
     assert block() is not None
     memory.clear()
     assert block() is None
+
+
+def test_cores_are_those_that_joblib_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By affinity, control group and LOKY_MAX_CPU_COUNT, also where it changes later."""
+    assert host.cores() == joblib.cpu_count()
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    assert host.cores() == 1
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert host.cores() == 1
+
+
+def test_cores_are_not_counted_anew_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    host.cores()
+    monkeypatch.setattr(joblib, "cpu_count", lambda: pytest.fail("counted again"))
+    assert host.cores() >= 1
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_fits_where_the_system_lacks_what_unix_has(
+    devices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, several CPU devices included."""
+    for name in ("sysconf", "sched_getaffinity", "fork", "geteuid", "getuid", "O_DIRECTORY"):
+        monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.setattr(host.sys, "platform", "win32")
+    counts = random_counts(30, 20)
+    settings = dict(iterations=1, devices=devices, use_native=False, table_layout="auto")
+    model = TPUAlternatingLeastSquares(3, **settings).fit(counts, show_progress=False)
+    assert np.isfinite(model.user_factors).all()
+    assert model.recommend(0, counts[0], N=2)[0].shape == (2,)
+
+
+@pytest.mark.parametrize("use_native", [False, True])
+def test_tables_beyond_the_memory_are_refused_before_any_work(use_native: bool) -> None:
+    model = TPUAlternatingLeastSquares(10**7, use_native=use_native, iterations=1)
+    with pytest.raises(MemoryError, match=r"user table .* item table .* gramian.*fewer factors"):
+        model.fit(random_counts(30, 20), show_progress=False)
+    assert model.user_factors is None
+
+
+def test_memory_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    host.require_memory({"small": 1 << 20}, "no remedy")
+    with pytest.raises(MemoryError, match=r"1e\+06 GB.*\(tables 1e\+06 GB\).*available: buy more"):
+        host.require_memory({"tables": 10**15}, "buy more")

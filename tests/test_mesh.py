@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
+import joblib
 import ml_dtypes
 import numpy as np
 import pytest
@@ -52,10 +54,17 @@ def test_threads_are_the_shards_of_one_device(threads: int) -> None:
     assert workplace(1, num_threads=threads).n_shards == threads
 
 
-def test_no_number_of_threads_means_all_cores() -> None:
-    if not hasattr(os, "sched_getaffinity"):
-        pytest.skip("the system does not tell a process its cores")
-    assert workplace(1).n_shards == len(os.sched_getaffinity(0))
+def test_no_number_of_threads_means_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert workplace(1).n_shards == joblib.cpu_count()
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    assert workplace(1).n_shards == 1
+
+
+def test_many_threads_are_cut_down_to_the_cores() -> None:
+    most = max(16, joblib.cpu_count())
+    assert workplace(1, num_threads=16).n_shards == 16
+    place = workplace(1, num_threads=1000)
+    assert place.n_shards == place.n_threads == most
 
 
 def test_several_devices_have_a_shard_each() -> None:
@@ -70,11 +79,33 @@ def test_several_devices_have_a_shard_each() -> None:
         (5, r"4 cpu device\(s\).*jax_num_cpu_devices"),
         ([], "devices must be"),
         (["cpu:0"], "devices must be"),
+        ("cpu", "devices must be"),
+        (True, "devices must be .* got True"),
+        (2.0, "devices must be .* got 2.0"),
+        (np.zeros((2, 2)), "devices must be"),
     ],
 )
 def test_wrong_devices_are_refused(devices: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         workplace(devices)
+
+
+def test_a_device_given_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="devices must differ from each other"):
+        workplace([jax.devices()[0]] * 2)
+
+
+def test_devices_of_other_processes_only_are_refused() -> None:
+    class Foreign(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    client = SimpleNamespace(process_index=lambda: 0)
+    foreign: Any = Foreign(process_index=1, platform="cpu", client=client)
+    with pytest.raises(ValueError, match="devices must include one of this process, number 0"):
+        mesh._check_usable((foreign,))
+    kinds: Any = (foreign, Foreign(process_index=0, platform="gpu", client=client))
+    with pytest.raises(ValueError, match="of one platform.*'cpu', 'gpu'"):
+        mesh._check_usable(kinds)
 
 
 def test_an_unknown_layout_is_refused() -> None:

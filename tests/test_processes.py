@@ -19,6 +19,7 @@ CASES: list[dict[str, Any]] = [
     {"shards": False, "table_layout": "sharded"},
     {"shards": True, "table_layout": "sharded"},
     {"shards": False, "table_layout": "replicated", "dtype": "bfloat16", "over_relaxation": 1.3},
+    {"shards": False, "table_layout": "sharded", "early_stopping": True, "alpha": 40.0},
 ]
 # processes, and devices of each
 TEAMS = [(1, 8), (2, 2), (4, 1)]

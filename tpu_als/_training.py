@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from . import _digest, als, placing, validation
+from . import _digest, als, placing, resident, validation
 from .checkpoint import Checkpoints
-from .early_stopping import EarlyStopping
+from .early_stopping import EarlyStopping, Factors
+from .resident import Table
 from .solve import Objective
 
 
@@ -75,7 +76,9 @@ class Training:
             return False
         self.state, self.done, self.history = found.state, found.iteration, found.history
         if self.monitor is not None:
-            best = found.extra["best_users"], found.extra["best_items"]
+            best: Any = found.extra["best_users"], found.extra["best_items"]
+            if resident.tables(self.state, self.data)["user"].is_resident:
+                best = _readable(als.start(self.data, *best), self.data)
             self.monitor.resume(self.history["ndcg"], best)
         return True
 
@@ -92,8 +95,7 @@ class Training:
         if self.with_loss:
             report["loss"] = als.loss(self.state, self.data, self.objective)
         if self.monitor is not None:
-            users = als.user_factors(self.state, self.data)
-            items = als.item_factors(self.state, self.data)
+            users, items = _readable(self.state, self.data)
             report["ndcg"] = self.monitor.measure(users, items, self.data.place.alone)
         for name, value in report.items():
             self.history.setdefault(name, []).append(value)
@@ -103,9 +105,10 @@ class Training:
     def _save(self) -> None:
         if self.checkpoints is None:
             return
-        extra = {}
+        extra: dict[str, Any] = {}
         if self.monitor is not None and self.monitor.best is not None:
-            extra = dict(zip(("best_users", "best_items"), self.monitor.best, strict=True))
+            best = (_Fetched(t) if isinstance(t, Table) else t for t in self.monitor.best)
+            extra = dict(zip(("best_users", "best_items"), best, strict=True))
         self.checkpoints.save(
             self.done, self.state, self.data, self.settings, self.history, extra,
             force=self.is_over,
@@ -152,3 +155,24 @@ def settings_of(
             drawn if table is None else _digest.array(table) for table in initial_tables
         ],
     }
+
+
+def _readable(state: als.AlsState, data: placing.Data) -> tuple[Factors, Factors]:
+    """User and item table as arrays of the host, or where they are if they are to stay there."""
+    found = resident.tables(state, data)
+    if found["user"].is_resident:
+        return found["user"], found["item"]
+    return found["user"].fetch(), found["item"].fetch()
+
+
+class _Fetched:
+    """A table on the devices that becomes an array of the host when a checkpoint is written.
+
+    Checkpoints hold the best tables as whole arrays, unlike the present ones.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self._table.fetch()

@@ -25,6 +25,7 @@ from .early_stopping import EarlyStopping
 from .fitted import FactorTable, FittedModel, tables_of
 from .metrics import popularity_of
 from .refusals import refuse_misplaced
+from .resident import Table
 from .shards import ShardedMatrix
 
 log = logging.getLogger("tpu_als")
@@ -60,7 +61,9 @@ class TPUAlternatingLeastSquares(
     calculate_training_loss : bool, default=False
         Compute the loss at each iteration, for `history_`, the callback, the bar and the log.
     num_threads : int, default=0
-        Threads on a single CPU device; 0 means all cores.
+        Threads on a single CPU device; 0 means all cores that the process may use, by its affinity,
+        its control group and LOKY_MAX_CPU_COUNT. More than 16, and than cores, help nothing and
+        are cut down.
     random_state : int, RandomState, Generator or None, default=None
         Seed of the initial tables; an integer gives the same ones as in implicit.
     objective : {"implicit", "ials"}, default="implicit"
@@ -419,7 +422,8 @@ class TPUAlternatingLeastSquares(
         fitted_to = identity, initial.warn_if_restarted(self, identity)
         if self.early_stopping:
             rows, hidden = holdout.hide(rows, self.validation_fraction)
-            monitor = EarlyStopping(rows, hidden, self.n_iter_no_change, self.tol)
+            fraction = float(self.validation_fraction)
+            monitor = EarlyStopping(rows, hidden, self.n_iter_no_change, self.tol, fraction)
             if checkpoints is not None:
                 settings["held out (digest)"] = f"{_digest.entries(hidden):016x}"
         place = self._place()
@@ -443,7 +447,10 @@ class TPUAlternatingLeastSquares(
     def _finished(self, training: Training, fitted: FittedModel) -> FittedModel:
         """The model at the end of a fit: with early stopping, the best one."""
         if training.monitor is not None and training.monitor.best is not None:
-            users, items = map(FactorTable, training.monitor.best)
+            users, items = (
+                FactorTable(on_devices=table) if isinstance(table, Table) else FactorTable(table)
+                for table in training.monitor.best
+            )
             fitted = replace(fitted, user=users, item=items)
         losses = training.history.get("loss")
         if losses:

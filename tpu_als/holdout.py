@@ -52,6 +52,19 @@ def hide(
     return parts(rows, drawn(rows, wanted, rng))
 
 
+def least_fraction(rows: sparse.csr_matrix) -> float:
+    """Least fraction at which `hide`, with its own generator, hides an entry; inf where none does.
+
+    Parameters
+    ----------
+    rows : csr_matrix of shape (n_rows, n_columns)
+        Canonical.
+    """
+    counts, chances = positive_counts(rows), np.random.default_rng(_SEED).random(rows.shape[0])
+    able = counts >= 2
+    return float(np.min((1 - chances[able]) / counts[able], initial=np.inf))
+
+
 def positive_counts(rows: sparse.csr_matrix) -> np.ndarray:
     """Positive entries of each row (n_rows,), int64."""
     return np.diff(np.append(0, np.cumsum(rows.data > 0))[rows.indptr])

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import joblib
 import numpy as np
 import psutil
 from threadpoolctl import ThreadpoolController
@@ -79,10 +80,17 @@ class _Lent:
 
 
 def cores() -> int:
-    """Cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores this process may use: by its affinity, its control group and LOKY_MAX_CPU_COUNT."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    own = None if affinity is None else frozenset(affinity(0))
+    return _cores(own, os.environ.get("LOKY_MAX_CPU_COUNT"))
+
+
+@functools.lru_cache(maxsize=8)
+def _cores(affinity: frozenset[int] | None, limit: str | None) -> int:
+    # joblib reads the files of the control group at each call, which takes as long as a query.
+    del affinity, limit
+    return int(joblib.cpu_count())
 
 
 def memory_bytes() -> int:

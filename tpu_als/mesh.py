@@ -32,6 +32,7 @@ Shards = Any
 
 log = logging.getLogger("tpu_als")
 _REPLICATED_SHARE = 1 / 8  # of a device's memory that a copy of the source table may take
+_FEW_THREADS = 16  # taken as they are asked for, whatever the number of cores
 _PIECE_BYTES = 1 << 26  # of a table fetched at once from several processes
 
 
@@ -230,7 +231,9 @@ class Workplace:
         self, work: Callable[[Any], Any], jobs: Sequence[Any], most: int | None = None
     ) -> list[Any]:
         """Map `work` over the jobs with as many threads as there are shards or cores, or `most`."""
-        return threads(work, jobs, most or max(self.n_shards, cores()))
+        if most is None:
+            most = self.n_shards if len(jobs) <= self.n_shards else max(self.n_shards, cores())
+        return threads(work, jobs, most)
 
 
 def _unzip(own: Any, n_shards: int) -> list[Any]:
@@ -255,7 +258,9 @@ def workplace(
     devices : None, int, sequence of jax.Device or jax.sharding.Mesh, default=None
         None takes all devices of the default backend, a number the first so many.
     num_threads : int, default=0
-        Threads, and so work shards, of a single CPU device; 0 means all cores.
+        Threads, and so work shards, of a single CPU device; 0 means all cores that the process may
+        use. More than 16 are cut down to the number of cores, as long as that is no less than 16:
+        each shard costs dispatches, and compilation.
     use_gpu : bool, optional
         True requires a GPU backend.
     table_layout : {"auto", "replicated", "sharded"}, default="auto"
@@ -264,7 +269,7 @@ def workplace(
     Raises
     ------
     ValueError
-        For an unknown layout, or more devices than there are.
+        For an unknown layout, or devices that are none, not there, or given twice.
     RuntimeError
         Where `use_gpu` is True and JAX has no GPU.
     """
@@ -281,7 +286,9 @@ def workplace(
         return Workplace(chosen, len(chosen), table_layout)
     n_threads = 1
     if chosen[0].platform == "cpu":
-        n_threads = num_threads if num_threads > 0 else cores()
+        n_threads = cores()
+        if num_threads > 0:
+            n_threads = min(num_threads, max(n_threads, _FEW_THREADS))
     return Workplace(chosen, n_threads, table_layout, n_threads)
 
 
@@ -295,10 +302,11 @@ def _memory(device: jax.Device) -> int:
 
 def _devices(devices: Any) -> tuple[jax.Device, ...]:
     if isinstance(devices, Mesh):
-        return tuple(devices.devices.flat)
+        devices = list(devices.devices.flat)
     if devices is None:
         return tuple(jax.devices())
-    if isinstance(devices, (int, np.integer)):
+    is_number = isinstance(devices, (int, np.integer)) and not isinstance(devices, bool)
+    if is_number:
         have = jax.devices()
         if not 1 <= devices <= len(have):
             raise ValueError(
@@ -306,7 +314,26 @@ def _devices(devices: Any) -> tuple[jax.Device, ...]:
                 "device(s); on CPU set jax_num_cpu_devices before the first computation"
             )
         return tuple(have[:devices])
-    chosen = tuple(devices)
+    chosen = tuple(devices) if isinstance(devices, Iterable) else ()
     if not chosen or not all(isinstance(device, jax.Device) for device in chosen):
-        raise ValueError(f"devices must be None, a number, jax devices or a Mesh, got {devices!r}")
+        raise ValueError(
+            "devices must be None, a whole number, a list of jax devices (as from jax.devices()) "
+            f"or a jax.sharding.Mesh, got {devices!r}"
+        )
+    _check_usable(chosen)
     return chosen
+
+
+def _check_usable(devices: tuple[jax.Device, ...]) -> None:
+    """Raise ValueError for devices that are given twice, differ in kind, or are of others only."""
+    if len(set(devices)) < len(devices):
+        raise ValueError(f"devices must differ from each other, got {list(devices)}")
+    platforms = sorted({device.platform for device in devices})
+    if len(platforms) > 1:
+        raise ValueError(f"devices must be of one platform, got some of each of {platforms}")
+    process = devices[0].client.process_index()
+    if all(device.process_index != process for device in devices):
+        raise ValueError(
+            f"devices must include one of this process, number {process}, got {list(devices)}: "
+            "each process that takes part passes the same devices, and the others do not fit"
+        )

@@ -146,9 +146,12 @@ def place(
 
     Raises
     ------
+    MemoryError
+        Where the tables cannot fit, before any work.
     ValueError
         Where processes passed different matrices, or the sides of `Entries` differ.
     """
+    _require_tables(user_items.shape, params, place)
     if isinstance(user_items, sparse.csr_matrix):
         structure.check_compressed(user_items)
         _check_same(user_items, place)
@@ -209,6 +212,25 @@ def _agreed_digest(
             "different entries or values, but must hold the same ones; write both again"
         )
     return users
+
+
+def _require_tables(shape: tuple[int, int], params: AlsParams, place: Workplace) -> None:
+    """Raise MemoryError where the tables of a fit, and what it computes of them, cannot fit.
+
+    On a CPU a half-epoch has both tables and a solved or rotated copy of the larger one, or more.
+    """
+    if place.platform != "cpu":  # tables lie on devices, which tell when they are full
+        return
+    factors, size = int(params.factors), np.dtype(DTYPES[params.dtype]).itemsize
+    users, items = (int(n) * factors * size // len(place.processes) for n in shape)
+    square = factors**2 * np.dtype(params.compute_dtype).itemsize
+    parts = {
+        "user table": users,
+        "item table": items,
+        "copy of the larger table": max(users, items),
+        "gramian and eigenbasis": 2 * square,
+    }
+    require_memory(parts, f"fit with fewer factors than {factors}, or with a smaller dtype")
 
 
 def _check_same(matrix: sparse.csr_matrix, place: Workplace) -> None:
