@@ -123,9 +123,7 @@ class TPUAlternatingLeastSquares(
     Notes
     -----
     A bar or a callback costs nothing to speak of; tables leave the devices when they are read.
-
-    The constructor of a subclass may set further parameters, and need not set all of these: what it
-    does not set has its default. Each call checks the parameters that it uses.
+    A subclass may have further parameters; those of these that it does not set have their defaults.
 
     References
     ----------
@@ -147,7 +145,7 @@ class TPUAlternatingLeastSquares(
 
     # implicit's name for a callback that `fit` falls back to.
     fit_callback: Callable[[int, float, float | None], Any] | None = None
-    # What the last fit learnt from, and whether another on the same data has warned.
+    # The last fit's data, and whether another fit on them has warned.
     _fitted_to: tuple[initial.Identity, bool] | None = None
     # scikit-learn takes `fit`'s first argument for metadata, because it is not called X.
     __metadata_request__fit = {"user_items": metadata_routing.UNUSED}  # noqa: RUF012
@@ -320,8 +318,7 @@ class TPUAlternatingLeastSquares(
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
-        # Results have the model's own dtype, so that is the one kind of input whose dtype stays.
-        tags.transformer_tags.preserves_dtype = []
+        tags.transformer_tags.preserves_dtype = []  # but for the model's own
         with contextlib.suppress(ValueError):
             name = parameters.storage_dtype(self.dtype)
             tags.transformer_tags.preserves_dtype = [name.replace("bfloat16", "float32")]
@@ -408,19 +405,17 @@ class TPUAlternatingLeastSquares(
         self.n_iter_, self.history_ = training.done, training.history
 
     def _finish(self, training: Training) -> None:
-        monitor = training.monitor
-        if monitor is not None and monitor.best is not None:
-            for side, table in zip(("user", "item"), monitor.best, strict=True):
+        best = training.monitor and training.monitor.best
+        if best:
+            for side, table in zip(("user", "item"), best, strict=True):
                 self._store(side, table)
         self._fitted_to = training.fitted_to
-        losses = self.history_.get("loss")
-        if losses:
-            log.info("final training loss %.4f", losses[-1])
+        if self.history_.get("loss"):
+            log.info("final training loss %.4f", self.history_["loss"][-1])
 
 
-try:  # implicit's wrappers check for its class; it is an ABC, so no inheritance is needed.
+# implicit's wrappers check for its class; it is an ABC, so no inheritance is needed.
+with contextlib.suppress(ImportError):
     from implicit.cpu.als import AlternatingLeastSquares as _Implicit
-except ImportError:
-    pass
-else:
+
     _Implicit.register(TPUAlternatingLeastSquares)
