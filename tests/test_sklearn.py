@@ -16,8 +16,10 @@ from sklearn.model_selection import GridSearchCV, KFold, cross_val_score
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import MaxAbsScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.utils.metadata_routing import get_routing_for_object
 
 from tpu_als import TPUAlternatingLeastSquares
+from tpu_als.compat import AlternatingLeastSquares
 
 # scikit-learn's checks try every sparse format; that each but CSR warns is tested elsewhere
 pytestmark = pytest.mark.filterwarnings("ignore:Method expects CSR")
@@ -35,6 +37,7 @@ def small(**changes: Any) -> TPUAlternatingLeastSquares:
         TPUAlternatingLeastSquares(
             factors=4, iterations=3, objective="ials", unobserved_weight=0.5, use_cg=False
         ),
+        AlternatingLeastSquares(factors=4, iterations=3, warm_start=False),
     ]
 )
 def test_scikit_learn_checks(estimator: Any, check: Any) -> None:
@@ -174,3 +177,13 @@ class TestMetadataRouting:
             pipe = make_pipeline(MaxAbsScaler(), model)
             pipe.fit(counts, show_progress=False, callback=lambda i, *_: seen.append(i))
         assert seen == [0, 1]
+
+    @pytest.mark.parametrize("cls", [TPUAlternatingLeastSquares, AlternatingLeastSquares])
+    def test_the_matrix_is_no_metadata(self, cls: Any) -> None:
+        routing = get_routing_for_object(cls())
+        assert set(routing.fit.requests) == {"show_progress", "callback"}
+        with (
+            sklearn.config_context(enable_metadata_routing=True),
+            pytest.raises(TypeError, match="user_items"),
+        ):
+            cls().set_fit_request(user_items=True)

@@ -133,9 +133,7 @@ class TPUAlternatingLeastSquares(
     Notes
     -----
     A bar or a callback costs nothing to speak of; tables leave the devices when they are read.
-
-    The constructor of a subclass may set further parameters, and need not set all of these: what it
-    does not set has its default. Each call checks the parameters that it uses.
+    A subclass may have further parameters; those of these that it does not set have their defaults.
 
     References
     ----------
@@ -157,7 +155,7 @@ class TPUAlternatingLeastSquares(
 
     # implicit's name for a callback that `fit` falls back to.
     fit_callback: Callable[[int, float, float | None], Any] | None = None
-    # What the last fit learnt from, and whether another on the same data has warned.
+    # The last fit's data, and whether another fit on them has warned.
     _fitted_to: tuple[initial.Identity, bool] | None = None
     # scikit-learn takes `fit`'s first argument for metadata, because it is not called X.
     __metadata_request__fit = {"user_items": metadata_routing.UNUSED}  # noqa: RUF012
@@ -355,8 +353,7 @@ class TPUAlternatingLeastSquares(
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
-        # Results have the model's own dtype, so that is the one kind of input whose dtype stays.
-        tags.transformer_tags.preserves_dtype = []
+        tags.transformer_tags.preserves_dtype = []  # but for the model's own
         with contextlib.suppress(ValueError):
             name = parameters.storage_dtype(self.dtype)
             tags.transformer_tags.preserves_dtype = [name.replace("bfloat16", "float32")]
@@ -484,9 +481,8 @@ def _checked(estimator: TPUAlternatingLeastSquares, X: Any, reset: bool) -> spar
     return validation.canonical_csr(X, name)
 
 
-try:  # implicit's wrappers check for its class; it is an ABC, so no inheritance is needed.
+# implicit's wrappers check for its class; it is an ABC, so no inheritance is needed.
+with contextlib.suppress(ImportError):
     from implicit.cpu.als import AlternatingLeastSquares as _Implicit
-except ImportError:
-    pass
-else:
+
     _Implicit.register(TPUAlternatingLeastSquares)
