@@ -166,7 +166,7 @@ def _changed_after_fit() -> list[Case]:
     similar, users = (lambda m: m.similar_items(0)), (lambda m: m.similar_users(0))
     return [
         *cases,
-        Case("transform, _YtY with NaN", CHANGED["transform"], ValueError, "_YtY .*NaN",
+        Case("transform, _YtY with NaN", CHANGED["transform"], ValueError, r"_YtY .*(NaN|finite)",
              {"_YtY": np.full((6, 6), np.nan, np.float32)}),
         Case("recalculate_item, _XtX of shape (7, 7)", CHANGED["recalculate_item"], ValueError,
              r"_XtX .*\(7, 7\)", {"_XtX": np.ones((7, 7), np.float32)}),
@@ -250,7 +250,7 @@ def _ids() -> list[Case]:
         "None": (None, "integers"),
         "True": (True, "integers.*bool"),
         "nested lists": ([[0, 1]], r"\(1, 2\)"),
-        "lists of several lengths": ([[0], [1, 2]], "(?i)integers|1-D|inhomogeneous"),
+        "lists of several lengths": ([[0], [1, 2]], "integers|1-D|inhomogeneous"),
         "a mask of another length": ([True, False], "mask of length 2"),
     }
     calls: dict[str, tuple[str, Callable[[Any], Callable[[Any], object]]]] = {
@@ -435,13 +435,13 @@ def _assigned_tables() -> list[Case]:
     one_nan[4, 2] = np.nan
     wrong: dict[str, tuple[Any, str]] = {
         "with NaN": (one_nan, "NaN"),
-        "with infinity": (np.full((4, 6), np.inf), "(?i)inf"),
+        "with infinity": (np.full((4, 6), np.inf), "[Ii]nf"),
         "of one axis": (np.ones(6), r"2-D array.*\(6,\)"),
         "of three axes": (np.ones((2, 3, 4)), r"2-D array.*\(2, 3, 4\)"),
         "of text": ([["a", "b"]], "2-D array of numbers"),
         "of objects": (np.array([[None, 1.0]]), "2-D array of numbers"),
         "of complex numbers": (np.ones((2, 6), complex), "numbers.*complex"),
-        "of several lengths": ([[1.0], [1.0, 2.0]], "(?i)2-D array|inhomogeneous"),
+        "of several lengths": ([[1.0], [1.0, 2.0]], "(2-D array|inhomogeneous)"),
     }
     cases = [
         Case(f"{name} {what}", lambda m: None, ValueError, f"(?s)(?=.*{name}).*{message}",
@@ -466,6 +466,7 @@ class _Polars:
     """What a frame of polars looks like, without polars."""
 
     columns = ("user", "item")
+    dtypes = ("String", "String")
     shape = (3, 2)
 
     def to_pandas(self) -> pd.DataFrame:
