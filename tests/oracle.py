@@ -110,25 +110,21 @@ def half_epoch(
     return target
 
 
-def both_sides(
-    matrix: sparse.spmatrix, source: np.ndarray, objective: Objective = IMPLICIT
-) -> tuple[np.ndarray, np.ndarray]:
-    """Both sides of (1) for every row: normal matrices (M, K, K) and right sides (M, K)."""
-    source = np.asarray(source, dtype=np.float64)
-    total, positive, stored = _cell_weights(matrix, objective)
-    lam = ridge(stored.sum(axis=1), len(source), objective)
-    normal = np.einsum("nk,mn,nl->mkl", source, total, source)
-    return normal + lam[:, None, None] * np.eye(source.shape[1]), positive @ source
-
-
 def backward_errors(
-    rows: np.ndarray, matrix: sparse.spmatrix, source: np.ndarray, objective: Objective = IMPLICIT
+    rows: np.ndarray,
+    matrix: sparse.spmatrix,
+    source: np.ndarray,
+    objective: Objective = IMPLICIT,
+    n_source: int | None = None,
 ) -> np.ndarray:
     """How far solved rows (M, K) are from (1), relative to its parts: (M,)."""
-    normal, right = both_sides(matrix, source, objective)
-    rows = np.asarray(rows, dtype=np.float64)
-    missed = np.linalg.norm(np.einsum("mkl,ml->mk", normal, rows) - right, axis=1)
-    size = np.linalg.norm(normal, axis=(1, 2)) * np.linalg.norm(rows, axis=1)
+    if not matrix.shape[0]:
+        return np.zeros(0)
+    rows, source = np.asarray(rows, dtype=np.float64), np.asarray(source, dtype=np.float64)
+    normals = systems(matrix, source, objective, n_source)
+    right = _cell_weights(matrix, objective)[1] @ source
+    missed = np.linalg.norm(np.einsum("mkl,ml->mk", normals, rows) - right, axis=1)
+    size = np.linalg.norm(normals, axis=(1, 2)) * np.linalg.norm(rows, axis=1)
     return missed / np.maximum(size + np.linalg.norm(right, axis=1), 1e-30)
 
 

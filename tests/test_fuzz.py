@@ -305,7 +305,7 @@ def test_explain(world: World, data: Any) -> None:
     n = data.draw(st.sampled_from([0, 2, 10]))
     total, top, weights = world.model.explain(user, world.given, item, N=n)
     normal, _ = (
-        each[0] for each in oracle.both_sides(world.matrix[user], world.items, world.objective)
+        each[0] for each in oracle.systems(world.matrix[user], world.items, world.objective)
     )
     row, alpha = world.matrix[user], world.objective.alpha
     exact = np.linalg.solve(normal, world.items[item]) @ world.items[row.indices].T
