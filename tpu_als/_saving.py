@@ -76,6 +76,8 @@ class Saving:
         found, fitted = model_file.load_model(fileobj_or_path, parameters.RULES, own_names)
         own = {name: found.pop(name) for name in own_names if name in found}
         model = subclasses.construct(cls, found, own)
+        if not fitted:
+            return model
         loaded = FittedModel(n_iter=fitted.get("n_iter_"), history=fitted.get("history_"))
         for side in SIDES:
             loaded = loaded.with_table(side, FactorTable(fitted.get(f"{side}_factors")))
