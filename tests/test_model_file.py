@@ -347,6 +347,36 @@ class TestDamagedAndForeignFiles:
                 load(file.getvalue())
         assert key + ".npy" not in read
 
+    @pytest.mark.parametrize(
+        "header",
+        [
+            "{'descr':'<f4','fortran_order':False,'shape':(2**20,2**20)}",
+            "{'descr':'<f4','fortran_order':False,'shape':(1099511627776,2)}",
+            "{'descr':'<f4','fortran_order':False,'shape':(-1,2)}",
+            "{'descr':'<f4','fortran_order':False,'shape':(True,2)}",
+            "{'descr':'|O','fortran_order':False,'shape':(1,2)}",
+            "{'descr':[('a','<f4')],'fortran_order':False,'shape':(0,2)}",
+            "{'descr':('<f4',(1000000,)),'fortran_order':False,'shape':(0,2)}",
+            "{'descr':'|V2000000000','fortran_order':False,'shape':(0,2)}",
+            "{'descr':'nothing','fortran_order':False,'shape':(0,2)}",
+            "{'shape':(0,2)}",
+            "(" * 9000,
+            "[" * 3000 + "]" * 3000,
+            "-" * 9000 + "1",
+            "\x00",
+        ],
+        ids=lambda header: header[:70],
+    )
+    def test_hostile_headers(self, header: str) -> None:
+        file = io.BytesIO()
+        file.write(archive(user_factors=None))
+        text = header.encode("latin1")
+        with zipfile.ZipFile(file, "a") as changed:
+            content = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+            changed.writestr("user_factors.npy", content)
+        with pytest.raises(ModelFileError, match="user_factors"):
+            load(file.getvalue())
+
     def test_a_compressed_table(self) -> None:
         file = io.BytesIO()
         np.savez_compressed(file, **{**GOOD, "user_factors": np.zeros((20_000, 2), np.float32)})

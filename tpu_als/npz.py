@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,12 +28,14 @@ _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
+    tokenize.TokenError,
     EOFError,
     OSError,
     ValueError,
     TypeError,
     SyntaxError,
-    OverflowError,
+    ArithmeticError,
+    LookupError,
     MemoryError,
     RuntimeError,
 )
