@@ -72,7 +72,7 @@ def test_harmless(good: bytes, tmp_path: Path, name: str) -> None:
 def test_a_directory_in_place_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "model.npz"
     path.mkdir()
-    with pytest.raises(ModelFileError, match=re.escape(str(path))):
+    with pytest.raises(IsADirectoryError, match=re.escape(str(path))):
         LOAD(path)
 
 
