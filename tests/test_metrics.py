@@ -432,7 +432,7 @@ class TestOtherObjects:
         shards = write_shards(counts, tmp_path / "shards", 2)
         for wrong, advice in (
             (self.EVENTS, "interactions_from_frame"),
-            (pa.table(self.EVENTS), r"to_pandas\(\).*interactions_from_frame"),
+            (pa.table(self.EVENTS), r"interactions_from_frame\(.*to_pandas\(\)"),
             (shards, r"to_csr\(\)"),
         ):
             with pytest.raises(TypeError, match=f"train_user_items must be .*{advice}"):
@@ -446,10 +446,13 @@ class TestOtherObjects:
                     evaluation.make_ranking_scorer("ndcg")(estimator, wrong)
 
     def test_a_frame_of_events_with_numbers(self, fitted_pair: Any) -> None:
+        scorer, said = evaluation.make_ranking_scorer("ndcg"), "interactions_from_frame"
         events = pd.DataFrame({"user": [1, 2], "item": [3, 4], "count": [1, 1]})
-        said = "40 items of fit as columns, got 3 columns.*interactions_from_frame"
-        with pytest.raises(ValueError, match=said):
-            evaluation.make_ranking_scorer("ndcg")(fitted_pair["tpu_als"], events)
+        with pytest.raises(TypeError, match=f"a frame of events.*{said}"):
+            scorer(fitted_pair["tpu_als"], events)
+        events.columns = ["who", "what", "times"]
+        with pytest.raises(ValueError, match=f"40 items of fit as columns, got 3 columns.*{said}"):
+            scorer(fitted_pair["tpu_als"], events)
 
 
 class TestScorer:

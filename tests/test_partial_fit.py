@@ -70,7 +70,7 @@ class TestUnknownEntries:
         rows = _wide(6, 27)
         read, model = _fitted(**parameters), _fitted(**parameters)
         grown = np.vstack([read.item_factors, np.zeros((7, 4), np.float32)])
-        assert model._resident("item") is not None
+        assert model._fitted.item.resident is not None
         model.partial_fit_users(np.arange(6), rows)
         expected = oracle.fold_in(rows, grown, _objective(model), 20)
         ours = model.user_factors[:6]

@@ -27,6 +27,7 @@ K, N_USERS, N_ITEMS = 4, 12, 20
 COUNTS = random_counts(N_USERS, N_ITEMS, density=0.3)
 SCALES = (1.0, 2.0, 3.0, 5.0, 7.0)  # one for each generation of a table, over and over
 MOST_GROWTH = 80 << 20  # bytes that the process may grow by after its first calls
+NEAR = 0.05  # of scores of 1, where a row that is not there has 0; each update adds to the error
 
 Read = Callable[[np.random.Generator], None]
 
@@ -138,7 +139,7 @@ def test_reads_beside_assigned_tables(n_reads: int) -> None:
 @pytest.mark.usefixtures("count")
 def test_reads_beside_growth(n_reads: int) -> None:
     """A table grows and starts again; every score is 1, so a row that is not there stands out."""
-    model = made(regularization=0.0, alpha=1.0)
+    model = made(regularization=1e-3, alpha=1.0)
     users, items = np.ones((N_USERS, K), np.float32), np.full((N_ITEMS, K), 1 / K, np.float32)
     model.user_factors, model.item_factors = users, items
     most = 40
@@ -149,16 +150,16 @@ def test_reads_beside_growth(n_reads: int) -> None:
         known = int((ids >= 0).sum())
         assert sorted(ids[:known].tolist()) == list(range(known)), "items that are not there yet"
         assert known >= N_ITEMS and (ids[known:] == -1).all()
-        np.testing.assert_allclose(found[:known], 1, rtol=1e-3)
+        np.testing.assert_allclose(found[:known], 1, atol=NEAR)
 
     def similar(rng: np.random.Generator) -> None:
         ids, found = model.similar_items(np.arange(6), N=N_ITEMS)
-        np.testing.assert_allclose(found, 1, atol=1e-5)
+        np.testing.assert_allclose(found, 1, atol=NEAR)
         assert all(len(set(row.tolist())) == N_ITEMS for row in ids)
 
     def similar_users(rng: np.random.Generator) -> None:
         _, found = model.similar_users(1, N=N_USERS)
-        np.testing.assert_allclose(found, 1, atol=1e-5)
+        np.testing.assert_allclose(found, 1, atol=NEAR)
 
     def tables(rng: np.random.Generator) -> None:
         assert model.item_norms.shape[0] >= N_ITEMS
@@ -167,7 +168,7 @@ def test_reads_beside_growth(n_reads: int) -> None:
         assert twin.n_features_in_ == len(twin.item_factors)
 
     def all_of(n: int) -> sparse.csr_matrix:
-        # Without a ridge, what everybody likes is solved to a score of 1 with everybody.
+        # With a small ridge, what everybody likes is solved to a score near 1 with everybody.
         return sparse.csr_matrix(np.ones((1, n), np.float32))
 
     def update(number: int) -> None:

@@ -211,7 +211,7 @@ class TestValues:
         out.data = np.zeros(2, dtype)
         with pytest.raises(ValueError, match="must hold real numbers, got values of dtype"):
             matrices.canonical_csr(out)
-        with pytest.raises(ValueError, match="must hold real numbers"):
+        with pytest.raises((TypeError, ValueError), match="real numbers|array of text or records"):
             matrices.canonical_csr(np.zeros((1, 2), dtype))
 
     @pytest.mark.parametrize("dtype", ["?", "i1", "u8", ">i4", "f2", ">f4", ">f8", "g"])
@@ -247,10 +247,10 @@ class TestValues:
     def test_near_the_limit_of_float32(self) -> None:
         most = float(np.finfo(np.float32).max)
         assert matrices.canonical_csr(np.array([[most]])).data[0] == np.float32(most)
-        with pytest.raises(ValueError, match="infinity or a value too large"):
+        with pytest.raises(ValueError, match="contains infinity, or values too large"):
             matrices.canonical_csr(np.array([[most * 1.001]]))
         twice = sparse.csr_matrix((np.full(2, most, np.float32), [0, 0], [0, 2]), shape=(1, 1))
-        with pytest.raises(ValueError, match="infinity or a value too large"):
+        with pytest.raises(ValueError, match="contains infinity, or values too large"):
             matrices.canonical_csr(twice)
 
 

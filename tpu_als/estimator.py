@@ -24,7 +24,7 @@ from .checkpoint import Checkpoints
 from .early_stopping import EarlyStopping
 from .fitted import FactorTable, FittedModel, tables_of
 from .metrics import popularity_of
-from .refusals import refuse_misplaced
+from .refusals import require_matrix
 from .resident import Table
 from .shards import ShardedMatrix
 
@@ -463,9 +463,7 @@ def _after(training: Training, fitted: FittedModel) -> FittedModel:
 
 def _checked(estimator: TPUAlternatingLeastSquares, X: Any, reset: bool) -> sparse.csr_matrix:
     name = "user_items" if reset else "X"
-    if X is None:
-        raise TypeError(f"{name} must be a matrix of users by items, got None")
-    refuse_misplaced(X, name)
+    require_matrix(X, name)
     # A sparse matrix without rows is data without users; an empty array is a mistake.
     least = 0 if sparse.issparse(X) else 1
     X = validate_data(

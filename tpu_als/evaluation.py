@@ -19,6 +19,7 @@ from sklearn.utils.validation import validate_data
 
 from . import _evaluation_inputs, holdout, host, validation
 from .metrics import METRICS, metrics_of_rankings, popularity_of
+from .refusals import IF_EVENTS, require_matrix
 from .splits import (
     leave_k_out_split,
     strong_generalization_split,
@@ -224,12 +225,12 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
 
 def _check_frame(estimator: Any, X: Any) -> None:
     """Refuse what is no matrix; of a frame, one that has not the estimator's columns."""
-    _evaluation_inputs.refuse_other_objects(X, "X", frames=True)
+    require_matrix(X)
     expected = getattr(estimator, "n_features_in_", None)
     if hasattr(X, "columns") and expected is not None and len(X.columns) != expected:
         raise ValueError(
             f"X must have users as rows and the {expected} items of fit as columns, got "
-            f"{len(X.columns)} columns: {_evaluation_inputs.IF_EVENTS}"
+            f"{len(X.columns)} columns: {IF_EVENTS}"
         )
 
 

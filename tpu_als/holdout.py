@@ -13,8 +13,9 @@ import numpy as np
 from scipy import sparse
 from sklearn.exceptions import UndefinedMetricWarning
 
-from . import _evaluation_inputs, matrices
+from . import matrices
 from .exceptions import DataWarning
+from .refusals import require_matrix
 
 CUTOFF = 10
 _SCORED = 0.2  # part of a row's entries that a score is measured with
@@ -135,14 +136,27 @@ def canonical(matrix: Any, name: str = "user_items") -> sparse.csr_matrix:
     Raises
     ------
     TypeError
-        For an object that is no matrix.
+        For an object that is no matrix, and a frame.
     ValueError
-        For NaN or infinity, other kinds of values, or ids out of range.
+        For NaN or infinity, other kinds of values, other dimensions than two, or a sparse matrix
+        whose arrays contradict each other or its shape.
     """
-    _evaluation_inputs.refuse_other_objects(matrix, name)
-    rows = matrices.canonical(matrix, name)
+    rows = matrices.canonical(require_users_by_items(matrix, name), name)
     _check_finite(rows, name)
     return rows
+
+
+def require_users_by_items(matrix: Any, name: str) -> Any:
+    """Return a sparse matrix as it is, and other matrices as 2-D arrays; errors as `canonical`."""
+    require_matrix(matrix, name, takes_frames=False)
+    if sparse.issparse(matrix):
+        return matrix
+    array = np.asarray(matrix)
+    if array.ndim != 2:
+        raise ValueError(
+            f"{name} must have users as rows and items as columns, got shape {array.shape}"
+        )
+    return array
 
 
 def _check_finite(rows: sparse.csr_matrix, name: str) -> None:

@@ -23,6 +23,10 @@ _USERS = {
 }
 _ITEMS = {"item", "itemid", "iid", "product", "productid", "movieid", "trackid", "artistid", "asin"}
 _FEW = 16  # columns of a table of events; those of a wider one may be words
+IF_EVENTS = (
+    "if its rows are events, turn them into a matrix first, with "
+    "tpu_als.datasets.interactions_from_frame(frame, user, item).matrix"
+)
 _NUMERIC_IN_POLARS = re.compile("U?Int|Float|Decimal|Boolean")
 
 
@@ -52,6 +56,33 @@ def refuse_misplaced(X: Any, name: str = "X", *, takes_shards: bool = False) -> 
     if problem is not None:
         sides = "items by users" if name == "item_users" else "users by items"
         raise TypeError(f"{name} must be a matrix of {sides}, got {problem}")
+
+
+def require_matrix(X: Any, name: str = "X", *, takes_frames: bool = True) -> None:
+    """Raise TypeError as `refuse_misplaced` does, and for None.
+
+    Parameters
+    ----------
+    X : object
+        What was passed as a matrix.
+    name : str
+        The argument's name, for messages.
+    takes_frames : bool, default=True
+        Whether a frame of numbers passes: users are its rows and items its columns.
+
+    Raises
+    ------
+    TypeError
+        With what to pass instead.
+    """
+    refuse_misplaced(X, name)
+    problem = None
+    if X is None:
+        problem = "None: pass a sparse matrix or an array"
+    elif not takes_frames and hasattr(X, "columns"):
+        problem = f"a frame: {IF_EVENTS}; if they are users, pass {name}.to_numpy()"
+    if problem is not None:
+        raise TypeError(f"{name} must be a matrix of users by items, got {problem}")
 
 
 def require_finite(rows: Any, values: np.ndarray, name: str = "X") -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from . import _evaluation_inputs, holdout
+from . import _evaluation_inputs, holdout, structure
 from .parameters import random_generator
 
 
@@ -169,10 +169,15 @@ def time_split(
 
 def _earliest(timestamps: Any) -> sparse.csr_matrix:
     """Canonical CSR of the least of the values stored for each entry."""
-    times = _evaluation_inputs.sparse_matrix(timestamps, "timestamps")
-    if times.format == "csr" and times.has_canonical_format:
-        return times
-    times = times.tocoo()
+    name = "timestamps"
+    times = holdout.require_users_by_items(timestamps, name)
+    if sparse.issparse(times):
+        times, is_canonical = structure.checked_with_order(times, name, widen=False)
+        if is_canonical and times.ndim == 2:
+            return sparse.csr_matrix((times.data, times.indices, times.indptr), shape=times.shape)
+    else:
+        times = sparse.coo_matrix(structure.real_numbers(times, name))
+    times = (times.reshape(1, -1) if times.ndim == 1 else times).tocoo()
     order = np.lexsort((times.col, times.row))
     rows, columns, values = times.row[order], times.col[order], times.data[order]
     is_first = np.append(True, (np.diff(rows) != 0) | (np.diff(columns) != 0))[: len(order)]
