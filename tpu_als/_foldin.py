@@ -199,7 +199,7 @@ class FoldIn(FactorTables):
     ) -> None:
         rows = validation.rows_for(Cui, len(X), len(Y), "Cui", strict=False)
         objective = self._objective()._replace(alpha=1.0, regularization=regularization)
-        params = self._params(Y, self._linear_solver())
+        params = self._params(Y, solve.solver_for(self._linear_solver(), objective))
         # The caller's tables come and go, so nothing is kept of them.
         place = mesh.workplace(
             self.devices, num_threads or self.num_threads, self.use_gpu, self.table_layout
@@ -232,6 +232,10 @@ class FoldIn(FactorTables):
             lambda: fold_in.source(table, params, place),
         )
         solved = fold_in.solve_rows(rows, source, self._objective(), params, gramian=gramian)
+        failed = np.flatnonzero(~np.isfinite(solved).all(axis=1))
+        if failed.size and np.isfinite(self.YtY if side == "item" else self.XtX).all():
+            # Weights that float32 cannot hold; the same rows one by one would be solved in float64.
+            solved[failed] = self._fold_in_here(rows[failed], side)
         return validation.finite_rows(solved.astype(table.dtype, copy=False), "the given rows")
 
     def _fold_in_fast(self, rows: sparse.csr_matrix, side: str) -> np.ndarray:
@@ -239,13 +243,17 @@ class FoldIn(FactorTables):
         few = rows.shape[0] <= _HOST_ROWS and rows.nnz <= _HOST_ENTRIES
         if self._resident(side) is not None or not few:
             return self._fold_in(rows, side)
+        return validation.finite_rows(self._fold_in_here(rows, side), "the given rows")
+
+    def _fold_in_here(self, rows: sparse.csr_matrix, side: str) -> np.ndarray:
+        """Solve rows on the host, in float64; NaN where that fails."""
         solved = np.zeros((rows.shape[0], self._shape(side)[1]), self._fitted_table(side).dtype)
         for row in np.flatnonzero(np.diff(rows.indptr)):
             at = slice(rows.indptr[row], rows.indptr[row + 1])
             w, v = solve.confidence(self._objective(), rows.data[at].astype(np.float64))
             source = self._rows(side, rows.indices[at]).astype(np.float64)
             solved[row] = _solve(self._system(source, w, side), v @ source)
-        return validation.finite_rows(solved, "the given rows")
+        return solved
 
     def _store_rows(self, side: str, ids: Any, rows: np.ndarray) -> None:
         table = self._fitted_table(side)
@@ -275,7 +283,8 @@ class FoldIn(FactorTables):
         )
 
     def _linear_solver(self) -> str:
-        return self.linear_solver or ("cg" if self.use_cg else "cholesky")
+        name = self.linear_solver or ("cg" if self.use_cg else "cholesky")
+        return solve.solver_for(name, self._objective())
 
     def _params(self, table: np.ndarray, linear_solver: str) -> placing.AlsParams:
         """Engine parameters for solves against a table as it is: its own width and dtype."""
