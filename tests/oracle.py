@@ -117,14 +117,19 @@ def backward_errors(
     objective: Objective = IMPLICIT,
     n_source: int | None = None,
 ) -> np.ndarray:
-    """How far solved rows (M, K) are from (1), relative to its parts: (M,)."""
+    """How far solved rows (M, K) are from (1), relative to its parts: (M,).
+
+    Where the right side is zero, so is the solution; the error is relative to the largest row then.
+    """
     if not matrix.shape[0]:
         return np.zeros(0)
     rows, source = np.asarray(rows, dtype=np.float64), np.asarray(source, dtype=np.float64)
     normals = systems(matrix, source, objective, n_source)
     right = _cell_weights(matrix, objective)[1] @ source
     missed = np.linalg.norm(np.einsum("mkl,ml->mk", normals, rows) - right, axis=1)
-    size = np.linalg.norm(normals, axis=(1, 2)) * np.linalg.norm(rows, axis=1)
+    sizes = np.linalg.norm(rows, axis=1)
+    sizes[~right.any(axis=1)] = sizes.max()
+    size = np.linalg.norm(normals, axis=(1, 2)) * sizes
     return missed / np.maximum(size + np.linalg.norm(right, axis=1), 1e-30)
 
 
@@ -194,7 +199,7 @@ def loss(
 ) -> float:
     """``total_loss`` over the sum of all cells' weights, which is implicit's normaliser."""
     weight = _cell_weights(matrix, objective)[0].sum()
-    return total_loss(matrix, user_factors, item_factors, objective) / float(weight)
+    return total_loss(matrix, user_factors, item_factors, objective) / float(weight or 1.0)
 
 
 def initial_tables(

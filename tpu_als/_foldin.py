@@ -228,7 +228,8 @@ class FoldIn(FactorTables):
         validation.solver_arguments(X, Y, regularization, num_threads)
         rows = validation.rows_for(Cui, len(X), len(Y), "Cui", strict=False)
         objective = self._objective()._replace(alpha=1.0, regularization=regularization)
-        params = self._params_of(Y.shape[1], Y.dtype, self._linear_solver())
+        linear_solver = solve.solver_for(self._own_solver(), objective)
+        params = self._params_of(Y.shape[1], Y.dtype, linear_solver)
         parameters.check(self, parameters.PLACE)
         # The caller's tables come and go, so nothing is kept of them.
         place = mesh.workplace(
@@ -249,7 +250,13 @@ class FoldIn(FactorTables):
     def _fold_in(self, table: FactorTable, rows: sparse.csr_matrix) -> np.ndarray:
         """Solve equation (1) exactly for canonical rows against a table."""
         params = self._params(table, "cholesky")
-        solved = table.solve(rows, self._objective(), params, self._own_place())
+        objective = self._objective()
+        solved = table.solve(rows, objective, params, self._own_place())
+        failed = np.flatnonzero(~np.isfinite(solved).all(axis=1))
+        if failed.size and np.isfinite(table.gramian()).all():
+            # Weights that float32 cannot hold; the same rows one by one would be solved in float64.
+            solved = np.array(solved)
+            solved[failed] = _solved_here(table, rows[failed], objective)
         return validation.finite_rows(solved, "the given rows")
 
     def _fold_in_fast(self, table: FactorTable, rows: sparse.csr_matrix) -> np.ndarray:
@@ -258,13 +265,7 @@ class FoldIn(FactorTables):
         few = rows.shape[0] <= _HOST_ROWS and rows.nnz <= _HOST_ENTRIES
         if table.resident is not None or not few:
             return self._fold_in(table, rows)
-        solved = np.zeros((rows.shape[0], table.shape[1]), table.read().dtype)
-        for row in np.flatnonzero(np.diff(rows.indptr)):
-            ids, values, count = matrices.known_entries(rows, row, table.shape[0])
-            w, v = solve.confidence(objective, values.astype(np.float64))
-            source = table.rows(ids).astype(np.float64)
-            solved[row] = _solve(_system(table, source, w, count, objective), v @ source)
-        return validation.finite_rows(solved, "the given rows")
+        return validation.finite_rows(_solved_here(table, rows, objective), "the given rows")
 
     def _partial_fit(self, side: str, given: Any, matrix: Any) -> None:
         """Solve rows of a side against the other one, and store them; all is checked first."""
@@ -298,14 +299,15 @@ class FoldIn(FactorTables):
         )
 
     def _linear_solver(self) -> str:
+        return solve.solver_for(self._own_solver(), self._objective())
+
+    def _own_solver(self) -> str:
         parameters.check(self, ("linear_solver", "use_cg"))
         return self.linear_solver or ("cg" if self.use_cg else "cholesky")
 
     def _params(self, table: FactorTable, linear_solver: str) -> placing.AlsParams:
         """Engine parameters for solves against a table as it is: its own width and dtype."""
-        resident = table.resident
-        dtype = table.read().dtype if resident is None else resident.dtype
-        return self._params_of(table.shape[1], dtype, linear_solver)
+        return self._params_of(table.shape[1], table.dtype, linear_solver)
 
     def _params_of(self, factors: int, dtype: Any, linear_solver: str) -> placing.AlsParams:
         parameters.check(self, ("cg_steps", "block_size"))
@@ -318,6 +320,19 @@ class FoldIn(FactorTables):
             block_size=self.block_size,
             positive=self.objective == "ials",
         )
+
+
+def _solved_here(
+    table: FactorTable, rows: sparse.csr_matrix, objective: solve.Objective
+) -> np.ndarray:
+    """Solutions (R, K) on the host, in float64; NaN for rows where that fails."""
+    solved = np.zeros((rows.shape[0], table.shape[1]), table.dtype)
+    for row in np.flatnonzero(np.diff(rows.indptr)):
+        ids, values, count = matrices.known_entries(rows, row, table.shape[0])
+        w, v = solve.confidence(objective, values.astype(np.float64))
+        source = table.rows(ids).astype(np.float64)
+        solved[row] = _solve(_system(table, source, w, count, objective), v @ source)
+    return solved
 
 
 def _system(
@@ -337,7 +352,8 @@ def _factorize(matrix: np.ndarray) -> tuple[np.ndarray, bool]:
         return linalg.cho_factor(matrix, check_finite=False)
     except linalg.LinAlgError:
         # Rank-deficient and no ridge: a few rounding errors of the gramian, as in `fit`.
-        jitter = 4 * np.finfo(np.float32).eps * np.trace(matrix)
+        # One without any entry or weight is zero, and so is its right side, whatever is added.
+        jitter = 4 * np.finfo(np.float32).eps * np.trace(matrix) or 1.0
         return linalg.cho_factor(matrix + jitter * np.eye(len(matrix)), check_finite=False)
 
 

@@ -104,6 +104,22 @@ def _long_pass(
     return p.dtype.type(bend)
 
 
+def _scaled(ridge: Any, n: Any, diagonal: Any, d: Any, inverse: Any, steps: int) -> Any:
+    """Write the diagonal part of a row's equation, scaled, and the inverse of its preconditioner.
+
+    Returns the scale, as `solve.scale` has it, and whether to begin at zero (`solve.begin`).
+    """
+    spectrum, _, others, exponent, tiny, top, weight, reach, most = diagonal
+    one = d.dtype.type(1)
+    lam = min(ridge * min((d.dtype.type(n) + others) ** exponent, most), most)
+    scale = one / min(max(top + lam + weight, tiny), most / d.dtype.type(64))
+    unit = (top + lam) * scale if steps else one
+    for k in range(len(d)):
+        d[k] = (spectrum[k] + lam) * scale
+        inverse[k] = (unit + tiny) / (d[k] + tiny)
+    return scale, steps == 0 or spectrum[0] + lam > reach
+
+
 def solve_rows(
     rows: Any, cells: Any, lengths: Any, entries: Any, diagonal: Any, relaxation: Any, steps: int,
     vectors: Any, total: Any,
@@ -123,7 +139,8 @@ def solve_rows(
         are fetched, 0 for not at all.
     diagonal : tuple
         Spectrum (K,) times the unobserved weight, and of the ridge the factor, what is added to a
-        row's entries, and the exponent; and the least number to divide by.
+        row's entries, and the exponent; the least number to divide by; the largest of that
+        spectrum, the largest weight w, a diagonal to begin at zero from, and the largest number.
     relaxation : float
         As in `solve.relax`.
     steps : int
@@ -131,7 +148,7 @@ def solve_rows(
     vectors, total : (7, K)
         Scratch, of which `total` (K,) is float64.
     """
-    spectrum, ridge, others, exponent, tiny = diagonal
+    ridge, tiny = diagonal[1], diagonal[4]
     r, p, image, part = vectors[0], vectors[1], vectors[2], vectors[6]
     d, inverse, z = vectors[3], vectors[4], vectors[5]
     zero, one = z.dtype.type(0), z.dtype.type(1)
@@ -144,18 +161,16 @@ def solve_rows(
             for k in range(len(z)):
                 rows[row, k] = zero
             continue
-        lam = ridge * (z.dtype.type(n) + others) ** exponent
+        scale, is_new = _scaled(ridge, n, diagonal, d, inverse, steps)
         size = zero
         for k in range(len(z)):
-            d[k] = spectrum[k] + lam
-            inverse[k] = one / d[k]
-            z[k] = rows[row, k] if steps else zero
+            z[k] = zero if is_new else rows[row, k]
             r[k] = -d[k] * z[k]
-        on_z = zero - one if steps else zero
+        on_z = zero if is_new else -scale
         if n <= BLOCK:
-            _pass(entries, first, n, z, r, one, on_z, no)
+            _pass(entries, first, n, z, r, scale, on_z, no)
         else:
-            _long_pass(entries, first, n, z, r, one, on_z, no, part, total)
+            _long_pass(entries, first, n, z, r, scale, on_z, no, part, total)
         for k in range(len(z)):
             p[k] = r[k] * inverse[k]
             size += r[k] * p[k]
@@ -166,9 +181,9 @@ def solve_rows(
             for k in range(len(z)):
                 image[k] = d[k] * p[k]
             if n <= BLOCK:
-                bend = _pass(entries, first, n, p, image, zero, one, is_last)
+                bend = _pass(entries, first, n, p, image, zero, scale, is_last)
             else:
-                bend = _long_pass(entries, first, n, p, image, zero, one, is_last, part, total)
+                bend = _long_pass(entries, first, n, p, image, zero, scale, is_last, part, total)
             for k in range(len(z)):
                 bend += image[k] * p[k]
             a, last = size / max(bend, tiny), size
@@ -181,7 +196,10 @@ def solve_rows(
             for k in range(len(z)):
                 p[k] = r[k] * inverse[k] + b * p[k]
         for k in range(len(z)):
-            rows[row, k] = (one - relaxation) * rows[row, k] + relaxation * z[k]
+            if relaxation == one:  # else reordering would round z to the precision of the old row
+                rows[row, k] = z[k]
+            else:
+                rows[row, k] = (one - relaxation) * rows[row, k] + relaxation * z[k]
 
 
 def measure_rows(rows: Any, cells: Any, lengths: Any, entries: Any, out: Any) -> None:
@@ -246,4 +264,4 @@ def compiled(njit: Any, cached: bool) -> tuple[Any, Any]:
     return made["solve_rows"], made["measure_rows"]
 
 
-_PLAIN = (_pass, _long_pass, solve_rows, measure_rows)
+_PLAIN = (_pass, _long_pass, _scaled, solve_rows, measure_rows)

@@ -167,6 +167,7 @@ def half_epoch(
             solved = native.solve_side(
                 target_table[0], source_table[0], source.n_rows, side.in_order, where, data.memory,
                 typed(objective, params), _typed(relaxation, params), steps,
+                _largest_weight(data, objective),
             )  # fmt: skip
             return [solved]
         given = source_table, target_table, side.own.lengths
@@ -179,7 +180,7 @@ def passes(
     side: Side, data: Data, basis: Basis, objective: Objective, relaxation: float = 1.0
 ) -> list[tuple[Any, Any, Shared]]:
     """Programs, with what they read, that in turn solve all rows of a side (`Workplace.run`)."""
-    given = _shared(basis, objective, data.params, relaxation)
+    given = _shared(basis, objective, data, relaxation)
     if _weights_vanish(data, objective):
         data = replace(data, params=replace(data.params, linear_solver="diagonal"))
     programs = _programs(sweep.solve_rungs, side, side.own, data, given)
@@ -228,8 +229,16 @@ def _count_failed(
     return together.total(failed), None, None
 
 
-def _shared(basis: Basis, objective: Objective, params: AlsParams, relaxation: float) -> Shared:
-    return Shared(basis, typed(objective, params), _typed(relaxation, params), ())
+def _shared(basis: Basis, objective: Objective, data: Data, relaxation: float) -> Shared:
+    numbers = _typed(relaxation, data.params), _typed(_largest_weight(data, objective), data.params)
+    return Shared(basis, typed(objective, data.params), *numbers, ())
+
+
+def _largest_weight(data: Data, objective: Objective) -> float:
+    """No weight w of (1) is larger in size; where the values are not known, if they are counts."""
+    largest = 1.0 if data.magnitudes is None else max(float(data.magnitudes[1]), 0.0)
+    weight = float(objective.alpha) * largest + float(objective.offset)
+    return min(weight, float(np.finfo(data.params.compute_dtype).max) / 4)
 
 
 def _programs(
@@ -296,17 +305,24 @@ def loss(state: AlsState, data: Data, objective: Objective) -> float:
             per_row = _cells_loss(state, data, objective, basis, held)
         norms = [where.get(each).ravel() for each in (user_squares, squares)]
     every = np.sum(np.asarray(user_gram, np.float64) * np.asarray(gram, np.float64))
-    ridges = sum(
-        (solve.ridge(objective, side.lengths, source.n_rows) * norm[side.rows.slots]).sum()
-        for side, source, norm in (
-            (users, data.items, norms[0]),
-            (data.items, users, norms[1]),
-        )
-    )
+    ridges = _ridges(objective, users, data.items.n_rows, norms[0])
+    ridges += _ridges(objective, data.items, users.n_rows, norms[1])
     n_cells = users.n_rows * data.items.n_rows
     total = per_row.sum(dtype=np.float64) + objective.unobserved_weight * every + ridges
     weights = objective.alpha * data.absolute_sum - objective.offset * data.n_entries
-    return float(total / (weights + objective.unobserved_weight * n_cells))
+    weights += objective.unobserved_weight * n_cells
+    return float(total / weights) if weights else float(total)  # without a weight there are no sums
+
+
+def _ridges(objective: Objective, side: Side, n_source: int, squares: np.ndarray) -> float:
+    """Sum of lam_u |z_u|^2 over a side's rows, given the squared norms of its slots.
+
+    The power in (2) may overflow; where a row is zero, or lam, the term is 0 all the same.
+    """
+    own = squares[side.rows.slots]
+    with np.errstate(over="ignore", invalid="ignore"):
+        terms = solve.ridge(objective, side.lengths, n_source) * own
+    return float(np.where((own == 0) | (objective.regularization == 0), 0, terms).sum())
 
 
 def _cells_loss(
@@ -314,7 +330,7 @@ def _cells_loss(
 ) -> np.ndarray:
     """What the stored cells of each user slot (W, S) add to the loss."""
     params, where, users = data.params, data.place, data.users
-    given = _shared(basis, objective, params, 1.0)
+    given = _shared(basis, objective, data, 1.0)
     measured = Measured(users.own, state.users)
     programs = _programs(sweep.loss_rungs, users, measured, data, given)
     if users.long is not None:

@@ -84,6 +84,12 @@ class FactorTable:
         table: Any = self.resident
         return (table if table is not None else self.read()).shape
 
+    @property
+    def dtype(self) -> np.dtype:
+        """What the values are."""
+        table: Any = self.resident
+        return np.dtype((table if table is not None else self.read()).dtype)
+
     def read(self) -> Any:
         """The whole table as an ndarray, fetched from the devices the first time; or None."""
         if self._on_devices is not None:

@@ -135,7 +135,7 @@ def _compiled(dtype: str) -> tuple[Any, Any]:
     loops, number = _loaded(), np.zeros(1, np.int64)
     rows = Rows(number, number, number.astype(np.uint32), None)
     table, one = np.zeros((1, 1), dtype), np.dtype(dtype).type(1)
-    system = _System(_read_only(table), _read_only(table[0]), *(one,) * 7)
+    system = _System(_read_only(table), _read_only(table[0]), *(one,) * 11)
     _solve(loops[0], rows.part(slice(0, 1), dtype), table, system, 1, np.zeros((7, 1), dtype))
     return loops
 
@@ -151,6 +151,10 @@ class _System(NamedTuple):
     unobserved: Any
     exponent: Any
     tiny: Any
+    top: Any
+    weight: Any
+    reach: Any
+    most: Any
     relaxation: Any
 
 
@@ -158,12 +162,11 @@ def _solve(
     solve_rows: Any, part: Rows, rows: np.ndarray, system: _System, steps: int, vectors: np.ndarray
 ) -> None:
     """Solve a part in place, from where its rows (R, P) begin, with scratch (7, P)."""
-    source, spectrum, alpha, offset, regularization, unobserved, exponent, tiny, relax = system
+    source, spectrum, alpha, offset, *diagonal, relaxation = system
     solve_rows(
         rows, part.cells, part.lengths,
         (source, part.ids, part.values, alpha, offset, _ahead(source)),
-        (spectrum, regularization, unobserved, exponent, tiny), relax, steps, vectors,
-        np.empty(vectors.shape[1]),
+        (spectrum, *diagonal), relaxation, steps, vectors, np.empty(vectors.shape[1]),
     )  # fmt: skip
 
 
@@ -174,7 +177,7 @@ def _ahead(source: np.ndarray) -> int:
 
 def solve_side(
     target: Any, source: Any, n_source: int, rows: Rows, place: Workplace, memory: Memory,
-    objective: Objective, relaxation: Any, steps: int,
+    objective: Objective, relaxation: Any, steps: int, weight: float,
 ) -> jax.Array:  # fmt: skip
     """Solve all rows of a side.
 
@@ -198,18 +201,16 @@ def solve_side(
         As in `solve.relax`, likewise.
     steps : int
         Steps of CG; 0 where every weight w is 0.
+    weight : float
+        No weight w is larger.
     """
     n_slots, source, target = len(source), np.asarray(source)[:n_source], np.asarray(target)
-    dtype, number = source.dtype, source.dtype.type(n_source)
+    dtype = source.dtype
     rotation, spectrum = _eigenbasis(source, place)
-    width, weight = len(spectrum), objective.unobserved_weight
+    width = len(spectrum)
     turned_source = memory.empty((n_source, width), dtype, n_slots * width)
     rotated(source, rotation, place, turned_source)
-    system = _System(
-        _read_only(turned_source), _read_only(weight * spectrum), objective.alpha,
-        objective.offset, objective.regularization, weight * number, objective.exponent,
-        np.finfo(dtype).tiny, relaxation,
-    )  # fmt: skip
+    system = _system(turned_source, spectrum, target.shape[1], objective, weight, relaxation)
     solve_rows, n_threads = _ready(dtype.name)[0], place.n_threads
     parts = rows.parts(n_threads, target.shape[1])
     out = memory.empty(target.shape, dtype, len(target) * width)
@@ -228,6 +229,30 @@ def solve_side(
 
     place.threads(work, parts, n_threads)
     return jax.device_put(out, place.devices[0])
+
+
+def _system(
+    source: np.ndarray, spectrum: np.ndarray, factors: int, objective: Objective, weight: float,
+    relaxation: Any,
+) -> _System:  # fmt: skip
+    """What rows share, given the rotated table (N, P), its spectrum (P,), and the largest weight.
+
+    All in the dtype of the table, and none so large that a sum of two overflows.
+    """
+    kind = source.dtype.type
+    most = np.finfo(source.dtype).max / 4
+
+    def bounded(number: Any) -> Any:
+        return np.minimum(number, most).astype(source.dtype)
+
+    wide, unobserved = spectrum.astype(np.float64), np.float64(objective.unobserved_weight)
+    diagonal = _read_only(bounded(unobserved * wide))
+    return _System(
+        _read_only(source), diagonal, objective.alpha, objective.offset, objective.regularization,
+        bounded(unobserved * len(source)), objective.exponent, np.finfo(source.dtype).tiny,
+        diagonal[factors - 1], bounded(np.float64(weight)),
+        bounded(np.float64(solve.DOMINANT * weight) * wide[factors - 1]), kind(most), relaxation,
+    )  # fmt: skip
 
 
 def measure_side(

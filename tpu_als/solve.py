@@ -17,6 +17,8 @@ from tpu_als.parameters import OBJECTIVES
 # Full float32 products: accelerators would otherwise round the operands to bfloat16 or tf32.
 PRECISION = lax.Precision.HIGHEST
 SOLVERS = ("cg", "cholesky", "subspace")
+DOMINANT = 1e3  # times all that entries can add, a diagonal decides where CG should begin
+_SMALL = 1e-3  # a diagonal of a scaled equation that is far below its weights
 _BLOCK = 1 << 12  # rows, or entries of a row, that a program adds up one after the other
 _GRAMIANS = 1 << 24  # numbers of the gramians of blocks that stand in memory together
 
@@ -62,6 +64,17 @@ def objective(
     # An observed cell of "implicit" weighs |c| in total; the gramian has given it a0 already.
     offset = unobserved_weight if implicit else 0.0
     return Objective(regularization, alpha, unobserved_weight, exponent, offset)
+
+
+def solver_for(name: str, objective: Objective) -> str:
+    """Name the solver to use where `name` is asked for: "cholesky" for "cg" without a diagonal.
+
+    CG is preconditioned by a0 s + lam. Where a0 and lam are both rounding errors of alpha, a few
+    steps do not get far, and only a direct solve finds the least-norm solution of singular systems.
+    """
+    least = float(jnp.finfo(jnp.float32).eps) * objective.alpha
+    is_bare = max(objective.regularization, objective.unobserved_weight) <= least
+    return "cholesky" if is_bare and name in ("cg", "auto") else name
 
 
 def confidence(objective: Objective, values: Any) -> tuple[Any, Any]:
@@ -148,7 +161,32 @@ def diagonal(basis: Basis, objective: Objective, lengths: Array) -> Array:
     """Diagonal part a0 s + lam_u of equation (3) for rows of `lengths` (R,): (R, K)."""
     spectrum = objective.unobserved_weight * basis.spectrum
     lam = ridge(objective, lengths.astype(spectrum.dtype), basis.n_source)
-    return spectrum[None, :] + lam[:, None]
+    # The power may overflow. A ridge that large, or larger, makes rows zero; 0 times it is 0.
+    most = jnp.finfo(spectrum.dtype).max / 4
+    lam = jnp.where(objective.regularization == 0, jnp.zeros_like(lam), jnp.minimum(lam, most))
+    return jnp.minimum(spectrum, most)[None, :] + lam[:, None]
+
+
+def scale(d: Array, weight: Any) -> Array:
+    """Factor (R, 1) that brings the numbers of equation (3) near 1, so that no product overflows.
+
+    Both sides times a factor have the same solution. `d` (R, K) is the diagonal part, and no weight
+    w is larger than `weight`.
+    """
+    kind = jnp.finfo(d.dtype)
+    size = jnp.max(d, axis=1, keepdims=True) + weight
+    return 1 / jnp.clip(size, kind.tiny, kind.max / 256)
+
+
+def begin(z: Array, d: Array, weight: Any, basis: Basis) -> Array:
+    """Where CG begins: at the rows z (R, K), or at zero where the diagonal part d dominates.
+
+    There three steps from zero are exact, and from rows that are far too large the rounding error
+    of z would remain.
+    """
+    reach = DOMINANT * weight * basis.spectrum[-1]
+    dominates = jnp.min(d, axis=1, keepdims=True) > reach
+    return jnp.where(dominates, jnp.zeros_like(z), z)
 
 
 class Block(NamedTuple):
@@ -173,6 +211,16 @@ def gather(
     w, v = confidence(objective, values)
     zero = jnp.zeros((), dtype)
     return Block(rows, jnp.where(live, w, zero), jnp.where(live, v, zero))
+
+
+def largest_weight(block: Block) -> Array:
+    """Largest weight (R, 1) of a row's cells, in size."""
+    return jnp.max(jnp.maximum(jnp.abs(block.w), block.v), axis=1, keepdims=True)
+
+
+def times(block: Block, factor: Array) -> Block:
+    """A block whose weights are times a factor (R, 1) of each row, and so the equations."""
+    return Block(block.rows, block.w * factor, block.v * factor)
 
 
 def entries_of(shape: tuple[int, ...], left: Array) -> Array:
@@ -255,14 +303,18 @@ def rows_cg(
         Steps to take, 1 or more.
     """
     tiny = jnp.finfo(z.dtype).tiny
+    # Where d is far below the weights, its ratios alone matter: divided by d itself, steps would
+    # overflow. Where d is 0, this is CG without a preconditioner.
+    most = jnp.max(d, axis=1, keepdims=True)
+    shape = (d + tiny) / jnp.where(most < _SMALL, most + tiny, jnp.ones_like(most))
     r = r - d * z
-    y = r / d
+    y = r / shape
     p, size = y, jnp.sum(r * y, axis=1, keepdims=True)
     for _ in range(steps - 1):
         image = d * p + normal(p)
         a = size / jnp.maximum(jnp.sum(p * image, axis=1, keepdims=True), tiny)
         z, r = z + a * p, r - a * image
-        y = r / d
+        y = r / shape
         last, size = size, jnp.sum(r * y, axis=1, keepdims=True)
         p = y + size / jnp.maximum(last, tiny) * p
     bend = jnp.sum(d * p * p, axis=1, keepdims=True) + curvature(p)

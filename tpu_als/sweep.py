@@ -74,11 +74,12 @@ class Shape(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What all shards read; a span for each of the program's shapes."""
+    """What all shards read; no weight w is above `weight`; a span for each of the shapes."""
 
     basis: Basis
     objective: Objective
     relaxation: Any
+    weight: Any
     spans: tuple[Span, ...]
 
 
@@ -132,7 +133,10 @@ def solve_block(
 
     `z` is where the iterative solvers start, in the eigenbasis; the result is in the caller's.
     """
-    d, before = solve.diagonal(basis, objective, lengths), z
+    d, before, weight = solve.diagonal(basis, objective, lengths), z, solve.largest_weight(block)
+    z = solve.begin(z, d, weight, basis)
+    scale = solve.scale(d, weight)
+    d, block = d * scale, solve.times(block, scale)
     if shape.solver == "diagonal":
         z = solve.rows_diagonal(solve.project(block, block.v), d)
     elif shape.solver == "cholesky":
@@ -232,14 +236,17 @@ def solve_long(shape: Shape, out: Array, long: Long, held: Array, shared: Shared
         slots, lengths, z = _batch(shape, long, out, batch)
         vector = jnp.zeros_like(z)
 
-        def over(part: Callable[[Block, Any], Any], zero: Any) -> Any:
-            each = lambda block, row, _: part(block, row)  # noqa: E731
-            return _over_blocks(shape, long, held, objective, batch, each, zero)
-
         def of(p: Array, row: Any) -> Array:
             return lax.dynamic_slice_in_dim(p, row, 1)
 
+        def over(part: Callable[[Block, Any], Any], zero: Any) -> Any:
+            each = lambda block, row, _: part(solve.times(block, of(scale, row)), row)  # noqa: E731
+            return _over_blocks(shape, long, held, objective, batch, each, zero)
+
         d, before = solve.diagonal(basis, objective, lengths), z
+        z = solve.begin(z, d, shared.weight, basis)
+        scale = solve.scale(d, shared.weight)
+        d = d * scale
         if shape.solver == "diagonal":
             z = solve.rows_diagonal(over(lambda b, _: solve.project(b, b.v), vector), d)
         elif shape.solver == "cholesky":
@@ -248,7 +255,7 @@ def solve_long(shape: Shape, out: Array, long: Long, held: Array, shared: Shared
         elif shape.solver == "subspace":
             z = _long_subspace(over, of, d, z, shape.block_size)
         else:
-            r = over(lambda b, row: solve.residual(b, of(before, row)), vector)
+            r = over(lambda b, row: solve.residual(b, of(z, row)), vector)
             z = solve.rows_cg(
                 lambda p: over(lambda b, row: solve.normal(b, of(p, row)), vector),
                 lambda p: over(lambda b, row: solve.curvature(b, of(p, row)), vector[:, :1]),

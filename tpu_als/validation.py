@@ -360,7 +360,7 @@ def finite_rows(rows: np.ndarray, what: str) -> np.ndarray:
     if bad.size:
         raise ModelFitError(
             f"NaN encountered in factors: {bad.size} of {len(rows)} rows could not be solved for "
-            f"{what} (first: row {bad[0]}). Weights may be too large; try more regularization"
+            f"{what} (first: row {bad[0]}). alpha times a value may be too large for the dtype"
         )
     return rows
 
@@ -371,6 +371,6 @@ def finite_counts(counts: Iterable[int], iteration: int) -> None:
         if count:
             raise ModelFitError(
                 f"NaN encountered in factors: {count} {side} rows are not finite after iteration "
-                f"{iteration} (counted from 0). Weights may be too large for the dtype; "
-                "try more regularization or a smaller alpha"
+                f"{iteration} (counted from 0). alpha times a value may be too large for the "
+                "dtype, or the systems singular: try a smaller alpha, or more regularization"
             )
