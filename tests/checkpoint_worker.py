@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matrices import random_counts
 from worker import join
 
 from tpu_als import als, placing, solve
+from tpu_als._checkpoint_reader import Reader
 from tpu_als.checkpoint import Checkpoints
 from tpu_als.mesh import workplace
 
@@ -30,10 +32,25 @@ def begin(n_shards: int) -> tuple[placing.Data, als.AlsState]:
     return data, als.start(data, *tables)
 
 
+def fail_once() -> None:
+    """Let the first read of a table fail, as a damaged part does in the process that reads it."""
+    read, calls = Reader._arrays, []
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise OSError("this part is damaged")
+        return read(*arguments)
+
+    Reader._arrays = failing
+
+
 def main() -> None:
     """Resume, train, and write the tables and where training was resumed."""
     directory, last, result = sys.argv[1:]
     join()
+    if os.environ.get("UNREADABLE") == os.environ["PROCESS"]:
+        fail_once()
     data, state = begin(int(os.environ["DEVICES"]))
     objective = solve.objective("implicit", SETTINGS["regularization"], SETTINGS["alpha"])
     history: dict[str, list[float]] = {"loss": []}

@@ -634,8 +634,13 @@ def _train(directory: Path, last: int, result: Path, team: tuple[int, int]) -> d
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(tmp_path: Path) -> None:
-    delays = np.random.default_rng(0).uniform(0, 0.5, 3)
+@pytest.mark.parametrize(
+    "kills", [5, pytest.param(200, marks=pytest.mark.nightly)], ids=["few", "many"]
+)
+def test_killed_at_any_moment(
+    kills: int, tmp_path: Path, record_property: Callable[[str, Any], None]
+) -> None:
+    delays = np.random.default_rng(0).uniform(0, 0.5, kills)
     directory, begun = tmp_path / "killed", 0
     for delay in delays:
         arguments = [str(directory), "1000000", str(tmp_path / "none.npz")]
@@ -651,6 +656,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
             processes.finish(running, 10)
         assert _latest(directory) > begun
         begun = _latest(directory)
+    record_property("kills, iterations", [kills, begun])
     found = _train(directory, begun + 3, tmp_path / "resumed.npz", (1, 2))
     expected = _train(tmp_path / "whole", begun + 3, tmp_path / "whole.npz", (1, 2))
     assert found.pop("begun") == begun and expected.pop("begun") == 0
@@ -662,6 +668,30 @@ def _latest(directory: Path) -> int:
     if not (directory / FOLDER).is_dir() or not _runs(directory):
         return 0
     return max((int(name) for name in _steps(directory) if name.isdigit()), default=0)
+
+
+@pytest.mark.slow
+def test_a_second_job_ends_at_once_and_the_lock_ends_with_its_owner(tmp_path: Path) -> None:
+    arguments = [str(tmp_path / "saved"), "1000000", str(tmp_path / "none.npz")]
+    first = processes.start(arguments, 1, 2, script="checkpoint_worker.py")
+    try:
+        limit = time.monotonic() + 60
+        while time.monotonic() < limit and not _latest(tmp_path / "saved"):
+            assert first[0].poll() is None, first[0].communicate()[0]
+            time.sleep(0.01)
+        second = processes.start(arguments, 2, 1, script="checkpoint_worker.py")
+        output = processes.finish(second, 120)
+        for process, text in zip(second, output, strict=True):
+            assert process.returncode not in (0, None), text
+            owner = f"host {socket.gethostname()}, process {first[0].pid}, since"
+            assert f"another fit ({owner}" in text, text
+        assert first[0].poll() is None
+        first[0].kill()
+    finally:
+        processes.finish(first, 10)
+    last = _latest(tmp_path / "saved")
+    found = _train(tmp_path / "saved", last + 1, tmp_path / "found.npz", (2, 1))
+    assert found["begun"] == last
 
 
 @pytest.mark.slow
@@ -681,3 +711,16 @@ def test_teams_hand_over_to_each_other(tmp_path: Path) -> None:
     assert last["begun"] == 3
     for name in ("users", "items", "loss"):
         np.testing.assert_allclose(last[name], whole[name], rtol=2e-3, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_part_that_one_process_cannot_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All processes fall back to the checkpoint before, and none waits for the other."""
+    first = _train(tmp_path / "saved", 2, tmp_path / "first.npz", (2, 1))
+    monkeypatch.setenv("UNREADABLE", "1")
+    found = _train(tmp_path / "saved", 2, tmp_path / "found.npz", (2, 1))
+    assert found["begun"] == 1
+    for name in ("users", "items", "loss"):
+        np.testing.assert_array_equal(found[name], first[name], err_msg=name)

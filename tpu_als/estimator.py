@@ -104,8 +104,9 @@ class TPUAlternatingLeastSquares(
         Between 0 and 1: rank many queries approximately, expecting to find this part of the best
         items. Faster on a TPU; other devices rank exactly all the same. None ranks exactly.
     checkpoint_dir : str or path-like, default=None
-        Directory, or bucket, from which `fit` goes on where it was cut off with the same
-        parameters and data, be it on other devices. Needs the extra ``checkpoint``.
+        Directory, or bucket, from which `fit` resumes where it was cut off with the same
+        parameters and data, be it on other devices. Others may share it: each has a folder of its
+        own, of which three stay besides the latest. Needs the extra ``checkpoint``.
     checkpoint_every : int, default=1
         Iterations between checkpoints, of which the last three are kept; the last is always made.
     verbose : bool, default=None
@@ -255,7 +256,7 @@ class TPUAlternatingLeastSquares(
         Raises
         ------
         ValueError
-            For parameters or data out of range, before any work; for a checkpoint of others.
+            For parameters or data out of range, before any work; where all checkpoints are damaged.
         ModelFitError
             Where factors became infinite or NaN. The model stays as it was before the call.
         RuntimeError
