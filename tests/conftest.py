@@ -1,18 +1,27 @@
 """Four CPU devices, strict numerics, one BLAS thread; small matrices; counters.
 
-All of it is set before any JAX backend starts.
+All of it is set before any JAX backend starts. Test processes, and those that they start, share a
+cache of compiled programs, which lasts for this run unless JAX_COMPILATION_CACHE_DIR names another.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the processes that tests start
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process; the others inherit it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tpu_als-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import hypothesis
 import jax

@@ -6,6 +6,7 @@ array that compiled code believes ends that process, and not the test runner.
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import warnings
@@ -72,9 +73,13 @@ def damaged(damage: str) -> sparse.csr_matrix:
 def _calls(group: str) -> dict[str, Callable[[Any], Any]]:
     """Entry points by name; each takes a matrix of users by items."""
     # Late, so that a test can import the damages without starting a backend.
+    import tpu_als
     from tpu_als import TPUAlternatingLeastSquares, evaluation, fold_in, placing, solve, weighting
     from tpu_als.mesh import workplace
     from tpu_als.shards import write_shards
+
+    if cache := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        tpu_als.enable_compilation_cache(cache)
 
     def new(**parameters: Any) -> Any:
         return TPUAlternatingLeastSquares(4, iterations=1, random_state=0, **parameters)

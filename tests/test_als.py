@@ -124,7 +124,12 @@ def test_the_mixed_matrix_has_rows_in_every_rung() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "place"),
-    [*(("float32", place) for place in PLACES), ("float64", PLACES[1]), ("bfloat16", PLACES[3])],
+    [
+        ("float32", PLACES[-1]),
+        *(pytest.param("float32", place, marks=pytest.mark.slow) for place in PLACES[:-1]),
+        pytest.param("float64", PLACES[1], marks=pytest.mark.slow),
+        pytest.param("bfloat16", PLACES[3], marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("solver", EXACT)
@@ -169,6 +174,7 @@ def test_half_epochs_epochs_and_losses_equal_the_oracles(
             assert not any(pads.any() for pads in _pads(data, some))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("solver", "place"), list(zip(EXACT, PLACES[1:4], strict=True)), ids=str)
 @pytest.mark.parametrize(("weight", "sign"), [(1.0, 1), (0.4, -1)])
 def test_without_weights_one_division_is_exact(
@@ -205,6 +211,7 @@ def test_without_weights_one_division_is_exact(
     assert compiled_in and all("'diagonal'" in repr(shape) for shape in compiled_in)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("solver", "place"), list(zip(EXACT, PLACES[1:4], strict=True)), ids=str)
 def test_rows_longer_than_the_longest_rung(solver: str, place: tuple[int, int, str]) -> None:
     """Real lengths: over 4096 entries, on the plan that `place` makes itself."""
@@ -226,6 +233,7 @@ def test_rows_longer_than_the_longest_rung(solver: str, place: tuple[int, int, s
     assert loss == pytest.approx(oracle.loss(matrix, *tables, objective), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["cg", "cholesky", "subspace"])
 def test_tables_do_not_depend_on_the_mesh_or_the_ladder(solver: str) -> None:
     """Neither does a solve that stops before it is exact."""
@@ -255,6 +263,7 @@ def _small(draw: st.DrawFn) -> sparse.csr_matrix:
     return sparse.csr_matrix((values, (rows, columns)), (10, 10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("solver", "steps", "block", "relaxation"),
     [
@@ -372,6 +381,7 @@ def test_tables_and_cells_stand_in_equal_parts_on_the_devices(devices: int) -> N
         assert {shard.data.shape[0] for shard in array.addressable_shards} == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [PLACES[1], PLACES[-1]], ids=str)
 @pytest.mark.parametrize("solver", EXACT)
 @pytest.mark.parametrize("row", [int(np.argmax(_rungs(MIXED, "users") == n)) for n in (1, 2, 3)])
@@ -389,6 +399,7 @@ def test_rows_that_failed_are_counted(solver: str, place: tuple[int, int, str], 
     assert not _pads(data, after)[0].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("solver", "place"), list(zip(EXACT, (PLACES[1], PLACES[-1], PLACES[1]), strict=True)), ids=str
 )
@@ -420,6 +431,7 @@ def test_other_values_compile_nothing(
     assert count.programs == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("solver", "place"), list(zip(EXACT, PLACES[1:4], strict=True)), ids=str)
 def test_a_matrix_without_entries_gives_zero_tables(
     solver: str, place: tuple[int, int, str]
@@ -467,6 +479,7 @@ def test_without_a_ridge_the_solutions_still_fit() -> None:
     np.testing.assert_allclose(ours @ tables[1].T, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entries", [0.05, 0.9])
 def test_the_cheapest_solver_is_one_of_the_solvers(entries: float) -> None:
     matrix = sparse.random(40, 30, entries, "csr", np.float32, random_state=0)

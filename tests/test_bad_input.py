@@ -1,22 +1,18 @@
 """Every wrong call fails with a clear error, and the fitted model answers as before.
 
-The tables of cases are in ``bad_models.py`` and ``bad_functions.py``; matrices that could crash
-the process are tried in another one.
+The tables of cases are in ``bad_models.py`` and ``bad_functions.py``; test_structure.py has the
+matrices that could end the process.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import bad_functions
 import bad_models
-import corrupt_worker
 import numpy as np
 import pytest
 from bad_models import N_USERS, ROWS, Case
@@ -90,29 +86,3 @@ def test_there_are_enough_cases_and_no_two_of_one_name() -> None:
     names = [case.name for case in CASES]
     assert len(names) >= 120
     assert len(set(names)) == len(names)
-
-
-@pytest.fixture(scope="module")
-def verdicts() -> dict[str, str]:
-    """What became of each corrupt matrix: an error, no error, or the end of the process."""
-    found: dict[str, str] = {}
-    while left := [name for name in corrupt_worker.NAMES if name not in found]:
-        done = subprocess.run(
-            [sys.executable, corrupt_worker.__file__, *left], capture_output=True, text=True
-        )
-        lines = [json.loads(line) for line in done.stdout.splitlines()]
-        found.update({name: verdict for name, verdict in lines if verdict})
-        unfinished = [name for name, _ in lines if name not in found]
-        if unfinished:
-            found[unfinished[-1]] = f"the process ended with {done.returncode}"
-        elif not lines:
-            raise RuntimeError(done.stderr[-3000:])
-    return found
-
-
-@pytest.mark.parametrize("name", corrupt_worker.NAMES)
-def test_a_corrupt_matrix(verdicts: dict[str, str], name: str) -> None:
-    """The error is a ValueError that names what is wrong, and the model answers as before."""
-    assert verdicts[name].startswith("ValueError, as before: ")
-    words = ("indptr", "indices", "column index", "row", "data")
-    assert any(word in verdicts[name] for word in words)

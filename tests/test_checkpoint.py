@@ -164,7 +164,7 @@ def test_rows_travel_in_pieces(
         np.testing.assert_array_equal(ours, expected)
 
 
-@pytest.mark.parametrize("name", ["threads", "four"])
+@pytest.mark.parametrize("name", ["threads", pytest.param("four", marks=pytest.mark.slow)])
 def test_training_goes_on_exactly(name: str, placed: Any, tmp_path: Path) -> None:
     data = placed(name)
     state = _start(data)

@@ -173,6 +173,7 @@ class TestImplicitItself:
             )
             assert found["ndcg"] == found["precision"] == found["map"] == pytest.approx(1.0)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", [np.float64, "bfloat16"])
     def test_evaluation_with_other_tables(self, groups: sparse.csr_matrix, dtype: Any) -> None:
         evaluation = pytest.importorskip("implicit.evaluation")

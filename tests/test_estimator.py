@@ -299,6 +299,7 @@ class TestClass:
         assert total == pytest.approx(1, abs=0.02)
         assert flat.explain(0, rank_one, 1, weights, N=2)[1] == top[:2]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("use_native", [False, True])
     def test_candidates_of_a_search_compile_nothing_new(
         self, compilations: Any, use_native: bool
@@ -317,6 +318,7 @@ class TestClass:
 
 
 class TestOverRelaxation:
+    @pytest.mark.slow
     def test_fewer_iterations_reach_the_loss(self) -> None:
         counts = random_counts(200, 120, seed=1)
         settings = dict(factors=8, alpha=40.0, regularization=1.0, calculate_training_loss=True)
@@ -373,6 +375,7 @@ class TestCheckpoints:
         saved = sorted(path.name for path in tmp_path.glob("*/*/[0-9]*") if path.is_dir())
         assert saved == ["3", "6", "7"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "change",
         [
@@ -402,6 +405,7 @@ class TestCheckpoints:
         found = model(checkpoint_dir=tmp_path, iterations=6).fit(COUNTS, show_progress=False)
         assert same_tables(found, fitted(iterations=6))
 
+    @pytest.mark.slow
     def test_initial_tables_are_a_part_of_the_run(self, tmp_path: Path) -> None:
         rng = np.random.default_rng(0)
         for _ in range(2):
@@ -420,6 +424,7 @@ class TestCheckpoints:
             further.append(estimator)
         assert same_tables(*further)
 
+    @pytest.mark.slow
     def test_candidates_of_a_search_do_not_meet(self, tmp_path: Path) -> None:
         grid = {"alpha": [1.0, 5.0], "iterations": [2, 4]}
         found = []

@@ -87,6 +87,7 @@ def _sharded(matrix: sparse.csr_matrix, devices: int, factors: int = 24) -> plac
     return placing.place(matrix, placing.AlsParams(factors), place)
 
 
+@pytest.mark.slow
 def test_no_device_holds_a_full_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither placed nor inside a compiled program: no array has the rows of a whole table."""
     matrix, factors = power_law(60_000, 50_000, 200_000, random_state=0), 24
@@ -128,6 +129,7 @@ def _shapes(text: str) -> list[str]:
     return re.findall(r"f32\[(\d+(?:,\d+)*)\]", text)
 
 
+@pytest.mark.slow
 def test_received_bytes_fall_with_the_devices() -> None:
     """As 1/D, but for what rounding message sizes up leaves unused."""
     matrix = power_law(200_000, 100_000, 1_000_000, random_state=0)
@@ -145,6 +147,7 @@ def test_received_bytes_fall_with_the_devices() -> None:
         assert each[devices] < 1.15 * ideal
 
 
+@pytest.mark.slow
 def test_messages_stay_long_with_many_devices() -> None:
     """What a device receives for its share of the entries: no more a cell with many devices."""
     rng, n_slots = np.random.default_rng(0), 1 << 22

@@ -87,6 +87,7 @@ def test_cg_solves_at_the_limits_of_float32(
     assert np.isfinite(loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("alpha", [1e20, 1e36])
 def test_a_step_of_cg_lowers_the_loss_whatever_the_weights(

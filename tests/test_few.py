@@ -53,6 +53,7 @@ def test_a_short_whitelist_of_tables_on_devices() -> None:
     assert on_devices._fitted.item.resident is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

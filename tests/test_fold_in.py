@@ -42,7 +42,12 @@ def _table(factors: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("devices", "threads"), [(1, 1), (1, 2), (4, 0)])
 @pytest.mark.parametrize(
-    ("solver", "dtype"), [*((solver, "float32") for solver in EXACT), ("cholesky", "float64")]
+    ("solver", "dtype"),
+    [
+        ("cholesky", "float32"),
+        *(pytest.param(solver, "float32", marks=pytest.mark.slow) for solver in ("cg", "subspace")),
+        pytest.param("cholesky", "float64", marks=pytest.mark.slow),
+    ],
 )
 def test_rows_equal_the_oracles(solver: str, dtype: str, devices: int, threads: int) -> None:
     params = dataclasses.replace(EXACT[solver], dtype=dtype)
@@ -96,6 +101,7 @@ def test_a_start_near_the_solution_needs_no_step_more() -> None:
     assert np.abs(cold - exact).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", EXACT)
 def test_a_given_gramian_takes_the_place_of_the_tables_own(solver: str) -> None:
     """Of a table with one more block of rows, whose items no row has met."""
@@ -149,6 +155,7 @@ def test_other_rows_and_numbers_compile_nothing(new_compilations) -> None:
     assert count.programs == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", EXACT)
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=["implicit", "ials"])
 def test_one_more_column_stands_for_a_row_of_zeros(

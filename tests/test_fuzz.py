@@ -21,7 +21,7 @@ from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares
 
-pytestmark = pytest.mark.fuzz
+pytestmark = [pytest.mark.fuzz, pytest.mark.slow]
 K = 5
 SHAPES = [(7, 5), (12, 9), (1, 6), (20, 1), (9, 30)]
 LEAST = -np.finfo(np.float32).max

@@ -109,6 +109,7 @@ def test_cores_are_not_counted_anew_for_each_call(monkeypatch: pytest.MonkeyPatc
     assert host.cores() >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 4])
 def test_fits_where_the_system_lacks_what_unix_has(
     devices: int, monkeypatch: pytest.MonkeyPatch

@@ -173,6 +173,7 @@ print(jax.device_count(), model.item_factors.shape)
     assert run(code).split("\n")[0] == "2 (3, 3)"
 
 
+@pytest.mark.slow
 def test_works_without_implicit() -> None:
     code = """
 import sys

@@ -101,7 +101,10 @@ def _close(users: np.ndarray, problem: Problem) -> None:
     assert error[0] < 1e-5 and error.max() < 1e-3
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize(
+    "name",
+    ["loops", *(pytest.param(name, marks=pytest.mark.slow) for name in PLACES if name != "loops")],
+)
 def test_rows_of_a_million_entries(name: str, problem: Problem) -> None:
     """Their loss and their solution, which the loops and the devices sum each in its own way."""
     devices, table_layout, solver, is_native = PLACES[name]
@@ -114,6 +117,7 @@ def test_rows_of_a_million_entries(name: str, problem: Problem) -> None:
     _check(problem, data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["cg", "cholesky"])
 def test_a_long_row_of_very_many_blocks(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as a row of a hundred million entries has on a CPU."""
@@ -128,6 +132,7 @@ def test_a_long_row_of_very_many_blocks(solver: str, monkeypatch: pytest.MonkeyP
     _check(problem, data)
 
 
+@pytest.mark.slow
 def test_a_fold_in_of_a_million_entries(problem: Problem) -> None:
     params = AlsParams(K, linear_solver="cholesky")
     source = fold_in.source(problem.items, params, workplace(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -245,8 +246,10 @@ def test_a_later_process_reads_compiled_programs(tmp_path: Path) -> None:
         print(len(hits), sum(loops.stats.cache_hits.values()) if hasattr(loops, "stats") else "-")
     """)
     command = [sys.executable, "-c", script, str(tmp_path / "cache")]
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     outputs = [
-        subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2)
+        subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        for _ in range(2)
     ]
     (first, compiled), (second, loaded) = (output.stdout.split() for output in outputs)
     assert int(first) == 0 < int(second)

@@ -77,7 +77,7 @@ def no_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize(("kind", "relaxation"), [("implicit", 1.0), ("ials", 1.4)])
 def test_tables_and_losses_are_those_of_xla(
@@ -146,6 +146,7 @@ def test_rows_fetched_ahead_change_nothing(
     assert found[0][1] == found[1][1]
 
 
+@pytest.mark.slow
 def test_memory_of_tables_is_used_again(monkeypatch: pytest.MonkeyPatch, no_programs: None) -> None:
     """After two epochs, whose tables take turns with two more, nothing new is allocated."""
     data = placing.place(COUNTS, AlsParams(7, native=True), workplace(1, num_threads=2))
@@ -170,6 +171,7 @@ def test_matrices_without_entries(shape: tuple[int, int], no_programs: None) -> 
     assert model.item_factors.shape == (shape[1], 3) and not model.item_factors.any()
 
 
+@pytest.mark.slow
 def test_reads_matrices_from_disk(tmp_path: Path) -> None:
     settings = dict(factors=4, iterations=2, random_state=0, alpha=2.0, devices=1)
     rows = write_shards(COUNTS, tmp_path / "counts", n_shards=3)
@@ -266,6 +268,7 @@ def test_leaves_the_work_to_xla_where_numba_must_not_compile(
     assert not native.serves(workplace(1), "float32", "cg")
 
 
+@pytest.mark.slow
 def test_works_where_nothing_can_be_kept(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, no_programs: None
 ) -> None:
@@ -291,6 +294,7 @@ def test_works_where_nothing_can_be_kept(
     assert before == numba.config.CACHE_DIR
 
 
+@pytest.mark.slow
 def test_goes_on_from_a_checkpoint_of_xla(tmp_path: Path) -> None:
     settings = dict(factors=4, random_state=0, alpha=3.0)
     whole = TPUAlternatingLeastSquares(**settings, iterations=4).fit(COUNTS, show_progress=False)

@@ -19,6 +19,7 @@ DATA = Path(os.environ.get("TPU_ALS_DATA") or Path(__file__).parents[2] / "share
 ML1M = DATA / "ml1m_rand80_train.npz"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seed", "shape", "alpha", "density"),
     [(0, (90, 60), 1.0, 0.1), (1, (60, 90), 5.0, 0.2), (2, (90, 60), 20.0, 0.05)],
@@ -39,6 +40,7 @@ def test_scores_equal_implicits_cholesky_fit(
     assert np.abs(scores[0] - scores[1]).max() < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ML1M.exists(), reason=f"MovieLens-1M is not at {ML1M} (set TPU_ALS_DATA)")
 def test_default_solver_reaches_implicits_cholesky_loss() -> None:
     als = pytest.importorskip("implicit.cpu.als")
@@ -78,7 +80,10 @@ class TestDevices:
         return model.fit(matrix, show_progress=False)
 
     @pytest.mark.parametrize("table_layout", ["replicated", "sharded"])
-    @pytest.mark.parametrize("devices", [1, 2, 4])
+    @pytest.mark.parametrize(
+        "devices",
+        [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 4],
+    )
     def test_the_tables_do_not_depend_on_them(
         self, matrix: sparse.csr_matrix, one: Any, devices: int, table_layout: str
     ) -> None:
@@ -104,6 +109,7 @@ class TestCompilations:
             factors=factors + 6 * use_native, iterations=2, random_state=0, use_native=use_native
         )
 
+    @pytest.mark.slow
     def test_a_grid_search_compiles_what_one_fit_and_one_score_do(
         self, compilations: Any, use_native: bool
     ) -> None:
@@ -122,6 +128,7 @@ class TestCompilations:
         assert len(search.cv_results_["params"]) == 12 and once.programs > 0
         assert searched.programs <= once.programs
 
+    @pytest.mark.slow
     def test_more_candidates_compile_nothing_more(
         self, compilations: Any, use_native: bool
     ) -> None:
@@ -134,6 +141,7 @@ class TestCompilations:
             counted.append(count.programs)
         assert counted[1] <= counted[0]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("linear_solver", ["cg", "cholesky"])
     def test_a_refit_compiles_nothing(
         self, new_compilations: Any, linear_solver: str, use_native: bool

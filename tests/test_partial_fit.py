@@ -63,6 +63,7 @@ class TestUnknownEntries:
         expected = oracle.fold_in(rows, grown, _objective(model), n)  # N of (2) is the table's own
         np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("parameters", [{}, IALS], ids=["implicit", "ials"])
     def test_tables_that_stay_on_the_devices(self, parameters: dict[str, Any]) -> None:
         """Read in one model of two that are alike, since reading brings a table to the host."""
@@ -235,6 +236,7 @@ class TestExplain:
             _fitted().explain(7, random_counts(30, 20)[:5], 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parameters", [{}, IALS], ids=["implicit", "ials"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_ways_to_solve_a_row_differ_by_rounding_only(

@@ -54,6 +54,7 @@ def test_a_value_beyond_what_is_narrow_is_kept_wide() -> None:
     assert data.users.own.values[0].dtype == np.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [None, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_values_are_as_narrow_as_they_can_be(
@@ -77,6 +78,7 @@ def test_values_are_as_narrow_as_they_can_be(
         np.testing.assert_allclose(found, same, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("values", "kept"), [([1.0], False), ([2.0], True)])
 def test_shards_without_values_keep_none(values: list[float], kept: bool, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
@@ -114,6 +116,7 @@ SOLVERS = ("cg", "cholesky", "subspace")
 SETTINGS = [("cg", True, 1), *((name, False, count) for name in SOLVERS for count in (1, 4))]
 
 
+@pytest.mark.slow
 def test_a_fit_does_not_depend_on_the_fits_before_it() -> None:
     """The same tables, bit for bit, in a fresh process and after a fit of a smaller matrix."""
     here = Path(__file__).parent

@@ -205,7 +205,10 @@ def _in_slots(table: np.ndarray, place: Workplace, dtype: str) -> tuple[Shards, 
 
 
 @pytest.mark.parametrize("devices", [(1, 1), (1, 3), (1, 8), (2, 0), (4, 0)], ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["float32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("float64", "bfloat16"))],
+)
 @settings(max_examples=6)
 @given(problem=problems(), k=st.sampled_from([1, 10, 45]))
 def test_a_table_is_ranked_where_it_lies(
@@ -322,6 +325,7 @@ _PROCESS = """
 """
 
 
+@pytest.mark.slow
 def test_every_process_gets_the_whole_answer() -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))

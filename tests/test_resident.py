@@ -48,6 +48,7 @@ def test_rows_lengths_and_gramians(place: tuple[int, int, str], dtype: str) -> N
         np.testing.assert_array_equal(table.fetch(), expected.astype(table.dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize("kind", ["implicit", "ials"])
 def test_rows_are_solved_exactly(place: tuple[int, int, str], kind: str) -> None:
@@ -61,6 +62,7 @@ def test_rows_are_solved_exactly(place: tuple[int, int, str], kind: str) -> None
     np.testing.assert_array_equal(found["item"].fetch(), given["item"].astype("f4"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normal", [False, True])
 def test_drawn_rows_depend_on_seed_and_number_alone(normal: bool) -> None:
     found = []

@@ -144,6 +144,7 @@ class TestPipelines:
         ]
         np.testing.assert_array_equal(*values)
 
+    @pytest.mark.slow
     def test_grid_search_in_several_processes(self, counts: sparse.csr_matrix) -> None:
         grid = {"regularization": [0.01, 1.0]}
         searches = [

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from matrices import random_counts
 
-from tpu_als import TPUAlternatingLeastSquares, layout
+from tpu_als import TPUAlternatingLeastSquares, enable_compilation_cache, layout
 from tpu_als.shards import open_shards
 
 SETTINGS = dict(factors=8, alpha=4.0, regularization=0.1, iterations=3, random_state=0)
@@ -24,6 +24,7 @@ def join() -> None:
     """Set devices and, with several processes, meet the others; as a user's program would."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", int(os.environ["DEVICES"]))
+    enable_compilation_cache(os.environ["JAX_COMPILATION_CACHE_DIR"])
     count = int(os.environ["PROCESSES"])
     if count > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
