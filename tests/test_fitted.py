@@ -140,6 +140,20 @@ def test_readers_during_a_fit_see_the_model_before() -> None:
     assert model.item_factors.shape == (50, 4) and before.shape == (20, 4)
 
 
+def test_a_fit_that_fails_keeps_what_was_assigned_meanwhile() -> None:
+    model, table = _fitted(), np.ones((20, 4), np.float32)
+
+    def assign_and_fail(training: Any) -> Any:
+        model.item_factors = table
+        raise MemoryError("no memory left")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_training.Training, "step", assign_and_fail)
+        with pytest.raises(MemoryError, match="no memory left"):
+            model.fit(COUNTS, show_progress=False)
+    np.testing.assert_array_equal(model.item_factors, table)
+
+
 def test_state_of_a_pickle_has_no_locks_and_no_devices() -> None:
     model = _fitted()
     model.recommend(USERS, COUNTS)

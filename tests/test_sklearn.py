@@ -119,6 +119,9 @@ class TestPipelines:
         pipe = make_pipeline(small(), MaxAbsScaler())
         assert np.abs(pipe.fit_transform(counts)).max() == pytest.approx(1)
 
+    @pytest.mark.skipif(
+        "sparse_interface" not in sklearn.get_config(), reason="this scikit-learn has no such option"
+    )
     def test_upstream_sparse_arrays(self, counts: sparse.csr_matrix) -> None:
         with sklearn.config_context(sparse_interface="sparray"):
             pipe = make_pipeline(TfidfTransformer(), small()).fit(counts)

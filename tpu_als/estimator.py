@@ -288,7 +288,7 @@ class TPUAlternatingLeastSquares(
         After an error it is the model before `fit`; after an interruption, or an error of the
         callback, that of the last finished iteration.
         """
-        before, is_calling = vars(self).get("_fitted"), False
+        before, has_published, is_calling = vars(self).get("_fitted"), False, False
         try:
             fitted = _after(training, fitted)
             while not training.is_over:
@@ -299,14 +299,14 @@ class TPUAlternatingLeastSquares(
                 log.debug("iteration %d: %s", training.done - 1, report)
                 if callback:
                     self._publish(fitted)
-                    is_calling = True
+                    has_published = is_calling = True
                     callback(training.done - 1, report["seconds"], report.get("loss"))
                     is_calling = False
             self._publish(self._finished(training, fitted))
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) and fitted.n_iter:
                 self._publish(fitted)
-            elif not is_calling:
+            elif has_published and not is_calling:
                 self._publish(before)
             raise
 
