@@ -317,6 +317,7 @@ def test_the_loss_never_rises(
     assert losses[-1] == pytest.approx(expected, rel=1e-8, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("solver", "place"), list(zip(EXACT, PLACES[2:], strict=True)), ids=str)
 def test_relaxed_rows_lie_beyond_the_solved_ones(solver: str, place: tuple[int, int, str]) -> None:
     data = _data(MIXED, EXACT[solver], _place(*place))
@@ -334,6 +335,7 @@ def test_relaxed_rows_lie_beyond_the_solved_ones(solver: str, place: tuple[int, 
         _close(after, expected, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [PLACES[1], PLACES[-1]], ids=str)
 def test_an_epoch_leaves_the_old_state_valid(place: tuple[int, int, str]) -> None:
     data = _data(MIXED, EXACT["cg"], _place(*place))
@@ -367,6 +369,7 @@ def test_tables_are_fetched_as_they_were_placed(dtype: str) -> None:
     assert not (als.user_factors(state, data) == 9).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4])
 def test_tables_and_cells_stand_in_equal_parts_on_the_devices(devices: int) -> None:
     place = _place(devices, 0)

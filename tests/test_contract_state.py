@@ -175,6 +175,7 @@ class TestPlaces:
             model.user_factors @ model.item_factors.T, users @ items.T, atol=1e-3
         )
 
+    @pytest.mark.slow
     def test_bfloat16_is_storage_only(self, counts: sparse.csr_matrix) -> None:
         half = make(TPUAlternatingLeastSquares, dtype="bfloat16").fit(counts, show_progress=False)
         full = make(TPUAlternatingLeastSquares).fit(counts, show_progress=False)

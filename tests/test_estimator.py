@@ -397,6 +397,7 @@ class TestCheckpoints:
         assert same_tables(other, fitted(**change))
         assert same_tables(before, fitted(checkpoint_dir=tmp_path))
 
+    @pytest.mark.slow
     def test_the_next_night_has_other_data(self, tmp_path: Path) -> None:
         for factor in (1, 2, 1):
             counts = COUNTS * np.float32(factor)
@@ -486,6 +487,7 @@ class TestApproximateRanking:
 
 
 class TestTablesOnDevices:
+    @pytest.mark.slow
     def test_nothing_but_reading_them_brings_them_to_the_host(self) -> None:
         settings = dict(devices=2, table_layout="sharded", alpha=3.0)
         found, expected = fitted(**settings), fitted(alpha=3.0)

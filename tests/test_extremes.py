@@ -18,7 +18,7 @@ from tpu_als.placing import AlsParams, Data
 K = 4
 COUNTS = random_counts(40, 30, density=0.3, negatives=True, seed=2)
 # how rows are solved: by compiled loops, by XLA whole, by XLA as long rows of blocks
-WAYS = ["loops", "rungs", "long rows"]
+WAYS = ["loops", "rungs", pytest.param("long rows", marks=pytest.mark.slow)]
 
 
 def _data(way: str, monkeypatch: pytest.MonkeyPatch, solver: str = "cg", steps: int = 8) -> Data:
@@ -106,6 +106,7 @@ def test_a_step_of_cg_lowers_the_loss_whatever_the_weights(
     assert losses[0] > losses[1] > best[1] * (1 - 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["implicit", "ials"])
 @pytest.mark.parametrize("ridge", [0.0, 1e-45, 1e-30])

@@ -43,6 +43,7 @@ def test_a_short_whitelist_is_ranked_like_a_long_one(
         np.testing.assert_allclose(few[1], -np.sort(-scores, axis=1)[:, :4], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_short_whitelist_of_tables_on_devices() -> None:
     on_devices, here = _model(devices=2, table_layout="sharded"), _model()
     for users in ([4], np.arange(20)):

@@ -62,6 +62,7 @@ def test_rows_equal_the_oracles(solver: str, dtype: str, devices: int, threads: 
         np.testing.assert_allclose(ours, exact, rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", EXACT)
 @given(seed=st.integers(0, 1 << 32))
 def test_a_row_does_not_depend_on_its_batch(solver: str, seed: int) -> None:

@@ -158,6 +158,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_importing_starts_no_backend() -> None:
     # the number of CPU devices can be set only until a backend starts
     code = """

@@ -53,6 +53,7 @@ class TestGrownMatrices:
         assert start.user_factors.shape == (30, 4) and start.user_factors.dtype == np.float32
         assert (start.user_factors[:20] == 1).all() and (start.user_factors[20:] < 0.01).all()
 
+    @pytest.mark.slow
     def test_the_fit_goes_on_from_there(self) -> None:
         wide = random_counts(40, 25)
         grown = model(warm_start=True, iterations=12).fit(wide[:30, :20], show_progress=False)

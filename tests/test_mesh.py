@@ -224,6 +224,7 @@ def test_doubles_exist_only_inside_their_scope() -> None:
         assert jax.numpy.asarray(np.zeros(2)).dtype == np.float32
 
 
+@pytest.mark.slow
 def test_a_later_process_reads_compiled_programs(tmp_path: Path) -> None:
     """The cache is opt-in, and fills a directory that it makes."""
     script = textwrap.dedent("""

@@ -79,7 +79,9 @@ class TestDevices:
         model = TPUAlternatingLeastSquares(**SETTINGS, devices=1)
         return model.fit(matrix, show_progress=False)
 
-    @pytest.mark.parametrize("table_layout", ["replicated", "sharded"])
+    @pytest.mark.parametrize(
+        "table_layout", [pytest.param("replicated", marks=pytest.mark.slow), "sharded"]
+    )
     @pytest.mark.parametrize(
         "devices",
         [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 4],

@@ -31,15 +31,20 @@ def small(**changes: Any) -> TPUAlternatingLeastSquares:
     return make(TPUAlternatingLeastSquares, **settings)
 
 
+@pytest.mark.slow
 @parametrize_with_checks(
     [
-        TPUAlternatingLeastSquares(),
         TPUAlternatingLeastSquares(
             factors=4, iterations=3, objective="ials", unobserved_weight=0.5, use_cg=False
         ),
         AlternatingLeastSquares(factors=4, iterations=3, warm_start=False),
     ]
 )
+def test_scikit_learn_checks_of_variants(estimator: Any, check: Any) -> None:
+    check(estimator)
+
+
+@parametrize_with_checks([TPUAlternatingLeastSquares()])
 def test_scikit_learn_checks(estimator: Any, check: Any) -> None:
     check(estimator)
 
@@ -120,7 +125,8 @@ class TestPipelines:
         assert np.abs(pipe.fit_transform(counts)).max() == pytest.approx(1)
 
     @pytest.mark.skipif(
-        "sparse_interface" not in sklearn.get_config(), reason="this scikit-learn has no such option"
+        "sparse_interface" not in sklearn.get_config(),
+        reason="this scikit-learn has no such option",
     )
     def test_upstream_sparse_arrays(self, counts: sparse.csr_matrix) -> None:
         with sklearn.config_context(sparse_interface="sparray"):
