@@ -453,6 +453,7 @@ def test_a_matrix_without_entries_gives_zero_tables(
     assert als.loss(after, data, ours) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1)])
 def test_matrices_of_one_row_or_column(shape: tuple[int, int]) -> None:
     matrix = sparse.csr_matrix(np.arange(1, 1 + shape[0] * shape[1], dtype="f4").reshape(shape))

@@ -85,7 +85,10 @@ def stopped(**changes: Any) -> TPUAlternatingLeastSquares:
     return TPUAlternatingLeastSquares(8, early_stopping=True, **{**settings, **changes})
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "sharded" else name for name in PLACES],
+)
 def test_a_fit_stops_and_keeps_its_best_tables(place: str) -> None:
     """Later iterations do not write over them."""
     tables: list[tuple[np.ndarray, np.ndarray]] = []

@@ -195,7 +195,8 @@ def _interrupted(model: Any, at: int) -> int:
     return trace.lines
 
 
-def test_an_interrupted_fit_leaves_a_whole_iteration() -> None:
+@pytest.mark.parametrize("step", [17, pytest.param(1, marks=pytest.mark.nightly)])
+def test_an_interrupted_fit_leaves_a_whole_iteration(step: int) -> None:
     states: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     watched = _model(calculate_training_loss=True)
     watched.fit(
@@ -208,7 +209,7 @@ def test_an_interrupted_fit_leaves_a_whole_iteration() -> None:
     n_lines = _interrupted(_model(calculate_training_loss=True), at=-1)
     assert n_lines > 100
     found = set()
-    for at in range(1, n_lines + 1, 7):
+    for at in range(1, n_lines + 1, step):
         model = _model(calculate_training_loss=True)
         _interrupted(model, at)
         if not hasattr(model, "n_iter_"):

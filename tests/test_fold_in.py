@@ -119,6 +119,7 @@ def test_a_given_gramian_takes_the_place_of_the_tables_own(solver: str) -> None:
     np.testing.assert_allclose(ours, oracle.fold_in(wide, more, objective), atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", EXACT)
 def test_a_row_that_failed_is_not_finite_and_spoils_no_other(solver: str) -> None:
     params = EXACT[solver]

@@ -79,6 +79,7 @@ class TestDevices:
         model = TPUAlternatingLeastSquares(**SETTINGS, devices=1)
         return model.fit(matrix, show_progress=False)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "table_layout", [pytest.param("replicated", marks=pytest.mark.slow), "sharded"]
     )

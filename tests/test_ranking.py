@@ -204,6 +204,7 @@ def _in_slots(table: np.ndarray, place: Workplace, dtype: str) -> tuple[Shards, 
     return shards, rows, stored.astype(np.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [(1, 1), (1, 3), (1, 8), (2, 0), (4, 0)], ids=str)
 @pytest.mark.parametrize(
     "dtype",

@@ -23,11 +23,8 @@ HERE = Path(__file__).parent
 FORMATS = ("csr", "csc", "coo", "bsr", "dia", "lil", "dok")
 
 
-@pytest.mark.parametrize(
-    "group",
-    [group if group == "training" else pytest.param(group, marks=pytest.mark.slow)
-     for group in corrupt.GROUPS],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("group", corrupt.GROUPS)
 def test_no_damaged_matrix_reaches_compiled_code(group: str) -> None:
     """Before, a corrupt `indptr` was a segmentation fault, or an answer from foreign memory."""
     done = subprocess.run(
