@@ -89,7 +89,7 @@ class TestReplacing:
 
 
 @posix
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.nightly)])
 def test_kills_leave_one_state_or_the_other(tmp_path: Path, kills: int) -> None:
     here = Path(__file__).parent
     done = subprocess.run(

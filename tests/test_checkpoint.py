@@ -347,7 +347,7 @@ def _flipped(file: Path, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize(
-    "count", [20, pytest.param(500, marks=pytest.mark.slow)], ids=["few", "many"]
+    "count", [20, pytest.param(500, marks=pytest.mark.nightly)], ids=["few", "many"]
 )
 def test_no_flipped_bit_passes(
     count: int, placed: Any, tmp_path: Path, record_property: Callable[[str, Any], None]
@@ -694,7 +694,7 @@ def test_a_second_job_ends_at_once_and_the_lock_ends_with_its_owner(tmp_path: Pa
     assert found["begun"] == last
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_teams_hand_over_to_each_other(tmp_path: Path) -> None:
     """Two processes, then one with eight devices, then four with one each."""
     whole = _train(tmp_path / "whole", 4, tmp_path / "whole.npz", (2, 2))

@@ -52,7 +52,9 @@ def alone(folder: Path) -> list[dict[str, np.ndarray]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("team", TEAMS, ids=str)
+@pytest.mark.parametrize(
+    "team", [*TEAMS[:2], pytest.param(TEAMS[2], marks=pytest.mark.nightly)], ids=str
+)
 def test_a_team_finds_what_one_finds(
     team: tuple[int, int], folder: Path, alone: list[dict[str, np.ndarray]]
 ) -> None:

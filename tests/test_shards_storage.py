@@ -289,7 +289,7 @@ class TestDamage:
             placing.place(open_shards(folder), AlsParams(2), workplace(1))
 
     @pytest.mark.parametrize(
-        "count", [20, pytest.param(500, marks=pytest.mark.slow)], ids=["few", "many"]
+        "count", [20, pytest.param(500, marks=pytest.mark.nightly)], ids=["few", "many"]
     )
     def test_no_flipped_bit_passes(
         self, folder: Path, count: int, record_property: Callable[[str, Any], None]
