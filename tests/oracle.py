@@ -116,10 +116,13 @@ def backward_errors(
     source: np.ndarray,
     objective: Objective = IMPLICIT,
     n_source: int | None = None,
+    begun: np.ndarray | None = None,
 ) -> np.ndarray:
     """How far solved rows (M, K) are from (1), relative to its parts: (M,).
 
     Where the right side is zero, so is the solution; the error is relative to the largest row then.
+    CG keeps the rounding error of the rows that it has `begun` from: a solution far smaller than
+    these counts as 3% of their size.
     """
     if not matrix.shape[0]:
         return np.zeros(0)
@@ -129,6 +132,8 @@ def backward_errors(
     missed = np.linalg.norm(np.einsum("mkl,ml->mk", normals, rows) - right, axis=1)
     sizes = np.linalg.norm(rows, axis=1)
     sizes[~right.any(axis=1)] = sizes.max()
+    if begun is not None:
+        sizes = np.maximum(sizes, 0.03 * np.linalg.norm(begun, axis=1))
     size = np.linalg.norm(normals, axis=(1, 2)) * sizes
     return missed / np.maximum(size + np.linalg.norm(right, axis=1), 1e-30)
 

@@ -205,7 +205,7 @@ class TestFrameErrors:
             ([object(), object(), object()], "column 'who' holds object objects, which do not so"),
             ([1.0, 2.0**53 + 2, 3.0], "column 'who' holds 9007199254740994.0 (float) in row 1"),
             ([1.0, np.inf, 3.0], "column 'who' holds inf (float) in row 1 (counted from 0)"),
-            (np.array([1, 2, 2**24 + 2], "f4"), "expected an id of at most 16777216, above which"),
+            (np.array([1, 2, 2**24 + 2], "f4"), "expected an id below 16777216, from which on"),
             ([1, None, 3], "column 'who' must have no missing values, got 1, the first in row 1"),
         ],
         ids=lambda value: re.sub(" at 0x[0-9a-f]*", "", str(value)),
@@ -561,3 +561,25 @@ class TestWebGraph:
         begin = time.perf_counter()
         assert web_graph(30_000, 1_000_000).nnz == 1_000_000
         assert time.perf_counter() - begin < 10
+
+
+LARGE = 1234567890123456789
+
+
+@pytest.mark.parametrize(
+    ("users", "given"),
+    [
+        ([LARGE, LARGE + 1], [float(LARGE)]),
+        (pd.array([20000000, 20000001], dtype="Int64").astype("Float32"), None),
+        (pd.array([2e7, 2e7 + 1], dtype="float[pyarrow]"), None),
+        (pd.Series([1e18, 1e18 + 1], dtype=object), None),
+        (pd.Categorical([1e18, 2e18]), None),
+        ([2.0**53, float(2**53 + 1)], None),
+        (np.array([2**24, 2**24 + 1], np.float32), None),
+    ],
+    ids=["given", "nullable", "arrow", "objects", "categories", "float64", "float32"],
+)
+def test_floats_that_may_be_several_ids_are_refused(users: Any, given: Any) -> None:
+    frame = pd.DataFrame({"user": users, "item": [1, 2]})
+    with pytest.raises(ValueError, match=r"expected an id below \d+, from which on float"):
+        interactions_from_frame(frame, "user", "item", users=given)

@@ -370,6 +370,44 @@ class TestCheckpoints:
         again = model(**settings).fit(COUNTS, show_progress=False)
         assert same_tables(whole, again) and again.n_iter_ == 5
 
+    @pytest.mark.parametrize("first", [True, False])
+    def test_a_loss_that_only_one_fit_of_a_run_measured(self, first: bool, tmp_path: Path) -> None:
+        fitted(iterations=2, calculate_training_loss=first, checkpoint_dir=tmp_path)
+        settings = dict(calculate_training_loss=not first, checkpoint_dir=tmp_path)
+        more = fitted(iterations=4, **settings)
+        losses, whole = np.array(more.history_["loss"]), fitted(calculate_training_loss=True)
+        assert np.isfinite(losses).tolist() == [first, first, not first, not first]
+        expected = np.array(whole.history_["loss"][:4])
+        known = np.isfinite(losses)
+        np.testing.assert_allclose(losses[known], expected[known], rtol=1e-6)
+        more.save(tmp_path / "model.npz")
+        np.testing.assert_array_equal(
+            TPUAlternatingLeastSquares.load(tmp_path / "model.npz").history_["loss"], losses
+        )
+        done = fitted(iterations=4, calculate_training_loss=True, checkpoint_dir=tmp_path)
+        assert len(done.history_["loss"]) == 4
+
+    @pytest.mark.parametrize(
+        "make",
+        [np.random.RandomState, np.random.default_rng, np.random.SeedSequence, np.atleast_1d],
+    )
+    def test_seeds_of_every_kind_belong_to_a_run(self, make: Any, tmp_path: Path) -> None:
+        first, second, again = (
+            fitted(iterations=1, random_state=make(seed), checkpoint_dir=tmp_path)
+            for seed in (1, 2, 1)
+        )
+        assert same_tables(first, again) and not same_tables(first, second)
+
+    def test_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import orbax.checkpoint as ocp
+
+        def save(*args: Any, **options: Any) -> None:
+            raise ValueError("OUT_OF_RANGE: Error writing\nand much more")
+
+        monkeypatch.setattr(ocp.CheckpointManager, "save", save)
+        with pytest.raises(OSError, match="could not be written to .*OUT_OF_RANGE.*disk full"):
+            fitted(checkpoint_dir=tmp_path)
+
     def test_every_and_the_last_are_saved(self, tmp_path: Path) -> None:
         fitted(checkpoint_dir=str(tmp_path), checkpoint_every=3, iterations=7)
         saved = sorted(path.name for path in tmp_path.glob("*/*/[0-9]*") if path.is_dir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,28 @@ def test_an_interrupted_fit_leaves_a_whole_iteration(step: int) -> None:
         assert {len(values) for values in model.history_.values()} == {model.n_iter_}
         found.add(model.n_iter_)
     assert found >= {1, 2, 3}
+
+
+def test_first_assignments_of_two_threads() -> None:
+    users, items = np.ones((3, 2), np.float32), np.ones((4, 2), np.float32)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(300):
+            model, barrier = TPUAlternatingLeastSquares(2), threading.Barrier(2)
+
+            def assign(name: str, table: np.ndarray, model: Any, barrier: Any) -> None:
+                barrier.wait()
+                setattr(model, name, table)
+
+            pairs = (("user_factors", users), ("item_factors", items))
+            threads = [
+                threading.Thread(target=assign, args=(*pair, model, barrier)) for pair in pairs
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert model.user_factors is not None and model.item_factors is not None
+    finally:
+        sys.setswitchinterval(before)

@@ -343,7 +343,7 @@ def check_fit(world: World, iterations: int) -> None:
     model.fit(world.given, show_progress=False, callback=lambda i, s, loss: reports.append(loss))
     transposed = sparse.csr_matrix(world.matrix.T)
     wide = model.dtype == np.float64
-    errors = oracle.backward_errors(world.items, transposed, world.users, objective)
+    errors = oracle.backward_errors(world.items, transposed, world.users, objective, begun=start[1])
     assert (errors < (1e-9 if wide else 2e-5)).all()
     assert len(reports) == iterations == model.n_iter_
     exact = oracle.loss(world.matrix, world.users, world.items, objective)

@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from matrices import random_counts
 from scipy import sparse
@@ -129,3 +130,18 @@ class TestShortFits:
         wide = sparse.csr_matrix(large)
         wide.indices, wide.indptr = large.indices.astype(np.int64), large.indptr.astype(np.int64)
         assert initial.identity(wide) == initial.identity(large)
+
+
+@pytest.mark.parametrize("change", ["turned round", "a new one first"])
+def test_named_columns_in_another_order_are_refused(change: str) -> None:
+    frame = pd.DataFrame(random_counts(9, 6, density=0.6).toarray()).add_prefix("item ")
+    model = TPUAlternatingLeastSquares(3, iterations=1, random_state=0, warm_start=True)
+    model.fit(frame, show_progress=False)
+    other = frame[frame.columns[::-1]]
+    if change == "a new one first":
+        other = frame.copy()
+        other.insert(0, "new", 1.0)
+    with pytest.raises(ValueError, match="row 0 of item_factors.* is of 'item 0'"):
+        model.fit(other, show_progress=False)
+    model.fit(frame.assign(new=1.0), show_progress=False)
+    assert model.n_features_in_ == 7

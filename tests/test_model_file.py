@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import zipfile
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import oracle
 import pytest
+from matrices import random_counts
 from scipy import sparse
 
 from tpu_als import DataWarning, ModelFileError, TPUAlternatingLeastSquares, model_file
@@ -392,3 +394,42 @@ def test_tables_and_factors_that_do_not_go_together_are_not_saved(tmp_path: Path
     with pytest.raises(ValueError, match="equally many columns"):
         model.save(tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+MATRIX = random_counts(12, 9, density=0.5)
+
+
+def fitted_model(**changes: Any) -> TPUAlternatingLeastSquares:
+    """A model that is quick to fit."""
+    model = TPUAlternatingLeastSquares(3, iterations=1, random_state=0, **changes)
+    return model.fit(MATRIX, show_progress=False)
+
+
+def test_what_load_would_refuse_does_not_replace_a_good_file(tmp_path: Path) -> None:
+    model = fitted_model()
+    model.save(tmp_path / "model.npz")
+    before = (tmp_path / "model.npz").read_bytes()
+    model.item_factors[3, 0] = np.nan
+    with pytest.raises(ValueError, match="item_factors must hold finite numbers.*row 3"):
+        model.save(tmp_path / "model.npz")
+    assert (tmp_path / "model.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("alpha", [Fraction(1, 3), 2**70])
+def test_numbers_that_numpy_has_no_type_for_are_kept(alpha: Any, tmp_path: Path) -> None:
+    fitted_model(alpha=alpha).save(tmp_path / "model.npz")
+    assert TPUAlternatingLeastSquares.load(tmp_path / "model.npz").alpha == float(alpha)
+
+
+def test_popularity_and_what_was_assigned_are_kept(tmp_path: Path) -> None:
+    model = fitted_model()
+    model.user_factors, model.item_factors = 2 * model.user_factors, 2 * model.item_factors
+    popularity = fitted_model().item_popularity_
+    fitted_model().save(tmp_path / "fitted.npz")
+    loaded = TPUAlternatingLeastSquares.load(tmp_path / "fitted.npz")
+    np.testing.assert_array_equal(loaded.item_popularity_, popularity)
+    model.save(tmp_path / "assigned.npz")
+    loaded = TPUAlternatingLeastSquares.load(tmp_path / "assigned.npz")
+    for each in (model, loaded):
+        each.fit(MATRIX, show_progress=False)
+    np.testing.assert_array_equal(model.item_factors, loaded.item_factors)

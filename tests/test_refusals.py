@@ -207,3 +207,40 @@ class TestFinite:
 
     def test_finite_values_pass(self) -> None:
         require_finite(MATRIX, MATRIX.data)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({}, "an object of dict: pass a sparse matrix"),
+        (iter([1]), "an object of list_iterator"),
+        (TPUAlternatingLeastSquares(), "an object of TPUAlternatingLeastSquares"),
+        (TPUAlternatingLeastSquares, "the class TPUAlternatingLeastSquares"),
+        (np.ma.masked_array([[1.0, 2.0]], mask=[[True, False]]), r"masked values: .*filled\(0\)"),
+    ],
+    ids=["dict", "iterator", "model", "class", "masked"],
+)
+def test_other_objects(wrong: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"user_items {EXPECTED} {message}|{message}"):
+        make(TPUAlternatingLeastSquares).fit(wrong)
+
+
+def test_masks_of_tables() -> None:
+    model = TPUAlternatingLeastSquares(2)
+    with pytest.raises(ValueError, match="item_factors must have no masked values"):
+        model.item_factors = np.ma.masked_array(np.ones((3, 2)), mask=np.eye(3, 2))
+
+
+@pytest.mark.parametrize("name", ["filter_already_liked_items", "recalculate_user"])
+@pytest.mark.parametrize("value", ["False", "no", 2, None, np.ones(2)])
+def test_flags(model: TPUAlternatingLeastSquares, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be True or False, got"):
+        model.recommend(0, MATRIX[0], **{name: value})
+    if name == "recalculate_user":
+        with pytest.raises(ValueError, match="recalculate_item must be True or False, got"):
+            model.similar_items(0, recalculate_item=value)
+
+
+def test_masks_of_ids_have_a_place_for_each_row(model: TPUAlternatingLeastSquares) -> None:
+    with pytest.raises(IndexError, match="userids is a mask of length 5, expected 2"):
+        model.partial_fit_users(np.ones(5, bool), sparse.vstack([MATRIX[0]] * 5, "csr"))

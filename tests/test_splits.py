@@ -288,3 +288,8 @@ def test_nothing_to_split_is_no_error() -> None:
                 assert [part.shape for part in SPLITS[name](sparse.csr_matrix(shape))] == [
                     shape
                 ] * 2
+
+
+def test_somebody_is_left_to_train_on() -> None:
+    with pytest.raises(ValueError, match="test_users=0.9 of 3 users leaves none to train on"):
+        evaluation.strong_generalization_split(random_counts(3, 9, density=0.9), test_users=0.9)

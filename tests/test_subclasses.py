@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from matrices import random_counts
 from models import make
+from sklearn.base import clone
 
 from tpu_als import DataWarning, ModelFileError, TPUAlternatingLeastSquares
 
@@ -157,3 +158,13 @@ def test_a_required_parameter_that_the_file_lacks(tmp_path: Path) -> None:
     make(TPUAlternatingLeastSquares).fit(COUNTS, show_progress=False).save(tmp_path / "model")
     with pytest.raises(ModelFileError, match="no value for tag, which Fixed requires"):
         Fixed.load(tmp_path / "model")
+
+
+def test_clones_keep_parameters_that_the_constructor_does_not_name() -> None:
+    class Named(TPUAlternatingLeastSquares):
+        def __init__(self, names: Any = None, **parameters: Any) -> None:
+            super().__init__(**parameters)
+            self.names = names
+
+    twin = clone(Named(names=["tea"], factors=6, alpha=20.0, regularization=5.0))
+    assert (twin.names, twin.factors, twin.alpha, twin.regularization) == (["tea"], 6, 20.0, 5.0)

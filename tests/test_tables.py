@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matrices import random_counts
 from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares, fitted
@@ -101,3 +102,25 @@ def test_a_table_that_nobody_holds_is_looked_at_once(
     for _ in range(3):
         CALLS[call](model)
     assert len(looked) >= 4 and held is not None
+
+
+@pytest.mark.parametrize("side", ["user", "item"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_written_in_place_must_be_finite(side: str, value: float) -> None:
+    counts = random_counts(12, 9, density=0.5)
+    model = TPUAlternatingLeastSquares(3, iterations=1, random_state=0, use_native=False)
+    model.fit(counts, show_progress=False)
+    getattr(model, f"{side}_factors")[2, 0] = value
+    users = np.arange(12)
+    calls = [
+        lambda: model.recommend(2, None, N=4, filter_already_liked_items=False),
+        lambda: model.recommend(users, counts, N=4),
+        lambda: model.score_pairs([2], [2]),
+        lambda: getattr(model, f"similar_{side}s")(0),
+        lambda: getattr(model, f"similar_{side}s")(np.arange(9)),
+    ]
+    if side == "item":
+        calls += [lambda: model.transform(counts), lambda: model.recalculate_user(0, counts[0])]
+    for call in calls:
+        with pytest.raises(ValueError, match="factors must be finite, .* first is row 2"):
+            call()

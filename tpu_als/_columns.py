@@ -93,7 +93,7 @@ def ids_and_places(column: pd.Series, given: Any, name: str) -> tuple[pd.Index, 
     """
     values, label = _plain(column), f"column {column.name!r}"
     kind = _kind(values, label)
-    _require_exact(values, column.name)
+    _require_exact(column, label)
     codes, occurring = _distinct(values)
     distinct = pd.Index(occurring, tupleize_cols=False)
     if given is None:
@@ -105,6 +105,7 @@ def ids_and_places(column: pd.Series, given: Any, name: str) -> tuple[pd.Index, 
         ranks[order] = np.arange(len(order))
         return distinct[order], ranks[codes]
     ids = _given_ids(given, name)
+    _require_exact(pd.Series(ids), f"{name}=")
     known = pd.Index(_plain(pd.Series(ids)), tupleize_cols=False)
     theirs = _kind(known, f"{name}=")
     if len(known) and len(values) and theirs != kind:
@@ -299,15 +300,30 @@ def _time_kind(zone: Any) -> str:
     return "times without a time zone" if zone is None else "times with a time zone"
 
 
-def _require_exact(values: pd.Series, name: str) -> None:
+def _require_exact(column: pd.Series, label: str) -> None:
     """Refuse ids of floating point that may stand for several integers."""
-    if values.dtype.kind == "f":
-        limit = 2.0 ** (np.finfo(values.dtype).nmant + 1)
-        wrong = np.flatnonzero(np.abs(values) > limit)
-        if len(wrong):
-            expected = f"an id of at most {limit:.0f}, above which {values.dtype} is not exact"
-            advice = "read the column as integers or text"
-            raise _refusal(name, wrong[0], values[wrong[0]], expected, advice)
+    values, dtype = column.reset_index(drop=True), column.dtype
+    if isinstance(dtype, pd.CategoricalDtype):
+        values, dtype = values.astype(object), dtype.categories.dtype
+    if dtype.kind == "f":
+        dtype = np.dtype(getattr(dtype, "numpy_dtype", dtype))
+        places = np.arange(len(values))
+    elif dtype.kind == "O":
+        dtype = np.dtype(np.float64)
+        is_float = [isinstance(value, (float, np.floating)) for value in values]
+        places = np.flatnonzero(is_float)
+    else:
+        return
+    limit = 2.0 ** (np.finfo(dtype).nmant + 1)
+    numbers = values.iloc[places].to_numpy(np.float64)
+    wrong = places[~(np.abs(numbers) < limit)]
+    if len(wrong):
+        value = values.iloc[wrong[0]]
+        raise ValueError(
+            f"{label} holds {shown(value)} ({type(_unboxed(value)).__name__}) in row {wrong[0]} "
+            f"(counted from 0), expected an id below {limit:.0f}, from which on {dtype} is not "
+            "exact: read the ids as integers or text"
+        )
 
 
 def _as_float(value: Any) -> float:

@@ -30,7 +30,8 @@ class Saving:
         Raises
         ------
         ValueError
-            For parameters out of range, and tables that do not go with `factors`.
+            For parameters out of range, tables that do not go with `factors`, and tables that hold
+            NaN or infinity. An earlier file stays as it was.
 
         Notes
         -----
@@ -49,6 +50,8 @@ class Saving:
             "n_iter_": fitted.n_iter,
             "history_": fitted.history,
             "feature_names_in_": fitted.feature_names,
+            "item_popularity_": fitted.popularity,
+            "assigned": fitted.assigned,
         }
         ours = {name: getattr(self, name) for name in parameters.RULES}
         own = subclasses.own_values(self)
@@ -81,7 +84,12 @@ class Saving:
         loaded = FittedModel(n_iter=fitted.get("n_iter_"), history=fitted.get("history_"))
         for side in SIDES:
             loaded = loaded.with_table(side, FactorTable(fitted.get(f"{side}_factors")))
-        model._fitted = replace(loaded, feature_names=fitted.get("feature_names_in_"))
+        model._fitted = replace(
+            loaded,
+            feature_names=fitted.get("feature_names_in_"),
+            popularity=fitted.get("item_popularity_"),
+            assigned=fitted.get("assigned", ()),
+        )
         return model
 
     def to_gpu(self) -> Self:

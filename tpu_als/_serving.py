@@ -69,6 +69,10 @@ class Serving(FoldIn):
             Before any work, where so many results would not fit into the memory that is left.
         """
         n = validation.result_count(N)
+        validation.flags(
+            filter_already_liked_items=filter_already_liked_items,
+            recalculate_user=recalculate_user,
+        )
         fitted = self._complete("item", *(() if recalculate_user else ("user",)))
         n_items = fitted.item.shape[0]
         n_users = None if recalculate_user else fitted.user.shape[0]
@@ -120,6 +124,7 @@ class Serving(FoldIn):
             Cosines.
         """
         n, factors = validation.result_count(N), None
+        validation.flags(recalculate_item=recalculate_item)
         fitted = self._complete("item", *(("user",) if recalculate_item else ()))
         if recalculate_item:
             validation.warn_if_converted(item_users)
@@ -316,9 +321,12 @@ class Serving(FoldIn):
         if table.resident is None and len(queries) <= topk.HOST_QUERIES:
             rows = table.read()
             queries = queries.astype(rows.dtype, copy=False)
-            return topk.top_k_on_host(
+            found = topk.top_k_on_host(
                 queries, rows, n, lengths=lengths, seen=seen, excluded=excluded
             )
+            if not np.isfinite(found[1]).all():  # NaN ranks first
+                table.require_finite()
+            return found
         catalog = table.catalog(lengths, self._own_place())
         return ranking.top_k(
             queries.astype(catalog.dtype, copy=False), catalog, n,

@@ -6,9 +6,10 @@ compares plainly. Every call takes that model once, at its start; every writer r
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from numbers import Integral
 from typing import Any
@@ -16,8 +17,10 @@ from typing import Any
 import numpy as np
 from sklearn.exceptions import NotFittedError
 
-from . import als, initial, mesh, parameters, placing, validation
+from . import als, initial, mesh, parameters, placing, subclasses, validation
 from .fitted import FactorTable, FittedModel
+
+_FIRST = threading.RLock()  # of writers whose estimators have no model yet
 
 
 class FactorTables:
@@ -172,6 +175,7 @@ class FactorTables:
         twin.devices = None
         twin = super(FactorTables, twin).__sklearn_clone__()  # type: ignore[misc]
         twin.devices = self.devices
+        subclasses.copy_unnamed(self, twin)
         return twin
 
     def _attribute(self, name: str, value: Any) -> Any:
@@ -193,7 +197,7 @@ class FactorTables:
 
     def _change(self, make: Callable[[FittedModel], FittedModel]) -> None:
         """Replace the fitted model by one made from it; writers take turns."""
-        with self._writers_lock():
+        with self._writing():
             self._fitted = make(vars(self).get("_fitted") or FittedModel())
 
     def _assign(self, side: str, table: Any) -> None:
@@ -207,16 +211,26 @@ class FactorTables:
 
     def _publish(self, fitted: FittedModel | None) -> None:
         """Make a model the fitted one; None for none."""
-        with self._writers_lock():
+        with self._writing():
             if fitted is None:
                 self.__dict__.pop("_fitted", None)
             else:
                 self._fitted = fitted
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Scope of a writer; two of one estimator take turns, also where it has no model yet."""
+        while True:
+            lock = self._writers_lock()
+            with lock:
+                if lock is self._writers_lock():  # else another writer replaced a model in between
+                    yield
+                    return
+
     def _writers_lock(self) -> Any:
-        """The lock of this estimator's models; a new one where it has no model yet."""
+        """The lock of this estimator's models; where it has no model, one that all such share."""
         fitted = vars(self).get("_fitted")
-        return threading.RLock() if fitted is None else fitted.lock
+        return _FIRST if fitted is None else fitted.lock
 
     def _given_tables(self, fitted: FittedModel) -> list[np.ndarray | None]:
         """User and item table to start from; None of one that is to be drawn."""

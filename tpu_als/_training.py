@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 
-from . import _digest, als, placing, resident, validation
+from . import _digest, als, parameters, placing, resident, validation
 from .checkpoint import Checkpoints
 from .early_stopping import EarlyStopping, Factors
 from .resident import Table
@@ -75,6 +75,8 @@ class Training:
         if found is None:
             return False
         self.state, self.done, self.history = found.state, found.iteration, found.history
+        if self.with_loss:  # an earlier fit of the run may not have measured it
+            self.history.setdefault("loss", [math.nan] * self.done)
         if self.monitor is not None:
             best: Any = found.extra["best_users"], found.extra["best_items"]
             if resident.tables(self.state, self.data)["user"].is_resident:
@@ -97,10 +99,16 @@ class Training:
         if self.monitor is not None:
             users, items = _readable(self.state, self.data)
             report["ndcg"] = self.monitor.measure(users, items, self.data.place.alone)
-        for name, value in report.items():
-            self.history.setdefault(name, []).append(value)
+        self._record(report)
         self._save()
         return report
+
+    def _record(self, report: dict[str, float]) -> None:
+        """Add an iteration to the history; NaN where a series was not measured."""
+        for name in {**self.history, **report}:
+            series = self.history.setdefault(name, [])
+            series.extend([math.nan] * (self.done - 1 - len(series)))
+            series.append(report.get(name, math.nan))
 
     def _save(self) -> None:
         if self.checkpoints is None:
@@ -137,14 +145,13 @@ def settings_of(
     on_devices : bool
         Whether tables are drawn on the devices.
     """
-    is_seed = isinstance(estimator.random_state, Integral)
     is_watched = bool(estimator.early_stopping)
     watching = ("validation_fraction", "n_iter_no_change", "tol") if is_watched else ()
     drawn = "drawn on the devices" if on_devices else "drawn"
     return {
         **{name: float(value) for name, value in objective._asdict().items()},
         "linear_solver": linear_solver,
-        "random_state": int(estimator.random_state) if is_seed else None,
+        "random_state": parameters.seed_identity(estimator.random_state),
         **{name: int(getattr(estimator, name)) for name in ("cg_steps", "block_size")},
         **{name: float(getattr(estimator, name)) for name in ("over_relaxation", *watching)},
         "early_stopping": is_watched,

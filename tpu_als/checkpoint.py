@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -233,7 +234,7 @@ class Checkpoints:
             "extra": {name: _digest.array(values) for name, values in arrays.items()},
         }
         items["meta"] = args.JsonSave({**meta, "checksum": checksum_of(meta)})
-        with precision(data.params.dtype):
+        with precision(data.params.dtype), self._blamed_on_writing():
             manager.save(iteration, args=args.Composite(**items), force=True)
         return True
 
@@ -242,7 +243,22 @@ class Checkpoints:
         manager, self._manager, self._run, self._known = self._manager, None, None, None
         with self._at_close:
             if manager is not None:
-                manager.close()
+                with self._blamed_on_writing():
+                    manager.close()
+
+    @contextlib.contextmanager
+    def _blamed_on_writing(self) -> Iterator[None]:
+        """Scope in which orbax's errors of several kinds become an OSError of one sentence."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise OSError(
+                f"a checkpoint could not be written to {self._root}: {reason:.300}. Is the disk "
+                "full? The checkpoints before it stay"
+            ) from error
 
     def _open(self, settings: dict[str, Any], data: Data) -> Any:
         """Open the run of these settings and data, and close the one before if it is another."""

@@ -391,7 +391,8 @@ class TPUAlternatingLeastSquares(
         self, user_items: Any
     ) -> tuple[sparse.csr_matrix | ShardedMatrix, FittedModel]:
         """What `fit` learns from, and the model to come with a record of the columns."""
-        view = self._view(FittedModel(lock=self._writers_lock()))
+        before = vars(self).get("_fitted")
+        view = self._view(FittedModel() if before is None else FittedModel(lock=before.lock))
         if not isinstance(user_items, ShardedMatrix):
             rows = _checked(view, user_items, reset=True)
             return rows, replace(view._fitted, popularity=popularity_of(rows))
@@ -412,8 +413,11 @@ class TPUAlternatingLeastSquares(
             at_end.callback(checkpoints.close)
         rows, fitted = self._interactions(user_items)
         identity, settings = initial.identity(rows), {}
+        given = self._given_tables(before)
+        if given[1] is not None:
+            initial.check_columns(before.feature_names, fitted.feature_names)
         if checkpoints is not None:
-            given, on_devices = self._given_tables(before), isinstance(rows, ShardedMatrix)
+            on_devices = isinstance(rows, ShardedMatrix)
             settings = settings_of(
                 self, self._objective(), self._linear_solver(), given, on_devices
             )

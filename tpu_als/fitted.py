@@ -113,10 +113,20 @@ class FactorTable:
         if self.resident is None:
             self.read()
 
+    def require_finite(self) -> None:
+        """Raise ValueError where NaN or infinity was written into the table."""
+        if self.resident is None:
+            _require_finite(self.read(), None)
+
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Some rows, a copy; the ids are known to be in range."""
         table = self.resident
-        return self.read()[ids] if table is None else table.take(ids)
+        if table is not None:
+            return table.take(ids)
+        found = self.read()[ids]
+        if self._exposed:
+            _require_finite(found, ids)
+        return found
 
     def changed(self, ids: np.ndarray, rows: np.ndarray) -> FactorTable:
         """A copy with some rows replaced; ids past the end add rows, those in between zero."""
@@ -191,13 +201,21 @@ class FactorTable:
 
         Users write into `item_factors`, as implicit lets them, and a copy on a device would then be
         stale. So the content is read again while somebody else holds the array.
+
+        Raises
+        ------
+        ValueError
+            Where what was written is NaN or infinite.
         """
         self.read()
         if self._stamp is not None and not self._exposed:
             return self._stamp
         with self._lock:
             assert self._host is not None
-            self._stamp = _fingerprint(self._host)
+            found = _fingerprint(self._host)
+            if found != self._stamp:
+                _require_finite(self._host, None)
+            self._stamp = found
             if self._is_ours_alone():
                 self._exposed = False
             return self._stamp
@@ -340,6 +358,19 @@ def _divisible(lengths: np.ndarray) -> np.ndarray:
 
 def _gramian(table: np.ndarray) -> np.ndarray:
     return np.asarray(table.T @ table)
+
+
+def _require_finite(rows: np.ndarray, ids: np.ndarray | None) -> None:
+    """Raise ValueError where rows of a table, with these ids or in its order, are not finite."""
+    is_finite = np.isfinite(rows).all(axis=1)
+    if not is_finite.all():
+        wrong = np.flatnonzero(~is_finite)
+        first = wrong[0] if ids is None else ids[wrong[0]]
+        raise ValueError(
+            f"factors must be finite, but {len(wrong)} of {len(rows)} rows hold NaN or infinity, "
+            f"the first is row {first}: they were written into the table. Write finite values, or "
+            "assign the table anew"
+        )
 
 
 def _fingerprint(table: np.ndarray) -> int:

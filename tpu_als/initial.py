@@ -74,6 +74,27 @@ def tables(
     return found
 
 
+def check_columns(before: np.ndarray | None, now: np.ndarray | None) -> None:
+    """Raise ValueError where a fit would start items from the tables of other items.
+
+    Parameters
+    ----------
+    before, now : ndarray of str, or None
+        Names of the columns that the present item table is of, and of those to be fitted. There
+        may be further ones at the end. None where they have no names.
+    """
+    if before is None or now is None or len(now) < len(before):
+        return  # too few columns are refused when the tables are made
+    wrong = np.flatnonzero(before != now[: len(before)])
+    if len(wrong):
+        at = wrong[0]
+        raise ValueError(
+            f"column {at} is {now[at]!r}, but row {at} of item_factors, which fit starts from, is "
+            f"of {before[at]!r}: pass the columns in the order of the last fit, new ones at the "
+            "end, or set item_factors to None to start anew"
+        )
+
+
 def identity(rows: Any) -> Identity:
     """What tells one matrix from another at no cost to speak of: shape, entries, and a sample.
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from . import holdout
+from . import _evaluation_inputs, holdout
 from .exceptions import DataWarning
 
 METRICS = (
@@ -82,6 +82,9 @@ def metrics_of_rankings(
     repeated id twice. Its AUC leaves the range of 0 to 1 where a ranking has more misses than
     there are other items; here the misses beyond that number do not count.
     """
+    for name, value in (("n_users", n_users), ("n_items", n_items)):
+        if value is not None:
+            _evaluation_inputs.whole_number(name, value, 0)
     popularity = _checked_popularity(popularity, n_users)
     held_out = holdout.relevant(held_out, "held_out")
     ids = holdout.rankings(ids, held_out.shape[0])
@@ -206,6 +209,8 @@ def _checked_popularity(popularity: Any, n_users: int | None) -> np.ndarray | No
             "popularity must be finite numbers, one for each item, got shape "
             f"{counts.shape} of {counts.dtype}"
         )
+    if (counts < 0).any():
+        raise ValueError(f"popularity must be at least 0, got {counts.min()}")
     most = int(np.max(counts, initial=1))
     if n_users is None or not n_users >= most:
         raise ValueError(

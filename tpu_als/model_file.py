@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Real
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,7 +62,8 @@ def save_model(
         Constructor parameters. Random generators and device handles are left out, and so is
         `checkpoint_dir`.
     fitted : dict
-        Any of user_factors, item_factors, feature_names_in_, n_iter_ and history_.
+        Any of user_factors, item_factors, feature_names_in_, item_popularity_, n_iter_, history_,
+        and assigned, the names of tables that the next fit starts from.
     own : dict, optional
         Further parameters of a subclass, as far as they are arrays, numbers and text, or lists,
         dicts and tuples of such.
@@ -74,9 +76,12 @@ def save_model(
     Raises
     ------
     ValueError
-        Where the tables differ in width, or have another one than `factors`.
+        Where the tables hold NaN or infinity, differ in width, or have another one than `factors`.
     """
+    for name in _TABLES:  # what `load_model` would refuse must not replace a good file
+        factor_table(fitted.get(name), name)
     _check_widths([fitted.get(name) for name in _TABLES], parameters.get("factors"))
+    parameters = {key: _plain_number(value) for key, value in parameters.items()}
     name = rules.storage_dtype(parameters.get("dtype", np.float32))
     values = {k: v for k, v in {**parameters, **fitted}.items() if k not in _NEVER_LOADED}
     # implicit knows no bfloat16, but reads what it finds under its own names.
@@ -85,12 +90,13 @@ def save_model(
         values["devices"] = None
     if values.get("feature_names_in_") is not None:
         values["feature_names_in_"] = values["feature_names_in_"].astype(str)
+    values["assigned"] = ",".join(values.get("assigned") or ()) or None
     for key, series in (values.pop("history_", None) or {}).items():
         values[_SERIES + key] = np.asarray(series, np.float64)
     packed = {key: _packed(key, value) for key, value in (own or {}).items()}
     values.update(pair for pair in packed.values() if pair is not None)
     save_npz(target, values)
-    lost = [key for key in ("random_state", "devices") if _is_lost(parameters.get(key), key)]
+    lost = [key for key, value in parameters.items() if _is_lost(value, key)]
     return lost + [key for key, pair in packed.items() if pair is None]
 
 
@@ -152,6 +158,15 @@ def _fitted(values: dict[str, Any]) -> dict[str, Any]:
                 f"{len(found['item_factors'])} items, got {len(names)}"
             )
         found["feature_names_in_"] = names.astype(object)
+    if "item_popularity_" in values:
+        counts = values["item_popularity_"]
+        if "item_factors" not in found or len(counts) != len(found["item_factors"]):
+            raise ValueError(f"item_popularity_ must have a count for each item, got {len(counts)}")
+        found["item_popularity_"] = counts
+    if "assigned" in values:
+        found["assigned"] = tuple(values["assigned"].split(","))
+        if not {f"{side}_factors" for side in found["assigned"]} <= found.keys():
+            raise ValueError(f"assigned must name tables of the file, got {values['assigned']!r}")
     series = {k.removeprefix(_SERIES): v for k, v in values.items() if k.startswith(_SERIES)}
     lengths = {key: np.atleast_1d(value).size for key, value in series.items()}
     if "n_iter_" in values:
@@ -177,9 +192,17 @@ def _check_widths(tables: list[np.ndarray | None], factors: Any) -> None:
 
 def _is_lost(value: Any, name: str) -> bool:
     """Whether a parameter of ours has a value that the file leaves out."""
+    if value is None or name in (*_NEVER_LOADED, "dtype"):
+        return False
     if name == "devices":
-        return value is not None and not isinstance(value, int)
-    return value is not None and np.asarray(value).dtype.hasobject
+        return not isinstance(value, int)
+    return np.asarray(value).dtype.hasobject
+
+
+def _plain_number(value: Any) -> Any:
+    """A float for numbers that NumPy knows as objects only, such as fractions and 2**70."""
+    is_odd = isinstance(value, Real) and np.asarray(value).dtype.hasobject
+    return float(value) if is_odd else value
 
 
 def _packed(name: str, value: Any) -> tuple[str, Any] | None:
@@ -280,7 +303,9 @@ def load_npz(source: str | os.PathLike | BinaryIO, own_names: Iterable[str] = ()
 
 def _wanted(own_names: Iterable[str]) -> Callable[[str], bool]:
     own = {PREFIX + form + name for name in own_names for form in (_OWN, _OWN + _JSON, "")}
-    further = ("format", "storage_dtype", "n_iter_", "feature_names_in_")
+    further = (
+        "format", "storage_dtype", "n_iter_", "feature_names_in_", "item_popularity_", "assigned",
+    )  # fmt: skip
     ours = {PREFIX + name for name in (*rules.RULES, *further) if name not in _NEVER_LOADED}
     known = own | (ours - {PREFIX + name for name in _IMPLICIT}) | _IMPLICIT
     return lambda key: key in known or key.startswith(PREFIX + _SERIES)
@@ -316,6 +341,10 @@ def _check_header(key: str, header: Header) -> None:
         n_axes, kinds, expected = 2, "f", "a 2-D array of floating-point numbers"
     elif key == "feature_names_in_":
         n_axes, kinds, expected = 1, "U", "a 1-D array of text"
+    elif key == "item_popularity_":
+        n_axes, kinds, expected = 1, "iu", "a 1-D array of integers"
+    elif key == "assigned":
+        kinds, expected = "U", "text"
     elif key.startswith(_SERIES):
         n_axes, kinds, expected = 1, "fiu", "a 1-D array of numbers"
     elif key == "n_iter_":

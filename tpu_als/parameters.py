@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -243,6 +244,18 @@ def random_generator(random_state: Any, *, draw: bool = True) -> np.random.Gener
         raise ValueError(
             f"random_state must be {RULES['random_state'][1]}, got {random_state!r:.200}"
         ) from None
+
+
+def seed_identity(random_state: Any) -> Any:
+    """Return what tells one `random_state` from another: None, an integer, or JSON text."""
+    if random_state is None or isinstance(random_state, Integral):
+        return None if random_state is None else int(random_state)
+    if isinstance(random_state, np.random.RandomState):
+        state: Any = random_state.get_state(legacy=False)
+    else:
+        source = getattr(random_state, "bit_generator", random_state)
+        state = source.state if hasattr(source, "state") else np.asarray(source)
+    return json.dumps(state, default=lambda value: value.tolist(), sort_keys=True)
 
 
 def random_seed(random_state: Any) -> int:

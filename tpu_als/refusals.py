@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from datetime import date
 from typing import Any
 
@@ -129,6 +130,13 @@ def _own_problem(X: Any, kinds: set[str], name: str, takes_shards: bool) -> str 
             f"a path or text ({X!r:.60}): read the file first, with scipy.sparse.load_npz, or, for "
             "`fit` on a directory of shards, with tpu_als.shards.open_shards"
         )
+    if isinstance(X, np.ma.MaskedArray) and np.ma.is_masked(X):
+        return f"an array with masked values: pass {name}.filled(0), in which they are no entries"
+    if isinstance(X, (dict, set, Iterator, type)) or hasattr(X, "get_params"):
+        what = (
+            f"the class {X.__name__}" if isinstance(X, type) else f"an object of {type(X).__name__}"
+        )
+        return f"{what}: pass a sparse matrix or an array"
     if isinstance(X, (tuple, list)) and any(map(sparse.issparse, X)):
         return f"a {type(X).__name__} of {len(X)} matrices: pass one of them"
     return None

@@ -123,6 +123,11 @@ def strong_generalization_split(
     if not len(able):
         raise ValueError("no user has two positive entries, one to fold in and one to find")
     chosen = np.sort(rng.permutation(able)[: max(round(test_users * rows.shape[0]), 1)])
+    if len(chosen) == rows.shape[0]:
+        raise ValueError(
+            f"test_users={test_users} of {rows.shape[0]} users leaves none to train on: hold out "
+            "fewer"
+        )
     train = rows[np.setdiff1d(np.arange(rows.shape[0]), chosen)]
     visible, held_out = holdout.hide(rows[chosen], 1 - fold_in, at_least=1, rng=rng)
     return train, visible, held_out

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+from sklearn.base import clone
+
 from . import parameters
 from .exceptions import DataWarning, ModelFileError
 
@@ -95,6 +97,14 @@ def construct(cls: type[Estimator], ours: dict[str, Any], own: dict[str, Any]) -
             with contextlib.suppress(AttributeError):  # a property that a subclass computes
                 setattr(estimator, name, value)
     return estimator
+
+
+def copy_unnamed(source: Any, target: Any) -> None:
+    """Give a clone the engine's parameters that its class's constructor does not name."""
+    named = parameters.named(type(source).__init__)
+    for name in parameters.RULES:
+        if name in vars(source) and name not in named:
+            setattr(target, name, clone(getattr(source, name), safe=False))
 
 
 def _base(cls: type) -> type:

@@ -200,6 +200,13 @@ def selection(
     return kept, None
 
 
+def flags(**values: Any) -> None:
+    """Raise ValueError for the first argument that is not True, False, 1 or 0."""
+    for name, value in values.items():
+        if value is not True and value is not False and not is_flag(value):
+            raise ValueError(f"{name} must be True or False, got {value!r:.60}")
+
+
 def result_count(n: Any) -> int:
     """Check N, the number of results: an integer of at least 0 and below 2**31."""
     try:
@@ -271,6 +278,8 @@ def factor_table(table: Any, name: str) -> np.ndarray | None:
     """
     if table is None:
         return None
+    if np.ma.is_masked(table):
+        raise ValueError(f"{name} must have no masked values: assign {name}.filled(0) or the like")
     try:
         array = np.asarray(table.to_numpy() if hasattr(table, "to_numpy") else table)
     except ValueError as error:  # lists of several lengths
@@ -322,10 +331,18 @@ def user_weights(value: Any, width: int) -> tuple[np.ndarray, bool]:
     ValueError
         For anything else.
     """
-    is_pair = isinstance(value, (tuple, list)) and len(value) == 2
-    shape = np.shape(value[0]) if is_pair else None
-    if shape != (width, width):
-        got = f"a factor of shape {shape}" if is_pair else f"{value!r:.60}"
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2 and is_flag(value[1])
+    factor = np.asarray(value[0]) if is_pair else None
+    shape = None if factor is None else factor.shape
+    is_real = factor is not None and factor.dtype.kind == "f" and np.isfinite(factor).all()
+    if shape != (width, width) or not is_real:
+        got = (
+            f"a factor of shape {shape} of {factor.dtype}"
+            if factor is not None
+            else f"{value!r:.60}"
+        )
+        if factor is not None and shape == (width, width):
+            got = "a factor that holds other things than finite numbers"
         raise ValueError(
             f"user_weights must be what explain returned for this user, a pair with a factor of "
             f"shape {(width, width)}, got {got}. Leave it out to have it computed"
