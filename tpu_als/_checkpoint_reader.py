@@ -72,7 +72,7 @@ class Reader:
         DamagedError
             On all processes, where one of them cannot read its part, or a checksum differs.
         LaterFormatError
-            Where a later version wrote it.
+            If a later version wrote it.
         """
         place, folder = self._data.place, self._folder / str(step)
         meta = _agreed(lambda: self._meta(step), folder / "meta", place)

@@ -49,7 +49,7 @@ class FoldIn(FactorTables):
         Raises
         ------
         ValueError
-            Where the numbers of rows and users differ, or an entry lies beyond the items.
+            If the numbers of rows and users differ, or an entry lies beyond the items.
         """
         validation.warn_if_converted(user_items)
         return self._recalculate(self._complete("item").item, userid, user_items, "user")
@@ -72,7 +72,7 @@ class FoldIn(FactorTables):
         Raises
         ------
         ValueError
-            Where the numbers of rows and items differ, or an entry lies beyond the users.
+            If the numbers of rows and items differ, or an entry lies beyond the users.
         """
         validation.warn_if_converted(item_users)
         return self._recalculate(self._complete("user").user, itemid, item_users, "item")
@@ -92,7 +92,7 @@ class FoldIn(FactorTables):
         Raises
         ------
         ValueError
-            Where the numbers of rows and users differ.
+            If the numbers of rows and users differ.
         IndexError
             For negative ids, and for ids that would grow the table beyond twice its size and
             1,000,000 rows. Assign `user_factors` to grow it further.
@@ -115,7 +115,7 @@ class FoldIn(FactorTables):
         Raises
         ------
         ValueError
-            Where the numbers of rows and items differ.
+            If the numbers of rows and items differ.
         IndexError
             For negative ids, and for ids that would grow the table beyond twice its size and
             1,000,000 rows. Assign `item_factors` to grow it further.
@@ -162,7 +162,7 @@ class FoldIn(FactorTables):
         IndexError
             For anything but one id each, and for ids beyond the matrix or the items.
         ValueError
-            Where an entry lies beyond the items.
+            If an entry lies beyond the items.
         """
         n, table = validation.result_count(N), self._complete("item").item
         n_items = table.shape[0]

@@ -35,7 +35,7 @@ class RowReader:
     Raises
     ------
     ValueError
-        By every method, naming the file, for what is no such file, lacks a column, has one of
+        By every method, naming the file, for a file that is not one, lacks a column, has one of
         another type, or holds an id out of range, a value missing or not finite, lists of values
         and ids that differ in length, or a column twice in a row; and, at its end, for what is not
         what totals.json says.

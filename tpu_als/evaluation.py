@@ -66,7 +66,7 @@ def ranking_metrics_at_k(
     Raises
     ------
     TypeError
-        For an object that is no matrix.
+        For an object that is not a matrix.
     ValueError
         For NaN or infinity, matrices of different shapes, or rankings of another shape.
 
@@ -195,7 +195,7 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
         Raises
         ------
         TypeError
-            For an object that is no matrix, such as a table of events.
+            For an object that is not a matrix, such as a table of events.
         ValueError
             For NaN or infinity, or columns that are not the model's.
         """

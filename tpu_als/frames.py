@@ -81,7 +81,7 @@ def interactions_from_frame(
     Warns
     -----
     DataWarning
-        Where interactions were dropped. The logger "tpu_als" has the same message.
+        If interactions were dropped. The logger "tpu_als" has the same message.
 
     Examples
     --------

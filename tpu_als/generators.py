@@ -52,7 +52,7 @@ def power_law(
         For numbers that are not integers, no entries, more than a third of the cells, an exponent
         out of range, or a seed of a wrong type.
     MemoryError
-        Where the sides or the entries do not fit in memory.
+        If the sides or the entries do not fit in memory.
     """
     if not isinstance(exponent, Real) or not 0 <= exponent < 1:
         raise ValueError(f"exponent must be at least 0 and below 1, got {exponent!r}")
@@ -111,7 +111,7 @@ def web_graph(
         For numbers that are not integers, no links, more than a third of the pairs, a number of
         sites out of range, or a seed of a wrong type.
     MemoryError
-        Where the nodes or the links do not fit in memory.
+        If the nodes or the links do not fit in memory.
     """
     n_nodes, n_links = _integer("n_nodes", n_nodes), _integer("n_links", n_links, least=None)
     most = n_nodes * (n_nodes - 1) // 3

@@ -136,7 +136,7 @@ def canonical(matrix: Any, name: str = "user_items") -> sparse.csr_matrix:
     Raises
     ------
     TypeError
-        For an object that is no matrix, and a frame.
+        For an object that is not a matrix, and a frame.
     ValueError
         For NaN or infinity, other kinds of values, other dimensions than two, or a sparse matrix
         whose arrays contradict each other or its shape.

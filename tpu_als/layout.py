@@ -206,7 +206,7 @@ def map_rows(lengths: np.ndarray, plan: Plan, owners: np.ndarray | None = None) 
     Raises
     ------
     ValueError
-        Where a slot or a cell has a number that int32 does not hold.
+        If a slot or a cell has a number that int32 does not hold.
     """
     order = np.argsort(lengths, kind="stable")
     ends = np.searchsorted(lengths[order], plan.lengths, side="right")

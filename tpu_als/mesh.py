@@ -271,7 +271,7 @@ def workplace(
     ValueError
         For an unknown layout, or devices that are none, not there, or given twice.
     RuntimeError
-        Where `use_gpu` is True and JAX has no GPU.
+        If `use_gpu` is True and JAX has no GPU.
     """
     if table_layout not in LAYOUTS:
         raise ValueError(f"table_layout must be one of {LAYOUTS}, got {table_layout!r}")

@@ -71,7 +71,7 @@ def metrics_of_rankings(
     Raises
     ------
     TypeError
-        For a `held_out` or `seen` that is no matrix.
+        For a `held_out` or `seen` that is not a matrix.
     ValueError
         For NaN or infinity in them, another number of rows, ids that are not integers; for a
         popularity without `n_users`, or one above it.

@@ -147,9 +147,9 @@ def place(
     Raises
     ------
     MemoryError
-        Where the tables cannot fit, before any work.
+        If the tables cannot fit, before any work.
     ValueError
-        Where processes passed different matrices, or the sides of `Entries` differ.
+        If processes passed different matrices, or the sides of `Entries` differ.
     """
     _require_tables(user_items.shape, params, place)
     if isinstance(user_items, sparse.csr_matrix):

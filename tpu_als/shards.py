@@ -126,7 +126,7 @@ class ShardedMatrix:
         Raises
         ------
         ValueError
-            Where a row occurs twice; where all files together do not hold `nnz` entries; and as
+            If a row occurs twice; if all files together do not hold `nnz` entries; and as
             in `blocks`.
         """
         read = [pair for file in self._readers(side, part, parts) for pair in file.lengths()]
@@ -167,7 +167,7 @@ class ShardedMatrix:
         Raises
         ------
         ValueError
-            As in `files`; and, naming the file, for what is no such file, lacks a column, or
+            As in `files`; and, naming the file, for a file that is not one, lacks a column, or
             holds an id out of range, a missing or infinite value, or a column twice in a row.
         """
         if not is_count(entries):
@@ -187,7 +187,7 @@ class ShardedMatrix:
         ValueError
             As in `lengths` and `blocks`.
         MemoryError
-            Where it does not fit.
+            If it does not fit.
         """
         dtype = index_dtype(max(*self.shape, self.nnz))
         width = np.dtype(dtype).itemsize
@@ -224,7 +224,7 @@ class ShardedMatrix:
         Raises
         ------
         ValueError
-            Where a file has no such column, and as in `blocks`.
+            If a file has no such column, and as in `blocks`.
         """
         read = [
             pair
@@ -286,12 +286,12 @@ def open_shards(path: str | os.PathLike, filesystem: Any = None) -> ShardedMatri
     Raises
     ------
     FileNotFoundError
-        Where there is no totals.json, which is written last.
+        If there is no totals.json, which is written last.
     ValueError
-        Where the totals are not as described, of a later format, or do not fit the files; where a
-        file is no Parquet file.
+        If the totals are not as described, of a later format, or do not fit the files; if a
+        file is not a Parquet file.
     ImportError
-        Where pyarrow, of the extra ``shards``, is not installed.
+        If pyarrow, of the extra ``shards``, is not installed.
     """
     directory = Directory(path, filesystem)
     totals = directory.totals(FORMAT)
@@ -349,13 +349,13 @@ def write_shards(
     Raises
     ------
     FileExistsError
-        Where `path` is a file, or a directory that is not empty.
+        If `path` is a file, or a directory that is not empty.
     ValueError
         For data that are neither, blocks of different widths, values that are not finite, a shape
         too small, no block and no shape, `held_out` that does not fit the data, or another
         argument out of range.
     ImportError
-        Where pyarrow, of the extra ``shards``, is not installed.
+        If pyarrow, of the extra ``shards``, is not installed.
 
     Examples
     --------
