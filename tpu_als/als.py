@@ -4,8 +4,8 @@ One `half_epoch` serves both sides: *target* is the table being solved, *source*
 fixed. Tables stay in the layout's slot order on the devices; `user_factors` and `item_factors`
 bring them back to the caller's order.
 
-On a mesh the source table either stands whole on every device for a half-epoch, or each device
-keeps its part and the chunks receive what they need (`exchange`). Long rows are solved by all
+On a mesh either every device has the whole source table for a half-epoch, or each device keeps its
+part and the chunks receive the rows that they need (`exchange`). Long rows are solved by all
 devices together: each has the entries whose source rows it owns, and their sums are added.
 
 Axis letters: W work shards, S slots of a shard, K factors, M target rows, N source rows.
@@ -31,7 +31,7 @@ from tpu_als.solve import Basis, Objective
 from tpu_als.sweep import Measured, Shared, Span
 
 _RUNGS_A_PROGRAM = 4
-_LARGE = 1 << 24  # bytes of a table whose copies are worth the milliseconds of giving them back
+_LARGE = 1 << 24  # bytes of a table; returning its copies to the system takes milliseconds
 _DRAWN = 1 << 14  # rows drawn at once, which bounds the generator's scratch
 
 
@@ -138,8 +138,8 @@ def epoch(
 
 
 def _tidy(data: Data) -> None:
-    """Give back the copies of large tables that XLA's half-epoch made in the host's memory."""
-    if data.params.native:  # which uses its memory again
+    """Return the host memory of copies of large tables that XLA's half-epoch made."""
+    if data.params.native:  # it reuses its memory
         return
     rows = max(side.rows.n_slots * side.rows.n_shards for side in (data.users, data.items))
     row_bytes = data.params.factors * np.dtype(DTYPES[data.params.dtype]).itemsize
@@ -159,7 +159,7 @@ def half_epoch(
     """Solve all rows of the target table against the source table, which is held fixed."""
     params, where = data.params, data.place
     side, source = (data.users, data.items)[:: 1 if target == "users" else -1]
-    # On an accelerator nothing of this is the host's work.
+    # On an accelerator the host's BLAS is not used.
     scope = single_blas_thread() if where.platform == "cpu" else contextlib.nullcontext()
     with precision(params.dtype), scope:
         if params.native:
@@ -179,7 +179,7 @@ def half_epoch(
 def passes(
     side: Side, data: Data, basis: Basis, objective: Objective, relaxation: float = 1.0
 ) -> list[tuple[Any, Any, Shared]]:
-    """Programs, with what they read, that in turn solve all rows of a side (`Workplace.run`)."""
+    """Programs with their inputs that together solve all rows of a side (`Workplace.run`)."""
     given = _shared(basis, objective, data, relaxation)
     if _weights_vanish(data, objective):
         data = replace(data, params=replace(data.params, linear_solver="diagonal"))
@@ -223,7 +223,7 @@ def _prepare(
 def _count_failed(
     _: None, together: Together, own: tuple[Shards, Shards], __: None
 ) -> tuple[Array, None, None]:
-    """Rows with entries that are not finite; a failed basis also spoils slots that no row uses."""
+    """Number of rows that are not finite. Unused slots are ignored; a failed basis spoils them."""
     parts = zip(*(together.parts(each) for each in own), strict=True)
     failed = sum(jnp.sum(~solve.finite_rows(table) & (lengths > 0)) for table, lengths in parts)
     return together.total(failed), None, None
@@ -235,7 +235,7 @@ def _shared(basis: Basis, objective: Objective, data: Data, relaxation: float) -
 
 
 def _largest_weight(data: Data, objective: Objective) -> float:
-    """No weight w of (1) is larger in size; where the values are not known, if they are counts."""
+    """Bound on the absolute weights w of (1). If the values are unknown, they count as 1."""
     largest = 1.0 if data.magnitudes is None else max(float(data.magnitudes[1]), 0.0)
     weight = float(objective.alpha) * largest + float(objective.offset)
     return min(weight, float(np.finfo(data.params.compute_dtype).max) / 4)
@@ -288,8 +288,9 @@ def _typed(number: float, params: AlsParams) -> Any:
 def loss(state: AlsState, data: Data, objective: Objective) -> float:
     """Loss at the tables, in implicit's normalisation: over the sum of all cells' weights.
 
-    The sum over all cells is a0 tr(X^T X Y^T Y); the stored cells add what differs. Sums over rows
-    are float64 on the host; docs/math.md says how sums over the entries of a row are bounded.
+    The sum over all cells is a0 tr(X^T X Y^T Y), to which the differences of the stored cells are
+    added. Sums over rows are in float64 on the host; docs/math.md bounds the error of sums over the
+    entries of a row.
     """
     params, where, users = data.params, data.place, data.users
     with precision(params.dtype):
@@ -317,7 +318,7 @@ def loss(state: AlsState, data: Data, objective: Objective) -> float:
 def _ridges(objective: Objective, side: Side, n_source: int, squares: np.ndarray) -> float:
     """Sum of lam_u |z_u|^2 over a side's rows, given the squared norms of its slots.
 
-    The power in (2) may overflow; where a row is zero, or lam, the term is 0 all the same.
+    The power in (2) may overflow; if a row or lam is zero, the term is still 0.
     """
     own = squares[side.rows.slots]
     with np.errstate(over="ignore", invalid="ignore"):
@@ -328,7 +329,7 @@ def _ridges(objective: Objective, side: Side, n_source: int, squares: np.ndarray
 def _cells_loss(
     state: AlsState, data: Data, objective: Objective, basis: Basis, held: Any
 ) -> np.ndarray:
-    """What the stored cells of each user slot (W, S) add to the loss."""
+    """Contribution of the stored cells of each user slot (W, S) to the loss."""
     params, where, users = data.params, data.place, data.users
     given = _shared(basis, objective, data, 1.0)
     measured = Measured(users.own, state.users)

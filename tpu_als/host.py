@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 from threadpoolctl import ThreadpoolController
 
-_SMALL = 1 << 26  # bytes that are asked for without a look at what is available
+_SMALL = 1 << 26  # up to this many bytes are allocated without checking the available memory
 LINE = 64  # bytes of a cache line; vectors that straddle two take twice as long to read
 _limiting, _limited = threading.Lock(), 0  # scopes of `single_blas_thread` that are open
 _limit: Any = None  # and what they set
@@ -88,7 +88,7 @@ def cores() -> int:
 
 @functools.lru_cache(maxsize=8)
 def _cores(affinity: frozenset[int] | None, limit: str | None) -> int:
-    # joblib reads the files of the control group at each call, which takes as long as a query.
+    # joblib reads the control group's files in each call, which takes as long as a query.
     del affinity, limit
     return int(joblib.cpu_count())
 
@@ -99,14 +99,14 @@ def memory_bytes() -> int:
 
 
 def require_memory(parts: dict[str, int], remedy: str) -> None:
-    """Raise MemoryError, before any memory is asked for, where so much is not available.
+    """Raise MemoryError if the available memory is too small, before it is allocated.
 
     Parameters
     ----------
     parts : dict of str to int
         Bytes of each large part, by a name for the message.
     remedy : str
-        What the caller can do, for the message.
+        Advice to the caller, for the message.
     """
     total = sum(parts.values())
     if total < _SMALL:

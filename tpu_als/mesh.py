@@ -32,7 +32,7 @@ Shards = Any
 
 log = logging.getLogger("tpu_als")
 _REPLICATED_SHARE = 1 / 8  # of a device's memory that a copy of the source table may take
-_FEW_THREADS = 16  # taken as they are asked for, whatever the number of cores
+_FEW_THREADS = 16  # up to this number, as many threads as requested, also on fewer cores
 _PIECE_BYTES = 1 << 26  # of a table fetched at once from several processes
 
 
@@ -259,8 +259,8 @@ def workplace(
         None takes all devices of the default backend, a number the first so many.
     num_threads : int, default=0
         Threads, and so work shards, of a single CPU device; 0 means all cores that the process may
-        use. More than 16 are cut down to the number of cores, as long as that is no less than 16:
-        each shard costs dispatches, and compilation.
+        use. The number is limited to 16 or the number of cores, whichever is larger, because each
+        shard costs dispatches and compilation.
     use_gpu : bool, optional
         True requires a GPU backend.
     table_layout : {"auto", "replicated", "sharded"}, default="auto"
@@ -269,7 +269,7 @@ def workplace(
     Raises
     ------
     ValueError
-        For an unknown layout, or devices that are none, not there, or given twice.
+        For an unknown layout, or devices that do not exist, repeat or are of another type.
     RuntimeError
         If `use_gpu` is True and JAX has no GPU.
     """
@@ -325,7 +325,7 @@ def _devices(devices: Any) -> tuple[jax.Device, ...]:
 
 
 def _check_usable(devices: tuple[jax.Device, ...]) -> None:
-    """Raise ValueError for devices that are given twice, differ in kind, or are of others only."""
+    """Raise ValueError if devices repeat, differ in platform, or all belong to other processes."""
     if len(set(devices)) < len(devices):
         raise ValueError(f"devices must differ from each other, got {list(devices)}")
     platforms = sorted({device.platform for device in devices})

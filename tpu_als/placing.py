@@ -76,7 +76,7 @@ def _plan_of(rungs: tuple[int, ...], params: AlsParams, place: Workplace) -> Pla
 
 
 def _longest_rung(params: AlsParams, place: Workplace) -> int:
-    """Bound on the rungs' lengths; longer rows are worked on by all shards together."""
+    """Bound on the rungs' lengths; longer rows are solved by all shards together."""
     chunk, _ = chunk_sizes(params, place)
     return min(max(chunk, layout.LONGEST), _LONGEST[backend_kind(place)])
 
@@ -141,13 +141,13 @@ def place(
     place : Workplace
         Where it goes.
     with_digest : bool, default=False
-        Whether to compute the digest of a matrix in memory, which checkpoints need. That of
+        Whether to compute the digest of a matrix in memory, which checkpoints need. The digest of
         `Entries` on disk is always computed.
 
     Raises
     ------
     MemoryError
-        If the tables cannot fit, before any work.
+        If the tables cannot fit into memory; raised before any work.
     ValueError
         If processes passed different matrices, or the sides of `Entries` differ.
     """
@@ -202,7 +202,7 @@ def place(
 def _agreed_digest(
     digests: dict[str, EntriesDigest], entries: Entries, place: Workplace
 ) -> int | None:
-    """Digest of all entries, or an error where the two sides of files hold different ones."""
+    """Digest of all entries; raise ValueError if the two sides of files have different ones."""
     if isinstance(entries, InMemory):
         return digests["user"].total if digests else None
     users, items = (_checksums.total(digests[side].total, place) for side in _SIDES)
@@ -215,11 +215,11 @@ def _agreed_digest(
 
 
 def _require_tables(shape: tuple[int, int], params: AlsParams, place: Workplace) -> None:
-    """Raise MemoryError where the tables of a fit, and what it computes of them, cannot fit.
+    """Raise MemoryError if the tables of a fit, and arrays computed from them, cannot fit.
 
-    On a CPU a half-epoch has both tables and a solved or rotated copy of the larger one, or more.
+    On a CPU a half-epoch needs at least both tables and a copy of the larger one.
     """
-    if place.platform != "cpu":  # tables lie on devices, which tell when they are full
+    if place.platform != "cpu":  # tables are on devices, which report when they are full
         return
     factors, size = int(params.factors), np.dtype(DTYPES[params.dtype]).itemsize
     users, items = (int(n) * factors * size // len(place.processes) for n in shape)
@@ -266,7 +266,7 @@ def place_rows(
     structure.check_compressed(rows, "rows")
     entries, lengths = InMemory(rows, None), np.diff(rows.indptr).astype(np.int64)
     params = replace(params, native=False)
-    # Rungs that depend on the longest row only, so that batches of rows share programs.
+    # The rungs depend only on the longest row, so that batches of rows share programs.
     longest = int(lengths.max(initial=0))
     rungs = layout.doubling(longest, _longest_rung(params, place), growth=4)
     plan = _plan_of(rungs, params, place)
@@ -349,7 +349,7 @@ class _Filling:
         blocks = self._blocks(name, entries)
         if name == "user":
             blocks = self._summed(blocks)
-        # The other side of a matrix in memory is made of the first.
+        # The other side of a matrix in memory is made from the first.
         if self._with_digest and (name == "user" or not isinstance(entries, InMemory)):
             self.digests[name] = EntriesDigest(name, len(source.slots))
             blocks = self.digests[name].passing(iter(blocks))
