@@ -46,8 +46,8 @@ def manager(root: Any, keep: int, processes: tuple[int, ...]) -> Any:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         create=False,  # not supported for some of the processes
-        # Orbax's clean-up runs in a thread that `close` does not wait for. It fails if the
-        # directory is opened again and cleaned up meanwhile. On local paths `_runs` does it instead.
+        # Orbax's clean-up runs in a thread that `close` does not wait for. It fails if another
+        # opening of the directory cleans up meanwhile. On local paths `_runs` cleans up instead.
         cleanup_tmp_directories="://" in str(root),
         multiprocessing_options=together,
     )

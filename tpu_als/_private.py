@@ -39,8 +39,8 @@ def private_directory(path: str | os.PathLike[str]) -> Path:
         mode = parent.stat().st_mode
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
             raise PermissionError(
-                f"{folder} is to hold code that is run, but anybody may replace it, as {parent} is "
-                "writable by all users: take a directory below your home"
+                f"{folder} is to hold code that is run, but all users can replace it, as {parent} "
+                "is writable by all users: choose a directory below your home"
             )
     is_closed = not folder.stat().st_mode & _OTHERS_ENTER
     for entry in _tree(folder):
@@ -53,8 +53,8 @@ def private_directory(path: str | os.PathLike[str]) -> Path:
         else:
             continue
         raise PermissionError(
-            f"{folder} is to hold code that is run, but {entry} {problem}: take a new directory, "
-            f"or remove what others may have put there and run chmod -R go-w {folder}"
+            f"{folder} is to hold code that is run, but {entry} {problem}: choose a new directory, "
+            f"or remove files that others may have put there and run chmod -R go-w {folder}"
         )
     return folder
 

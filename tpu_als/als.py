@@ -244,10 +244,10 @@ def _largest_weight(data: Data, objective: Objective) -> float:
 def _programs(
     rungs_pass: Callable[..., Array], side: Side, own: Any, data: Data, shared: Shared
 ) -> list[tuple[Any, Any, Shared]]:
-    """Programs, with what they read, that together pass over all rungs.
+    """Programs with their inputs that together pass over all rungs.
 
-    A few rungs share a program: each program is a dispatch in every half-epoch, while rungs in
-    programs of their own compile side by side.
+    A few rungs share a program. Fewer programs need fewer dispatches in a half-epoch; more programs
+    can be compiled in parallel.
     """
     parts, first_send = [], 0
     for number, rung in enumerate(side.rows.rungs):
@@ -269,7 +269,7 @@ def _programs(
 def _long_program(
     long_pass: Callable[..., Array], side: Side, own: Any, data: Data, shared: Shared
 ) -> tuple[Any, Any, Shared]:
-    """The program of the long rows, with what it reads."""
+    """The program of the long rows, with its inputs."""
     shape = data.params.shape(1, data.plan.lengths[-1])._replace(together=data.place.together)
     n_batches = -(-len(side.rows.long) // cells.LONG_ROWS)
     span = Span(*np.array([0, 0, 0, n_batches], np.int32))
@@ -344,7 +344,7 @@ def _cells_loss(
 def _summary(
     dtype: str, together: Together, table: Shards, n_rows: Array
 ) -> tuple[tuple[Basis, Array], Array, Shards]:
-    """A table as it is, to be read without a rotation; its gramian and its squared row norms."""
+    """The table with an identity rotation; its gramian, and its squared row norms."""
     rows = together.join(table)
     eye = jnp.eye(rows.shape[1], dtype=dtype)
     basis = Basis(eye, jnp.diagonal(eye), n_rows.astype(dtype))

@@ -26,7 +26,7 @@ Blocks = Iterable[tuple[np.ndarray, sparse.csr_matrix]]
 class Entries(Protocol):
     """A matrix that can be read by rows of either side ("user", "item"), in blocks.
 
-    `part` of `parts` is this process's portion where the matrix stands on disk.
+    `part` of `parts` is this process's part if the matrix is on disk.
     """
 
     @property

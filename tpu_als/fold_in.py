@@ -1,7 +1,7 @@
-"""Rows solved against a table that stays as it is: fold-in of new rows, one or many.
+"""Fold-in: solve one or more new rows against a fixed table.
 
-Chunks have one fixed shape for each rung, whatever else is in the batch, so a row's result depends
-on that row alone, and serving compiles a handful of programs.
+Chunks have one fixed shape for each rung, whatever else is in the batch. So a row's result depends
+on that row alone, and serving compiles only a few programs.
 
 Axis letters: M rows to solve, N source rows, K factors, R rows of a chunk, L padded length.
 """

@@ -12,7 +12,7 @@ from scipy import sparse
 from .host import require_memory
 from .parameters import random_generator
 
-# Of `web_graph`: pages of a site, the part of the links within it, and the steepness of popularity.
+# For `web_graph`: pages per site, fraction of links within a site, and exponent of popularity.
 _SITE = 64
 _IN_SITE = 0.8
 _EXPONENT = 0.6
@@ -34,10 +34,11 @@ def power_law(
     Parameters
     ----------
     n_users, n_items, n_entries : int
-        Shape and stored entries: at least one each, and entries in at most a third of the cells.
+        Shape and number of stored entries: each at least one, and entries in at most a third of the
+        cells.
     exponent : float, default=0.6
-        Steepness of the items' popularity, from 0 to below 1; close to 1 nearly all draws are of
-        the first item, and distinct entries take long to find.
+        Exponent of the items' popularity, from 0 to below 1. Close to 1 nearly all draws are of the
+        first item, and finding distinct entries takes long.
     random_state : int, RandomState, Generator or None, default=0
         Seed; the same integer gives the same matrix.
 
@@ -140,7 +141,7 @@ def web_graph(
 
 
 def _integer(name: str, value: Any, least: int | None = 1) -> int:
-    """A number of things, of at least `least` where that is not checked elsewhere."""
+    """Return a number as an int; it must be at least `least`, if that is given."""
     is_integer = isinstance(value, Integral) and not isinstance(value, bool)
     if not is_integer or (least is not None and value < least):
         bound = "" if least is None else f" of at least {least}"
@@ -149,10 +150,10 @@ def _integer(name: str, value: Any, least: int | None = 1) -> int:
 
 
 def _require_room(shape: tuple[int, int], n_entries: int) -> None:
-    """Refuse a matrix whose cells have no number in int64, or that memory does not hold."""
+    """Refuse a matrix whose cells cannot be numbered with int64, or that does not fit memory."""
     if shape[0] * shape[1] >= 1 << 63:
         raise ValueError(f"a matrix must have less than 2**63 cells, got {shape[0]} x {shape[1]}")
-    # Per row, its activity, start and draws; per column, its name; per entry, keys and draws.
+    # Per row: activity, start and draws. Per column: name. Per entry: keys and draws.
     parts = {"rows": 32 * shape[0], "columns": 8 * shape[1], "entries": 64 * n_entries}
     require_memory(parts, "ask for a smaller matrix")
 
@@ -160,7 +161,7 @@ def _require_room(shape: tuple[int, int], n_entries: int) -> None:
 def _ranks(
     n: int | np.ndarray, exponent: float, like: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """One for each of `like`: from 0 to below n, rank r with probability ~ (r + 1) ** -exponent."""
+    """Draw a rank r below n for each of `like`, with probability ~ (r + 1) ** -exponent."""
     return (n * rng.random(len(like)) ** (1 / (1 - exponent))).astype(np.int64)
 
 

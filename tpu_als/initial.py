@@ -57,8 +57,8 @@ def tables(
         if table is not None and (table.shape[1] != factors or present > n_rows):
             raise ValueError(
                 f"{side}_factors to start from has shape {table.shape}, but the data and "
-                f"`factors` need {(n_rows, factors)}: rows may be added, but none can go. Set "
-                f"{side}_factors to None, or warm_start to False, to start anew"
+                f"`factors` need {(n_rows, factors)}: rows may be added, but not removed. Set "
+                f"{side}_factors to None, or warm_start to False, to start from new tables"
             )
         size, scale = (n_rows - present, factors), deviation(factors, normal)
         if normal:

@@ -110,7 +110,7 @@ def ladder(lengths: np.ndarray, rung_cells: float, longest: int = LONGEST) -> tu
     since each is a program to compile. Rungs are powers of two, chosen by dynamic programming, and
     lengths half-way between two of them, each of which must save more than it costs. The result
     depends on the arguments only. A finer grid pads no less at the same cost, and its best choice
-    changes with every few rows: folds of one matrix would then compile programs of their own.
+    changes with every few rows: each fold of a matrix would then have to compile other programs.
 
     Parameters
     ----------

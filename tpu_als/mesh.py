@@ -111,10 +111,10 @@ class Workplace:
         return replace(self, devices=self.devices[:1], n_shards=1, n_threads=n_threads)
 
     def with_layout(self, table_bytes: int) -> Workplace:
-        """Decide what "auto" means for source tables of so many bytes."""
+        """Replace "auto" by a layout for source tables of `table_bytes` bytes."""
         if self.table_layout != "auto":
             return self
-        # Processes can ask about devices of their own only, and all have to choose alike.
+        # A process can query its own devices only, and all processes must choose the same layout.
         memory = -self.agree(-_memory(self.devices[self.local.start]))
         budget = _REPLICATED_SHARE * memory
         chosen = "replicated" if self.mesh is None or table_bytes <= budget else "sharded"
@@ -125,7 +125,7 @@ class Workplace:
         return replace(self, table_layout=chosen)
 
     def sharding(self, axis: int = 0) -> Sharding:
-        """How an array lies of which each device has an equal part along an axis."""
+        """Sharding of an array of which each device has an equal part along an axis."""
         if self.mesh is None:
             return SingleDeviceSharding(self.devices[0])
         return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXIS))
@@ -169,7 +169,7 @@ class Workplace:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Scope in which a collective that failed is told as what it means for the user."""
+        """Context in which collective failures become a RuntimeError."""
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
@@ -177,10 +177,10 @@ class Workplace:
                 raise
             message = (
                 f"process {self.process} of {len(self.processes)} lost touch with another one, "
-                "which has most likely ended: see its output, then start all processes anew (with "
-                "checkpoint_dir they go on from the last checkpoint)"
+                "which has most likely ended: see its output, then restart all processes (with "
+                "checkpoint_dir they resume from the last checkpoint)"
             )
-            # At once: JAX's own watch over the processes may end this one before it can tell.
+            # Log at once: JAX's coordination service may end this process before the error is seen.
             log.error(message)
             raise RuntimeError(message) from error
 
@@ -193,7 +193,7 @@ class Workplace:
 
         On a mesh each device passes its part of `own`. On a single device it passes all shards of
         `own` at once, as lists; an array of table rows is made of such a list by `Together.join`.
-        What is `held` stands as `Together.hold` left it.
+        `held` is the result of `Together.hold`.
         """
         return programs.whole(fn, static, self.mesh, self.together)
 
@@ -264,7 +264,7 @@ def workplace(
     use_gpu : bool, optional
         True requires a GPU backend.
     table_layout : {"auto", "replicated", "sharded"}, default="auto"
-        How the source table stands on several devices.
+        How several devices store the source table.
 
     Raises
     ------

@@ -194,7 +194,7 @@ def solve_side(
     place : Workplace
         A single CPU device, and a number of threads.
     memory : Memory
-        For tables; those that nobody needs any more are written over.
+        Memory for tables; that of unused tables is reused.
     objective : Objective
         Equations (1)-(2), in the dtype of the tables.
     relaxation : float

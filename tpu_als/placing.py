@@ -45,7 +45,7 @@ __all__ = [
 # Bytes of a gathered chunk; a core's own cache on CPU.
 _SCRATCH = {"cpu": 1 << 20, "other": 1 << 26}
 _SYSTEMS = {"cpu": 1 << 22, "other": 1 << 28}  # bytes of the K x K systems of a chunk
-# Cells of the longest rung: what is longer is worked on by all shards together, row after row.
+# Cells of the longest rung; longer rows are solved by all shards together.
 _LONGEST = {"cpu": layout.LONGEST, "other": 1 << 16}
 _SHORTEST_BLOCK = 128  # cells of a block of a long row, of which each shard has a share
 # Factors times cells that take as long, over a fit or a few, as compiling one more rung.
@@ -295,9 +295,9 @@ def _lengths(entries: Entries, side: str, place: Workplace) -> tuple[np.ndarray,
         return lengths, None
     pairs = np.full((place.agree(len(rows)), 2), -1, np.int64)
     pairs[: len(rows)] = np.stack([rows, counts], axis=1)
-    # Rows without entries are in no file: anybody's.
+    # Rows without entries are in no file; any process may own them.
     owners = np.arange(n_rows) % len(place.processes)
-    # In pieces, as what is gathered passes through the devices.
+    # In pieces, because gathered arrays pass through the devices.
     for low in range(0, len(pairs), _GATHERED):
         for process, found in enumerate(place.gather_processes(pairs[low : low + _GATHERED])):
             found = found[found[:, 0] >= 0]
@@ -318,7 +318,7 @@ def _kept_as(entries: Entries, params: AlsParams) -> Any:
     if isinstance(entries, InMemory):
         data = entries.user_items.data
         parts = (data[low : low + _CHECKED] for low in range(0, len(data), _CHECKED))
-        with np.errstate(over="ignore"):  # what is too large is not held
+        with np.errstate(over="ignore"):  # values that are too large become infinite and differ
             if all(np.array_equal(part.astype(narrow).astype(part.dtype), part) for part in parts):
                 return narrow
     return np.dtype(params.compute_dtype)

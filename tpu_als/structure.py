@@ -231,8 +231,8 @@ def real_numbers(values: np.ndarray, name: str) -> np.ndarray:
 
 def _damaged(matrix: Any, name: str, what: str) -> NoReturn:
     raise ValueError(
-        f"{name} is a damaged {type(matrix).__name__} of shape {matrix.shape}: {what}. Build it "
-        "anew from its entries, for instance as csr_matrix((values, (rows, columns)), shape)"
+        f"{name} is a damaged {type(matrix).__name__} of shape {matrix.shape}: {what}. Rebuild it "
+        "from its entries, for instance as csr_matrix((values, (rows, columns)), shape)"
     )
 
 

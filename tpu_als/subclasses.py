@@ -32,7 +32,7 @@ def warn_if_unfitted(estimator: Any) -> None:
     if lacking:
         warnings.warn(
             f"the model has no {' and no '.join(lacking)} factors: the file will hold its "
-            "parameters, but cannot serve. Call fit before save",
+            "parameters, but cannot recommend. Call fit before save",
             DataWarning,
             stacklevel=3,
         )

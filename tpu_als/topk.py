@@ -1,7 +1,7 @@
 """The k largest of each row of scores, exactly, on a device or in NumPy.
 
-The k best stand in the k blocks with the largest maxima, so only those blocks are sorted. Columns
-of a block lie a whole number of blocks apart: a maximum over them is one over contiguous runs.
+The k best are in the k blocks with the largest maxima, so only those blocks are sorted. The columns
+of a block are strided, so that the maxima of all blocks are maxima over contiguous runs.
 
 Axis letters: B queries, n columns.
 """
