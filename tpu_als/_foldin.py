@@ -283,7 +283,7 @@ class FoldIn(FactorTables):
             )  # fmt: skip
             solved = self._fold_in_fast(source, rows)
             with fitted.lock:
-                # Where a fit or an assignment came between, the rows belong to its predecessor.
+                # If a fit or an assignment came in between, the rows belong to the previous model.
                 stored = self._fitted.origin is fitted.origin
                 if stored:
                     self._fitted = self._fitted.with_rows(side, ids, solved)
@@ -306,7 +306,7 @@ class FoldIn(FactorTables):
         return self.linear_solver or ("cg" if self.use_cg else "cholesky")
 
     def _params(self, table: FactorTable, linear_solver: str) -> placing.AlsParams:
-        """Engine parameters for solves against a table as it is: its own width and dtype."""
+        """Engine parameters for solves against a table, with its width and dtype."""
         return self._params_of(table.shape[1], table.dtype, linear_solver)
 
     def _params_of(self, factors: int, dtype: Any, linear_solver: str) -> placing.AlsParams:
@@ -338,7 +338,7 @@ def _solved_here(
 def _system(
     table: FactorTable, rows: np.ndarray, w: np.ndarray, count: int, objective: solve.Objective
 ) -> np.ndarray:
-    """The matrix of equation (1) for one row's entries, of which (2) counts so many; float64."""
+    """The matrix of equation (1) for one row's entries, in float64; n_u of (2) is `count`."""
     gramian = table.gramian().astype(np.float64)
     matrix = objective.unobserved_weight * gramian + (rows.T * w) @ rows
     lam = solve.ridge(objective, float(count), float(table.shape[0]))
@@ -358,7 +358,7 @@ def _factorize(matrix: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def _solve(matrix: np.ndarray, rhs: np.ndarray) -> np.ndarray:
-    """Solution (K,) of a system; NaN where it is not positive definite, give or take rounding."""
+    """Solution (K,) of a system; NaN if it is not positive definite up to rounding."""
     _, solution, failed = linalg.lapack.dposv(matrix, rhs)
     if not failed:
         return solution

@@ -129,7 +129,7 @@ def solve_rows(
     Parameters
     ----------
     rows : (R, K)
-        Where the rows begin; the solved ones are written over them, zeros for those without
+        The initial rows; they are overwritten with the solved ones, and with zeros for rows without
         entries.
     cells, lengths : (R,)
         First entry and number of entries of each row.

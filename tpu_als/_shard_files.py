@@ -160,7 +160,7 @@ def _arrow_filesystem(filesystem: Any) -> Any:
 
 
 def checked_totals(totals: Any, file: str, version: int) -> dict[str, Any]:
-    """The content of totals.json, or a ValueError that names what is wrong with it."""
+    """Check and return the content of totals.json; a ValueError names the invalid entry."""
     found = totals.get("format") if isinstance(totals, dict) else None
     if isinstance(found, int) and found > version:
         raise ValueError(

@@ -26,9 +26,9 @@ class RowReader:
     shape : (int, int)
         Rows and columns that ids must lie within.
     side : {"user", "item"}
-        What the rows are.
+        Whether the rows are users or items.
     filesystem : pyarrow.fs.FileSystem
-        Where the file is.
+        The file system of the file.
     summary : list, optional
         Rows, entries, digest, bytes and checksum of the footer, from totals.json, to be verified.
 
@@ -294,7 +294,7 @@ def packed(
 def joined(
     pieces: list[tuple[np.ndarray, sparse.csr_matrix]],
 ) -> tuple[np.ndarray, sparse.csr_matrix]:
-    """Row ids and rows, one below the other."""
+    """Concatenated row ids and rows."""
     if len(pieces) == 1:
         return pieces[0]
     ids, rows = zip(*pieces, strict=True)

@@ -45,7 +45,7 @@ class Source:
     n_rows : int
         N.
     place : Workplace
-        Where the work is done: the first of its devices, with all its threads.
+        The first of its devices does the work, with all its threads.
     """
 
     table: Array
@@ -99,7 +99,7 @@ def solve_rows(
     params : AlsParams
         With "cholesky" the rows are solved exactly.
     start : array (M, K), optional
-        Where the iterative solvers begin; zero by default.
+        Start of the iterative solvers; zero by default.
     gramian : array (K, K), optional
         Used in place of the table's own.
 

@@ -86,7 +86,7 @@ def web_graph(
 
     Node i is a page of site ``i * n_sites // n_nodes``. Four of five links are drawn within the
     site; the others go to a site of popularity rank r with probability proportional to
-    r ** -0.6. Pages are drawn likewise in their site, of which the first is the most popular.
+    r ** -0.6. Pages within a site are drawn in the same way; the first page is the most popular.
     How many links a page has is log-normal. No page links to itself, or to another twice.
 
     Parameters

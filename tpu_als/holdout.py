@@ -184,7 +184,7 @@ def rankings(ids: Any, n_rows: int) -> np.ndarray:
     Parameters
     ----------
     ids : array-like of int and shape (n_rows, k)
-        Best first; below 0 where there is no result.
+        Best first; below 0 for missing results.
     n_rows : int
         Number of rows that they were ranked for.
 

@@ -121,7 +121,7 @@ def require_memory(parts: dict[str, int], remedy: str) -> None:
 
 
 def threads(work: Callable[[Any], Any], jobs: Sequence[Any], n_threads: int) -> list[Any]:
-    """Map `work` over the jobs with so many threads, of which the caller's is one."""
+    """Map `work` over the jobs with a number of threads, including the caller's."""
     n_threads = min(len(jobs), n_threads)
     left, results = deque(enumerate(jobs)), [None] * len(jobs)
 
@@ -177,7 +177,7 @@ def _blas() -> ThreadpoolController:
 
 
 def give_back_memory() -> None:
-    """Give back what was freed: glibc would keep hundreds of megabytes after compiling."""
+    """Return freed memory to the system: glibc would keep hundreds of megabytes after compiling."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

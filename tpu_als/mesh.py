@@ -38,12 +38,12 @@ _PIECE_BYTES = 1 << 26  # of a table fetched at once from several processes
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where the work is done.
+    """The devices that do the work, and how arrays are divided among them.
 
     Attributes
     ----------
     devices : tuple of jax.Device
-        The devices, one work shard each where there are several.
+        The devices; if there are several, each is one work shard.
     n_shards : int
         Work shards W.
     table_layout : {"auto", "replicated", "sharded"}
@@ -106,7 +106,7 @@ class Workplace:
 
     @property
     def as_threads(self) -> Workplace:
-        """One CPU device with as many threads as there are devices, where it has all the rows."""
+        """One CPU device that has all rows, with as many threads as there are devices."""
         n_threads = max(self.n_threads, len(self.devices))
         return replace(self, devices=self.devices[:1], n_shards=1, n_threads=n_threads)
 
@@ -256,7 +256,7 @@ def workplace(
     Parameters
     ----------
     devices : None, int, sequence of jax.Device or jax.sharding.Mesh, default=None
-        None takes all devices of the default backend, a number the first so many.
+        None uses all devices of the default backend; a number n uses the first n of them.
     num_threads : int, default=0
         Threads, and so work shards, of a single CPU device; 0 means all cores that the process may
         use. The number is limited to 16 or the number of cores, whichever is larger, because each

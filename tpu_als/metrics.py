@@ -34,7 +34,7 @@ def metrics_of_rankings(
     Parameters
     ----------
     ids : array of int and shape (n, K)
-        Best first; below 0 where there is no result.
+        Best first; below 0 for missing results.
     held_out : csr_matrix of shape (n, width)
         Finite values. Rows without a relevant entry are ignored.
     popularity : array of shape (width,), optional

@@ -139,7 +139,7 @@ def place(
     params : AlsParams
         Decides chunk sizes and dtype.
     place : Workplace
-        Where it goes.
+        The devices to place it on.
     with_digest : bool, default=False
         Whether to compute the digest of a matrix in memory, which checkpoints need. The digest of
         `Entries` on disk is always computed.
@@ -365,7 +365,7 @@ class _Filling:
             )
         with precision(self._params.dtype):
             counts = layout.to_slots(lengths.astype(np.int32), rows, local)
-            # Loops read the entries where they are; XLA would copy them.
+            # The loops read the entries in place; XLA would copy them.
             put: Any = list if self._params.native else place.put
             own = Own(*jax.tree.map(put, (ids, values)), *map(place.put, (counts, sends)))
             if routes is not None:
@@ -408,7 +408,7 @@ class _Filling:
 
 
 def long_block(plan: Plan, place: Workplace) -> int:
-    """Cells of a block of long rows: about what a shard has of one just longer than all rungs."""
+    """Cells of a block of long rows: about a shard's part of the shortest possible long row."""
     if place.mesh is None:
         return plan.lengths[-1]
     return min(max(plan.lengths[-1] // place.n_shards, _SHORTEST_BLOCK), plan.lengths[-1])
