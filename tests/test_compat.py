@@ -82,7 +82,7 @@ class TestContinuing:
         model = AlternatingLeastSquares(**SETTINGS, iterations=2)
         model.fit(COUNTS[:50, :30], show_progress=False).fit(COUNTS, show_progress=False)
         assert model.user_factors.shape == (60, 6) and model.item_factors.shape == (40, 6)
-        with pytest.raises(ValueError, match="none can go"):
+        with pytest.raises(ValueError, match="but not removed"):
             model.fit(COUNTS[:50], show_progress=False)
 
     def test_a_loaded_model_continues(self, tmp_path: Path) -> None:

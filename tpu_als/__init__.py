@@ -1,8 +1,8 @@
 """Alternating least squares for implicit feedback on one or many devices.
 
-`TPUAlternatingLeastSquares` has the surface of ``implicit.als.AlternatingLeastSquares``, is a
-scikit-learn estimator, and runs on a sharded, jitted JAX engine. Importing the package starts no
-backend. The engine (`mesh`, `layout`, `als`, `ranking`) works without the estimator, too.
+`TPUAlternatingLeastSquares` has the interface of ``implicit.als.AlternatingLeastSquares``, is a
+scikit-learn estimator, and runs on a sharded, jitted JAX engine. Importing the package does not
+initialise a JAX backend. The engine (`mesh`, `layout`, `als`, `ranking`) also works alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files that have their names only once all of them is on disk."""
+"""Atomic writing: a file gets its name only after all of it is on disk."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ try:
 except ImportError:  # Windows, which refuses to remove or replace an open file
     fcntl = None  # type: ignore[assignment]
 
-_SHOWN = 24  # characters of the name in that of the temporary file, whose length is thus bounded
+_SHOWN = 24  # characters of the name in the temporary file's name, whose length must be bounded
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the name `path` at the end; after an error nothing has changed.
+    """Open a file that replaces `path` at the end; after an error nothing has changed.
 
-    A symbolic link stays, and its target is replaced. The mode of an existing file is kept.
-    Temporary files for the same name whose writers are dead are removed.
+    If `path` is a symbolic link, its target is replaced. The mode of an existing file is kept.
+    Temporary files that dead processes left for the same name are removed.
     """
     path = Path(os.path.realpath(path))
     prefix = _prefix(path)
@@ -50,12 +50,12 @@ def _prefix(path: Path) -> str:
 
 
 def _create(path: Path, prefix: str) -> tuple[Path, BinaryIO]:
-    """A new temporary file, locked for as long as it is open."""
+    """Create a temporary file, locked for as long as it is open."""
     mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
     while True:
         part = path.with_name(f"{prefix}{uuid.uuid4().hex[:12]}.tmp")
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        # Never readable by more than the old file was, even for a moment.
+        # Never more readable than the old file, not even for a moment.
         file = os.fdopen(os.open(part, flags, 0o666 if mode is None else mode & 0o600), "w+b")
         try:
             if mode is not None and hasattr(os, "fchmod"):
@@ -67,18 +67,18 @@ def _create(path: Path, prefix: str) -> tuple[Path, BinaryIO]:
             file.close()
             part.unlink(missing_ok=True)
             raise
-        file.close()  # another process took it for a leftover before it was locked
+        file.close()  # another process removed it as a leftover before it was locked
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock a file until it is closed, or its process ends; False where another has locked it."""
+    """Lock a file until it is closed or the process ends; False if another process holds it."""
     if fcntl is None:
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks, where nothing is taken for a leftover either
+    except OSError:  # a file system without locks, where leftovers are not removed either
         return True
     return True
 
@@ -89,11 +89,11 @@ def _remove_leftovers(folder: Path, prefix: str) -> None:
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         found = [e.name for e in entries if e.name.startswith(prefix) and e.name.endswith(".tmp")]
     for name in found:
-        # Locked or gone by now; without locks, open.
+        # An OSError means that the file is locked or gone; on Windows, that it is open.
         with contextlib.suppress(OSError), open(folder / name, "r+b") as file:
             if fcntl is not None:
                 fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(folder / name)  # while it is locked: a writer that was slow will notice
+                os.unlink(folder / name)  # while it is locked, so that a slow writer notices
         if fcntl is None:
             with contextlib.suppress(OSError):
                 os.unlink(folder / name)

@@ -1,4 +1,4 @@
-"""Reading one checkpoint, with every check that damaged storage makes necessary."""
+"""Read a checkpoint, and check everything that damaged storage may have changed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _Found = TypeVar("_Found")
 
 
 class Resumed(NamedTuple):
-    """What `Checkpoints.restore` found.
+    """The checkpoint that `Checkpoints.restore` returns.
 
     Attributes
     ----------
     state : AlsState
-        Both tables, in the slots of the data that it was asked for.
+        Both tables, in the slots of the given data.
     iteration : int
-        Iterations that led to them.
+        Number of iterations run.
     history : dict of list of float
         As saved.
     extra : dict of ndarray
@@ -40,11 +40,11 @@ class Resumed(NamedTuple):
 
 
 class DamagedError(Exception):
-    """A checkpoint that cannot be read, or whose content is not what was saved."""
+    """A checkpoint cannot be read, or its content differs from what was saved."""
 
 
 class LaterFormatError(Exception):
-    """A checkpoint of a later version of this package."""
+    """A later version of this package wrote the checkpoint."""
 
 
 class Reader:
@@ -53,11 +53,11 @@ class Reader:
     Parameters
     ----------
     manager : orbax.checkpoint.CheckpointManager
-        Of this process alone (`_orbax.reader`).
+        A manager for this process alone (`_orbax.reader`).
     folder : epath.Path
-        The run's.
+        The run's folder.
     data : Data
-        What training goes on with.
+        The data of the training that resumes.
     """
 
     def __init__(self, manager: Any, folder: Any, data: Data) -> None:
@@ -70,9 +70,9 @@ class Reader:
         Raises
         ------
         DamagedError
-            On all processes, where one of them cannot read its part, or a checksum differs.
+            In all processes, if one of them cannot read its part, or a checksum differs.
         LaterFormatError
-            Where a later version wrote it.
+            If a later version wrote it.
         """
         place, folder = self._data.place, self._folder / str(step)
         meta = _agreed(lambda: self._meta(step), folder / "meta", place)
@@ -116,14 +116,14 @@ class Reader:
     def _expected(
         self, name: str, meta: dict[str, Any]
     ) -> tuple[bool, list[tuple[tuple[int, ...], Any]], int]:
-        """Whether a side lies as it is wanted; shape and sharding to read it in; its checksum."""
+        """Whether a side has the same layout; shapes and shardings to read; its checksum."""
         side: Side = getattr(self._data, name)
         place, saved = self._data.place, meta["slots"][name]
         is_same = saved == relayout.described(side.rows, self._data.params.factors, place)
         arrays = []
         for shape in saved["shapes"]:
             axis = 0 if is_same else len(shape) - 2
-            # Parts of equal size: zeros are appended, which are no row's numbers.
+            # Zeros are appended to make parts of equal size. Row number 0 means an unused slot.
             shape = [*shape]
             if not (is_same or place.mesh is None):
                 shape[axis] += -shape[axis] % len(place.devices)
@@ -166,13 +166,13 @@ class Reader:
 
 
 def checksum_of(meta: dict[str, Any]) -> str:
-    """Checksum of all else in the metadata of a checkpoint."""
+    """Checksum of the metadata of a checkpoint, without the entry "checksum"."""
     rest = {name: value for name, value in meta.items() if name != "checksum"}
     return _digest.text(json.dumps(rest, sort_keys=True))
 
 
 def _agreed(read: Callable[[], _Found], path: Any, place: Workplace) -> _Found:
-    """What `read` returns, or DamagedError on all processes where it fails on one of them."""
+    """Return the result of `read`, or raise DamagedError in all processes if one fails."""
     found, failure = None, ""
     try:
         found = read()

@@ -1,6 +1,6 @@
-"""Checksums of tables where they lie: on the host for a CPU, else on the devices.
+"""Checksums of tables, computed on the host for a CPU, else on the devices.
 
-A table on an accelerator is not fetched for its checksum: a program reads it once where it is.
+A table on an accelerator is not fetched for its checksum: a program on the device reads it once.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from tpu_als.mesh import Workplace, precision
 
 
 def of_table(numbers: list[Any], rows: list[Any], place: Workplace) -> int:
-    """Checksum of a table, the same for any division of its rows; alike on all processes.
+    """Checksum of a table, the same for any division of its rows and in all processes.
 
     Parameters
     ----------
     numbers : list of int array (..., S)
-        Row of every slot, counted from 1; 0 where there is none.
+        Row of every slot, counted from 1; 0 for unused slots.
     rows : list of array (..., S, K)
-        The slots of each.
+        The values of the slots.
     place : Workplace
-        Where they are. All its processes make this call.
+        Where the arrays are. All its processes must make this call.
     """
     if place.platform == "cpu":
         return total(on_host(numbers, rows), place)
@@ -36,7 +36,7 @@ def of_table(numbers: list[Any], rows: list[Any], place: Workplace) -> int:
 
 
 def on_host(numbers: list[Any], rows: list[Any]) -> int:
-    """What this process has of the checksum of a table."""
+    """The part of a table's checksum that this process has."""
     found = 0
     for number, part in zip(numbers, rows, strict=True):
         pairs = zip(number.addressable_shards, part.addressable_shards, strict=True)
@@ -56,7 +56,7 @@ def total(part: int, place: Workplace) -> int:
 
 @jax.jit
 def on_devices(numbers: Array, rows: Array) -> Array:
-    """`_digest.table` in 64-bit arithmetic on the devices; the devices' parts are added."""
+    """`_digest.table` in 64-bit arithmetic on the devices, summed over the devices."""
     bits: Any = jnp.uint16 if rows.dtype.itemsize == 2 else jnp.uint32
     words = lax.bitcast_convert_type(rows, bits)
     if rows.dtype.itemsize == 8:
@@ -70,7 +70,7 @@ def on_devices(numbers: Array, rows: Array) -> Array:
 
 
 def _mixed(keys: Array, salt: int) -> Array:
-    """`_digest.mixed`."""
+    """`_digest.mixed` on the devices."""
     keys = keys * np.uint64(_digest.FIRST_FACTOR) + np.uint64(salt)
     for shift, factor in _digest.ROUNDS:
         keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)

@@ -1,4 +1,4 @@
-"""Columns of an event frame as ids, numbers or times, or an error: column, row and value."""
+"""Columns of an event frame as ids, numbers or times. Errors name the column, row and value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KINDS = {
     "b": "booleans", "i": "numbers", "u": "numbers", "f": "numbers", "c": "complex numbers",
     "m": "time spans",
 }  # fmt: skip
-# Kinds of objects that pandas finds without a loop in Python.
+# Types of objects that pandas detects without a loop in Python.
 _INFERRED = {
     "string": "text", "boolean": "booleans", "integer": "numbers", "floating": "numbers",
     "mixed-integer-float": "numbers", "decimal": "numbers", "empty": "nothing",
@@ -31,16 +31,16 @@ def columns_of(frame: Any, names: list[str]) -> list[pd.Series]:
     Parameters
     ----------
     frame : DataFrame
-        One event a row.
+        One event per row.
     names : list of str
         The columns.
 
     Raises
     ------
     TypeError
-        For anything but a pandas DataFrame.
+        If it is not a pandas DataFrame.
     ValueError
-        For a column that the frame lacks or has twice, or a missing value.
+        For a column that is missing or occurs twice, or a missing value.
     """
     if not isinstance(frame, pd.DataFrame):
         way = "frame.to_pandas()" if hasattr(frame, "to_pandas") else "pandas.DataFrame(frame)"
@@ -66,16 +66,16 @@ def columns_of(frame: Any, names: list[str]) -> list[pd.Series]:
 
 
 def ids_and_places(column: pd.Series, given: Any, name: str) -> tuple[pd.Index, np.ndarray]:
-    """Distinct ids, and the place of each of a column's values among them.
+    """Distinct ids, and the position of each of a column's values among them.
 
     Parameters
     ----------
     column : Series of length n
-        Ids of one type that sorts.
+        Ids of a single, sortable type.
     given : Index, list, array or None
-        The ids to use, in their order; None takes those that occur, ascending.
+        The ids to use, in this order; None uses those that occur, ascending.
     name : str
-        Name of that argument, for messages.
+        Name of the argument `given` of the caller, for messages.
 
     Returns
     -------
@@ -88,8 +88,8 @@ def ids_and_places(column: pd.Series, given: Any, name: str) -> tuple[pd.Index, 
     TypeError
         For given ids that are not a 1-D list, array or Index.
     ValueError
-        For ids of several types, ids that do not sort or compare, floating-point ids that are too
-        large to be exact, and given ids that are missing or repeated.
+        For ids of several types, ids that cannot be sorted or compared, floating-point ids that are
+        too large to be exact, and given ids that are missing or repeated.
     """
     values, label = _plain(column), f"column {column.name!r}"
     kind = _kind(values, label)
@@ -155,8 +155,8 @@ def ranks_of_times(column: pd.Series) -> np.ndarray:
     Parameters
     ----------
     column : Series of length n
-        Times, dates, time spans, periods, finite numbers, text by ISO 8601, or an ordered
-        categorical, which goes by its own order.
+        Times, dates, time spans, periods, finite numbers, ISO 8601 text, or an ordered categorical,
+        which is ranked by its own order.
 
     Returns
     -------
@@ -181,7 +181,7 @@ def ranks_of_times(column: pd.Series) -> np.ndarray:
     elif values.dtype.kind == "f" and np.isinf(values).any():
         row = np.flatnonzero(np.isinf(values))[0]
         raise _refusal(name, row, values[row], "a finite time", "replace it or drop its row")
-    # Ranks: interpolated or as floats, moments less than a microsecond apart would not keep apart.
+    # Ranks keep times distinct that differ by less than a microsecond; floats would not.
     try:
         ranks = times.rank(method="dense").to_numpy(np.int64)
     except TypeError as error:
@@ -190,7 +190,7 @@ def ranks_of_times(column: pd.Series) -> np.ndarray:
 
 
 def _parsed(texts: pd.Series, values: pd.Series, name: str) -> pd.Series:
-    """Distinct texts as times in UTC; `values` are the column that they are of."""
+    """Distinct texts as times in UTC; `values` is their column, for messages."""
     times = pd.to_datetime(texts, format="ISO8601", errors="coerce", utc=True)
     zoned = texts.str.contains(_ZONE, regex=True).to_numpy(bool)
     wrong, expected = times.isna().to_numpy(), "text by ISO 8601 (such as '2020-01-31 12:00')"
@@ -234,7 +234,7 @@ def _given_ids(given: Any, name: str) -> pd.Index:
 
 
 def _plain(column: pd.Series) -> pd.Series:
-    """Values by position; of categoricals and nullable types what they hold."""
+    """Values with a default index; categoricals and nullable types become plain values."""
     values = column.reset_index(drop=True)
     if isinstance(values.dtype, pd.CategoricalDtype):
         values = values.astype(values.cat.categories.dtype)
@@ -248,12 +248,12 @@ def _plain(column: pd.Series) -> pd.Series:
 
 
 def _distinct(values: pd.Series) -> tuple[np.ndarray, Any]:
-    """The place of each value among the distinct ones (n,), and these."""
+    """The position of each value among the distinct values (n,), and the distinct values."""
     return pd.factorize(values.to_numpy() if isinstance(values.dtype, np.dtype) else values.array)
 
 
 def _kind(values: pd.Series | pd.Index, label: str) -> str:
-    """What kind of values these are, in words; values of different kinds do not compare."""
+    """The type of these values in words; values of different types cannot be compared."""
     dtype = values.dtype
     if isinstance(dtype, pd.StringDtype):
         return "text"
@@ -301,7 +301,7 @@ def _time_kind(zone: Any) -> str:
 
 
 def _require_exact(column: pd.Series, label: str) -> None:
-    """Refuse ids of floating point that may stand for several integers."""
+    """Refuse floating-point ids that are so large that several integers round to the same one."""
     values, dtype = column.reset_index(drop=True), column.dtype
     if isinstance(dtype, pd.CategoricalDtype):
         values, dtype = values.astype(object), dtype.categories.dtype
@@ -341,7 +341,7 @@ def _refusal(name: Any, row: int, value: Any, expected: str, advice: str) -> Val
 
 
 def shown(value: Any) -> str:
-    """A value as messages have it."""
+    """A value formatted for messages."""
     return f"{_unboxed(value)!r:.60}"
 
 

@@ -1,9 +1,9 @@
 """Digests of matrices and tables that do not depend on the order of rows, blocks or processes.
 
-A digest is a sum, modulo a power of two, of one hash for each entry or row. So it streams, parts
-are added up, and another division among devices or processes has the same digest. One changed
-entry, or one changed bit of a row, always changes it; other changes do with a probability of about
-1 - 2**-60. It is a guard against accidents, not against forgery.
+A digest is the sum, modulo a power of two, of one hash for each entry or row. So it can be computed
+from a stream, and the digests of parts can be added, however the data are divided among devices or
+processes. One changed entry, or one changed bit of a row, always changes the digest. Other changes
+do so with a probability of about 1 - 2**-60. It protects against accidents, not against forgery.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from scipy import sparse
 
 Blocks = Iterator[tuple[np.ndarray, sparse.csr_matrix]]
 
-_AT_ONCE = 1 << 15  # entries or words whose temporaries stay in a core's own cache
-_FEW_COLUMNS = 1 << 18  # whose keys are kept, where others are computed for each entry
+_AT_ONCE = 1 << 15  # entries or words at once, so that temporaries fit into a core's cache
+_FEW_COLUMNS = 1 << 18  # up to this many column keys are cached; else computed for each entry
 SALTS = {"user": 0x9E3779B97F4A7C15, "item": 0xC2B2AE3D27D4EB4F}
 _OTHER = {"user": "item", "item": "user"}
 MASK = (1 << 64) - 1
-# Of SplitMix64's finalizer: shift and factor of each round.
+# Constants of SplitMix64's finalizer: the shift and factor of each round.
 FIRST_FACTOR, ROUNDS, LAST_SHIFT = (
     0xD1342543DE82EF95,
     ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)),
@@ -31,7 +31,7 @@ FIRST_FACTOR, ROUNDS, LAST_SHIFT = (
 
 
 class EntriesDigest:
-    """A digest of all entries (user, item, value), from the blocks of either side.
+    """A digest of all entries (user, item, value), computed from the blocks of either side.
 
     The hash of an entry is ``key(user) * key(item) * mix(value)`` modulo 2**64, with odd keys, so
     that both sides of a matrix have the same digest.
@@ -39,9 +39,9 @@ class EntriesDigest:
     Parameters
     ----------
     side : {"user", "item"}
-        What the rows of the blocks are.
+        Whether the rows of the blocks are users or items.
     n_columns : int
-        Rows of the other side.
+        Number of rows of the other side.
     """
 
     def __init__(self, side: str, n_columns: int) -> None:
@@ -50,7 +50,7 @@ class EntriesDigest:
         self.total = 0
 
     def passing(self, blocks: Blocks) -> Blocks:
-        """Yield the blocks as they come, and add them to `total`."""
+        """Yield the blocks unchanged, and add them to `total`."""
         for row_ids, rows in blocks:
             self.add(row_ids, rows)
             yield row_ids, rows
@@ -87,7 +87,7 @@ def _keys(ids: np.ndarray, salt: int) -> np.ndarray:
 
 
 def mixed(ids: np.ndarray, salt: int) -> np.ndarray:
-    """Other 64-bit numbers for numbers: a bijection, by the finalizer of SplitMix64."""
+    """Hash numbers to 64 bits without collisions, with the finalizer of SplitMix64."""
     keys = ids.astype(np.uint64)
     keys *= np.uint64(FIRST_FACTOR)
     keys += np.uint64(salt)
@@ -99,7 +99,7 @@ def mixed(ids: np.ndarray, salt: int) -> np.ndarray:
 
 
 def _mixed_values(values: np.ndarray) -> np.ndarray:
-    """Different 64-bit numbers for different values, none of them 0."""
+    """Hash values to nonzero 64-bit numbers without collisions."""
     if values.dtype != np.float32:
         values = values.astype(np.float64)
     bits = values.view(np.uint32 if values.dtype == np.float32 else np.uint64).astype(np.uint64)
@@ -122,14 +122,14 @@ def table(numbers: np.ndarray, rows: np.ndarray) -> int:
     Parameters
     ----------
     numbers : int array (S,)
-        Row of every slot, counted from 1; 0 where there is none.
+        Row of every slot, counted from 1; 0 for unused slots.
     rows : float array (S, K)
-        Of any dtype. Slots of number 0 with zeros do not count.
+        Of any dtype. Unused slots with zeros do not affect the digest.
 
     Returns
     -------
     int
-        To be added, modulo 2**64, to those of other slots.
+        Digests of several parts are added modulo 2**64.
     """
     words = np.ascontiguousarray(rows).view(np.uint16 if rows.itemsize == 2 else np.uint32)
     keys = word_keys(words.shape[1])
@@ -148,8 +148,8 @@ def table(numbers: np.ndarray, rows: np.ndarray) -> int:
 def word_keys(n_words: int) -> np.ndarray:
     """Odd keys (n_words,) of the 32-bit words of a row, uint64.
 
-    A row's hash is the sum of words times keys: one changed bit adds a power of two below 2**32
-    times an odd number, and so always changes it.
+    A row's hash is the sum of words times keys. One changed bit adds a power of two below 2**32
+    times an odd number, which always changes the hash.
     """
     return _keys(np.arange(n_words), SALTS["item"])
 

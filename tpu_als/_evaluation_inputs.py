@@ -1,4 +1,4 @@
-"""Numbers that splits, metrics and scorers take: checked, or an error that says what came."""
+"""Check the numbers that are passed to splits, metrics and scorers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite real number, and no bool."""
+    """Whether a value is a finite real number, but not a bool."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -1,4 +1,4 @@
-"""Solving rows against fitted tables: fold-in, partial fits, explanations, the callable solver."""
+"""Methods that solve rows against fitted tables: fold-in, `explain` and the callable `solver`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ._tables import FactorTables
 from .fitted import FactorTable
 from .host import require_memory
 
-# Up to so many rows and entries, a dispatch to the devices takes longer than solving them here.
+# Up to these numbers of rows and entries, solving on the host is faster than a dispatch.
 _HOST_ROWS, _HOST_ENTRIES = 4, 1 << 14
 
 
 class FoldIn(FactorTables):
-    """What an estimator does with new rows. Every fold-in is exact, whatever solver `fit` uses."""
+    """Methods for new rows. Every fold-in is exact, whichever solver `fit` uses."""
 
     regularization: float
     alpha: float
@@ -36,20 +36,20 @@ class FoldIn(FactorTables):
         Parameters
         ----------
         userid : int or array-like of int
-            Only their number matters here; the users need not be in the model.
+            Only the number of users matters here; they need not be in the model.
         user_items : csr_matrix or csr_array of shape (n, n_items)
             One row for each user. Other sparse formats are converted, with a ParameterWarning.
 
         Returns
         -------
         ndarray of shape (factors,), or (n, factors) for several users
-            Up to 4 rows are solved on the host in float64, more on the devices: the results agree
-            within rounding, of which docs/math.md states the bound, but not bit for bit.
+            Up to 4 rows are solved on the host in float64, more rows on the devices. The results
+            agree within rounding, not bit for bit; docs/math.md states the bound.
 
         Raises
         ------
         ValueError
-            Where the numbers of rows and users differ, or an entry lies beyond the items.
+            If the numbers of rows and users differ, or an entry lies beyond the items.
         """
         validation.warn_if_converted(user_items)
         return self._recalculate(self._complete("item").item, userid, user_items, "user")
@@ -60,7 +60,7 @@ class FoldIn(FactorTables):
         Parameters
         ----------
         itemid : int or array-like of int
-            Only their number matters here; the items need not be in the model.
+            Only the number of items matters here; they need not be in the model.
         item_users : csr_matrix or csr_array of shape (n, n_users)
             One row for each item. Other sparse formats are converted, with a ParameterWarning.
 
@@ -72,7 +72,7 @@ class FoldIn(FactorTables):
         Raises
         ------
         ValueError
-            Where the numbers of rows and items differ, or an entry lies beyond the users.
+            If the numbers of rows and items differ, or an entry lies beyond the users.
         """
         validation.warn_if_converted(item_users)
         return self._recalculate(self._complete("user").user, itemid, item_users, "item")
@@ -83,16 +83,16 @@ class FoldIn(FactorTables):
         Parameters
         ----------
         userids : array-like of int
-            Users to update. Ids past the end are added; rows in between are zero. Of a repeated id
-            the last row is stored, as NumPy does.
+            Users to update. Ids past the end are added; rows in between are zero. If an id repeats,
+            its last row is stored.
         user_items : csr_matrix or csr_array of shape (n, n_items)
-            One row for each user. Entries of items that the model does not have yet are accepted:
-            they add no information, as an item of zeros would, and their number is logged.
+            One row for each user. Entries of items that the model does not have yet are accepted.
+            They count as items with zero factors, and their number is logged.
 
         Raises
         ------
         ValueError
-            Where the numbers of rows and users differ.
+            If the numbers of rows and users differ.
         IndexError
             For negative ids, and for ids that would grow the table beyond twice its size and
             1,000,000 rows. Assign `user_factors` to grow it further.
@@ -106,16 +106,16 @@ class FoldIn(FactorTables):
         Parameters
         ----------
         itemids : array-like of int
-            Items to update. Ids past the end are added; rows in between are zero. Of a repeated id
-            the last row is stored, as NumPy does.
+            Items to update. Ids past the end are added; rows in between are zero. If an id repeats,
+            its last row is stored.
         item_users : csr_matrix or csr_array of shape (n, n_users)
-            One row for each item. Entries of users that the model does not have yet are accepted:
-            they add no information, as a user of zeros would, and their number is logged.
+            One row for each item. Entries of users that the model does not have yet are accepted.
+            They count as users with zero factors, and their number is logged.
 
         Raises
         ------
         ValueError
-            Where the numbers of rows and items differ.
+            If the numbers of rows and items differ.
         IndexError
             For negative ids, and for ids that would grow the table beyond twice its size and
             1,000,000 rows. Assign `item_factors` to grow it further.
@@ -138,13 +138,13 @@ class FoldIn(FactorTables):
         userid : int
             The user.
         user_items : csr_matrix or csr_array of shape (n_users, n_items) or (1, n_items)
-            The whole matrix, whose row `userid` is used as in implicit, or that row alone, as in
-            `recommend`. It must hold the values that the model was fitted with: weighted ones if
-            `fit` got weighted ones, not the raw counts, which belong to other factors.
+            The whole matrix, as in implicit, or only the row of the user, as in `recommend`. It
+            must hold the values that were passed to `fit`: if those were weighted, the same
+            weighted values and not the raw counts.
         itemid : int
             The item whose score is to be explained.
         user_weights : tuple, optional
-            What an earlier call for this user returned; saves the factorisation.
+            The value returned by an earlier call for this user; saves the factorisation.
         N : int, default=10
             Number of contributions.
 
@@ -153,7 +153,7 @@ class FoldIn(FactorTables):
         total_score : float
             Score of the item from the user's exact factors.
         top_contributions : list of (itemid, score)
-            Largest first. Disliked items (negative entries) contribute nothing and are left out.
+            Largest first. Disliked items (negative entries) contribute nothing and are omitted.
         user_weights : tuple
             Cholesky factor of the user's system, as `scipy.linalg.cho_factor` gives it.
 
@@ -162,7 +162,7 @@ class FoldIn(FactorTables):
         IndexError
             For anything but one id each, and for ids beyond the matrix or the items.
         ValueError
-            Where an entry lies beyond the items.
+            If an entry lies beyond the items.
         """
         n, table = validation.result_count(N), self._complete("item").item
         n_items = table.shape[0]
@@ -212,8 +212,8 @@ class FoldIn(FactorTables):
     def solver(self) -> Callable[..., None]:
         """Callable `(Cui, X, Y, regularization, num_threads=0)` that solves X in place, given Y.
 
-        As in implicit, `Cui` already holds confidences: `alpha` is not applied. The solver is that
-        of the parameters `linear_solver`, `use_cg` and `cg_steps`, with X as the start of "cg".
+        As in implicit, `Cui` holds confidences, and `alpha` is not applied. The parameters
+        `linear_solver`, `use_cg` and `cg_steps` choose the solver; "cg" starts from X.
         """
         return self._solve_in_place
 
@@ -231,7 +231,7 @@ class FoldIn(FactorTables):
         linear_solver = solve.solver_for(self._own_solver(), objective)
         params = self._params_of(Y.shape[1], Y.dtype, linear_solver)
         parameters.check(self, parameters.PLACE)
-        # The caller's tables come and go, so nothing is kept of them.
+        # The caller's tables change from call to call, so nothing is cached.
         place = mesh.workplace(
             self.devices, num_threads or self.num_threads, self.use_gpu, self.table_layout
         )
@@ -240,7 +240,7 @@ class FoldIn(FactorTables):
         X[...] = validation.finite_rows(solved, "X, which stays as it was")
 
     def _recalculate(self, table: FactorTable, ids: Any, matrix: Any, side: str) -> np.ndarray:
-        """Solve rows of a side against the table of the other one."""
+        """Solve rows of a side against the table of the other side."""
         name = "user_items" if side == "user" else "item_users"
         ids, is_scalar, mask = validation.ids_of(ids, None, f"{side}id")
         rows = validation.rows_for(matrix, len(ids), table.shape[0], name, strict=False, mask=mask)
@@ -254,7 +254,7 @@ class FoldIn(FactorTables):
         solved = table.solve(rows, objective, params, self._own_place())
         failed = np.flatnonzero(~np.isfinite(solved).all(axis=1))
         if failed.size and np.isfinite(table.gramian()).all():
-            # Weights that float32 cannot hold; the same rows one by one would be solved in float64.
+            # Weights beyond float32: solve in float64, as for small batches.
             solved = np.array(solved)
             solved[failed] = _solved_here(table, rows[failed], objective)
         return validation.finite_rows(solved, "the given rows")
@@ -288,7 +288,7 @@ class FoldIn(FactorTables):
             )  # fmt: skip
             solved = self._fold_in_fast(source, rows)
             with fitted.lock:
-                # Where a fit or an assignment came between, the rows belong to its predecessor.
+                # If a fit or an assignment came in between, the rows belong to the previous model.
                 stored = self._fitted.origin is fitted.origin
                 if stored:
                     self._fitted = self._fitted.with_rows(side, ids, solved)
@@ -311,7 +311,7 @@ class FoldIn(FactorTables):
         return self.linear_solver or ("cg" if self.use_cg else "cholesky")
 
     def _params(self, table: FactorTable, linear_solver: str) -> placing.AlsParams:
-        """Engine parameters for solves against a table as it is: its own width and dtype."""
+        """Engine parameters for solves against a table, with its width and dtype."""
         return self._params_of(table.shape[1], table.dtype, linear_solver)
 
     def _params_of(self, factors: int, dtype: Any, linear_solver: str) -> placing.AlsParams:
@@ -343,7 +343,7 @@ def _solved_here(
 def _system(
     table: FactorTable, rows: np.ndarray, w: np.ndarray, count: int, objective: solve.Objective
 ) -> np.ndarray:
-    """The matrix of equation (1) for one row's entries, of which (2) counts so many; float64."""
+    """The matrix of equation (1) for one row's entries, in float64; n_u of (2) is `count`."""
     gramian = table.gramian().astype(np.float64)
     matrix = objective.unobserved_weight * gramian + (rows.T * w) @ rows
     lam = solve.ridge(objective, float(count), float(table.shape[0]))
@@ -363,7 +363,7 @@ def _factorize(matrix: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def _solve(matrix: np.ndarray, rhs: np.ndarray) -> np.ndarray:
-    """Solution (K,) of a system; NaN where it is not positive definite, give or take rounding."""
+    """Solution (K,) of a system; NaN if it is not positive definite up to rounding."""
     _, solution, failed = linalg.lapack.dposv(matrix, rhs)
     if not failed:
         return solution

@@ -1,4 +1,4 @@
-"""A lock between processes, which the operating system releases when its owner ends."""
+"""A lock between processes, which the operating system releases when its process ends."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ except ImportError:  # Windows
     import msvcrt
 
 log = logging.getLogger("tpu_als")
-_PATIENCE = 0.5  # seconds in which another process may end, or look whether the lock is held
-_FAR = 1 << 30  # byte that Windows locks; the text before it stays readable
+_PATIENCE = 0.5  # seconds to wait for a process that ends or that only tests the lock
+_FAR = 1 << 30  # position of the byte that Windows locks; the text before it stays readable
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 class FileLock:
-    """An exclusive lock on a file, which names its owner. Released at the end of the process.
+    """An exclusive lock on a file that names the process holding it.
 
-    Where the file system has no locks, it is granted to everybody, and `is_real` is False.
+    The lock is released at the end of the process. On a file system without locks every process
+    gets the lock, and `is_real` is False.
 
     Parameters
     ----------
     path : Path
-        The file; made where it does not exist. It stays.
+        The file. It is created if needed, and not removed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,7 +41,7 @@ class FileLock:
         self._file: int | None = None
 
     def acquire(self, patience: float = _PATIENCE) -> bool:
-        """Take the lock, or return False where another holds it for so many seconds."""
+        """Take the lock; return False if another process still holds it after `patience` s."""
         limit = time.monotonic() + patience
         while not self._try():
             if time.monotonic() > limit:
@@ -49,7 +50,7 @@ class FileLock:
         return True
 
     def sign(self) -> None:
-        """Write into the file whose it is."""
+        """Write the host and id of this process to the file."""
         assert self._file is not None
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": now}
@@ -58,14 +59,14 @@ class FileLock:
         os.write(self._file, json.dumps(owner).encode())
 
     def owner(self) -> str:
-        """Who has signed the lock, for a message."""
+        """The process named in the file, for a message."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             found = json.loads(self.path.read_text(encoding="utf-8"))
             return f"host {found['host']}, process {found['pid']}, since {found['since']}"
         return "unknown host and process"
 
     def release(self) -> None:
-        """Give the lock back, if it is held."""
+        """Release the lock, if it is held."""
         file, self._file = self._file, None
         if file is not None:
             os.close(file)
@@ -92,7 +93,7 @@ class FileLock:
                 msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                log.warning("%s: this file system has no locks, so two fits are not told apart",
+                log.warning("%s: this file system has no locks, so two fits may write one run",
                             self.path)  # fmt: skip
                 self.is_real = False
                 return True
@@ -102,7 +103,7 @@ class FileLock:
         return True
 
     def _is_at_path(self, file: int) -> bool:
-        """Whether the file has not been removed, or replaced by another, before it was locked."""
+        """Whether the path still refers to this file: others may remove or replace it."""
         try:
             return os.path.samestat(os.fstat(file), os.stat(self.path))
         except FileNotFoundError:

@@ -1,10 +1,10 @@
-"""The loops that `native` runs, in the part of Python that numba compiles. Imports it late.
+"""The loops that `native` runs, in the subset of Python that numba compiles. Imports numba late.
 
-Source rows are named by number and never sliced: numba counts the references to a slice, in memory
-that all threads share. What is written out could be loops or functions, which take half as long
-again.
+Source rows are accessed by index and never sliced: numba would count the references to a slice, in
+memory that all threads share. Statements are unrolled by hand: loops or functions would take half
+as long again.
 
-Axis letters: R rows, E entries, N source rows, K factors and what fills up a cache line.
+Axis letters: R rows, E entries, N source rows, K factors including pads to whole cache lines.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-# Entries that are summed in the tables' dtype before the sum is added to one in float64. A multiple
-# of four. The rounding error of a row's sums is bounded by this, not by the length of the row.
+# Number of entries that are summed in the tables' dtype, before a float64 total adds the sum.
+# A multiple of four. It bounds the rounding error of a row's sums, whatever the row's length.
 BLOCK = 1024
 
 
 def prefetch(address: Any) -> None:
-    """Begin to bring the cache line at an address to the nearest cache; compiled as `_hint`."""
+    """Prefetch the cache line at an address; compiled as `_hint`."""
 
 
 def _pass(
@@ -28,8 +28,8 @@ def _pass(
 ) -> Any:  # fmt: skip
     """Add E^T t of n entries to `out`, with t = on_targets v + on_predictions W E p.
 
-    Where it `is_last`, only returns t^T E p. Four entries at a time, whose two products follow each
-    other while their rows are in the nearest cache.
+    If `is_last`, only return t^T E p. Four entries are handled at a time, so that their rows are
+    still in the nearest cache for the second of two products.
     """
     held, ids, values, alpha, offset, ahead = entries
     address, row_bytes = held.ctypes.data, len(p) * held.itemsize
@@ -83,9 +83,9 @@ def _long_pass(
     entries: Any, first: Any, n: Any, p: Any, out: Any,
     on_targets: Any, on_predictions: Any, is_last: Any, part: Any, total: Any,
 ) -> Any:  # fmt: skip
-    """`_pass` over more entries than a block has: block sums `part` (K,) add up in `total` (K,).
+    """`_pass` for more entries than a block has: adds block sums `part` (K,) to `total` (K,).
 
-    The total is float64. Compensated sums would not do: the compiler may reorder them away.
+    The total is float64. Compensated sums cannot be used, because the compiler may reorder them.
     """
     zero, bend, end = p.dtype.type(0), np.float64(0), first + n
     for k in range(len(p)):
@@ -107,7 +107,7 @@ def _long_pass(
 def _scaled(ridge: Any, n: Any, diagonal: Any, d: Any, inverse: Any, steps: int) -> Any:
     """Write the diagonal part of a row's equation, scaled, and the inverse of its preconditioner.
 
-    Returns the scale, as `solve.scale` has it, and whether to begin at zero (`solve.begin`).
+    Returns the scale (`solve.scale`), and whether CG starts at zero (`solve.begin`).
     """
     spectrum, _, others, exponent, tiny, top, weight, reach, most = diagonal
     one = d.dtype.type(1)
@@ -129,30 +129,30 @@ def solve_rows(
     Parameters
     ----------
     rows : (R, K)
-        Where the rows begin; the solved ones are written over them, zeros for those without
+        The initial rows; they are overwritten with the solved ones, and with zeros for rows without
         entries.
     cells, lengths : (R,)
         First entry and number of entries of each row.
     entries : tuple
-        Source rows (N, K), their numbers (E,), unsigned, and values (E,), or none of these where
-        all are 1; alpha and the offset of `solve.Objective`; how many entries ahead source rows
-        are fetched, 0 for not at all.
+        Source rows (N, K); their indices (E,), unsigned; values (E,), empty if all are 1; alpha and
+        the offset of `solve.Objective`; how many entries ahead source rows are prefetched, 0 for
+        no prefetching.
     diagonal : tuple
-        Spectrum (K,) times the unobserved weight, and of the ridge the factor, what is added to a
-        row's entries, and the exponent; the least number to divide by; the largest of that
-        spectrum, the largest weight w, a diagonal to begin at zero from, and the largest number.
+        Spectrum (K,) times the unobserved weight; the ridge's factor, the number added to a row's
+        entries, and the exponent; the least divisor; the largest number of that spectrum; the
+        largest weight w; the diagonal above which CG starts at zero; and the largest number.
     relaxation : float
         As in `solve.relax`.
     steps : int
         Steps of CG; 0 where every weight w is 0.
     vectors, total : (7, K)
-        Scratch, of which `total` (K,) is float64.
+        Scratch arrays; `total` (K,) is float64.
     """
     ridge, tiny = diagonal[1], diagonal[4]
     r, p, image, part = vectors[0], vectors[1], vectors[2], vectors[6]
     d, inverse, z = vectors[3], vectors[4], vectors[5]
     zero, one = z.dtype.type(0), z.dtype.type(1)
-    # Not literals, for each of which `_pass` would be compiled once more.
+    # Variables instead of literals: `_pass` would be compiled again for each literal.
     yes = steps == steps
     no = not yes
     for row in range(len(lengths)):
@@ -196,17 +196,17 @@ def solve_rows(
             for k in range(len(z)):
                 p[k] = r[k] * inverse[k] + b * p[k]
         for k in range(len(z)):
-            if relaxation == one:  # else reordering would round z to the precision of the old row
+            if relaxation == one:  # reordered sums would lose precision if the old row is large
                 rows[row, k] = z[k]
             else:
                 rows[row, k] = (one - relaxation) * rows[row, k] + relaxation * z[k]
 
 
 def measure_rows(rows: Any, cells: Any, lengths: Any, entries: Any, out: Any) -> None:
-    """Write what the entries of R rows add to the loss into `out`, as `solve.cells_loss` has it.
+    """Write the loss of the entries of R rows into `out`, as in `solve.cells_loss`.
 
-    Sums are float64. Each entry is a square by itself: from (w t - 2 v) t and a constant, the small
-    difference of large sums would remain.
+    Sums are float64. Each entry is computed as a square, because sums of (w t - 2 v) t and of
+    constants would nearly cancel.
     """
     held, ids, values, alpha, offset, ahead = entries
     address, row_bytes = held.ctypes.data, rows.shape[1] * held.itemsize
@@ -228,7 +228,7 @@ def measure_rows(rows: Any, cells: Any, lengths: Any, entries: Any, out: Any) ->
 
 
 def _hint() -> Any:
-    """What `prefetch` is compiled to: LLVM's word for it, since Python has none."""
+    """The compiled form of `prefetch`: LLVM's intrinsic, because Python has none."""
     from llvmlite import ir
     from numba import types
     from numba.extending import intrinsic
@@ -253,14 +253,13 @@ def compiled(njit: Any, cached: bool) -> tuple[Any, Any]:
     njit : callable
         That decorator.
     cached : bool
-        Whether to read and write numba's cache. What is set here is part of this file, by whose
-        content that cache is known to be of use.
+        Whether to read and write numba's cache, which is valid for the content of this file only.
     """
-    # Sums may be reordered, so that they are vectorised; infinity and NaN stay what they are.
+    # Sums may be reordered, to vectorise them; infinity and NaN are preserved.
     math = {"reassoc", "contract", "arcp", "nsz"}
     options = {"nogil": True, "error_model": "numpy", "fastmath": math, "cache": cached}
     made = {each.__name__: njit(**options)(each) for each in _PLAIN}
-    globals().update(made, prefetch=_hint())  # by these names they call each other
+    globals().update(made, prefetch=_hint())  # the loops call each other by these names
     return made["solve_rows"], made["measure_rows"]
 
 

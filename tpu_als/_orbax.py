@@ -1,4 +1,4 @@
-"""Orbax, imported when it is needed, and kept from changing how the program logs."""
+"""Import orbax when it is needed, without letting it change the program's logging."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load() -> ModuleType:
 
 
 def path(directory: str | os.PathLike[str]) -> Any:
-    """An absolute path, local or in a bucket, that is no file."""
+    """An absolute path, local or in a bucket; NotADirectoryError if it is a file."""
     from etils import epath
 
     text = os.fspath(directory)
@@ -36,7 +36,7 @@ def path(directory: str | os.PathLike[str]) -> Any:
 
 
 def manager(root: Any, keep: int, processes: tuple[int, ...]) -> Any:
-    """Open a directory that exists, for these processes, which all do so."""
+    """Open an existing directory for these processes, which must all make this call."""
     ocp, first = load(), min(processes)
     together = ocp.options.MultiprocessingOptions(
         primary_host=first,
@@ -46,8 +46,8 @@ def manager(root: Any, keep: int, processes: tuple[int, ...]) -> Any:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
         create=False,  # not supported for some of the processes
-        # Orbax's clean-up runs in a thread that `close` does not wait for, and fails where another
-        # opening of the directory cleans up as well. On local paths `_runs` does it.
+        # Orbax's clean-up runs in a thread that `close` does not wait for. It fails if another
+        # opening of the directory cleans up meanwhile. On local paths `_runs` cleans up instead.
         cleanup_tmp_directories="://" in str(root),
         multiprocessing_options=together,
     )
@@ -55,9 +55,9 @@ def manager(root: Any, keep: int, processes: tuple[int, ...]) -> Any:
 
 
 def reader(root: Any, process: int) -> Any:
-    """Open a directory to read from it, by this process alone.
+    """Open a directory for reading by this process alone.
 
-    A read that fails in one process then leaves no other one waiting for it.
+    If a read fails in one process, the others then do not wait for it.
     """
     ocp = load()
     alone = ocp.options.MultiprocessingOptions(
@@ -73,9 +73,9 @@ def reader(root: Any, process: int) -> Any:
 
 @contextlib.contextmanager
 def handlers_kept() -> Iterator[None]:
-    """Keep absl from giving the root logger a handler, as it does at any message without one.
+    """Prevent absl from adding a handler to the root logger when it logs without one.
 
-    Meanwhile Python's own last resort stands there, which prints what it would have anyway.
+    Meanwhile the root logger has Python's handler of last resort, which prints the same messages.
     """
     root, stand_in = logging.getLogger(), logging.lastResort
     if root.handlers or stand_in is None:

@@ -1,4 +1,4 @@
-"""Directories from which code is loaded, and that only their user may therefore write to."""
+"""Directories that code is loaded from, so that only their user may write to them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ _OTHERS_ENTER = stat.S_IXGRP | stat.S_IXOTH
 
 
 def private_directory(path: str | os.PathLike[str]) -> Path:
-    """Make a directory that only this user may write to, or check that an existing one is such.
+    """Create a directory that only this user can write to, or check an existing one.
 
     Parameters
     ----------
     path : path-like
-        The directory; made, for this user alone, where it does not exist.
+        The directory. If it does not exist, it is created with mode 700.
 
     Returns
     -------
     Path
-        Absolute and without symbolic links, so that nobody can redirect it later.
+        Absolute and without symbolic links, so that it cannot be redirected later.
 
     Raises
     ------
     PermissionError
-        On POSIX, where the directory or anything in it belongs to another user or can be written
-        by others, or where anybody can replace one of its parents. Access control lists are not
-        looked at.
+        On POSIX, if the directory or anything in it belongs to another user or is writable by
+        others, or if all users can replace one of its parents. Access control lists are not
+        checked.
     """
     folder = Path(path).expanduser().resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -39,8 +39,8 @@ def private_directory(path: str | os.PathLike[str]) -> Path:
         mode = parent.stat().st_mode
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
             raise PermissionError(
-                f"{folder} is to hold code that is run, but anybody may replace it, as {parent} is "
-                "writable by all users: take a directory below your home"
+                f"{folder} is to hold code that is run, but all users can replace it, as {parent} "
+                "is writable by all users: choose a directory below your home"
             )
     is_closed = not folder.stat().st_mode & _OTHERS_ENTER
     for entry in _tree(folder):
@@ -53,14 +53,14 @@ def private_directory(path: str | os.PathLike[str]) -> Path:
         else:
             continue
         raise PermissionError(
-            f"{folder} is to hold code that is run, but {entry} {problem}: take a new directory, "
-            f"or remove what others may have put there and run chmod -R go-w {folder}"
+            f"{folder} is to hold code that is run, but {entry} {problem}: choose a new directory, "
+            f"or remove files that others may have put there and run chmod -R go-w {folder}"
         )
     return folder
 
 
 def _tree(folder: Path) -> Iterator[Path]:
-    """A directory and all that is in it."""
+    """A directory and everything in it."""
     yield folder
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):

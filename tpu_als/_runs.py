@@ -1,8 +1,8 @@
-"""The folders of runs in a directory of checkpoints: who writes there, and which ones stay.
+"""The folders of runs in a directory of checkpoints: their locks, and the removal of old runs.
 
 A run is a training with its parameters, data and initial tables; its identity is a digest of them.
-On a local path the first process of a job holds a lock beside the run's folder. Addresses such as
-``gs://bucket`` have no locks; there nothing of another run is removed.
+On a local path the first process of a job holds a lock file next to the run's folder. Addresses
+such as ``gs://bucket`` have no locks, so other runs are never removed there.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from tpu_als._atomic import replacing
 from tpu_als._lock import FileLock
 from tpu_als.exceptions import DataWarning
 
-KEPT = 3  # other runs, besides those that somebody is writing
+KEPT = 3  # other runs to keep, in addition to those that a process is writing
 ABOUT = "run.json"
 _IDENTITY = re.compile(r"[0-9a-f]{16}")
-_REMOVED = "removed-"  # begins the name of a run that is being removed
+_REMOVED = "removed-"  # prefix of the name of a run that is being removed
 _PROBE = "probe-"
-_UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's name for what is not complete
+_UNFINISHED = ".orbax-checkpoint-tmp"  # orbax's name for an incomplete checkpoint
 
 log = logging.getLogger("tpu_als")
 
@@ -40,9 +40,9 @@ class RunFolder:
     root : epath.Path
         The directory of all runs.
     identity : str
-        Of the run: 16 hexadecimal digits, the folder's name.
+        The run's identity, 16 hexadecimal digits. It is the folder's name.
     about : dict
-        What the identity was made of, to be read by people.
+        The values that the identity is a digest of, stored for people to read.
 
     Attributes
     ----------
@@ -57,12 +57,12 @@ class RunFolder:
         self._lock: FileLock | None = None
 
     def open(self) -> None:
-        """Make the folder, take the lock, remove what was cut short and the oldest other runs.
+        """Create the folder, take the lock, remove incomplete checkpoints and old other runs.
 
         Raises
         ------
         RuntimeError
-            Where another fit holds the lock.
+            If another fit holds the lock.
         """
         self._root.mkdir(parents=True, exist_ok=True)
         self._warn_of_old_layout()
@@ -71,11 +71,11 @@ class RunFolder:
             if not lock.acquire():
                 raise RuntimeError(
                     f"another fit ({lock.owner()}) writes checkpoints of the same parameters and "
-                    f"data to {self.path}: wait until it has ended, or give another directory"
+                    f"data to {self.path}: wait until it has ended, or choose another directory"
                 )
             self._lock = lock
             lock.sign()
-            # Before orbax opens the folder: its own clean-up runs beside later openings of it.
+            # This replaces orbax's own clean-up, which can race with another opening of the folder.
             for pattern in (f"*{_UNFINISHED}*", f"{_PROBE}*"):
                 for path in list(Path(self.path).glob(pattern)):
                     shutil.rmtree(path, ignore_errors=True)
@@ -84,9 +84,9 @@ class RunFolder:
         self._prune()
 
     def probe(self) -> None:
-        """Raise OSError where nothing can be written to the folder.
+        """Raise OSError if the folder is not writable.
 
-        Orbax finds out as well, but then its threads wait five minutes for each other.
+        Orbax would detect this too, but only after its threads waited five minutes for each other.
         """
         if self._is_local:
             found = self.path / f"{_PROBE}{uuid.uuid4().hex}"
@@ -102,7 +102,7 @@ class RunFolder:
                 self._prune()
 
     def others(self) -> list[Path]:
-        """Folders of other runs on a local path, those written last first."""
+        """Folders of other runs on a local path, the most recently written first."""
         if not self._is_local:
             return []
         found = []
@@ -115,7 +115,7 @@ class RunFolder:
         return [path for _, _, path in sorted(found, reverse=True)]
 
     def differences(self) -> str:
-        """What the run written last before this one had otherwise, for the log."""
+        """How this run differs from the most recently written other run, for the log."""
         for other in self.others():
             with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
                 theirs = json.loads((other / ABOUT).read_text(encoding="utf-8"))
@@ -133,7 +133,7 @@ class RunFolder:
                 file.write(text.encode())
 
     def _prune(self) -> None:
-        """Remove other runs but the last `KEPT` that nobody is writing."""
+        """Remove other runs that are not being written, except the `KEPT` most recent."""
         if not self._is_local:
             return
         for path in Path(self._root).glob(f"{_REMOVED}*"):
@@ -159,8 +159,8 @@ class RunFolder:
         if steps:
             warnings.warn(
                 f"{self._root} holds {len(steps)} checkpoints of an earlier version of tpu_als, "
-                f"the folders {', '.join(map(str, steps))}: they are not resumed and stay; remove "
-                "those folders if they are not needed",
+                f"the folders {', '.join(map(str, steps))}: they are not resumed and not removed; "
+                "remove those folders if they are not needed",
                 DataWarning,
                 stacklevel=2,
             )
@@ -176,7 +176,7 @@ def _lock_path(folder: Any) -> Path:
 
 @contextlib.contextmanager
 def _unlocked(folder: Path) -> Iterator[bool]:
-    """Hold the lock of a run; False where another holds it, or nobody can know."""
+    """Hold the lock of a run. False if another process holds it, or if locks do not work."""
     lock = FileLock(_lock_path(folder))
     try:
         yield lock.acquire(0) and lock.is_real

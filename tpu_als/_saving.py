@@ -1,4 +1,4 @@
-"""Models to and from files and other devices."""
+"""Methods that save and load models, and move them to a GPU."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Saving:
         Parameters
         ----------
         fileobj_or_path : str, path or binary file object
-            A path gets ".npz" where it lacks it. It is replaced only by a complete file: a kill
-            leaves the old one. Mode and symbolic links stay.
+            ".npz" is appended to a path without it. An existing file is replaced only after the new
+            one is complete, and keeps its mode. Symbolic links are followed.
 
         Raises
         ------
@@ -35,11 +35,11 @@ class Saving:
 
         Notes
         -----
-        Kept are the parameters, the tables, and the public attributes of a fit; of a subclass also
-        its own parameters where they are arrays, numbers and text, or lists, dicts and tuples of
-        such. `checkpoint_dir` is not: the next fit would obey a path that the file names. What is
-        lost beyond that (random generators, device handles, further attributes) is named by one
-        DataWarning. A model without both tables is saved with a DataWarning as well.
+        The file keeps the parameters, the tables and the public attributes of a fit. It keeps a
+        subclass's own parameters if they are arrays, numbers or text, or lists, dicts and tuples of
+        them. It does not keep `checkpoint_dir`, because a file should not choose a path that the
+        next fit writes to. One DataWarning names everything else that is not kept (random
+        generators, device handles, further attributes). Another one is given if a table is missing.
         """
         parameters.check(self)
         subclasses.warn_if_unfitted(self)
@@ -60,20 +60,20 @@ class Saving:
 
     @classmethod
     def load(cls, fileobj_or_path: str | os.PathLike | BinaryIO) -> Self:
-        """Read a model that `save`, or implicit's, wrote. Nothing is unpickled.
+        """Read a model written by `save` or by implicit's `save`. Nothing is unpickled.
 
         Parameters
         ----------
         fileobj_or_path : str, path or binary file object
-            A path may lack its ".npz".
+            The ".npz" of a path is optional.
 
         Raises
         ------
         FileNotFoundError, IsADirectoryError
-            Where there is no such file.
+            If there is no such file.
         ModelFileError
-            A ValueError. Where the file is damaged, out of proportion, of another kind or of a
-            later format, or where its values contradict each other.
+            A subclass of ValueError. If the file is damaged, is not a model, expands too much or
+            has a later format, or if its values contradict each other.
         """
         own_names = subclasses.own_parameters(cls)
         found, fitted = model_file.load_model(fileobj_or_path, parameters.RULES, own_names)

@@ -12,12 +12,12 @@ from . import parameters, ranking, topk, validation
 from ._foldin import FoldIn
 from .fitted import FactorTable, norms
 
-_FEW = 4  # a whitelist of at most this part of the table is ranked by itself, on the host
-NO_ID = -1  # what a place without a result holds: implicit's own convention for batches
+_FEW = 4  # whitelists of at most 1 / _FEW of the table are ranked by themselves, on the host
+NO_ID = -1  # id that pads short results, as in implicit's batches
 
 
 class Serving(FoldIn):
-    """implicit's ranking surface."""
+    """implicit's ranking methods."""
 
     approximate_recall: float | None
 
@@ -38,14 +38,14 @@ class Serving(FoldIn):
         userid : int or array-like of int
             A user or users; also a mask, a range, or any sequence.
         user_items : csr_matrix, csr_array or None
-            One row for each user in `userid`, of shape (n, n_items): `user_items[userid]`. None
-            is fine where neither filtering nor recalculation needs it.
+            One row for each user in `userid`, of shape (n, n_items): `user_items[userid]`. May be
+            None if neither filtering nor recalculation needs it.
         N : int, default=10
             Number of results.
         filter_already_liked_items : bool, default=True
-            Leave out the items stored in the user's row, whatever their value.
+            Exclude the items stored in the user's row, whatever their value.
         filter_items : array-like of int, optional
-            Further items to leave out, for all users.
+            Further items to exclude, for all users.
         recalculate_user : bool, default=False
             Solve the users' factors from `user_items` rather than use the stored ones.
         items : array-like of int, optional
@@ -54,19 +54,20 @@ class Serving(FoldIn):
         Returns
         -------
         ids : ndarray of int32 and shape (N,), or (n, N) for several users
-            Best first. Where a user has fewer than N candidates, items that were left out follow
-            with score -3.4e38, and where there are fewer than N items, -1 with the same score.
-            Among equal scores the order is not defined.
+            Best first. If a user has fewer than N candidates, excluded items follow with score
+            -3.4e38. If there are fewer than N items, the result is padded with -1 and the same
+            score. The order of equal scores is unspecified.
         scores : ndarray of the factors' dtype and the same shape
 
         Raises
         ------
         ValueError
-            For a matrix that is not CSR, has not one row per user, or has entries beyond the items.
+            If the matrix is not CSR, does not have one row per user, or has entries of unknown
+            items.
         IndexError
             For ids that are not in the model.
         MemoryError
-            Before any work, where so many results would not fit into the memory that is left.
+            If the results would not fit into the free memory; raised before any work.
         """
         n = validation.result_count(N)
         validation.flags(
@@ -99,20 +100,20 @@ class Serving(FoldIn):
         filter_items: Any = None,
         items: Any = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Find the items whose factors point most nearly the same way (cosine).
+        """Find the items whose factors have the largest cosine similarity.
 
         Parameters
         ----------
         itemid : int or array-like of int
             An item or items.
         N : int, default=10
-            Number of results; an item itself is the first of them.
+            Number of results; the item itself is the first.
         recalculate_item : bool, default=False
             Solve the items' factors from `item_users` rather than use the stored ones.
         item_users : csr_matrix or csr_array, optional
             With `recalculate_item`, one row for each item, of shape (n, n_users).
         filter_items : array-like of int, optional
-            Items to leave out.
+            Items to exclude.
         items : array-like of int, optional
             Rank these items only. Excludes `filter_items`.
 
@@ -137,16 +138,16 @@ class Serving(FoldIn):
     def similar_users(
         self, userid: Any, N: int = 10, filter_users: Any = None, users: Any = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Find the users whose factors point most nearly the same way (cosine).
+        """Find the users whose factors have the largest cosine similarity.
 
         Parameters
         ----------
         userid : int or array-like of int
             A user or users.
         N : int, default=10
-            Number of results; a user itself is the first of them.
+            Number of results; the user is the first.
         filter_users : array-like of int, optional
-            Users to leave out.
+            Users to exclude.
         users : array-like of int, optional
             Rank these users only. Excludes `filter_users`.
 
@@ -169,7 +170,7 @@ class Serving(FoldIn):
         Parameters
         ----------
         userids, itemids : array-like of int, of equal length
-            Either may be a single id, which then goes with all of the other.
+            Either may be a single id, which is then paired with all ids of the other.
 
         Returns
         -------
@@ -235,8 +236,8 @@ class Serving(FoldIn):
             filter_already_liked_items=False,
         )
 
-    # Names that implicit's approximate-neighbour wrappers call. They normalise what they get in
-    # place, so it is always a copy.
+    # implicit's approximate-neighbour wrappers call these methods. They normalise the result in
+    # place, so it must be a copy.
     def _user_factor(
         self, userid: Any, user_items: Any, recalculate_user: bool = False
     ) -> np.ndarray:
@@ -266,7 +267,7 @@ class Serving(FoldIn):
         factors: np.ndarray | None,
         selection: tuple[np.ndarray | None, np.ndarray | None],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Neighbours of some rows of a table, or of the factors that were solved in their place."""
+        """Neighbours of some rows of a table, or of `factors` if given."""
         lengths, (chosen, excluded) = table.norms(), selection
         if factors is None:
             at, is_scalar, _ = validation.ids_of(ids, len(lengths), name)
@@ -288,7 +289,7 @@ class Serving(FoldIn):
         excluded: np.ndarray | None = None,
         lengths: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The n best rows of a table for each query, by product, over `lengths` where given."""
+        """The n best rows of a table for each query, by product, divided by `lengths` if given."""
         parameters.check(self, ("approximate_recall",))
         (n_rows, width), hidden = table.shape, excluded
         validation.same_width(queries.shape[-1], width)
@@ -340,9 +341,9 @@ def _fill(
     excluded: np.ndarray | None,
     chosen: np.ndarray | None,
 ) -> None:
-    """Put what was left out into the places without a result, larger ids first like implicit.
+    """Pad short results with the excluded ids, larger ids first as in implicit.
 
-    implicit's callers count on a whitelist coming back whole, with filtered items last.
+    Callers of implicit expect that all ids of a whitelist are returned, filtered items last.
     """
     for row in (ids[:, -1] == NO_ID).nonzero()[0]:
         out = np.empty(0, np.int64) if excluded is None else excluded

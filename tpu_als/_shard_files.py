@@ -1,4 +1,4 @@
-"""Where sharded files are: a local directory, or one that pyarrow's file systems reach."""
+"""The directory of sharded files: local, or in one of pyarrow's file systems."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from types import ModuleType
 from typing import Any
 
 TOTALS = "totals.json"
-_TAIL = 1 << 16  # bytes read at once, which most footers fit into
-_TOTALS_BYTES = 1 << 28  # more is no totals.json
-MOST = 1 << 48  # rows, entries or files, so that sums of a few stay within int64
+_TAIL = 1 << 16  # bytes to read at the end of a file; most footers are shorter
+_TOTALS_BYTES = 1 << 28  # largest size of a totals.json
+MOST = 1 << 48  # limit on rows, entries and files, so that small sums of them fit into int64
 
 
 def parquet_library() -> tuple[ModuleType, ModuleType]:
@@ -31,7 +31,7 @@ def parquet_library() -> tuple[ModuleType, ModuleType]:
 
 
 def is_count(number: Any, least: int = 1) -> bool:
-    """Whether it is an integer of at least so much."""
+    """Whether `number` is an integer of at least `least`."""
     return isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= least
 
 
@@ -42,7 +42,7 @@ class ShardFile:
     Attributes
     ----------
     name : Path or str
-        For users: a local path, or an address.
+        For messages and users: a local path, or an address.
     source : str
         The path within its file system.
     key : str
@@ -62,14 +62,14 @@ class Directory:
     path : str or path-like
         A local path, or an address such as ``s3://bucket/purchases`` or ``file:///data/purchases``.
     filesystem : pyarrow.fs.FileSystem or fsspec file system, optional
-        Where `path` is; by default what its address says.
+        The file system of `path`; by default the one in its address.
 
     Attributes
     ----------
     path : Path or str
-        Absolute where it is local.
+        Absolute if it is local.
     filesystem : pyarrow.fs.FileSystem
-        Where it is.
+        The file system of `path`.
     """
 
     def __init__(self, path: str | os.PathLike[str], filesystem: Any = None) -> None:
@@ -96,7 +96,7 @@ class Directory:
         return self._info(name).type == pa.fs.FileType.Directory
 
     def files(self, folder: str) -> list[ShardFile]:
-        """All Parquet files in a folder and the folders in it (``part=0/...``), by name."""
+        """All Parquet files in a folder and its subfolders (``part=0/...``), sorted by name."""
         pa, _ = parquet_library()
         base = f"{self._base}/{folder}"
         selector = pa.fs.FileSelector(base, allow_not_found=True, recursive=True)
@@ -109,7 +109,7 @@ class Directory:
             raise ValueError(f"{self.path}/{folder} cannot be listed: {error}") from error
         for entry in entries:
             key = entry.path[len(base) :].lstrip("/")
-            # Spark and others begin the names of what is not data with these.
+            # Spark and others use these prefixes for files that are not data.
             is_data = not any(part.startswith(("_", ".")) for part in key.split("/"))
             if entry.is_file and is_data and key.endswith(".parquet"):
                 where = f"{folder}/{key}"
@@ -118,7 +118,7 @@ class Directory:
         return sorted(found, key=lambda file: file.key.split("/"))
 
     def totals(self, version: int) -> dict[str, Any]:
-        """The totals of the directory, checked; FileNotFoundError where there are none."""
+        """The totals of the directory, checked; FileNotFoundError if there are none."""
         pa, _ = parquet_library()
         info = self._info(TOTALS)
         file = f"{self.path}/{TOTALS}"
@@ -147,7 +147,7 @@ class Directory:
 
 
 def _arrow_filesystem(filesystem: Any) -> Any:
-    """A file system of pyarrow; those of fsspec are wrapped."""
+    """Return a file system of pyarrow; file systems of fsspec are wrapped."""
     pa, _ = parquet_library()
     if isinstance(filesystem, pa.fs.FileSystem):
         return filesystem
@@ -160,7 +160,7 @@ def _arrow_filesystem(filesystem: Any) -> Any:
 
 
 def checked_totals(totals: Any, file: str, version: int) -> dict[str, Any]:
-    """The content of totals.json, or a ValueError that names what is wrong with it."""
+    """Check and return the content of totals.json; a ValueError names the invalid entry."""
     found = totals.get("format") if isinstance(totals, dict) else None
     if isinstance(found, int) and found > version:
         raise ValueError(
@@ -189,7 +189,7 @@ def checked_totals(totals: Any, file: str, version: int) -> dict[str, Any]:
 
 
 def _is_summary(value: Any) -> bool:
-    """Whether it is [rows, entries, digest, bytes, CRC-32 of the footer]."""
+    """Whether `value` is [rows, entries, digest, bytes, CRC-32 of the footer]."""
     return (
         isinstance(value, list)
         and len(value) == 5
@@ -199,10 +199,10 @@ def _is_summary(value: Any) -> bool:
 
 
 def footer(source: str, filesystem: Any) -> list[int]:
-    """Size of a file, and CRC-32 of the footer that ends it.
+    """Size of a file, and CRC-32 of the footer at its end.
 
-    Parquet has checksums of pages but none of footers, and Arrow may abort the process where one is
-    damaged.
+    Parquet has checksums of pages but not of footers, and Arrow may abort the process if a footer
+    is damaged.
     """
     with filesystem.open_input_file(source) as stream:
         size = stream.size()

@@ -1,4 +1,4 @@
-"""Reading one Parquet file of sparse rows, with every check that its origin makes necessary."""
+"""Read a Parquet file of sparse rows, which may be damaged or untrusted and so is fully checked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ALIASES = {"row_id": ("row_id", "row_tag"), "col_ids": ("col_ids", "col_tag")}
 
 
 class RowReader:
-    """What one file says of its rows, a row group at a time.
+    """Reads the rows of one file, a row group at a time.
 
     Parameters
     ----------
@@ -26,19 +26,19 @@ class RowReader:
     shape : (int, int)
         Rows and columns that ids must lie within.
     side : {"user", "item"}
-        What the rows are.
+        Whether the rows are users or items.
     filesystem : pyarrow.fs.FileSystem
-        Where the file is.
+        The file system of the file.
     summary : list, optional
         Rows, entries, digest, bytes and checksum of the footer, from totals.json, to be verified.
 
     Raises
     ------
     ValueError
-        By every method, naming the file, for what is no such file, lacks a column, has one of
-        another type, or holds an id out of range, a value missing or not finite, lists of values
-        and ids that differ in length, or a column twice in a row; and, at its end, for what is not
-        what totals.json says.
+        By every method, naming the file: if it is not a Parquet file, lacks a column or has one of
+        another type, or if it holds an id out of range, a missing or infinite value, lists of
+        values and ids of different lengths, or a column twice in a row. At its end, if the content
+        differs from totals.json.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class RowReader:
         self._summary = summary
 
     def counts(self) -> tuple[int, int, int, int]:
-        """Least and most entries, rows, and the largest row id or -1, by the file's footer."""
+        """From the footer: bounds on the entries, number of rows, and largest row id or -1."""
         self._verify_footer()
         with self._reading():
             _, pq = parquet_library()
@@ -73,7 +73,7 @@ class RowReader:
                 raise ValueError(f"its footer counts {n_rows} rows and {most} entries")
         if not is_known and meta.num_row_groups:
             return 0, MOST, n_rows, largest
-        # Each row without entries has a value of its own in the count.
+        # The count includes one value for each row without entries.
         return max(most - n_rows, 0), most, n_rows, largest
 
     def lengths(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -90,7 +90,7 @@ class RowReader:
     ) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
         """Yield row ids int64 (m,), and rows as canonical float32 CSR of shape (m, n_columns)."""
         names = [column, "values"] if has_values else [column]
-        # Values that are not to be read must not be there, or be 1.
+        # If the totals say that there are no values, they must be absent or 1.
         if column == "col_ids" and not has_values and "values" in self._columns():
             names.append("values")
         digest, n_rows, n_entries = EntriesDigest(self._side, self.shape[1]), 0, 0
@@ -110,13 +110,13 @@ class RowReader:
             self._verify(n_rows, n_entries, f"{digest.total:016x}")
 
     def _verify(self, n_rows: int, n_entries: int, digest: str | None) -> None:
-        """Compare what was read with the totals; no digest where only lengths were read."""
+        """Compare the content with the totals; without digest if only lengths were read."""
         if self._summary is not None:
             found = [n_rows, n_entries, *([] if digest is None else [digest])]
             self._compare("rows, entries and digest", found, self._summary[: len(found)])
 
     def _verify_footer(self) -> None:
-        """Before Arrow reads a damaged one."""
+        """Verify the footer before Arrow reads it, which may abort on a damaged one."""
         if self._summary is not None:
             with self._reading():
                 found = footer(self._source, self._filesystem)
@@ -157,12 +157,12 @@ class RowReader:
         finally:
             if file is not None:
                 file.close(force=True)
-            # Arrow keeps what it once had; each process has better use for it.
+            # Arrow does not return freed memory by itself.
             pa.default_memory_pool().release_unused()
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Scope whose errors become a ValueError that names the file."""
+        """Context in which errors become a ValueError that names the file."""
         try:
             yield
         except MemoryError:
@@ -172,7 +172,7 @@ class RowReader:
             raise ValueError(f"{self.file} cannot be read as a Parquet file: {reason}") from error
 
     def _find(self, names: list[str], schema: Any) -> list[str]:
-        """Names under which the file has these columns, once their types are checked."""
+        """The file's names of these columns, after a check of their types."""
         pa, _ = parquet_library()
         found = []
         for name in names:
@@ -251,7 +251,7 @@ class RowReader:
 
 
 def _lengths(column: Any) -> np.ndarray:
-    """Lengths (m,) of an Arrow array of lists, int64; 0 where there is none."""
+    """Lengths (m,) of the lists of an Arrow array, int64; 0 for null."""
     lengths = column.value_lengths().fill_null(0)
     return lengths.to_numpy().astype(np.int64)
 
@@ -294,7 +294,7 @@ def packed(
 def joined(
     pieces: list[tuple[np.ndarray, sparse.csr_matrix]],
 ) -> tuple[np.ndarray, sparse.csr_matrix]:
-    """Row ids and rows, one below the other."""
+    """Concatenated row ids and rows."""
     if len(pieces) == 1:
         return pieces[0]
     ids, rows = zip(*pieces, strict=True)

@@ -1,4 +1,4 @@
-"""Writing both orientations of streamed rows as Parquet files, in bounded memory."""
+"""Write both orientations of streamed rows as Parquet files, in bounded memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _UNKNOWN_ROWS = 1 << 40
 
 @dataclass(frozen=True)
 class Settings:
-    """How to write: `write_shards` describes each."""
+    """Arguments of `write_shards`, which describes them."""
 
     n_shards: int
     compression: str
@@ -49,20 +49,20 @@ def write_sides(
     blocks : iterable of csr_matrix
         Canonical, float32.
     folder : Path
-        Exists; a temporary folder in it is removed at the end, and also after an error.
+        Must exist. A temporary folder in it is removed at the end, also after an error.
     shape : (int or None, int)
-        Users, where known beforehand, and items.
+        Numbers of users, if known in advance, and items.
     has_values : bool or None
-        Whether any entry is not 1; None where that is not known beforehand.
+        Whether any entry is not 1; None if that is not known in advance.
     settings : Settings
 
     Returns
     -------
     n_rows, n_entries : int
-        Of the blocks.
+        Totals over the blocks.
     has_values : bool
     summaries : dict
-        By file, its rows, entries and digest.
+        Rows, entries and digest of each file.
     """
     n_rows, n_entries, found_values = 0, 0, False
     memory = settings.memory_entries
@@ -100,15 +100,15 @@ def write_test(
     known, held_out : csr_matrix of one shape
         Canonical, float32.
     folder : Path
-        Exists.
+        Must exist.
     n_columns : int
-        Items; at least the columns of the matrices.
+        Number of items; at least the number of columns of the matrices.
     settings : Settings
 
     Returns
     -------
     n_rows, n_entries, has_values, summaries
-        Of `known`, as in `write_sides`.
+        For `known`, as in `write_sides`.
     """
     has_values = bool(np.any(known.data != 1))
     both = sparse.hstack([known, held_out], format="csr")
@@ -120,20 +120,20 @@ def write_test(
 
 
 class PartWriter(contextlib.AbstractContextManager):
-    """Rows to the files part-00000.parquet, ... of a folder: row `row_id % n_shards` to each.
+    """Writes each row to the file of number `row_id % n_shards` (part-00000.parquet, ...).
 
     Parameters
     ----------
     folder : Path
-        Is made.
+        Must not exist; it is created.
     n_columns : int
         Decides whether column ids are int32 or int64.
     values : bool or None
-        Whether the files have values; None: they have, but null for row groups of ones.
+        Whether the files have values. None: they have, but null for row groups of ones.
     settings : Settings
-        The entries that wait for their row group are at most `memory_entries`, over all parts.
+        At most `memory_entries` entries are buffered, over all parts.
     held_out : bool, default=False
-        Whether the second half of the rows' columns are the first half's again, held out.
+        Whether the second half of the columns holds the held-out entries of the same items.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class PartWriter(contextlib.AbstractContextManager):
 
     @property
     def summaries(self) -> dict[str, list[Any]]:
-        """By file: rows, entries and digest of what was written, bytes, checksum of the footer."""
+        """For each file: rows, entries, digest, size in bytes, and checksum of the footer."""
         pa, _ = parquet_library()
         local, found = pa.fs.LocalFileSystem(), {}
         for part, (counts, digest) in enumerate(zip(self._counts, self._digests, strict=True)):
@@ -190,7 +190,7 @@ class PartWriter(contextlib.AbstractContextManager):
         return found
 
     def add(self, row_ids: np.ndarray, rows: sparse.csr_matrix) -> None:
-        """Write rows that follow, in each part, those of earlier calls; empty ones are left out."""
+        """Append rows to their parts; rows without entries are not written."""
         n_shards = len(self._held)
         stored = np.flatnonzero(np.diff(rows.indptr))
         order = stored[np.argsort(row_ids[stored] % n_shards, kind="stable")]
@@ -252,7 +252,7 @@ def _id_lists(rows: sparse.csr_matrix, kind: Any) -> Any:
 def canonical_blocks(
     blocks: Iterable[Any], shape: tuple[int, int] | None
 ) -> Iterator[sparse.csr_matrix]:
-    """Each block canonical, or a ValueError for what is none, or does not fit the others."""
+    """Yield canonical blocks; ValueError if one is not a matrix or does not match the others."""
     if not isinstance(blocks, Iterable) or isinstance(blocks, np.ndarray):
         raise ValueError(
             f"data must be a CSR matrix or an iterable of CSR matrices, got {type(blocks).__name__}"
@@ -278,7 +278,7 @@ def canonical_blocks(
 
 
 def fitting(held_out: Any, data: Any) -> sparse.csr_matrix:
-    """What is held out, canonical, or a ValueError where it does not fit the data."""
+    """The held-out entries, canonical; ValueError if they do not match the data."""
     if not sparse.issparse(data):
         raise ValueError("with held_out the data must be one CSR matrix, not blocks")
     if not sparse.issparse(held_out) or held_out.shape != data.shape:
@@ -292,7 +292,7 @@ def fitting(held_out: Any, data: Any) -> sparse.csr_matrix:
 def prepared(
     data: Any, shape: tuple[int, int] | None
 ) -> tuple[Iterator[sparse.csr_matrix], tuple[int | None, int], bool | None]:
-    """The checked blocks, users and items, and whether there are values; None: not known yet."""
+    """The checked blocks, (users, items), and whether there are values; None if not known yet."""
     is_matrix = sparse.issparse(data)
     if shape is not None and not (len(shape) == 2 and all(is_count(n, 0) for n in shape)):
         raise ValueError(f"shape must be two integers of at least 0, got {shape!r}")
@@ -310,7 +310,7 @@ def prepared(
 
 @contextlib.contextmanager
 def new_directory(folder: Path, names: Iterable[str]) -> Iterator[Path]:
-    """An empty directory; after an error, folders of these names in it are removed again."""
+    """Create an empty directory; after an error, remove folders of these names in it."""
     was_there = folder.exists()
     if was_there and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not an empty directory: choose another, or remove it")
@@ -326,6 +326,6 @@ def new_directory(folder: Path, names: Iterable[str]) -> Iterator[Path]:
 
 
 def write_totals(file: Path, totals: dict[str, Any]) -> None:
-    """Write a JSON file that has its name only once it is complete."""
+    """Write a JSON file atomically."""
     with replacing(file) as stream:
         stream.write(json.dumps(totals, indent=1).encode())

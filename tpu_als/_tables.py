@@ -24,7 +24,7 @@ _FIRST = threading.RLock()  # of writers whose estimators have no model yet
 
 
 class FactorTables:
-    """What an estimator knows of its tables; base of what ranks and folds in."""
+    """The tables of an estimator; base class of the classes that rank and fold in."""
 
     # A class attribute, because a scikit-learn constructor may set parameters only.
     _fitted: FittedModel = FittedModel()
@@ -112,17 +112,17 @@ class FactorTables:
 
     @property
     def n_iter_(self) -> int:
-        """Iterations run."""
+        """Number of iterations run."""
         return self._attribute("n_iter_", self._fitted.n_iter)
 
     @property
     def history_(self) -> dict[str, list[float]]:
-        """Per iteration, what was measured."""
+        """The values measured in each iteration."""
         return self._attribute("history_", self._fitted.history)
 
     @property
     def item_popularity_(self) -> np.ndarray:
-        """Users with a positive entry for each item, in the matrix that `fit` saw."""
+        """For each item, the number of users with a positive entry in the matrix of `fit`."""
         return self._attribute("item_popularity_", self._fitted.popularity)
 
     # scikit-learn's validation sets and deletes these two.
@@ -137,7 +137,7 @@ class FactorTables:
 
     @property
     def feature_names_in_(self) -> np.ndarray:
-        """Column names, where `fit` saw a DataFrame with string names."""
+        """Column names, if `fit` was given a DataFrame with string names."""
         return self._attribute("feature_names_in_", self._fitted.feature_names)
 
     @feature_names_in_.setter
@@ -153,7 +153,7 @@ class FactorTables:
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())  # type: ignore[call-overload]
-        # Device handles cannot be pickled and mean nothing elsewhere; their number does.
+        # Device handles cannot be pickled, and are valid in this process only. Keep their number.
         state["devices"] = _device_count(self.devices)
         return state
 
@@ -179,13 +179,13 @@ class FactorTables:
         return twin
 
     def _attribute(self, name: str, value: Any) -> Any:
-        """The value of an attribute that exists only once it has been set."""
+        """The value of an attribute that exists only after it has been set."""
         if value is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return value
 
     def _complete(self, *sides: str) -> FittedModel:
-        """The model that a call works with; raises where a table that it needs is absent."""
+        """The fitted model for a call; raise NotFittedError if a table that it needs is absent."""
         fitted = self._fitted
         for side in sides or ("user", "item"):
             if fitted.table(side).is_absent:
@@ -196,7 +196,7 @@ class FactorTables:
         return fitted
 
     def _change(self, make: Callable[[FittedModel], FittedModel]) -> None:
-        """Replace the fitted model by one made from it; writers take turns."""
+        """Replace the fitted model by one made from it, under the writers' lock."""
         with self._writing():
             self._fitted = make(vars(self).get("_fitted") or FittedModel())
 
@@ -210,7 +210,7 @@ class FactorTables:
         self._change(assigned)
 
     def _publish(self, fitted: FittedModel | None) -> None:
-        """Make a model the fitted one; None for none."""
+        """Set the fitted model; None removes it."""
         with self._writing():
             if fitted is None:
                 self.__dict__.pop("_fitted", None)
@@ -233,17 +233,17 @@ class FactorTables:
         return _FIRST if fitted is None else fitted.lock
 
     def _given_tables(self, fitted: FittedModel) -> list[np.ndarray | None]:
-        """User and item table to start from; None of one that is to be drawn."""
+        """User and item table to start from; None for a table to be drawn."""
         return [
             fitted.table(side).read() if self.warm_start or side in fitted.assigned else None
             for side in ("user", "item")
         ]
 
     def _start(self, fitted: FittedModel, data: placing.Data, on_devices: bool) -> als.AlsState:
-        """Place tables to start from: assigned or, with `warm_start`, present ones; else drawn."""
+        """Place the initial tables: assigned or, with `warm_start`, current ones; else drawn."""
         random_state, place, normal = self.random_state, data.place, self.objective == "ials"
         if len(place.processes) > 1 and not isinstance(random_state, Integral):
-            # Chance must be the same in all processes.
+            # All processes must draw the same numbers.
             random_state = place.agree(parameters.random_seed(random_state))
         given = self._given_tables(fitted)
         if on_devices and all(table is None for table in given):
@@ -254,12 +254,12 @@ class FactorTables:
         return als.start(data, *initial.tables(given, shapes, random_state, dtype, normal))
 
     def _place(self) -> mesh.Workplace:
-        """Where `fit` works: with several processes, together with the others."""
+        """The devices for `fit`, including those of other processes."""
         parameters.check(self, parameters.PLACE)
         return mesh.workplace(self.devices, self.num_threads, self.use_gpu, self.table_layout)
 
     def _own_place(self) -> mesh.Workplace:
-        """Where tables on the host are worked with: on this process's devices alone."""
+        """The devices for tables on the host: those of this process only."""
         return self._place().alone
 
 

@@ -1,4 +1,4 @@
-"""A fit under way: its tables, what watches them and what keeps them."""
+"""A running fit: its tables, early stopping and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from .solve import Objective
 
 @dataclass
 class Training:
-    """Steps from one iteration to the next, from the start or from a checkpoint.
+    """Runs iterations one by one, from initial tables or from a checkpoint.
 
     Attributes
     ----------
     data : Data
-        The matrix, laid out.
+        The placed matrix.
     objective : Objective
-        What is minimised.
+        The function to minimise.
     iterations : int
-        How many are wanted.
+        Number of iterations to run in total.
     over_relaxation : float
-        Equation (6), of all iterations but the first and the last.
+        omega of equation (6) in all iterations except the first and the last.
     with_loss : bool
-        Whether to compute the loss after each.
+        Whether to compute the loss after each iteration.
     monitor : EarlyStopping or None
-        What may end it sooner.
+        Early stopping, which may end the fit sooner.
     checkpoints : Checkpoints or None
-        Where to keep it.
+        Where to save checkpoints.
     settings : dict
-        What decides the result besides the data: the identity of a run in its checkpoints.
+        All settings that affect the result. With the data they identify the run.
     fitted_to : tuple
-        Identity of the data, and whether a restart on them has warned.
+        Identity of the data, and whether a repeated fit on them has warned.
     state : AlsState
         The tables; set by `resume`, or by the caller.
     done : int
-        Iterations run.
+        Number of iterations run.
     history : dict of list of float
-        By name, what each iteration reported.
+        The values that the iterations reported, by name.
     """
 
     data: placing.Data
@@ -63,12 +63,12 @@ class Training:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether all iterations are done, or early stopping ended the fit."""
         is_stale = self.monitor is not None and self.monitor.is_over
         return is_stale or self.done >= self.iterations
 
     def resume(self) -> bool:
-        """Take up the last checkpoint; False where there is none."""
+        """Resume from the last checkpoint; return False if there is none."""
         if self.checkpoints is None:
             return False
         found = self.checkpoints.restore(self.settings, self.data, self.iterations)
@@ -85,9 +85,10 @@ class Training:
         return True
 
     def step(self) -> dict[str, float]:
-        """Run one iteration; what is known of it."""
+        """Run one iteration; return its seconds, loss and NDCG, as far as computed."""
         started = time.perf_counter()
-        # Plain ALS from tables that mean nothing yet, and to end on rows that are solved.
+        # Plain ALS in the first iteration, which starts from random tables, and in the last, so
+        # that the final rows are solutions.
         is_outer = self.done in (0, self.iterations - 1)
         relaxation = 1.0 if is_outer else self.over_relaxation
         self.state, failed = als.epoch(self.state, self.data, self.objective, relaxation)
@@ -130,18 +131,18 @@ def settings_of(
     initial_tables: list[np.ndarray | None],
     on_devices: bool,
 ) -> dict[str, Any]:
-    """What decides the result besides the data: a checkpoint is resumed only by the same.
+    """All settings that affect the result. A checkpoint is resumed only with the same ones.
 
     Parameters
     ----------
     estimator : TPUAlternatingLeastSquares
-        Its parameters are known to be valid.
+        Its parameters must be valid; they are not checked.
     objective : Objective
-        What they make of the equations.
+        The objective that they define.
     linear_solver : str
-        The solver they choose.
+        The solver that they choose.
     initial_tables : two of ndarray or None
-        User and item table that the fit starts from; None of one that is drawn.
+        User and item table that the fit starts from; None for a table that is drawn.
     on_devices : bool
         Whether tables are drawn on the devices.
     """
@@ -156,7 +157,7 @@ def settings_of(
         **{name: float(getattr(estimator, name)) for name in ("over_relaxation", *watching)},
         "early_stopping": is_watched,
         "objective": estimator.objective,
-        # Only plain ALS ends on the same tables whatever iteration was to be the last.
+        # Only with plain ALS do the tables not depend on which iteration is the last.
         "iterations": int(estimator.iterations) if estimator.over_relaxation != 1 else None,
         "initial tables": [
             drawn if table is None else _digest.array(table) for table in initial_tables
@@ -165,7 +166,7 @@ def settings_of(
 
 
 def _readable(state: als.AlsState, data: placing.Data) -> tuple[Factors, Factors]:
-    """User and item table as arrays of the host, or where they are if they are to stay there."""
+    """User and item table as arrays on the host, or on the devices if they stay there."""
     found = resident.tables(state, data)
     if found["user"].is_resident:
         return found["user"], found["item"]
@@ -173,9 +174,9 @@ def _readable(state: als.AlsState, data: placing.Data) -> tuple[Factors, Factors
 
 
 class _Fetched:
-    """A table on the devices that becomes an array of the host when a checkpoint is written.
+    """A table on the devices that is fetched to the host when a checkpoint is written.
 
-    Checkpoints hold the best tables as whole arrays, unlike the present ones.
+    Checkpoints hold the best tables as whole arrays; the current tables are saved in parts.
     """
 
     def __init__(self, table: Table) -> None:

@@ -15,8 +15,8 @@ class ExternalTranspose:
     """An external merge sort of a matrix's entries by column.
 
     Entries fill a buffer; a full buffer is sorted and becomes a file, a run. `merged` reads all
-    runs side by side. Unlike ranges of columns that are fixed beforehand, this needs neither the
-    number of entries nor where the popular columns lie.
+    runs in parallel. Unlike a split into fixed ranges of columns, this needs neither the number of
+    entries nor the popularity of columns in advance.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ class ExternalTranspose:
         """
         self._write_run()
         self._buffer = np.empty(0, self._record)
-        # A quarter of the memory, as what is ready is sorted, split and buffered further on.
+        # A quarter of the memory, because the result is copied when it is sorted and split.
         share = max(1, self._memory_entries // (4 * max(1, len(self._runs))))
         runs = self._runs
         while runs:
@@ -124,7 +124,7 @@ class _Run:
             self.n_left -= wanted
 
     def take(self, column: int | None) -> np.ndarray:
-        """Give up what lies before `column`; None: all."""
+        """Remove and return the entries before `column`; all if it is None."""
         end = len(self.held) if column is None else np.searchsorted(self.held["column"], column)
         taken, self.held = self.held[:end], self.held[end:].copy()
         return taken

@@ -4,8 +4,8 @@ One `half_epoch` serves both sides: *target* is the table being solved, *source*
 fixed. Tables stay in the layout's slot order on the devices; `user_factors` and `item_factors`
 bring them back to the caller's order.
 
-On a mesh the source table either stands whole on every device for a half-epoch, or each device
-keeps its part and the chunks receive what they need (`exchange`). Long rows are solved by all
+On a mesh either every device has the whole source table for a half-epoch, or each device keeps its
+part and the chunks receive the rows that they need (`exchange`). Long rows are solved by all
 devices together: each has the entries whose source rows it owns, and their sums are added.
 
 Axis letters: W work shards, S slots of a shard, K factors, M target rows, N source rows.
@@ -31,7 +31,7 @@ from tpu_als.solve import Basis, Objective
 from tpu_als.sweep import Measured, Shared, Span
 
 _RUNGS_A_PROGRAM = 4
-_LARGE = 1 << 24  # bytes of a table whose copies are worth the milliseconds of giving them back
+_LARGE = 1 << 24  # bytes of a table; returning its copies to the system takes milliseconds
 _DRAWN = 1 << 14  # rows drawn at once, which bounds the generator's scratch
 
 
@@ -138,8 +138,8 @@ def epoch(
 
 
 def _tidy(data: Data) -> None:
-    """Give back the copies of large tables that XLA's half-epoch made in the host's memory."""
-    if data.params.native:  # which uses its memory again
+    """Return the host memory of copies of large tables that XLA's half-epoch made."""
+    if data.params.native:  # it reuses its memory
         return
     rows = max(side.rows.n_slots * side.rows.n_shards for side in (data.users, data.items))
     row_bytes = data.params.factors * np.dtype(DTYPES[data.params.dtype]).itemsize
@@ -159,7 +159,7 @@ def half_epoch(
     """Solve all rows of the target table against the source table, which is held fixed."""
     params, where = data.params, data.place
     side, source = (data.users, data.items)[:: 1 if target == "users" else -1]
-    # On an accelerator nothing of this is the host's work.
+    # On an accelerator the host's BLAS is not used.
     scope = single_blas_thread() if where.platform == "cpu" else contextlib.nullcontext()
     with precision(params.dtype), scope:
         if params.native:
@@ -179,7 +179,7 @@ def half_epoch(
 def passes(
     side: Side, data: Data, basis: Basis, objective: Objective, relaxation: float = 1.0
 ) -> list[tuple[Any, Any, Shared]]:
-    """Programs, with what they read, that in turn solve all rows of a side (`Workplace.run`)."""
+    """Programs with their inputs that together solve all rows of a side (`Workplace.run`)."""
     given = _shared(basis, objective, data, relaxation)
     if _weights_vanish(data, objective):
         data = replace(data, params=replace(data.params, linear_solver="diagonal"))
@@ -223,7 +223,7 @@ def _prepare(
 def _count_failed(
     _: None, together: Together, own: tuple[Shards, Shards], __: None
 ) -> tuple[Array, None, None]:
-    """Rows with entries that are not finite; a failed basis also spoils slots that no row uses."""
+    """Number of rows that are not finite. Unused slots are ignored; a failed basis spoils them."""
     parts = zip(*(together.parts(each) for each in own), strict=True)
     failed = sum(jnp.sum(~solve.finite_rows(table) & (lengths > 0)) for table, lengths in parts)
     return together.total(failed), None, None
@@ -235,7 +235,7 @@ def _shared(basis: Basis, objective: Objective, data: Data, relaxation: float) -
 
 
 def _largest_weight(data: Data, objective: Objective) -> float:
-    """No weight w of (1) is larger in size; where the values are not known, if they are counts."""
+    """Bound on the absolute weights w of (1). If the values are unknown, they count as 1."""
     largest = 1.0 if data.magnitudes is None else max(float(data.magnitudes[1]), 0.0)
     weight = float(objective.alpha) * largest + float(objective.offset)
     return min(weight, float(np.finfo(data.params.compute_dtype).max) / 4)
@@ -244,10 +244,10 @@ def _largest_weight(data: Data, objective: Objective) -> float:
 def _programs(
     rungs_pass: Callable[..., Array], side: Side, own: Any, data: Data, shared: Shared
 ) -> list[tuple[Any, Any, Shared]]:
-    """Programs, with what they read, that together pass over all rungs.
+    """Programs with their inputs that together pass over all rungs.
 
-    A few rungs share a program: each program is a dispatch in every half-epoch, while rungs in
-    programs of their own compile side by side.
+    A few rungs share a program. Fewer programs need fewer dispatches in a half-epoch; more programs
+    can be compiled in parallel.
     """
     parts, first_send = [], 0
     for number, rung in enumerate(side.rows.rungs):
@@ -269,7 +269,7 @@ def _programs(
 def _long_program(
     long_pass: Callable[..., Array], side: Side, own: Any, data: Data, shared: Shared
 ) -> tuple[Any, Any, Shared]:
-    """The program of the long rows, with what it reads."""
+    """The program of the long rows, with its inputs."""
     shape = data.params.shape(1, data.plan.lengths[-1])._replace(together=data.place.together)
     n_batches = -(-len(side.rows.long) // cells.LONG_ROWS)
     span = Span(*np.array([0, 0, 0, n_batches], np.int32))
@@ -288,8 +288,9 @@ def _typed(number: float, params: AlsParams) -> Any:
 def loss(state: AlsState, data: Data, objective: Objective) -> float:
     """Loss at the tables, in implicit's normalisation: over the sum of all cells' weights.
 
-    The sum over all cells is a0 tr(X^T X Y^T Y); the stored cells add what differs. Sums over rows
-    are float64 on the host; docs/math.md says how sums over the entries of a row are bounded.
+    The sum over all cells is a0 tr(X^T X Y^T Y), to which the differences of the stored cells are
+    added. Sums over rows are in float64 on the host; docs/math.md bounds the error of sums over the
+    entries of a row.
     """
     params, where, users = data.params, data.place, data.users
     with precision(params.dtype):
@@ -317,7 +318,7 @@ def loss(state: AlsState, data: Data, objective: Objective) -> float:
 def _ridges(objective: Objective, side: Side, n_source: int, squares: np.ndarray) -> float:
     """Sum of lam_u |z_u|^2 over a side's rows, given the squared norms of its slots.
 
-    The power in (2) may overflow; where a row is zero, or lam, the term is 0 all the same.
+    The power in (2) may overflow; if a row or lam is zero, the term is still 0.
     """
     own = squares[side.rows.slots]
     with np.errstate(over="ignore", invalid="ignore"):
@@ -328,7 +329,7 @@ def _ridges(objective: Objective, side: Side, n_source: int, squares: np.ndarray
 def _cells_loss(
     state: AlsState, data: Data, objective: Objective, basis: Basis, held: Any
 ) -> np.ndarray:
-    """What the stored cells of each user slot (W, S) add to the loss."""
+    """Contribution of the stored cells of each user slot (W, S) to the loss."""
     params, where, users = data.params, data.place, data.users
     given = _shared(basis, objective, data, 1.0)
     measured = Measured(users.own, state.users)
@@ -343,7 +344,7 @@ def _cells_loss(
 def _summary(
     dtype: str, together: Together, table: Shards, n_rows: Array
 ) -> tuple[tuple[Basis, Array], Array, Shards]:
-    """A table as it is, to be read without a rotation; its gramian and its squared row norms."""
+    """The table with an identity rotation; its gramian, and its squared row norms."""
     rows = together.join(table)
     eye = jnp.eye(rows.shape[1], dtype=dtype)
     basis = Basis(eye, jnp.diagonal(eye), n_rows.astype(dtype))

@@ -26,7 +26,7 @@ Blocks = Iterable[tuple[np.ndarray, sparse.csr_matrix]]
 class Entries(Protocol):
     """A matrix that can be read by rows of either side ("user", "item"), in blocks.
 
-    `part` of `parts` is this process's portion where the matrix stands on disk.
+    `part` of `parts` is this process's part if the matrix is on disk.
     """
 
     @property
@@ -124,7 +124,7 @@ def fill(
     source_slots : int array (N,)
         Global slot of each source row.
     pad : int
-        What a cell without an entry points at.
+        The source row that a cell without an entry refers to.
     shards : range
         The shards to fill.
     dtype : dtype or None
@@ -168,7 +168,7 @@ class Long(NamedTuple):
     Attributes
     ----------
     ids : int32 array (B, L)
-        What each cell points at.
+        The source row that each cell refers to.
     values : array (B, L) or None
         Stored values; None where all are 1.
     rows : int32 array (B,)
@@ -253,7 +253,7 @@ def fill_long(
     shard : int array
         The shard of each entry; those of other processes are left out.
     ids : int array
-        What a cell is to point at, for each entry.
+        The source row for the cell of each entry.
     rows : RowMap
         The map of the target rows.
     lengths : int array (M,)

@@ -1,15 +1,15 @@
-"""Checkpoints of training, so that a fit that was cut off goes on where it stood. By orbax.
+"""Checkpoints of training, from which an interrupted fit resumes. They are written with orbax.
 
-A checkpoint holds both tables in slot order, as they lie on the devices: every process writes its
-own shards, and no process ever has a whole table. With each slot goes the number of its row, so
-that another number of devices, threads or processes can resume too. A checkpoint counts only once
-all of it is on disk; whatever cuts the writing short, the one before stays. Checksums of the tables
+A checkpoint holds both tables in slot order, as on the devices: every process writes its own
+shards, and no process ever has a whole table. Each slot is stored with its row number, so that
+another number of devices, threads or processes can resume. A checkpoint is valid only after all of
+it is on disk; if writing is interrupted, the previous checkpoint remains. Checksums of the tables
 are verified when they are read.
 
-The checkpoints of a run are in a folder of their own, named by a digest of the run's parameters,
-data and initial tables. So a training resumes only what has the same result.
+Each run has its own folder, named after a digest of its parameters, data and initial tables. So a
+training resumes only checkpoints that lead to the same result.
 
-Several processes make the same calls and see the same directory: a shared file system or a bucket.
+All processes must make the same calls and see the same directory: a shared file system or a bucket.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from tpu_als.placing import Data, Side
 
 __all__ = ["FOLDER", "FORMAT", "Checkpoints", "Resumed"]
 
-# A directory of their own in the given one: what lies beside is neither read nor removed.
+# A subdirectory of the given one. Files outside it are neither read nor removed.
 FOLDER = "tpu_als_checkpoints"
-_CHUNK_BYTES = 1 << 26  # of a table that reading a part of it has to read at once
+_CHUNK_BYTES = 1 << 26  # the least that is read from a table at once
 
 log = logging.getLogger("tpu_als")
 
@@ -55,28 +55,28 @@ class Checkpoints:
     Parameters
     ----------
     directory : str or path-like
-        A local path or, as far as orbax can write there, an address such as ``gs://bucket/run``.
-        The checkpoints go to ``tpu_als_checkpoints/<run>/<iteration>`` in it; what does not exist
-        is made. Several runs may share the directory. On a local path a lock keeps a second
-        training from the same run, and of other runs the three written last stay.
+        A local path, or an address such as ``gs://bucket/run`` that orbax can write to. It is
+        created if needed. Checkpoints are saved in ``tpu_als_checkpoints/<run>/<iteration>`` below
+        it. Several runs may share the directory. On a local path a lock prevents a second training
+        of the same run, and only the three most recently written other runs are kept.
     every : int, default=1
         Save at multiples of this many iterations.
     keep : int, default=3
-        How many of a run's latest checkpoints stay.
+        Number of checkpoints of a run to keep.
 
     Raises
     ------
     ImportError
-        Where orbax is not installed.
+        If orbax is not installed.
     NotADirectoryError
-        Where the directory is a file.
+        If the directory is a file.
     ValueError
         For an `every` or `keep` below 1.
 
     Notes
     -----
-    Writing goes on in the background while training continues; a failure to write is raised by
-    the next `save` or by `close`.
+    Checkpoints are written in the background while training continues. If writing fails, the next
+    `save` or `close` raises the error.
     """
 
     def __init__(self, directory: str | os.PathLike[str], every: int = 1, keep: int = 3) -> None:
@@ -101,36 +101,36 @@ class Checkpoints:
     def restore(
         self, settings: dict[str, Any], data: Data, at_most: int | None = None
     ) -> Resumed | None:
-        """Read the latest checkpoint of a run that is not damaged.
+        """Read a run's latest checkpoint that is not damaged.
 
         Parameters
         ----------
         settings : dict
-            What decides the result, besides the data; of what JSON can write. With the data they
-            are the run's identity.
+            All settings that affect the result, as values that JSON supports. Together with the
+            data they identify the run.
         data : Data
-            What training goes on with, placed `with_digest`. It may lie on other devices, threads
-            or processes than when the checkpoint was saved.
+            The training data, placed `with_digest`. The devices, threads or processes may be others
+            than when the checkpoint was saved.
         at_most : int, optional
-            Pass over checkpoints of more iterations.
+            Skip checkpoints of more iterations.
 
         Returns
         -------
         Resumed or None
-            None where there is no checkpoint. The tables are those that were saved, bit for bit.
+            None if there is no checkpoint. The tables equal the saved ones, bit for bit.
 
         Raises
         ------
         ValueError
-            Where all checkpoints of the run are damaged, one is of a later format, the data have
-            no digest, or processes passed different settings or data.
+            If all checkpoints of the run are damaged, one has a later format, the data have no
+            digest, or processes passed different settings or data.
         RuntimeError
-            Where another training writes checkpoints of this run.
+            If another training writes checkpoints of this run.
 
         Warns
         -----
         DataWarning
-            Once, naming the files, where later checkpoints than the one read are damaged.
+            Once, naming the files, if checkpoints after the returned one are damaged.
         """
         manager, damaged, found = self._open(settings, data), {}, None
         run = self._run
@@ -152,8 +152,8 @@ class Checkpoints:
         if found is None and damaged:
             raise ValueError(
                 f"none of the {len(damaged)} checkpoints in {run.path} can be read: "
-                f"{'; '.join(damaged.values())}. Remove that folder to start the run afresh, or "
-                "give another directory"
+                f"{'; '.join(damaged.values())}. Remove that folder to start the run again, or "
+                "choose another directory"
             )
         if damaged:
             self._warn(data.place, damaged, found.iteration if found else 0)
@@ -171,36 +171,37 @@ class Checkpoints:
         *,
         force: bool = False,
     ) -> bool:
-        """Save the tables after so many iterations; waits only for what was saved before.
+        """Start to save the tables; wait only for the previous save.
 
         Parameters
         ----------
         iteration : int
-            Iterations run.
+            Number of iterations run.
         state : AlsState
-            The tables. They are read in the background: donate them to nothing.
+            The tables. They are read in the background, so do not donate them to a computation.
         data : Data
-            What they were trained on.
+            The training data.
         settings : dict
-            As for `restore`.
+            As in `restore`.
         history : dict of list of float
-            Given back by `restore`.
+            Returned by `restore`.
         extra : dict of ndarray, optional
-            Likewise; the same on every process.
+            Returned by `restore`. Must be the same in every process.
         force : bool, default=False
-            Save also where `iteration` is no multiple of `every`.
+            Save even if `iteration` is not a multiple of `every`.
 
         Returns
         -------
         bool
-            Whether it is being saved: not if it is not its turn, or it or a later one is there.
+            Whether it is being saved. False if `iteration` is not a multiple of `every`, or if this
+            or a later checkpoint exists.
 
         Raises
         ------
         OSError
-            Where an earlier checkpoint could not be written.
+            If an earlier checkpoint could not be written.
         ValueError, RuntimeError
-            As `restore`.
+            As in `restore`.
         """
         if iteration % self._every and not force:
             return False
@@ -239,7 +240,7 @@ class Checkpoints:
         return True
 
     def close(self) -> None:
-        """Wait for what is being written, and let others write to the run."""
+        """Wait until everything is written, and release the run's lock."""
         manager, self._manager, self._run, self._known = self._manager, None, None, None
         with self._at_close:
             if manager is not None:
@@ -261,7 +262,7 @@ class Checkpoints:
             ) from error
 
     def _open(self, settings: dict[str, Any], data: Data) -> Any:
-        """Open the run of these settings and data, and close the one before if it is another."""
+        """Open the run of these settings and data; close the open run if it is another one."""
         place, known = data.place, self._know(settings, data)
         if self._run is not None and self._run.path.name != known.identity:
             self.close()
@@ -297,7 +298,7 @@ class Checkpoints:
 
     def _warn(self, place: Workplace, damaged: dict[int, str], iteration: int) -> None:
         message = (
-            f"{len(damaged)} damaged checkpoints were passed over, and training resumes from "
+            f"{len(damaged)} damaged checkpoints were skipped, and training resumes from "
             f"iteration {iteration}: {'; '.join(damaged.values())}"
         )
         log.warning(message)
@@ -308,13 +309,13 @@ class Checkpoints:
         if found is not None:
             log.info("resumed from %s", run.path / str(found.iteration))
         elif n_steps:
-            log.info("started anew: the run %s has checkpoints of more iterations only", run.path)
+            log.info("started: all checkpoints of the run %s have more iterations", run.path)
         else:
             log.info("started the run %s; %s", run.path, run.differences())
 
 
 class _Known(NamedTuple):
-    """What every checkpoint of the same run has in common."""
+    """Values that all checkpoints of a run share."""
 
     data: Data
     about: dict[str, Any]
@@ -324,7 +325,7 @@ class _Known(NamedTuple):
 
 
 def _fingerprint(data: Data) -> dict[str, Any]:
-    """What tells another matrix, or other shapes of tables."""
+    """Entries that differ for another matrix or other shapes of tables."""
     if data.digest is None:
         raise ValueError(
             "checkpoints need the digest of the data: lay them out by "
@@ -341,7 +342,7 @@ def _fingerprint(data: Data) -> dict[str, Any]:
 
 
 def _check_identity(identity: str, place: Workplace) -> None:
-    """Raise on all processes where they do not mean the same run."""
+    """Raise ValueError in all processes unless all have the same run."""
     own = np.array([int(identity[:8], 16), int(identity[8:], 16)], np.int64)
     every = place.gather_processes(own)
     if (every != every[0]).any():
@@ -373,5 +374,5 @@ def _by_first(work: Any, place: Workplace) -> None:
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as they come back from JSON, such as lists for tuples."""
+    """Settings after a round trip through JSON, which turns tuples into lists."""
     return json.loads(json.dumps(settings))

@@ -1,4 +1,4 @@
-"""Symmetric positive semi-definite systems, a batch at a time. docs/math.md says where they arise.
+"""Solve batches of symmetric positive semi-definite systems. docs/math.md derives the systems.
 
 Axis letters: R systems, K unknowns, P rows of a panel.
 """
@@ -10,21 +10,21 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-_PANELS, _LEAST_PANEL = 4, 16  # of the factorisation on CPU; each panel costs compilation
+_PANELS, _LEAST_PANEL = 4, 16  # number and least height of panels on CPU; each must be compiled
 
 
 def direct(matrix: Array, rhs: Array) -> Array:
     """Solve systems (R, K, K), symmetric and positive semi-definite, by Cholesky.
 
-    Where a factorisation fails (rank-deficient and no ridge), the block is factored again with a
-    ridge of a few rounding errors of its mean diagonal, which picks nearly the least-norm solution.
+    If a factorisation fails (rank-deficient and no ridge), the matrix is factorised again with a
+    ridge of a few rounding errors of its mean diagonal, which gives nearly the least-norm solution.
     """
     upper = _factorise_semidefinite(matrix)
     return lax.platform_dependent(upper, rhs, cpu=_substitute, default=_triangular)
 
 
 def _factorise_semidefinite(matrix: Array) -> Array:
-    """Factorise as `_factorise`, again with a ridge where that failed. One loop, compiled once."""
+    """Like `_factorise`, then again with a ridge where it failed. One loop, compiled once."""
     size = matrix.shape[1]
     mean = jnp.trace(matrix, axis1=1, axis2=2)[:, None, None] / size
     ridge = 4 * size * jnp.finfo(matrix.dtype).eps * mean + jnp.finfo(matrix.dtype).tiny
@@ -47,8 +47,8 @@ def _factorise_semidefinite(matrix: Array) -> Array:
 def _factorise(matrix: Array) -> Array:
     """U with U^T U = matrix (R, K, K); NaN where a matrix is not positive definite.
 
-    XLA's Cholesky and triangular solve on CPU wait for a thread pool of its own, and deadlock where
-    several programs run at once, as work shards and CPU devices do. So the CPU has plain loops.
+    XLA's Cholesky and triangular solve on CPU wait for XLA's thread pool, and deadlock if several
+    programs run at once, as with work shards and CPU devices. So plain loops are used on the CPU.
     """
     return lax.platform_dependent(
         matrix, cpu=_factorise_rows, default=lambda m: jnp.linalg.cholesky(m, upper=True)
@@ -58,7 +58,7 @@ def _factorise(matrix: Array) -> Array:
 def _factorise_rows(matrix: Array) -> Array:
     """Cholesky by panels of rows of U, vectorised over R.
 
-    A panel first loses, by one product, what the panels above account for.
+    One product first subtracts the contribution of the panels above from a panel.
     """
     size = matrix.shape[1]
     height = max(-(-size // _PANELS), _LEAST_PANEL)
@@ -76,7 +76,7 @@ def _factorise_rows(matrix: Array) -> Array:
 
 
 def _factorise_panel(panel: Array) -> Array:
-    """The top rows (R, P, n >= P) of U, row by row, each from the rows above it."""
+    """Factorise the top rows (R, P, n >= P) of U, each from the rows above it."""
     columns = jnp.arange(panel.shape[2])[None]
 
     def body(k: Any, upper: Array) -> Array:

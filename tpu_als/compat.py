@@ -1,4 +1,4 @@
-"""implicit's behaviour to the letter, where scikit-learn's differs."""
+"""The estimator with implicit's behaviour wherever scikit-learn's conventions differ."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["AlternatingLeastSquares"]
 
 
 class AlternatingLeastSquares(TPUAlternatingLeastSquares):
-    """`TPUAlternatingLeastSquares` as code that was written for implicit expects it.
+    """`TPUAlternatingLeastSquares` with the behaviour that code written for implicit expects.
 
     Parameters are in the order of the function ``implicit.als.AlternatingLeastSquares``, with
-    `use_gpu` before `iterations`, and `warm_start` is True by default: each call of `fit`
-    continues from the present tables, so that fifteen fits of one iteration are one fit of fifteen.
-    Where the matrix has more rows or columns than the tables, new ones are drawn; where it has
-    fewer, `fit` raises a ValueError. All else is as in `TPUAlternatingLeastSquares`, whose text
-    describes the parameters; ``warm_start=False`` starts each fit anew.
+    `use_gpu` before `iterations`. `warm_start` is True by default: each call of `fit` continues
+    from the current tables, so that 15 fits of one iteration equal one fit of 15. If the matrix has
+    more rows or columns than the tables, factors of the new ones are drawn; if it has fewer, `fit`
+    raises a ValueError. With ``warm_start=False`` each fit starts from new tables. Everything else,
+    including the description of the parameters, is as in `TPUAlternatingLeastSquares`.
 
     Examples
     --------

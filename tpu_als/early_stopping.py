@@ -1,4 +1,4 @@
-"""Watching the ranking of held-out entries during a fit, and keeping the best tables."""
+"""Early stopping: rank held-out entries after each iteration, and keep the best tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .resident import Table
 
 log = logging.getLogger("tpu_als")
 _BATCH = 1 << 14  # users whose rows are fetched from the devices at once
-# A table as training hands it over: on the devices where no host should hold all of it.
+# A table as training passes it: on the devices if no host should hold all of it.
 Factors = np.ndarray | Table
 
 
@@ -24,24 +24,24 @@ class EarlyStopping:
     Parameters
     ----------
     train, hidden : csr_matrix of shape (n_users, n_items)
-        What the fit sees, and the entries held out of it.
+        The entries to train on, and the held-out entries.
     patience : int
-        Iterations without improvement after which to stop.
+        Iterations without improvement before stopping.
     tol : float
-        Least gain in NDCG that counts as improvement.
+        Smallest gain in NDCG that counts as improvement.
     fraction : float, optional
-        The part of each user's entries that was to be held out, for the error.
+        The fraction of each user's entries to hold out, for the error message.
 
     Attributes
     ----------
     best : tuple of ndarray or Table, or None
-        User and item table of the best iteration so far. Tables on the devices stay there: JAX's
-        arrays are never written to.
+        User and item table of the best iteration so far. Tables on the devices are kept without a
+        copy, because JAX's arrays are immutable.
 
     Raises
     ------
     ValueError
-        Where no entry is held out.
+        If no entry is held out.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class EarlyStopping:
 
     @property
     def is_over(self) -> bool:
-        """Whether patience has run out."""
+        """Whether there were `patience` iterations without improvement."""
         return self._stale >= self._patience
 
     def measure(self, user_factors: Factors, item_factors: Factors, place: Workplace) -> float:
-        """NDCG@10 of the held-out entries among all items not trained on; notes the best.
+        """NDCG@10 of the held-out entries among all items not trained on; keeps the best tables.
 
-        Tables of the host are ranked on `place`, and tables on the devices where they are. Then
-        users are taken in batches, and with several processes all of them make this call.
+        Tables on the host are ranked on `place`. Tables on the devices are ranked there, with users
+        in batches; if there are several processes, all must make this call.
         """
         if isinstance(item_factors, Table):
             table = item_factors
@@ -90,7 +90,7 @@ class EarlyStopping:
         return score
 
     def resume(self, scores: list[float], best: tuple[Factors, Factors]) -> None:
-        """Take up what was measured before, and the tables of the best of it."""
+        """Restore earlier scores, and the tables of the best of them."""
         for score in scores:
             self._note(score)
         self.best = best
@@ -107,7 +107,7 @@ class EarlyStopping:
         return np.concatenate(found)
 
     def _note(self, score: float) -> bool:
-        """Count a score; whether it is the best so far."""
+        """Record a score; return whether it is the best so far."""
         self._stale = 0 if score > self._best_score + self._tol else self._stale + 1
         is_best = score > self._best_score
         self._best_score = max(score, self._best_score)
@@ -115,7 +115,7 @@ class EarlyStopping:
 
 
 def _reason(rows: sparse.csr_matrix, fraction: float | None) -> str:
-    """Why no entry of a matrix is held out, and what would hold out some."""
+    """Why no entry of a matrix is held out, and how to change that."""
     n_able = np.count_nonzero(holdout.positive_counts(rows) >= 2)
     if not n_able:
         return (

@@ -1,4 +1,4 @@
-"""The estimator: parameters, the fit, and scikit-learn's and implicit's rules around it."""
+"""The estimator: parameters and `fit`, by the conventions of scikit-learn and implicit."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class TPUAlternatingLeastSquares(
 ):
     """Alternating least squares for implicit feedback, on one or many devices.
 
-    Takes the place of ``implicit.als.AlternatingLeastSquares`` and is a scikit-learn transformer:
-    rows are users, columns are items, and stored values are confidences.
+    Replaces ``implicit.als.AlternatingLeastSquares`` and is a scikit-learn transformer. Rows are
+    users, columns are items, and stored values are confidences.
 
     Parameters
     ----------
@@ -47,28 +47,30 @@ class TPUAlternatingLeastSquares(
     regularization : float, default=0.01
         Ridge of every row's system.
     alpha : float, default=1.0
-        Factor on the stored values.
+        The stored values are multiplied by it.
     dtype : np.float32, np.float64 or "bfloat16", default=np.float32
-        Storage of the tables in `fit`. With "bfloat16" sums are float32, and so is what one reads.
+        Dtype of the tables in `fit`. With "bfloat16", sums and the factors that you read are
+        float32.
     use_native : bool, default=True
-        Whether "cg" runs on a CPU in loops that numba compiles, with the same result in less time,
-        where the extra ``native`` is installed and one process works in float32 or float64; several
-        CPU devices then work as threads, unless `table_layout` says how a table should lie on them.
+        Whether "cg" on a CPU uses loops compiled by numba, which give the same result in less time.
+        This needs the extra ``native``, a single process and float32 or float64. Several CPU
+        devices then become threads, unless `table_layout` is set.
     use_cg : bool, default=True
         Whether `linear_solver=None` means "cg" rather than "cholesky".
     iterations : int, default=15
         Number of iterations, each of which solves all users and then all items.
     calculate_training_loss : bool, default=False
-        Compute the loss at each iteration, for `history_`, the callback, the bar and the log.
+        Compute the loss of each iteration, for `history_`, the callback, the progress bar and the
+        log.
     num_threads : int, default=0
         Threads on a single CPU device; 0 means all cores that the process may use, by its affinity,
-        its control group and LOKY_MAX_CPU_COUNT. More than 16, and than cores, help nothing and
-        are cut down.
+        its control group and LOKY_MAX_CPU_COUNT. The number is limited to 16 or the number of
+        cores, whichever is larger, as more threads do not help.
     random_state : int, RandomState, Generator or None, default=None
         Seed of the initial tables; an integer gives the same ones as in implicit.
     objective : {"implicit", "ials"}, default="implicit"
-        Hu, Koren, Volinsky (2008) in implicit's convention, where a negative value is a dislike;
-        or iALS of Rendle et al. (2022), where an observed cell pays on top of the unobserved term.
+        Hu, Koren, Volinsky (2008) in implicit's convention, where a negative value is a dislike; or
+        iALS of Rendle et al. (2022), which adds the loss of an entry to the unobserved term.
     unobserved_weight : float, default=1.0
         Weight of a cell without an entry.
     regularization_exponent : float, default=None
@@ -79,19 +81,20 @@ class TPUAlternatingLeastSquares(
     cg_steps : int, default=3
         Steps of "cg".
     devices : None, int, list of jax.Device or jax.sharding.Mesh, default=None
-        None takes all devices of JAX's default backend, a number the first so many.
+        None uses all devices of JAX's default backend; a number n uses the first n of them.
     table_layout : {"auto", "replicated", "sharded"}, default="auto"
-        How the table held fixed stands on several devices: a copy on each for a half-epoch, or in
-        parts, rows travelling to where they are needed. "auto" goes by a device's memory.
+        How several devices store the table that is fixed in a half-epoch. "replicated": each has a
+        copy. "sharded": each has a part, and rows are sent where they are needed. "auto" chooses by
+        a device's memory.
     over_relaxation : float, default=1.0
-        How far `fit` moves rows towards their solution. 1 is ALS; 1.6 takes about half as many
-        iterations to the same loss. Between 0 and 2; the first and last of `iterations` use 1.
+        How far `fit` moves rows towards their solution, between 0 and 2. 1 is plain ALS; 1.6
+        reaches the same loss in about half the iterations. The first and last iteration use 1.
     warm_start : bool, default=False
-        Start `fit` from the present tables, as implicit always does.
+        Start `fit` from the current tables, as implicit always does.
     use_gpu : bool, default=None
-        True requires that JAX runs on a GPU; None and False leave JAX's choice.
+        True requires that JAX runs on a GPU; with None and False JAX chooses.
     block_size : int, default=64
-        Factors that a block solver solves at once.
+        Number of factors that "subspace" solves at once.
     early_stopping : bool, default=False
         Stop when NDCG@10 on held-out entries no longer rises, and keep the best tables.
     validation_fraction : float, default=0.1
@@ -99,42 +102,46 @@ class TPUAlternatingLeastSquares(
     n_iter_no_change : int, default=3
         Iterations without improvement before stopping.
     tol : float, default=1e-4
-        Least gain in NDCG@10 that counts as improvement.
+        Smallest gain in NDCG@10 that counts as improvement.
     approximate_recall : float, default=None
-        Between 0 and 1: rank many queries approximately, expecting to find this part of the best
-        items. Faster on a TPU; other devices rank exactly all the same. None ranks exactly.
+        Between 0 and 1: rank many queries approximately, which is expected to find this fraction of
+        the best items. Faster on a TPU; other devices always rank exactly. None ranks exactly.
     checkpoint_dir : str or path-like, default=None
-        Directory, or bucket, from which `fit` resumes where it was cut off with the same
-        parameters and data, be it on other devices. Others may share it: each has a folder of its
-        own, of which three stay besides the latest. Needs the extra ``checkpoint``.
+        Directory or bucket to save checkpoints in. A fit with the same parameters and data resumes
+        from it, also on other devices. Fits with other parameters or data may share the directory:
+        each has its own folder, and three of them are kept besides that of the current fit. Needs
+        the extra ``checkpoint``.
     checkpoint_every : int, default=1
-        Iterations between checkpoints, of which the last three are kept; the last is always made.
+        Iterations between checkpoints. The last iteration is always saved; the latest three
+        checkpoints are kept.
     verbose : bool, default=None
-        Whether `fit` shows a bar where its `show_progress` is None. None shows it on a terminal and
-        in a notebook. The environment variable TQDM_DISABLE=1 hides it in any case.
+        Whether `fit` shows a progress bar if its `show_progress` is None. None shows it on a
+        terminal and in a notebook. The environment variable TQDM_DISABLE=1 always hides it.
 
     Attributes
     ----------
     user_factors : ndarray of shape (n_users, factors)
-        User table; None before fit. One that is assigned is where the next fit starts.
+        User table; None before fit. The next fit starts from an assigned table.
     item_factors : ndarray of shape (n_items, factors)
-        Item table; likewise.
+        Item table; as `user_factors`.
     n_features_in_ : int
         Number of items.
     feature_names_in_ : ndarray of str and shape (n_items,)
-        Column names, where `fit` saw a DataFrame with string names.
+        Column names, if `fit` was given a DataFrame with string names.
     item_popularity_ : ndarray of int and shape (n_items,)
-        Users with a positive entry for each item, where `fit` saw a matrix in memory.
+        For each item, the number of users with a positive entry, if `fit` was given a matrix in
+        memory.
     n_iter_ : int
-        Iterations run.
+        Number of iterations run.
     history_ : dict of list
         Per iteration, "seconds"; "loss" with `calculate_training_loss`; "ndcg" with
         `early_stopping`.
 
     Notes
     -----
-    A bar or a callback costs nothing to speak of; tables leave the devices when they are read.
-    A subclass may have further parameters; those of these that it does not set have their defaults.
+    The cost of a progress bar or callback is negligible: tables leave the devices only when read.
+    A subclass may have further parameters. Parameters listed here that it does not set have their
+    defaults.
 
     References
     ----------
@@ -154,11 +161,11 @@ class TPUAlternatingLeastSquares(
     [2, 3]
     """
 
-    # implicit's name for a callback that `fit` falls back to.
+    # As in implicit, `fit` calls this if it gets no callback.
     fit_callback: Callable[[int, float, float | None], Any] | None = None
-    # The last fit's data, and whether another fit on them has warned.
+    # The identity of the last fit's data, and whether a repeated fit on them has warned.
     _fitted_to: tuple[initial.Identity, bool] | None = None
-    # scikit-learn takes `fit`'s first argument for metadata, because it is not called X.
+    # scikit-learn would treat `fit`'s first argument as metadata, because it is not called X.
     __metadata_request__fit = {"user_items": metadata_routing.UNUSED}  # noqa: RUF012
 
     def __init__(
@@ -236,18 +243,18 @@ class TPUAlternatingLeastSquares(
         Parameters
         ----------
         user_items : csr_matrix, csr_array or array-like of shape (n_users, n_items)
-            Confidences. Stored zeros are entries, duplicates are summed, and values are used as
-            float32. Other sparse formats are converted, with a ParameterWarning. Or a
-            `tpu_als.shards.ShardedMatrix`, of which each process reads its part; tables then
-            begin with values drawn on the devices.
+            Confidences. Stored zeros are entries, duplicates are summed, and values are converted
+            to float32. Other sparse formats are converted, with a ParameterWarning. Or a
+            `tpu_als.shards.ShardedMatrix`, of which each process reads its part; the initial
+            tables are then drawn on the devices.
         y : None
-            Ignored. A bool is taken for `show_progress`, so that implicit's positional calls work.
+            Ignored. A bool is treated as `show_progress`, so that implicit's positional calls work.
         show_progress : bool, default=None
-            Show a bar. None goes by the parameter `verbose`.
+            Whether to show a progress bar. None means that the parameter `verbose` decides.
         callback : callable, optional
             Called as ``callback(iteration, seconds, loss)`` after each iteration; loss is None
-            unless computed. The model is usable in it as it stands then. To stop, raise: the
-            error passes on, and the last finished iteration stays fitted.
+            unless computed. It may use the model, which has the factors of that iteration. To stop
+            the fit, raise an error: `fit` raises it too, and the model keeps the last iteration.
 
         Returns
         -------
@@ -256,11 +263,11 @@ class TPUAlternatingLeastSquares(
         Raises
         ------
         ValueError
-            For parameters or data out of range, before any work; where all checkpoints are damaged.
+            For parameters or data out of range, before any work. If all checkpoints are damaged.
         ModelFitError
-            Where factors became infinite or NaN. The model stays as it was before the call.
+            If factors became infinite or NaN. The model stays as it was before the call.
         RuntimeError
-            Where another process that takes part has ended.
+            If another process of the job has ended.
         """
         arguments = (y, show_progress, callback, self.fit_callback)
         show_progress, callback = validation.fit_arguments(*arguments)
@@ -283,10 +290,10 @@ class TPUAlternatingLeastSquares(
         callback: Callable[[int, float, float | None], Any] | None,
         bar: Any,
     ) -> None:
-        """Run the iterations, and publish the model whole.
+        """Run the iterations, and publish the model as a whole.
 
-        After an error it is the model before `fit`; after an interruption, or an error of the
-        callback, that of the last finished iteration.
+        After an error the estimator has its model from before `fit`. After an interruption, or an
+        error in the callback, it has the model of the last complete iteration.
         """
         before, has_published, is_calling = vars(self).get("_fitted"), False, False
         try:
@@ -311,7 +318,7 @@ class TPUAlternatingLeastSquares(
             raise
 
     def transform(self, X: Any) -> np.ndarray:
-        """Compute factors of rows, seen in `fit` or not, exactly (fold-in).
+        """Compute exact factors of new or known rows (fold-in).
 
         Parameters
         ----------
@@ -321,17 +328,17 @@ class TPUAlternatingLeastSquares(
         Returns
         -------
         ndarray of shape (n_rows, factors)
-            Each row depends on that row of X only, bit for bit where the table is on one device.
+            Each row depends only on that row of X, bit for bit if the table is on one device.
         """
         fitted = self._complete()
         return self._fold_in(fitted.item, self._validated(X, fitted))
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Mean NDCG@10 of items hidden from rows that need not have been seen in `fit`.
+        """Mean NDCG@10 of hidden items; the rows need not have been in the data of `fit`.
 
-        Of each row's positive entries a fifth, always the same, is hidden; the rest is folded
-        in; the hidden ones are then looked for among all items that were not folded in. Rows with
-        fewer than two positive entries do not count.
+        A fifth of each row's positive entries is hidden, the same in every call. The rest is folded
+        in, and all items that were not folded in are ranked. The hidden items are the relevant
+        ones. Rows with fewer than two positive entries do not count.
 
         Parameters
         ----------
@@ -343,7 +350,7 @@ class TPUAlternatingLeastSquares(
         Returns
         -------
         float
-            Between 0 and 1, larger is better.
+            Between 0 and 1; larger is better.
         """
         fitted = self._complete()
         kept, hidden = holdout.for_scoring(self._validated(X, fitted))
@@ -354,7 +361,7 @@ class TPUAlternatingLeastSquares(
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
-        tags.transformer_tags.preserves_dtype = []  # but for the model's own
+        tags.transformer_tags.preserves_dtype = []  # only the model's own dtype is preserved
         with contextlib.suppress(ValueError):
             name = parameters.storage_dtype(self.dtype)
             tags.transformer_tags.preserves_dtype = [name.replace("bfloat16", "float32")]
@@ -365,7 +372,7 @@ class TPUAlternatingLeastSquares(
         return self._complete("item").item.shape[1]
 
     def _checked_params(self) -> placing.AlsParams:
-        """Interpret the constructor's parameters, or raise for one that is wrong."""
+        """Interpret the constructor's parameters; raise ValueError for an invalid one."""
         parameters.check(self)
         return placing.AlsParams(
             factors=int(self.factors),
@@ -378,11 +385,11 @@ class TPUAlternatingLeastSquares(
         )
 
     def _validated(self, X: Any, fitted: FittedModel) -> sparse.csr_matrix:
-        """scikit-learn's checks of X against what a fitted model knows, then canonical CSR."""
+        """Check X against a fitted model as scikit-learn does; return canonical CSR."""
         return _checked(self._view(fitted), X, reset=False)
 
     def _view(self, fitted: FittedModel) -> Self:
-        """Copy this estimator with another fitted model; all else is shared."""
+        """Copy this estimator with another fitted model; everything else is shared."""
         view = copy.copy(self)
         view._fitted = fitted
         return view
@@ -390,7 +397,7 @@ class TPUAlternatingLeastSquares(
     def _interactions(
         self, user_items: Any
     ) -> tuple[sparse.csr_matrix | ShardedMatrix, FittedModel]:
-        """What `fit` learns from, and the model to come with a record of the columns."""
+        """The data of `fit`, and a new model with the record of its columns."""
         before = vars(self).get("_fitted")
         view = self._view(FittedModel() if before is None else FittedModel(lock=before.lock))
         if not isinstance(user_items, ShardedMatrix):
@@ -406,7 +413,7 @@ class TPUAlternatingLeastSquares(
     def _training(
         self, user_items: Any, at_end: contextlib.ExitStack
     ) -> tuple[Training, FittedModel]:
-        """Check everything, lay out the data, and stand where training starts or goes on."""
+        """Check everything, lay out the data, and initialise or resume the training."""
         params, before, checkpoints, monitor = self._checked_params(), self._fitted, None, None
         if self.checkpoint_dir is not None:
             checkpoints = Checkpoints(self.checkpoint_dir, self.checkpoint_every)
@@ -447,7 +454,7 @@ class TPUAlternatingLeastSquares(
         return training, fitted
 
     def _finished(self, training: Training, fitted: FittedModel) -> FittedModel:
-        """The model at the end of a fit: with early stopping, the best one."""
+        """The model at the end of a fit; with early stopping, the best one."""
         if training.monitor is not None and training.monitor.best is not None:
             users, items = (
                 FactorTable(on_devices=table) if isinstance(table, Table) else FactorTable(table)
@@ -461,7 +468,7 @@ class TPUAlternatingLeastSquares(
 
 
 def _after(training: Training, fitted: FittedModel) -> FittedModel:
-    """The model after the iterations that a training has run."""
+    """The model after the iterations run so far."""
     tables = tables_of(training.state, training.data)
     return fitted.trained(tables, training.done, training.history)
 
@@ -469,7 +476,7 @@ def _after(training: Training, fitted: FittedModel) -> FittedModel:
 def _checked(estimator: TPUAlternatingLeastSquares, X: Any, reset: bool) -> sparse.csr_matrix:
     name = "user_items" if reset else "X"
     require_matrix(X, name)
-    # A sparse matrix without rows is data without users; an empty array is a mistake.
+    # A sparse matrix may have no rows, that is, no users. An empty array is most likely a mistake.
     least = 0 if sparse.issparse(X) else 1
     X = validate_data(
         estimator,
@@ -479,7 +486,7 @@ def _checked(estimator: TPUAlternatingLeastSquares, X: Any, reset: bool) -> spar
         dtype=[np.float64, np.float32],
         ensure_min_samples=least,
         ensure_min_features=least,
-        ensure_all_finite=False,  # our own message: scikit-learn's points to other estimators
+        ensure_all_finite=False,  # our own check: scikit-learn's message suggests other estimators
     )
     return validation.canonical_csr(X, name)
 

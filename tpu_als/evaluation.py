@@ -1,9 +1,8 @@
 """Splits and ranking metrics, for any model that has implicit's `recommend`.
 
-Names that implicit has mean what they mean there, and give its numbers for a test matrix of
-positive entries; in ours only those are relevant, where implicit takes every stored one. Splits
-are vectorised and the same for the same seed; ids may have any integer dtype, and id -1 is never
-a hit.
+Functions with implicit's names return implicit's values for a test matrix of positive entries. Here
+only positive entries are relevant; in implicit all stored entries are. Splits are vectorised and
+reproducible for a seed. Ids may have any integer dtype, and id -1 is never a hit.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from .splits import (
 )
 
 _BATCH = 1024
-_BYTES_PER_ID = 64  # ids, hits, misses and their running sums
+_BYTES_PER_ID = 64  # of ids, hits, misses and their cumulative sums
 
 
 def ranking_metrics_at_k(
@@ -46,35 +45,35 @@ def ranking_metrics_at_k(
     model : object
         With ``recommend(userids, user_items, N)``: ours, implicit's or another.
     train_user_items : csr_matrix of shape (n_users, n_items)
-        What the users are known to like; left out of the ranking.
+        Known items of the users, which are excluded from the ranking.
     test_user_items : csr_matrix of shape (n_users, n_items)
-        What should be found: the positive entries. Both matrices may be narrower than the model,
-        whose further items then are misses. They may be wider: test entries that the model does
-        not know are misses, and what it makes of such train entries is its own affair (ours
+        The positive entries are to be found. If both matrices have fewer columns than the model has
+        items, the further items are misses. They may have more columns: test entries of items
+        unknown to the model are misses, and train entries of them are passed to the model (ours
         raises ValueError).
     K : int, default=10
-        Length of the ranking. Where the model returns less, there is no result.
+        Length of the ranking. Shorter rankings are padded with ids that are not hits.
     show_progress, num_threads
-        Ignored; as implicit has them.
+        Ignored; parameters of implicit's function.
 
     Returns
     -------
     dict of str to float
-        See `metrics_of_rankings`. The catalogue is what the model was fitted on, or the matrices
-        where they are wider.
+        See `metrics_of_rankings`. The catalogue is the items of the model, or the columns of the
+        matrices if there are more of them.
 
     Raises
     ------
     TypeError
-        For an object that is no matrix.
+        For an object that is not a matrix.
     ValueError
         For NaN or infinity, matrices of different shapes, or rankings of another shape.
 
     Warns
     -----
     DataWarning
-        With the count, where positive test entries are stored in the train matrix too: they are
-        left out of the ranking, and only lower the numbers.
+        If positive test entries are also stored in the train matrix, with their number: they are
+        excluded from the ranking, and lower the metrics.
     """
     del show_progress, num_threads
     K = _evaluation_inputs.whole_number("K", K)
@@ -95,13 +94,13 @@ def ranking_metrics_at_k(
 
 
 def _require_memory(n_rows: int, k: int) -> None:
-    """Raise MemoryError where rankings of shape (n_rows, k) cannot be measured."""
+    """Raise MemoryError if there is not enough memory for metrics of (n_rows, k) ids."""
     parts = {f"metrics of {n_rows} rankings of {k} ids": _BYTES_PER_ID * n_rows * k}
     host.require_memory(parts, "measure fewer users, or lower K (k of a scorer)")
 
 
 def _rankings(ids: Any, n_rows: int, k: int) -> np.ndarray:
-    """Check the ids that a model recommends, and fill up to (n_rows, k) with -1."""
+    """Check the ids that a model recommends, and pad them to (n_rows, k) with -1."""
     array = np.asarray(ids)
     if array.ndim != 2 or len(array) != n_rows or not holdout.are_ids(array):
         raise ValueError(
@@ -114,7 +113,7 @@ def _rankings(ids: Any, n_rows: int, k: int) -> np.ndarray:
 
 
 def _n_items(model: Any) -> int | None:
-    """Items that a model ranks, where it says so. Its table may be spread over devices."""
+    """Number of items of a model, if it is known. The table is not fetched from the devices."""
     count = getattr(model, "n_features_in_", None)
     if count is None:
         shape: Any = getattr(getattr(model, "item_factors", None), "shape", None)
@@ -148,7 +147,7 @@ mrr_at_k = _metric_at_k("mrr")
 coverage_at_k = _metric_at_k("coverage")
 novelty_at_k = _metric_at_k("novelty")
 recall_full_at_k = _metric_at_k("recall_full")
-# implicit's function has the name of the textbook's metric, which therefore has another here.
+# The name precision_at_k is taken by implicit's metric, so the textbook one has another name.
 precision_full_at_k = _metric_at_k("precision_at_k")
 AUC_unseen_at_k = _metric_at_k("auc_unseen")
 
@@ -158,14 +157,14 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
 
     A fixed fifth of each row's positive entries is hidden, the rest is folded in, and the hidden
     ones are ranked among all items not folded in, as in the estimator's own `score`. Works for a
-    model alone and for a Pipeline that ends in one, whose earlier steps transform what is folded
-    in. Of a DataFrame, column names are checked as in `score`, and passed on to those steps.
+    model and for a Pipeline that ends in one, whose earlier steps transform the entries to fold in.
+    The column names of a DataFrame are checked as in `score`, and passed to those steps.
 
     Parameters
     ----------
     metric : str
-        One of `METRICS`. "novelty" is measured with the popularity of what the model was fitted
-        on, where it has an attribute ``item_popularity_``, and otherwise of the rows given.
+        One of `METRICS`. "novelty" uses the model's ``item_popularity_`` if it has that attribute,
+        and otherwise the popularity in the given rows.
     k : int, default=10
         Length of the ranking.
     """
@@ -176,7 +175,7 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
         self.metric, self.k = metric, _evaluation_inputs.whole_number("k", k)
 
     def __call__(self, estimator: Any, X: Any, y: Any = None) -> float:
-        """Score a fitted estimator on rows, seen in `fit` or not.
+        """Score a fitted estimator on new or known rows.
 
         Parameters
         ----------
@@ -190,12 +189,12 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
         Returns
         -------
         float
-            NaN, with an UndefinedMetricWarning, where no row has two positive entries.
+            NaN, with an UndefinedMetricWarning, if no row has two positive entries.
 
         Raises
         ------
         TypeError
-            For an object that is no matrix, such as a table of events.
+            For an object that is not a matrix, such as a table of events.
         ValueError
             For NaN or infinity, or columns that are not the model's.
         """
@@ -224,7 +223,7 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
 
 
 def _check_frame(estimator: Any, X: Any) -> None:
-    """Refuse what is no matrix; of a frame, one that has not the estimator's columns."""
+    """Refuse objects that are not a matrix, and frames without the estimator's columns."""
     require_matrix(X)
     expected = getattr(estimator, "n_features_in_", None)
     if hasattr(X, "columns") and expected is not None and len(X.columns) != expected:
@@ -235,7 +234,7 @@ def _check_frame(estimator: Any, X: Any) -> None:
 
 
 def _popularity_of_fit(model: Any, rows: sparse.csr_matrix) -> tuple[np.ndarray, int]:
-    """Users who like each item (n_items,), and of how many: in `fit`, or else of rows."""
+    """Number of users who like each item (n_items,), and of all users; of `fit` or of `rows`."""
     popularity = getattr(model, "item_popularity_", None)
     if popularity is None:
         return popularity_of(rows), rows.shape[0]

@@ -1,8 +1,8 @@
-"""Every error and warning class of the package."""
+"""All error and warning classes of the package."""
 
 from __future__ import annotations
 
-try:  # Code that catches implicit's classes must catch ours as well.
+try:  # Code that catches implicit's classes must also catch ours.
     from implicit.recommender_base import ModelFitError as _ModelFitErrorBase
     from implicit.utils import ParameterWarning as _ParameterWarningBase
 except ImportError:
@@ -10,22 +10,22 @@ except ImportError:
 
 
 class ModelFitError(_ModelFitErrorBase):
-    """A solve gave values that are not finite. A subclass of implicit's, where it is installed."""
+    """A solve gave values that are not finite. A subclass of implicit's class if installed."""
 
 
 class ModelFileError(ValueError):
-    """A model file is damaged, comes from elsewhere, or contradicts itself.
+    """A model file is damaged, is not a model file, or has inconsistent values.
 
-    The message names the file, the key, what came and what was expected.
+    The message names the file, the key, what was found and what was expected.
     """
 
 
 class ParameterWarning(_ParameterWarningBase):
-    """Input was accepted but had to be converted. A subclass of implicit's, where installed."""
+    """Input had to be converted. A subclass of implicit's class if installed."""
 
 
 class DataWarning(UserWarning):
-    """A part of the input was left out, or cannot count as the caller may expect.
+    """Part of the input was ignored, or is not used as the caller may expect.
 
-    The message has the count.
+    The message says how much.
     """

@@ -42,7 +42,7 @@ class Route(NamedTuple):
     rows: int
 
     def groups(self, n_chunks: int) -> int:
-        """Groups that hold so many chunks."""
+        """Number of groups for a number of chunks."""
         return -(-n_chunks // self.chunks)
 
 

@@ -1,8 +1,8 @@
-"""A fitted model as one immutable value: both tables, and what is derived from them.
+"""A fitted model as one immutable value: both tables, and the values derived from them.
 
-A call takes the `FittedModel` of an estimator once, at its start, and works with that one alone.
-A writer builds another one and publishes it by a single assignment. So a call sees one state,
-whatever other threads do, and a derived value is stored with the table that it comes from.
+A method reads the `FittedModel` of an estimator once, at its start, and uses only that one.
+A writer builds a new one and publishes it by a single assignment. So a method sees one state
+even if other threads write, and derived values are stored with the table that they belong to.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .solve import Objective
 
 Kept = TypeVar("Kept")
 SIDES = ("user", "item")
-# Under these attributes users assign a gramian and norms, as in implicit.
+# The attributes to which users may assign a gramian and norms, as in implicit.
 _ASSIGNED = {"user": ("_XtX", "_user_norms"), "item": ("_YtY", "_item_norms")}
 
 
@@ -35,11 +35,11 @@ class FactorTable:
     Parameters
     ----------
     host : ndarray of shape (n, factors), optional
-        The table. The caller may hold it, and write into it.
+        The table. The caller may keep a reference and write to it.
     on_devices : Table, optional
-        The table where training left it. It is fetched when all of it is read.
+        The table on the devices, as training left it. Reading the whole table fetches it.
     gramian, norms : ndarray, optional
-        Assigned by the user in place of the table's own. They are checked when they are used.
+        Assigned by the user, instead of the computed ones. They are checked when they are used.
     names : (str, str)
         The attributes that they were assigned to, for messages.
     """
@@ -74,7 +74,7 @@ class FactorTable:
 
     @property
     def resident(self) -> Table | None:
-        """The table if it is to stay on the devices until somebody reads all of it."""
+        """The table if it stays on the devices until the whole table is read; else None."""
         table = self._on_devices
         return table if table is not None and table.is_resident else None
 
@@ -86,30 +86,30 @@ class FactorTable:
 
     @property
     def dtype(self) -> np.dtype:
-        """What the values are."""
+        """Dtype of the values."""
         table: Any = self.resident
         return np.dtype((table if table is not None else self.read()).dtype)
 
     def read(self) -> Any:
-        """The whole table as an ndarray, fetched from the devices the first time; or None."""
+        """The whole table as an ndarray, or None. The first call fetches it from the devices."""
         if self._on_devices is not None:
             with self._lock:
                 table = self._on_devices
                 if table is not None:
                     self._host = table.fetch()
-                    self._kept.clear()  # it holds copies on the devices
+                    self._kept.clear()  # frees copies on the devices
                     self._on_devices = None
         return self._host
 
     def expose(self) -> np.ndarray | None:
-        """`read` for a caller who may write into the table, or keep it and write later."""
+        """Like `read`, for a caller who may write to the table, now or later."""
         self.read()
         with self._lock:
             self._exposed = True
             return self._host
 
     def settle(self) -> None:
-        """Fetch the table, unless it is to stay on the devices."""
+        """Fetch the table, unless it stays on the devices."""
         if self.resident is None:
             self.read()
 
@@ -119,7 +119,7 @@ class FactorTable:
             _require_finite(self.read(), None)
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
-        """Some rows, a copy; the ids are known to be in range."""
+        """Copies of some rows. The ids must be in range; they are not checked."""
         table = self.resident
         if table is not None:
             return table.take(ids)
@@ -129,7 +129,7 @@ class FactorTable:
         return found
 
     def changed(self, ids: np.ndarray, rows: np.ndarray) -> FactorTable:
-        """A copy with some rows replaced; ids past the end add rows, those in between zero."""
+        """A copy with some rows replaced. Ids past the end add rows, with zeros in the gaps."""
         table = self.read()
         grown = np.zeros((max(len(table), ids.max(initial=-1) + 1), table.shape[1]), table.dtype)
         grown[: len(table)] = table
@@ -139,7 +139,7 @@ class FactorTable:
         return found
 
     def given(self, names: tuple[str, str], **values: np.ndarray | None) -> FactorTable:
-        """The same table with a gramian or norms assigned; None drops what was computed as well."""
+        """The same table with a gramian or norms assigned; None has them computed again."""
         values = {"gramian": self.given_gramian, "norms": self.given_norms, **values}
         with self._lock:
             found = FactorTable(self._host, self._on_devices, names=names, **values)
@@ -164,9 +164,9 @@ class FactorTable:
     ) -> np.ndarray:
         """Solve equation (1) exactly for canonical rows (m, n) against this table: (m, factors).
 
-        A row that could not be solved is not finite.
+        Rows that could not be solved have values that are not finite.
         """
-        # Only an assigned gramian: a result must not depend on what was computed before it.
+        # Only an assigned gramian: the result must not depend on which calls came before.
         gramian = None if self.given_gramian is None else self.gramian()
         table = self.resident
         if table is not None and gramian is None:
@@ -181,7 +181,7 @@ class FactorTable:
         return solved.astype(self.read().dtype, copy=False)
 
     def catalog(self, lengths: np.ndarray | None, place: Workplace) -> ranking.Catalog:
-        """The table on the devices, to rank its rows; where training left it, nothing is copied."""
+        """The table on the devices, to rank its rows. A table that is still there is not copied."""
         table = self.resident
         name = "catalog" if lengths is None else "directions"
 
@@ -192,15 +192,15 @@ class FactorTable:
                 made = ranking.catalog_of(table.shards, table.rows, table.place, lengths=lengths)
             return made, lengths
 
-        # The kept pair holds the lengths, so that their identity cannot be taken by another array.
+        # The cached pair keeps the lengths alive, so that no other array can get the same id().
         stamp = (self.stamp(), place) if table is None else None
         return self._keep(name, (stamp, id(lengths)), make)[0]
 
     def stamp(self) -> int:
         """Fingerprint of the content.
 
-        Users write into `item_factors`, as implicit lets them, and a copy on a device would then be
-        stale. So the content is read again while somebody else holds the array.
+        As in implicit, users may write to `item_factors`, which makes a copy on a device stale. So
+        the fingerprint is computed again as long as another reference to the array exists.
 
         Raises
         ------
@@ -221,10 +221,10 @@ class FactorTable:
             return self._stamp
 
     def _is_ours_alone(self) -> bool:
-        """Whether nobody else can write into the table: it is no view, and only we refer to it."""
+        """Whether this object alone can write to the table: no view, and no other references."""
         held = vars(self)
-        # The dictionary's reference and the argument's, and no name's: what those count for differs
-        # between versions of Python.
+        # The 2 are the dictionary's reference and the argument's. A local variable would add a
+        # number that differs between versions of Python.
         return held["_host"].base is None and sys.getrefcount(held["_host"]) <= 2
 
     def _derived(
@@ -239,7 +239,7 @@ class FactorTable:
         return self._keep(name, self.stamp(), lambda: on_host(self.read()))
 
     def _keep(self, name: str, stamp: Any, make: Callable[[], Kept]) -> Kept:
-        """A value kept from an earlier call where `stamp` is still the same, else made anew."""
+        """Return the cached value if `stamp` is unchanged, else compute it again."""
         kept = self._kept.get(name)
         if kept is None or kept[0] != stamp:
             kept = self._kept[name] = (stamp, make())
@@ -248,7 +248,7 @@ class FactorTable:
 
 @dataclass(frozen=True, eq=False)
 class FittedModel:
-    """What an estimator has learnt.
+    """The fitted state of an estimator.
 
     Attributes
     ----------
@@ -261,11 +261,11 @@ class FittedModel:
     n_features, feature_names : int and ndarray, or None
         scikit-learn's record of the columns.
     popularity : ndarray of int and shape (n_items,), or None
-        Users with a positive entry for each item, in the matrix of the last fit.
+        For each item, the number of users with a positive entry in the matrix of the last fit.
     origin : object
-        The same for models that differ only in rows that were folded in.
+        An identity shared by models that differ only in folded-in rows.
     lock : Lock
-        Held by a writer while it replaces an estimator's model by one made from it.
+        A writer holds it while it replaces an estimator's model by one derived from it.
     """
 
     user: FactorTable = field(default_factory=FactorTable)
@@ -296,7 +296,7 @@ class FittedModel:
         return self.item if side == "item" else self.user
 
     def with_table(self, side: str, table: FactorTable) -> Self:
-        """Replace a table by another one, with all that was derived from it."""
+        """Replace a table, and the values derived from it."""
         changes: dict[str, Any] = {side: table, "origin": object()}
         if side == "item":
             changes.update(self._columns(None if table.is_absent else table.shape[0]))
@@ -319,7 +319,7 @@ class FittedModel:
     def trained(
         self, tables: dict[str, FactorTable], n_iter: int, history: dict[str, list[float]]
     ) -> Self:
-        """The model after so many iterations of a fit."""
+        """The model after `n_iter` iterations of a fit."""
         return replace(
             self,
             user=tables["user"],
@@ -331,7 +331,7 @@ class FittedModel:
         )
 
     def settle(self) -> None:
-        """Fetch tables that are not to stay on the devices."""
+        """Fetch tables that do not stay on the devices."""
         self.user.settle()
         self.item.settle()
 
@@ -342,13 +342,13 @@ class FittedModel:
 
 
 def tables_of(state: Any, data: Any) -> dict[str, FactorTable]:
-    """Both tables of a training, left on the devices until somebody reads them."""
+    """Both tables of a training, left on the devices until they are read."""
     found = resident.tables(state, data)
     return {side: FactorTable(on_devices=table) for side, table in found.items()}
 
 
 def norms(table: np.ndarray) -> np.ndarray:
-    """Lengths (n,) of the rows of a table (n, K); 1e-10 in place of 0, so that one may divide."""
+    """Lengths (n,) of the rows of a table (n, K); 1e-10 instead of 0, to allow division."""
     return _divisible(np.linalg.norm(table, axis=-1))
 
 
@@ -374,6 +374,6 @@ def _require_finite(rows: np.ndarray, ids: np.ndarray | None) -> None:
 
 
 def _fingerprint(table: np.ndarray) -> int:
-    # About as fast as a sum; unlike sums it also sees signs flipped and numbers changing places.
+    # About as fast as a sum, but also detects flipped signs and permuted values.
     content = np.ascontiguousarray(table).reshape(-1).view(np.uint8)
     return hash((table.shape, table.dtype.char, zlib.crc32(content.data)))

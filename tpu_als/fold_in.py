@@ -1,7 +1,7 @@
-"""Rows solved against a table that stays as it is: fold-in of new rows, one or many.
+"""Fold-in: solve one or more new rows against a fixed table.
 
-Chunks have one fixed shape for each rung, whatever else is in the batch, so a row's result depends
-on that row alone, and serving compiles a handful of programs.
+Chunks have one fixed shape for each rung, whatever else is in the batch. So a row's result depends
+on that row alone, and serving compiles only a few programs.
 
 Axis letters: M rows to solve, N source rows, K factors, R rows of a chunk, L padded length.
 """
@@ -45,7 +45,7 @@ class Source:
     n_rows : int
         N.
     place : Workplace
-        Where the work is done: the first of its devices, with all its threads.
+        The first of its devices does the work, with all its threads.
     """
 
     table: Array
@@ -99,7 +99,7 @@ def solve_rows(
     params : AlsParams
         With "cholesky" the rows are solved exactly.
     start : array (M, K), optional
-        Where the iterative solvers begin; zero by default.
+        Start of the iterative solvers; zero by default.
     gramian : array (K, K), optional
         Used in place of the table's own.
 

@@ -1,4 +1,4 @@
-"""Event frames, one interaction a row: to a matrix with its ids, and split by time."""
+"""Event frames, with one interaction per row: convert them to a matrix, and split them by time."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ log = logging.getLogger("tpu_als")
 
 @dataclass(frozen=True)
 class Interactions:
-    """A matrix of interactions and what its rows and columns stand for.
+    """A matrix of interactions, and the ids of its rows and columns.
 
     Attributes
     ----------
     matrix : csr_matrix of shape (n_users, n_items)
         float32; repeated interactions are summed.
     users : Index of shape (n_users,)
-        User of each row; ascending, unless they were given.
+        User id of each row; ascending, unless the ids were given.
     items : Index of shape (n_items,)
-        Item of each column; ascending, unless they were given.
+        Item id of each column; ascending, unless the ids were given.
     """
 
     matrix: sparse.csr_matrix
@@ -47,22 +47,22 @@ def interactions_from_frame(
     items: Iterable | None = None,
     unknown: str = "drop",
 ) -> Interactions:
-    """Turn a table of interactions, one a row, into a matrix.
+    """Convert a table of interactions, one per row, to a matrix.
 
     Parameters
     ----------
     frame : DataFrame
-        One interaction a row.
+        One interaction per row.
     user, item : str
-        Names of the columns that identify who and what; of any one type that sorts.
+        Names of the columns with user and item ids. Each must have a single, sortable type.
     value : str, optional
         Name of the column of numbers to sum; None counts the interactions.
     users, items : Index, array or list, optional
-        Ids of the rows and columns, each once, in their order; for example those of an earlier
-        call. By default those that occur.
+        Ids of the rows and columns, in this order and without repeats; for example those of an
+        earlier call. By default all ids that occur.
     unknown : {"drop", "error"}, default="drop"
-        What is done with interactions whose user is not in `users` or whose item is not in
-        `items`: they are dropped, with one DataWarning that counts them, or they are an error.
+        What to do with interactions whose user is not in `users` or whose item is not in `items`:
+        drop them, with one DataWarning that gives their number, or raise an error.
 
     Returns
     -------
@@ -71,17 +71,17 @@ def interactions_from_frame(
     Raises
     ------
     TypeError
-        For a frame that is not a pandas DataFrame, or `users` or `items` that are no list of ids.
+        If the frame is not a pandas DataFrame, or `users` or `items` is not a list of ids.
     ValueError
-        For a column that the frame lacks or has twice; a missing user, item or value; ids of
-        several types; `users` or `items` with missing or repeated ids, or of a type that does not
-        compare with the column's; values or sums that are not finite numbers within float32;
-        unknown users or items, with ``unknown="error"``.
+        For a column that is missing or occurs twice; a missing user, item or value; ids of several
+        types; `users` or `items` with missing or repeated ids, or of a type that cannot be compared
+        with the column's; values or sums that are not finite numbers within float32; unknown users
+        or items, with ``unknown="error"``.
 
     Warns
     -----
     DataWarning
-        Where interactions were dropped. The logger "tpu_als" has the same message.
+        If interactions were dropped. The same message is logged by the logger "tpu_als".
 
     Examples
     --------
@@ -114,31 +114,31 @@ def split_by_time(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Split interactions into the earlier ones and the latest `fraction` of them.
 
-    For a table, before it becomes a matrix: a user may have an item in both parts.
-    `evaluation.time_split` has the same cut for the entries of a matrix.
+    For a table, before it becomes a matrix: the same user and item may occur in both parts.
+    `evaluation.time_split` makes the same cut in the entries of a matrix.
 
     Parameters
     ----------
     frame : DataFrame
-        One interaction a row.
+        One interaction per row.
     timestamp : str
         Name of the column with the time: times, dates, finite numbers, ISO 8601 text (with an
         offset from UTC in all rows or in none), or an ordered categorical.
     fraction : float, default=0.2
-        Part of the interactions, the latest, in the second frame; between 0 and 1.
+        Fraction of the interactions that go to the second frame, between 0 and 1.
 
     Returns
     -------
     early, late : DataFrame
-        Interactions of one moment stay together, in the first frame.
+        Interactions at the time of the cut all go to the first frame.
 
     Raises
     ------
     TypeError
         For a frame that is not a pandas DataFrame.
     ValueError
-        For a fraction out of range; a column that the frame lacks or has twice; a missing time,
-        a value that is not a time, or times of several types.
+        For a fraction out of range; a column that is missing or occurs twice; a missing time, a
+        value that is not a time, or times of several types.
     """
     if not isinstance(fraction, Real) or not 0 < fraction < 1:
         raise ValueError(f"fraction must be between 0 and 1, got {fraction!r}")
@@ -148,7 +148,7 @@ def split_by_time(
 
 
 def _unknown_ids(users: pd.Series, items: pd.Series, known: np.ndarray) -> str:
-    """Count the interactions that are not known and their distinct unknown users and items."""
+    """Count the interactions with unknown ids, and the distinct unknown users and items."""
     row = np.flatnonzero(~known)[0]
     parts = [
         f"{ids.nunique()} of column {ids.name!r} that are not in {name}="

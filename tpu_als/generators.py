@@ -12,7 +12,7 @@ from scipy import sparse
 from .host import require_memory
 from .parameters import random_generator
 
-# Of `web_graph`: pages of a site, the part of the links within it, and the steepness of popularity.
+# For `web_graph`: pages per site, fraction of links within a site, and exponent of popularity.
 _SITE = 64
 _IN_SITE = 0.8
 _EXPONENT = 0.6
@@ -34,10 +34,11 @@ def power_law(
     Parameters
     ----------
     n_users, n_items, n_entries : int
-        Shape and stored entries: at least one each, and entries in at most a third of the cells.
+        Shape and number of stored entries: each at least one, and entries in at most a third of the
+        cells.
     exponent : float, default=0.6
-        Steepness of the items' popularity, from 0 to below 1; close to 1 nearly all draws are of
-        the first item, and distinct entries take long to find.
+        Exponent of the items' popularity, from 0 to below 1. Close to 1 nearly all draws are of the
+        first item, and finding distinct entries takes long.
     random_state : int, RandomState, Generator or None, default=0
         Seed; the same integer gives the same matrix.
 
@@ -52,7 +53,7 @@ def power_law(
         For numbers that are not integers, no entries, more than a third of the cells, an exponent
         out of range, or a seed of a wrong type.
     MemoryError
-        Where the sides or the entries do not fit in memory.
+        If the sides or the entries do not fit in memory.
     """
     if not isinstance(exponent, Real) or not 0 <= exponent < 1:
         raise ValueError(f"exponent must be at least 0 and below 1, got {exponent!r}")
@@ -85,7 +86,7 @@ def web_graph(
 
     Node i is a page of site ``i * n_sites // n_nodes``. Four of five links are drawn within the
     site; the others go to a site of popularity rank r with probability proportional to
-    r ** -0.6. Pages are drawn likewise in their site, of which the first is the most popular.
+    r ** -0.6. Pages within a site are drawn in the same way; the first page is the most popular.
     How many links a page has is log-normal. No page links to itself, or to another twice.
 
     Parameters
@@ -111,7 +112,7 @@ def web_graph(
         For numbers that are not integers, no links, more than a third of the pairs, a number of
         sites out of range, or a seed of a wrong type.
     MemoryError
-        Where the nodes or the links do not fit in memory.
+        If the nodes or the links do not fit in memory.
     """
     n_nodes, n_links = _integer("n_nodes", n_nodes), _integer("n_links", n_links, least=None)
     most = n_nodes * (n_nodes - 1) // 3
@@ -140,7 +141,7 @@ def web_graph(
 
 
 def _integer(name: str, value: Any, least: int | None = 1) -> int:
-    """A number of things, of at least `least` where that is not checked elsewhere."""
+    """Return a number as an int; it must be at least `least`, if that is given."""
     is_integer = isinstance(value, Integral) and not isinstance(value, bool)
     if not is_integer or (least is not None and value < least):
         bound = "" if least is None else f" of at least {least}"
@@ -149,10 +150,10 @@ def _integer(name: str, value: Any, least: int | None = 1) -> int:
 
 
 def _require_room(shape: tuple[int, int], n_entries: int) -> None:
-    """Refuse a matrix whose cells have no number in int64, or that memory does not hold."""
+    """Refuse a matrix whose cells cannot be numbered with int64, or that does not fit memory."""
     if shape[0] * shape[1] >= 1 << 63:
         raise ValueError(f"a matrix must have less than 2**63 cells, got {shape[0]} x {shape[1]}")
-    # Per row, its activity, start and draws; per column, its name; per entry, keys and draws.
+    # Per row: activity, start and draws. Per column: name. Per entry: keys and draws.
     parts = {"rows": 32 * shape[0], "columns": 8 * shape[1], "entries": 64 * n_entries}
     require_memory(parts, "ask for a smaller matrix")
 
@@ -160,7 +161,7 @@ def _require_room(shape: tuple[int, int], n_entries: int) -> None:
 def _ranks(
     n: int | np.ndarray, exponent: float, like: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """One for each of `like`: from 0 to below n, rank r with probability ~ (r + 1) ** -exponent."""
+    """Draw a rank r below n for each of `like`, with probability ~ (r + 1) ** -exponent."""
     return (n * rng.random(len(like)) ** (1 / (1 - exponent))).astype(np.int64)
 
 

@@ -1,7 +1,7 @@
-"""Hiding a part of each row's entries, and how well a ranking finds them again.
+"""Hide a part of each row's entries, and measure how well a ranking finds them.
 
-In all splits and metrics an entry is relevant where its value is above 0. Zeros and negative
-values that are stored are no hits to be found.
+In all splits and metrics an entry is relevant if its value is above 0. Stored zeros and negative
+values are not relevant.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .exceptions import DataWarning
 from .refusals import require_matrix
 
 CUTOFF = 10
-_SCORED = 0.2  # part of a row's entries that a score is measured with
+_SCORED = 0.2  # fraction of a row's positive entries that `score` hides
 _SEED = 20110801
 
 
@@ -28,19 +28,20 @@ def hide(
     at_least: int = 0,
     rng: np.random.Generator | None = None,
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Split the entries of each row into kept and hidden ones; by default the same at every call.
+    """Split the entries of each row into kept and hidden ones; by default the same in every call.
 
     Parameters
     ----------
     rows : csr_matrix of shape (n_rows, n_columns)
-        Canonical. Only positive entries are hidden: zeros and negatives are no hits to be found.
+        Canonical. Only positive entries are hidden, because the others are not relevant.
     fraction : float
-        Part of a row's positive entries to hide. Where it is no whole number, chance decides
-        between its neighbours, so that short rows are hidden from in the right proportion.
+        Fraction of a row's positive entries to hide. A number that is not an integer is randomly
+        rounded up or down, so that the fraction is right on average for short rows too.
     at_least : int, default=0
-        Entries hidden from every row that has two positive entries or more. One is always kept.
+        Smallest number of entries to hide of rows with at least two positive entries. One entry is
+        always kept.
     rng : Generator, optional
-        What decides; by default one with a seed of its own.
+        Random generator; by default one with a constant seed.
 
     Returns
     -------
@@ -54,7 +55,7 @@ def hide(
 
 
 def least_fraction(rows: sparse.csr_matrix) -> float:
-    """Least fraction at which `hide`, with its own generator, hides an entry; inf where none does.
+    """Smallest fraction at which `hide`, with its own generator, hides an entry; inf if none does.
 
     Parameters
     ----------
@@ -67,7 +68,7 @@ def least_fraction(rows: sparse.csr_matrix) -> float:
 
 
 def positive_counts(rows: sparse.csr_matrix) -> np.ndarray:
-    """Positive entries of each row (n_rows,), int64."""
+    """Number of positive entries of each row (n_rows,), int64."""
     return np.diff(np.append(0, np.cumsum(rows.data > 0))[rows.indptr])
 
 
@@ -79,9 +80,9 @@ def drawn(rows: sparse.csr_matrix, wanted: np.ndarray, rng: np.random.Generator)
     rows : csr_matrix of shape (n_rows, n_columns)
         Canonical.
     wanted : ndarray of int and shape (n_rows,)
-        How many of each row.
+        Number of entries to draw from each row.
     rng : Generator
-        What decides.
+        Random generator.
 
     Returns
     -------
@@ -89,8 +90,8 @@ def drawn(rows: sparse.csr_matrix, wanted: np.ndarray, rng: np.random.Generator)
     """
     counts, positive = positive_counts(rows), np.flatnonzero(rows.data > 0)
     row_of = np.repeat(np.arange(rows.shape[0]), counts)
-    # Shuffles within rows: a row's number is the whole part of the key, chance the rest. The sum
-    # of a large number and a chance close to 1 is rounded up, to the next row, unless bounded.
+    # Shuffle within rows: a key is the row number plus a random fraction. The sum of a large number
+    # and a fraction close to 1 could be rounded up to the next row, so it is bounded.
     keys = np.minimum(row_of + rng.random(len(positive)), np.nextafter(row_of + 1.0, 0))
     order = positive[np.argsort(keys, kind="stable")]
     place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -102,7 +103,7 @@ def drawn(rows: sparse.csr_matrix, wanted: np.ndarray, rng: np.random.Generator)
 def parts(
     rows: sparse.csr_matrix, chosen: np.ndarray
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Split entries into those that are not in the mask `chosen` (nnz,), and those that are."""
+    """Split entries by the mask `chosen` (nnz,): first those not chosen, then the chosen ones."""
     return _entries(rows, ~chosen), _entries(rows, chosen)
 
 
@@ -112,14 +113,14 @@ def _entries(rows: sparse.csr_matrix, chosen: np.ndarray) -> sparse.csr_matrix:
 
 
 def for_scoring(rows: sparse.csr_matrix) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Kept and hidden entries of the rows from which a fifth, always the same, can be hidden."""
+    """Kept and hidden entries (a fixed fifth) of the rows with enough positive entries."""
     kept, hidden = hide(rows, _SCORED, at_least=1)
     measured = np.flatnonzero(np.diff(hidden.indptr))
     return kept[measured], hidden[measured]
 
 
 def canonical(matrix: Any, name: str = "user_items") -> sparse.csr_matrix:
-    """Return a csr_matrix with sorted indices and summed duplicates; the input stays as it is.
+    """Return a csr_matrix with sorted indices and summed duplicates; the input is not modified.
 
     Parameters
     ----------
@@ -131,12 +132,12 @@ def canonical(matrix: Any, name: str = "user_items") -> sparse.csr_matrix:
     Returns
     -------
     csr_matrix of shape (n_rows, n_columns)
-        Of the input's dtype; of int64 where a sum of small integers does not fit.
+        Of the input's dtype; int64 if a sum of small integers does not fit.
 
     Raises
     ------
     TypeError
-        For an object that is no matrix, and a frame.
+        For a frame, and for other objects that are not a matrix.
     ValueError
         For NaN or infinity, other kinds of values, other dimensions than two, or a sparse matrix
         whose arrays contradict each other or its shape.
@@ -147,7 +148,7 @@ def canonical(matrix: Any, name: str = "user_items") -> sparse.csr_matrix:
 
 
 def require_users_by_items(matrix: Any, name: str) -> Any:
-    """Return a sparse matrix as it is, and other matrices as 2-D arrays; errors as `canonical`."""
+    """Return sparse matrices unchanged and others as 2-D arrays; errors as in `canonical`."""
     require_matrix(matrix, name, takes_frames=False)
     if sparse.issparse(matrix):
         return matrix
@@ -183,14 +184,14 @@ def rankings(ids: Any, n_rows: int) -> np.ndarray:
     Parameters
     ----------
     ids : array-like of int and shape (n_rows, k)
-        Best first; below 0 where there is no result.
+        Best first; below 0 for missing results.
     n_rows : int
-        Rows that they were ranked for.
+        Number of rows that they were ranked for.
 
     Returns
     -------
     ndarray of int64 and shape (n_rows, k)
-        -1 takes the place of a repeated id. A DataWarning has their count.
+        Repeated ids are replaced by -1. A DataWarning gives their number.
 
     Raises
     ------
@@ -212,7 +213,7 @@ def rankings(ids: Any, n_rows: int) -> np.ndarray:
 
 
 def are_ids(array: np.ndarray) -> bool:
-    """Whether an array holds integers that fit into int64, or nothing."""
+    """Whether an array is empty or holds integers that fit into int64."""
     return not array.size or (
         array.dtype.kind in "iu" and int(array.max()) <= np.iinfo(np.int64).max
     )
@@ -236,7 +237,7 @@ def _without_repeats(ids: np.ndarray) -> np.ndarray:
 
 
 def mean_ndcg(ids: np.ndarray, hidden: sparse.csr_matrix) -> float:
-    """Mean NDCG of ranked ids, of which the hidden entries are the hits.
+    """Mean NDCG of ranked ids; the hidden entries are the relevant ones.
 
     Parameters
     ----------
@@ -248,7 +249,7 @@ def mean_ndcg(ids: np.ndarray, hidden: sparse.csr_matrix) -> float:
     Returns
     -------
     float
-        NaN, with an UndefinedMetricWarning, where there are no rows.
+        NaN, with an UndefinedMetricWarning, if there are no rows.
     """
     ids = rankings(ids, hidden.shape[0])
     if not len(ids):
@@ -258,7 +259,7 @@ def mean_ndcg(ids: np.ndarray, hidden: sparse.csr_matrix) -> float:
 
 
 def warn_of_nothing(metric: str) -> None:
-    """Warn that no row can be measured."""
+    """Warn that no row has enough entries for a metric."""
     warnings.warn(
         f"{metric} is not defined: no row has two positive entries, one to fold in and one to find",
         UndefinedMetricWarning,
@@ -269,12 +270,12 @@ def warn_of_nothing(metric: str) -> None:
 def hits_of(ids: np.ndarray, hidden: sparse.csr_matrix) -> np.ndarray:
     """Whether each ranked id (n, K) is a positive entry of its row, (n, K).
 
-    Ids below 0, and those that `hidden` has no column for, never are.
+    False for ids below 0 and for ids without a column in `hidden`.
     """
     is_column = (ids >= 0) & (ids < hidden.shape[1])
     if not is_column.any() or not hidden.nnz:
         return np.zeros(ids.shape, bool)
-    # Looked up row by row: a key of row and id in one number would have to be kept from overflow.
+    # Look up by row and id: a single key that combines both could overflow.
     rows = np.arange(len(ids))[:, None]
     return (hidden[rows, np.where(is_column, ids, 0)].toarray() > 0) & is_column
 

@@ -20,32 +20,32 @@ import numpy as np
 import psutil
 from threadpoolctl import ThreadpoolController
 
-_SMALL = 1 << 26  # bytes that are asked for without a look at what is available
+_SMALL = 1 << 26  # up to this many bytes are allocated without checking the available memory
 LINE = 64  # bytes of a cache line; vectors that straddle two take twice as long to read
-_limiting, _limited = threading.Lock(), 0  # scopes of `single_blas_thread` that are open
-_limit: Any = None  # and what they set
+_limiting, _limited = threading.Lock(), 0  # number of open contexts of `single_blas_thread`
+_limit: Any = None  # the limit that they set
 
 
 class Memory:
-    """Memory that is used again once no array looks at it any more.
+    """A pool of memory blocks that are reused after the arrays in them are deleted.
 
-    New pages are dear on a virtual machine, whose host takes back what is free for seconds: 2 ns a
-    byte were measured, a hundred times what it takes to write to them.
+    Page faults are expensive on a virtual machine, whose host reclaims memory that has been free
+    for seconds: they were measured at 2 ns a byte, a hundred times the cost of writing.
     """
 
     def __init__(self) -> None:
         self._free: dict[int, list[np.ndarray]] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: Any, room: int = 0) -> np.ndarray:
-        """An array that begins at a cache line, with anything in it.
+        """An uninitialised array that begins at a cache line.
 
         Parameters
         ----------
         shape, dtype
             Of the array.
         room : int, default=0
-            How many numbers its memory is to have room for, if more: those of another array, which
-            may have the same memory later.
+            Least number of elements for which to allocate memory, so that a larger array can reuse
+            it later.
         """
         count = math.prod(shape)
         size = max(count, room) * np.dtype(dtype).itemsize
@@ -58,16 +58,16 @@ class Memory:
         return lent[low : low + size].view(dtype)[:count].reshape(shape)
 
     def give_back(self, block: np.ndarray, size: int) -> None:
-        """Keep a block that had been lent."""
+        """Return a block to the pool."""
         self._free.setdefault(size, []).append(block)
 
     def clear(self) -> None:
-        """Let go of what is free."""
+        """Release the free blocks."""
         self._free.clear()
 
 
 class _Lent:
-    """What an array of `Memory` looks at: with the last such array it goes, and gives back."""
+    """The base of an array from `Memory`; it returns the block when the last such array is gone."""
 
     def __init__(self, block: np.ndarray, size: int, memory: Memory) -> None:
         self.block, self.size, self.memory = block, size, weakref.ref(memory)
@@ -88,7 +88,7 @@ def cores() -> int:
 
 @functools.lru_cache(maxsize=8)
 def _cores(affinity: frozenset[int] | None, limit: str | None) -> int:
-    # joblib reads the files of the control group at each call, which takes as long as a query.
+    # joblib reads the control group's files in each call, which takes as long as a query.
     del affinity, limit
     return int(joblib.cpu_count())
 
@@ -99,14 +99,14 @@ def memory_bytes() -> int:
 
 
 def require_memory(parts: dict[str, int], remedy: str) -> None:
-    """Raise MemoryError, before any memory is asked for, where so much is not available.
+    """Raise MemoryError if the available memory is too small, before it is allocated.
 
     Parameters
     ----------
     parts : dict of str to int
         Bytes of each large part, by a name for the message.
     remedy : str
-        What the caller can do, for the message.
+        Advice to the caller, for the message.
     """
     total = sum(parts.values())
     if total < _SMALL:
@@ -121,7 +121,7 @@ def require_memory(parts: dict[str, int], remedy: str) -> None:
 
 
 def threads(work: Callable[[Any], Any], jobs: Sequence[Any], n_threads: int) -> list[Any]:
-    """Map `work` over the jobs with so many threads, of which the caller's is one."""
+    """Map `work` over the jobs with a number of threads, including the caller's."""
     n_threads = min(len(jobs), n_threads)
     left, results = deque(enumerate(jobs)), [None] * len(jobs)
 
@@ -134,7 +134,7 @@ def threads(work: Callable[[Any], Any], jobs: Sequence[Any], n_threads: int) -> 
             try:
                 results[number] = work(job)
             except BaseException:
-                left.clear()  # the other threads need not go on either
+                left.clear()  # stops the other threads too
                 raise
 
     # A job for each thread, not each of the jobs, which would cost a tenth of a millisecond.
@@ -151,11 +151,11 @@ def threads(work: Callable[[Any], Any], jobs: Sequence[Any], n_threads: int) -> 
 
 @contextlib.contextmanager
 def single_blas_thread() -> Iterator[None]:
-    """Scope in which BLAS does not start threads of its own, in the whole process.
+    """Context in which BLAS is limited to one thread, in the whole process.
 
-    After each call OpenBLAS's wait in a loop for tens of milliseconds, on cores that work shards
-    need; XLA calls it for the eigenbasis, in every half-epoch. Scopes may overlap, as where several
-    threads fit: the first sets the limit, and the last takes it away.
+    After each call OpenBLAS's threads spin for tens of milliseconds, on cores that work shards
+    need; XLA calls it for the eigenbasis, in every half-epoch. Contexts may overlap, for example if
+    several threads fit: the first sets the limit, and the last removes it.
     """
     global _limit, _limited
     with _limiting:
@@ -177,7 +177,7 @@ def _blas() -> ThreadpoolController:
 
 
 def give_back_memory() -> None:
-    """Give back what was freed: glibc would keep hundreds of megabytes after compiling."""
+    """Return freed memory to the system: glibc would keep hundreds of megabytes after compiling."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

@@ -1,4 +1,4 @@
-"""Tables that a fit starts from: present ones, extended where the matrix has grown, or drawn."""
+"""The initial tables of a fit: drawn at random, or current ones, extended for new rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from . import parameters
 
 Identity = tuple[Any, ...]
-_SAMPLE = 1 << 12  # entries that the identity of a matrix looks at
+_SAMPLE = 1 << 12  # number of entries that the identity of a matrix depends on
 _FEW_ITERATIONS = 3
 
 
@@ -30,26 +30,26 @@ def tables(
 ) -> list[np.ndarray]:
     """Return the user and item table that a fit starts from.
 
-    Users are drawn first and only what is missing is drawn, as in implicit, whose tables these
-    equal bit by bit for uniform numbers and an integer seed.
+    As in implicit, users are drawn first, and only missing rows are drawn. For uniform numbers and
+    an integer seed the tables equal implicit's bit by bit.
 
     Parameters
     ----------
     given : two of ndarray of shape (m, factors) or None
-        Present tables.
+        Current tables.
     shapes : two of (int, int)
-        Rows and factors needed. Rows beyond those of a present table are drawn.
+        Rows and factors needed. Rows that a current table does not have are drawn.
     random_state : int, None, RandomState or Generator
         Seed.
     dtype : type
-        np.float32 or np.float64, of what is drawn.
+        Dtype of the drawn numbers, np.float32 or np.float64.
     normal : bool
         Whether to draw normal numbers rather than uniform ones.
 
     Raises
     ------
     ValueError
-        Where a present table has another width, or more rows than needed.
+        If a current table has another width, or more rows than needed.
     """
     rng, kind, found = parameters.random_generator(random_state), np.dtype(dtype).type, []
     for side, table, (n_rows, factors) in zip(("user", "item"), given, shapes, strict=True):
@@ -57,8 +57,8 @@ def tables(
         if table is not None and (table.shape[1] != factors or present > n_rows):
             raise ValueError(
                 f"{side}_factors to start from has shape {table.shape}, but the data and "
-                f"`factors` need {(n_rows, factors)}: rows may be added, but none can go. Set "
-                f"{side}_factors to None, or warm_start to False, to start anew"
+                f"`factors` need {(n_rows, factors)}: rows may be added, but not removed. Set "
+                f"{side}_factors to None, or warm_start to False, to start from new tables"
             )
         size, scale = (n_rows - present, factors), deviation(factors, normal)
         if normal:
@@ -96,12 +96,12 @@ def check_columns(before: np.ndarray | None, now: np.ndarray | None) -> None:
 
 
 def identity(rows: Any) -> Identity:
-    """What tells one matrix from another at no cost to speak of: shape, entries, and a sample.
+    """A cheap identity of a matrix: its shape, number of entries, and a digest of a sample.
 
     Parameters
     ----------
     rows : csr_matrix or ShardedMatrix
-        What a fit learns from.
+        The data of a fit.
     """
     if not hasattr(rows, "indptr"):
         return (*rows.shape, rows.nnz, str(rows.path))
@@ -114,14 +114,14 @@ def identity(rows: Any) -> Identity:
 
 
 def warn_if_restarted(estimator: Any, now: Identity) -> bool:
-    """Warn where short fits on the same data begin anew each time, as implicit's do not.
+    """Warn about repeated short fits on the same data, which would continue in implicit.
 
     Parameters
     ----------
     estimator : TPUAlternatingLeastSquares
         Its `_fitted_to` holds the identity of the last fit's data, and whether it has warned.
     now : tuple
-        Identity of the data of the fit that begins.
+        Identity of this fit's data.
 
     Returns
     -------

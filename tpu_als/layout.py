@@ -104,13 +104,13 @@ class RowMap:
 
 
 def ladder(lengths: np.ndarray, rung_cells: float, longest: int = LONGEST) -> tuple[int, ...]:
-    """Choose the rungs' lengths from a histogram of row lengths, at a low total cost.
+    """Choose the rungs' lengths for given row lengths, at a low total cost.
 
     Each row is padded to the next rung, and a rung itself costs as much as `rung_cells` cells,
     since each is a program to compile. Rungs are powers of two, chosen by dynamic programming, and
     lengths half-way between two of them, each of which must save more than it costs. The result
     depends on the arguments only. A finer grid pads no less at the same cost, and its best choice
-    changes with every few rows: folds of one matrix would then compile programs of their own.
+    changes with every few rows: each fold of a matrix would then have to compile other programs.
 
     Parameters
     ----------
@@ -148,9 +148,9 @@ def doubling(longest: int, bound: int = LONGEST, growth: int = 2) -> tuple[int, 
 
 
 def _cheapest_rungs(ordered: np.ndarray, grid: np.ndarray, rung_cells: float) -> tuple[int, ...]:
-    """Those of a grid of lengths at which padded cells and rungs together cost least.
+    """The lengths of a grid that minimise the total cost of padded cells and rungs.
 
-    Row lengths come in ascending order; the last length of the grid is always chosen.
+    Row lengths must be in ascending order. The last length of the grid is always chosen.
     """
     rows = np.searchsorted(ordered, grid, side="right")
     below = np.concatenate([[0], rows])
@@ -206,7 +206,7 @@ def map_rows(lengths: np.ndarray, plan: Plan, owners: np.ndarray | None = None) 
     Raises
     ------
     ValueError
-        Where a slot or a cell has a number that int32 does not hold.
+        If the number of slots or cells does not fit into int32.
     """
     order = np.argsort(lengths, kind="stable")
     ends = np.searchsorted(lengths[order], plan.lengths, side="right")
@@ -229,7 +229,7 @@ def map_rows(lengths: np.ndarray, plan: Plan, owners: np.ndarray | None = None) 
 
 
 def _check_addressable(n_slots: int, n_cells: int) -> None:
-    """Raise ValueError for slots of all shards, or cells of one, beyond int32, which would wrap."""
+    """Raise ValueError if the slots of all shards, or the cells of one, do not fit into int32."""
     for count, what, remedy in (
         (n_slots, "slots of a table", "fit fewer rows"),
         (n_cells, "cells of a device", "use more devices"),

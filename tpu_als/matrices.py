@@ -1,4 +1,4 @@
-"""The caller's matrices to canonical CSR, or an error that says what came and what was expected."""
+"""Convert callers' matrices to canonical CSR, or say what was passed and what was expected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("tpu_als")
 
 
 def warn_if_converted(matrix: Any) -> None:
-    """Warn, as implicit does, where a sparse matrix is not CSR and has to be converted."""
+    """Warn, as implicit does, if a sparse matrix is not CSR and has to be converted."""
     if sparse.issparse(matrix) and matrix.ndim == 2 and matrix.format != "csr":
         warnings.warn(
             f"Method expects CSR input, and was passed {type(matrix).__name__} instead: it is "
@@ -28,24 +28,24 @@ def warn_if_converted(matrix: Any) -> None:
 
 
 def canonical_csr(matrix: Any, name: str = "user_items") -> sparse.csr_matrix:
-    """Return a float32 csr_matrix with sorted indices and no duplicates; the input stays as it is.
+    """Return a float32 csr_matrix with sorted indices and no duplicates; the input is not modified.
 
     Parameters
     ----------
     matrix : ndarray, sparse matrix or sparse array of shape (n_rows, n_columns)
-        A 1-D sparse array is one row. Of a dense array, zeros are not entries; zeros that a
-        sparse matrix stores are, as in implicit. Duplicate entries are summed (implicit lets
-        them count twice in the weights and once in the filters).
+        A 1-D sparse array is one row. Zeros of a dense array are not entries; stored zeros of a
+        sparse matrix are, as in implicit. Duplicate entries are summed (implicit uses each of
+        them in the weights, and one in the filters).
     name : str
         The argument's name, for messages.
 
     Raises
     ------
     TypeError
-        For an object that belongs to another call, such as a table of events.
+        For an object meant for another function, such as a table of events.
     ValueError
-        Where a stored value is not finite, not real or too large for float32, and where the arrays
-        of a sparse matrix contradict each other or its shape.
+        If a stored value is not finite, not real or too large for float32, or if the arrays of a
+        sparse matrix contradict each other or its shape.
     """
     refuse_misplaced(matrix, name)
     csr, is_ascending = _as_csr(matrix, name)
@@ -65,9 +65,9 @@ def canonical_csr(matrix: Any, name: str = "user_items") -> sparse.csr_matrix:
 
 
 def canonical(matrix: Any, name: str = "user_items") -> sparse.csr_matrix:
-    """Return CSR of the input's dtype, with its duplicates summed; in a copy where it has any.
+    """Return CSR of the input's dtype with duplicates summed; a copy if there are any.
 
-    Integers become int64 where their dtype cannot hold the sums. Values are not looked at.
+    Integers become int64 if their dtype cannot represent the sums. Values are not checked.
     """
     csr, is_ascending = _as_csr(matrix, name)
     dtype = csr.dtype if csr is matrix or not sparse.issparse(matrix) else matrix.dtype
@@ -104,13 +104,13 @@ def _as_csr(matrix: Any, name: str) -> tuple[Any, bool]:
 
 
 def _in_order(csr: Any, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The arrays of a CSR matrix without strides, as compiled loops expect them."""
+    """The arrays of a CSR matrix, made contiguous for the compiled loops."""
     values, indices, indptr = map(np.ascontiguousarray, (values, csr.indices, csr.indptr))
     return values, indices, indptr
 
 
 def _is_plain(csr: Any) -> bool:
-    """Whether a CSR matrix can be used as it is: arrays of one native index dtype, in order."""
+    """Whether a CSR matrix needs no copy: contiguous arrays, and one native index dtype."""
     kind = csr.indices.dtype
     return (
         isinstance(csr, sparse.csr_matrix)
@@ -133,31 +133,31 @@ def rows_for(
     mask: np.ndarray | None = None,
     allow_unknown: bool = False,
 ) -> sparse.csr_matrix:
-    """Check the rows that go with a list of ids.
+    """Check the rows that were passed with a list of ids.
 
     Parameters
     ----------
     matrix : csr_matrix, csr_array or 1-D sparse array
-        One row for each id. Other sparse formats pass where not `strict`.
+        One row for each id. Other sparse formats are accepted unless `strict`.
     n_rows : int or None
         Number of ids; None accepts any number of rows.
     n_columns : int
-        Rows of the table that the columns refer to. Fewer columns are filled up; more are cut
-        off, and must hold no entries.
+        Number of rows of the table that the columns refer to. A narrower matrix is widened. A wider
+        one is cut to this width, and its further columns must have no entries.
     name : str
         The argument's name, for messages.
     strict : bool
         Whether formats other than CSR are refused, as in `recommend`.
     mask : ndarray of bool, optional
-        Where the ids came as a mask, `matrix` may have a row for each of its places.
+        The ids as a mask. `matrix` may then have one row for each element of the mask.
     allow_unknown : bool, default=False
-        Whether entries beyond the table are accepted: ids that the table does not have yet.
+        Whether to accept entries of ids that the table does not have yet.
 
     Returns
     -------
     rows : csr_matrix of shape (n_rows, n_columns), or (n_rows, n_columns + 1)
-        Canonical. With entries beyond the table there is one more column, which stands for a row of
-        zeros in the table. It holds all of them, so its ids may repeat within a row.
+        Canonical. If there are entries of unknown ids, they are all moved to one additional column,
+        which stands for a row of zeros in the table. That id may repeat within a row.
 
     Raises
     ------
@@ -192,7 +192,7 @@ def _fit_columns(
     if rows.shape[1] == n_columns:
         return rows
     ids, width = rows.indices, n_columns
-    # Ids were checked against the shape, so narrow matrices need no further look.
+    # Ids were checked against the shape, so narrow matrices need no further check.
     if rows.nnz and rows.shape[1] > n_columns and ids.max() >= n_columns:
         kind = "items" if name == "user_items" else "users"
         if not allow_unknown:
@@ -215,7 +215,7 @@ def known_entries(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Ids and values of a row's entries below `n_columns`, and the number of all its entries.
 
-    The number is the n_u of equation (2), which counts entries of unknown ids as well.
+    The number is n_u of equation (2), which includes entries of unknown ids.
     """
     at = slice(rows.indptr[row], rows.indptr[row + 1])
     ids, values = rows.indices[at], rows.data[at]
@@ -227,14 +227,14 @@ def known_entries(
 
 
 def explained_row(user_items: Any, user: int, n_items: int) -> sparse.csr_matrix:
-    """Pick the row (1, n_items) of a user from the whole matrix, or take it as it is.
+    """Return the row (1, n_items) of a user, from the whole matrix or from that row alone.
 
     Parameters
     ----------
     user_items : sparse matrix or array of shape (n_users, n_items), (1, n_items) or (n_items,)
-        A single row is that of the user, whatever the id.
+        A single row is used for any `user`.
     user : int
-        Row of a matrix with more than one.
+        Which row to use if there are several.
     n_items : int
         Rows of the item table.
 
@@ -243,7 +243,7 @@ def explained_row(user_items: Any, user: int, n_items: int) -> sparse.csr_matrix
     IndexError
         For a user beyond the matrix.
     ValueError
-        As `rows_for`.
+        As in `rows_for`.
     """
     rows = rows_for(user_items, None, n_items, strict=False)
     if rows.shape[0] == 1:

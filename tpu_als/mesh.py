@@ -32,18 +32,18 @@ Shards = Any
 
 log = logging.getLogger("tpu_als")
 _REPLICATED_SHARE = 1 / 8  # of a device's memory that a copy of the source table may take
-_FEW_THREADS = 16  # taken as they are asked for, whatever the number of cores
+_FEW_THREADS = 16  # up to this number, as many threads as requested, also on fewer cores
 _PIECE_BYTES = 1 << 26  # of a table fetched at once from several processes
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where the work is done.
+    """The devices that do the work, and how arrays are divided among them.
 
     Attributes
     ----------
     devices : tuple of jax.Device
-        The devices, one work shard each where there are several.
+        The devices; if there are several, each is one work shard.
     n_shards : int
         Work shards W.
     table_layout : {"auto", "replicated", "sharded"}
@@ -106,15 +106,15 @@ class Workplace:
 
     @property
     def as_threads(self) -> Workplace:
-        """One CPU device with as many threads as there are devices, where it has all the rows."""
+        """One CPU device that has all rows, with as many threads as there are devices."""
         n_threads = max(self.n_threads, len(self.devices))
         return replace(self, devices=self.devices[:1], n_shards=1, n_threads=n_threads)
 
     def with_layout(self, table_bytes: int) -> Workplace:
-        """Decide what "auto" means for source tables of so many bytes."""
+        """Replace "auto" by a layout for source tables of `table_bytes` bytes."""
         if self.table_layout != "auto":
             return self
-        # Processes can ask about devices of their own only, and all have to choose alike.
+        # A process can query its own devices only, and all processes must choose the same layout.
         memory = -self.agree(-_memory(self.devices[self.local.start]))
         budget = _REPLICATED_SHARE * memory
         chosen = "replicated" if self.mesh is None or table_bytes <= budget else "sharded"
@@ -125,7 +125,7 @@ class Workplace:
         return replace(self, table_layout=chosen)
 
     def sharding(self, axis: int = 0) -> Sharding:
-        """How an array lies of which each device has an equal part along an axis."""
+        """Sharding of an array of which each device has an equal part along an axis."""
         if self.mesh is None:
             return SingleDeviceSharding(self.devices[0])
         return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXIS))
@@ -169,7 +169,7 @@ class Workplace:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Scope in which a collective that failed is told as what it means for the user."""
+        """Context in which collective failures become a RuntimeError."""
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
@@ -177,10 +177,10 @@ class Workplace:
                 raise
             message = (
                 f"process {self.process} of {len(self.processes)} lost touch with another one, "
-                "which has most likely ended: see its output, then start all processes anew (with "
-                "checkpoint_dir they go on from the last checkpoint)"
+                "which has most likely ended: see its output, then restart all processes (with "
+                "checkpoint_dir they resume from the last checkpoint)"
             )
-            # At once: JAX's own watch over the processes may end this one before it can tell.
+            # Log at once: JAX's coordination service may end this process before the error is seen.
             log.error(message)
             raise RuntimeError(message) from error
 
@@ -193,7 +193,7 @@ class Workplace:
 
         On a mesh each device passes its part of `own`. On a single device it passes all shards of
         `own` at once, as lists; an array of table rows is made of such a list by `Together.join`.
-        What is `held` stands as `Together.hold` left it.
+        `held` is the result of `Together.hold`.
         """
         return programs.whole(fn, static, self.mesh, self.together)
 
@@ -256,22 +256,22 @@ def workplace(
     Parameters
     ----------
     devices : None, int, sequence of jax.Device or jax.sharding.Mesh, default=None
-        None takes all devices of the default backend, a number the first so many.
+        None uses all devices of the default backend; a number n uses the first n of them.
     num_threads : int, default=0
         Threads, and so work shards, of a single CPU device; 0 means all cores that the process may
-        use. More than 16 are cut down to the number of cores, as long as that is no less than 16:
-        each shard costs dispatches, and compilation.
+        use. The number is limited to 16 or the number of cores, whichever is larger, because each
+        shard costs dispatches and compilation.
     use_gpu : bool, optional
         True requires a GPU backend.
     table_layout : {"auto", "replicated", "sharded"}, default="auto"
-        How the source table stands on several devices.
+        How several devices store the source table.
 
     Raises
     ------
     ValueError
-        For an unknown layout, or devices that are none, not there, or given twice.
+        For an unknown layout, or devices that do not exist, repeat or are of another type.
     RuntimeError
-        Where `use_gpu` is True and JAX has no GPU.
+        If `use_gpu` is True and JAX has no GPU.
     """
     if table_layout not in LAYOUTS:
         raise ValueError(f"table_layout must be one of {LAYOUTS}, got {table_layout!r}")
@@ -325,7 +325,7 @@ def _devices(devices: Any) -> tuple[jax.Device, ...]:
 
 
 def _check_usable(devices: tuple[jax.Device, ...]) -> None:
-    """Raise ValueError for devices that are given twice, differ in kind, or are of others only."""
+    """Raise ValueError if devices repeat, differ in platform, or all belong to other processes."""
     if len(set(devices)) < len(devices):
         raise ValueError(f"devices must differ from each other, got {list(devices)}")
     platforms = sorted({device.platform for device in devices})

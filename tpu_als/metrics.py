@@ -27,26 +27,26 @@ def metrics_of_rankings(
 ) -> dict[str, float]:
     """Metrics of rankings against held-out entries.
 
-    An entry is relevant where its value is above 0. A ranked id is a hit where it is a relevant
-    entry of its row. Ids that `held_out` has no column for are misses, as are repeats of an id in
-    a row, which a DataWarning counts.
+    An entry is relevant if its value is above 0. A ranked id is a hit if it is a relevant entry of
+    its row. Ids without a column in `held_out` are misses. Repeats of an id in a row are misses
+    too, and a DataWarning gives their number.
 
     Parameters
     ----------
     ids : array of int and shape (n, K)
-        Best first; below 0 where there is no result.
+        Best first; below 0 for missing results.
     held_out : csr_matrix of shape (n, width)
-        Finite values. Rows without a relevant entry are left out.
+        Finite values. Rows without a relevant entry are ignored.
     popularity : array of shape (width,), optional
-        Users who like each item, for "novelty". Items beyond it are liked by nobody.
+        Number of users who like each item, for "novelty". 0 for items beyond its length.
     n_users : int, optional
-        Of how many users, those without held-out entries included; needed with `popularity`.
+        Total number of users, with and without held-out entries; required with `popularity`.
     n_items : int, optional
-        Size of the catalogue. At least the width of the matrices and the largest ranked id + 1
-        are taken, by default the larger of these.
+        Size of the catalogue. It is raised to the width of the matrices and to the largest ranked
+        id + 1, whichever is larger; this is also the default.
     seen : csr_matrix of shape (n, width), optional
-        What was left out of the rankings, for "auc_unseen". A DataWarning counts relevant entries
-        that are stored in it too.
+        The items excluded from the rankings, for "auc_unseen". A DataWarning gives the number of
+        relevant entries that are also stored in it.
 
     Returns
     -------
@@ -60,27 +60,27 @@ def metrics_of_rankings(
         * "hit_rate": whether h > 0; "mrr": 1 / rank of the first hit;
         * "map": average precision over min(K, m);
         * "ndcg": sum of 1 / log2(1 + rank) of the hits, over the largest possible sum;
-        * "auc": area under the ROC curve, where what is not ranked is taken to be in random order.
-          implicit's definition: all `width` items count, so those of the train part, which a
-          ranking leaves out, are negatives that are not ranked, and raise it;
+        * "auc": area under the ROC curve, with items that are not ranked in random order. By
+          implicit's definition all `width` items count. The train items, which are excluded from
+          a ranking, count as negatives that are not ranked, and raise it;
         * "auc_unseen": the same over the catalogue's items that are not stored in `seen`;
 
-        "coverage": part of the catalogue ranked for anybody; "novelty": mean of -log2 of the part
-        of the `n_users` who like a ranked item. NaN where there is nothing to measure.
+        "coverage": fraction of the catalogue that is ranked for any user; "novelty": mean of -log2
+        of the fraction of the `n_users` who like a ranked item. NaN if a metric is undefined.
 
     Raises
     ------
     TypeError
-        For a `held_out` or `seen` that is no matrix.
+        For a `held_out` or `seen` that is not a matrix.
     ValueError
         For NaN or infinity in them, another number of rows, ids that are not integers; for a
         popularity without `n_users`, or one above it.
 
     Notes
     -----
-    implicit takes stored zeros and negative values of a test matrix for relevant, and counts a
-    repeated id twice. Its AUC leaves the range of 0 to 1 where a ranking has more misses than
-    there are other items; here the misses beyond that number do not count.
+    In implicit stored zeros and negative values of a test matrix are relevant, and a repeated id
+    counts twice. Its AUC is outside the range 0 to 1 if a ranking has more misses than there are
+    irrelevant items; here the misses beyond that number are ignored.
     """
     for name, value in (("n_users", n_users), ("n_items", n_items)):
         if value is not None:
@@ -113,13 +113,13 @@ def metrics_of_rankings(
 
 
 def popularity_of(user_items: sparse.csr_matrix) -> np.ndarray:
-    """Users with a positive entry for each item (n_items,), of a canonical matrix."""
+    """Number of users with a positive entry for each item (n_items,), of a canonical matrix."""
     liked = user_items.indices[user_items.data > 0]
     return np.bincount(liked, minlength=user_items.shape[1])
 
 
 def _of_hits(hits: np.ndarray, counts: np.ndarray) -> dict[str, float]:
-    """Metrics that hits (n, K) and numbers of relevant entries (n,) > 0 determine."""
+    """Metrics that depend only on hits (n, K) and numbers of relevant entries (n,) > 0."""
     found, k = np.cumsum(hits, axis=1), hits.shape[1]
     n_hits, places, most = found[:, -1], np.arange(1, k + 1), np.minimum(counts, k)
     return {
@@ -135,14 +135,14 @@ def _of_hits(hits: np.ndarray, counts: np.ndarray) -> dict[str, float]:
 
 
 def _auc(hits: np.ndarray, misses: np.ndarray, counts: np.ndarray, others: np.ndarray) -> float:
-    """Mean part of the pairs of a relevant and another item that are in the right order.
+    """Mean fraction of the pairs (relevant item, irrelevant item) that are in the right order.
 
     Parameters
     ----------
     hits, misses : ndarray of bool and shape (n, K)
-        Ranked items that are relevant, and ranked others.
+        Whether a ranked item is relevant, and whether it is irrelevant.
     counts, others : ndarray of int64 and shape (n,)
-        Relevant items and others; users without either do not count.
+        Number of relevant and of irrelevant items; users without one of these are ignored.
     """
     misses = misses & (np.cumsum(misses, axis=1) <= others[:, None])
     found = np.cumsum(hits, axis=1)
@@ -160,7 +160,7 @@ def _auc_unseen(
     seen: sparse.csr_matrix,
     n_items: int,
 ) -> float:
-    """AUC over the items not seen; a relevant entry that was seen is left out, and counted."""
+    """AUC over the unseen items. Warn about relevant entries that were seen, and ignore them."""
     width = max(seen.shape[1], held_out.shape[1])
     both = _widened(seen, width).multiply(_pattern(_widened(held_out, width))).tocsr()
     if both.nnz:
@@ -179,7 +179,7 @@ def _auc_unseen(
 
 
 def _pattern(rows: sparse.csr_matrix) -> sparse.csr_matrix:
-    """Ones where a value is stored, be it zero."""
+    """True for every stored value, also for zeros."""
     return sparse.csr_matrix((np.ones(rows.nnz, bool), rows.indices, rows.indptr), shape=rows.shape)
 
 
@@ -226,5 +226,5 @@ def _novelty(ranked: np.ndarray, popularity: np.ndarray | None, n_users: int | N
     liked = np.zeros(len(ranked))
     is_known = ranked < len(popularity)
     liked[is_known] = popularity[ranked[is_known]]
-    # An item that nobody likes yet is taken to have half a user.
+    # Items that no user likes count as liked by half a user, to keep the logarithm finite.
     return float(np.mean(-np.log2(np.maximum(liked, 0.5) / n_users)))

@@ -1,4 +1,4 @@
-"""Models to and from .npz files that implicit reads and writes too: atomic, and never unpickled."""
+"""Save and load models as .npz files in implicit's format, atomically and without pickle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .validation import factor_table, same_width
 
 PREFIX = "tpu_als_"
 FORMAT = 1
-# implicit's own names. Its loader sets every other key as an attribute nobody reads.
+# The keys that implicit uses. Its loader stores other keys as attributes that it never reads.
 _IMPLICIT = frozenset(
     {
         "user_factors",
@@ -38,12 +38,12 @@ _IMPLICIT = frozenset(
         "alpha",
     }
 )
-# Of implicit's models only ALS has all of these.
+# Only the ALS model of implicit has all of these keys.
 _IMPLICIT_ALS = {"factors", "regularization", "iterations", "use_cg"}
 _TABLES = ("user_factors", "item_factors")
 _SERIES, _OWN, _JSON = "history_", "own_", "json_"
 _KNOWN_SCALARS = ("format", "storage_dtype")
-_NEVER_LOADED = ("checkpoint_dir",)  # the next fit would obey a path that the file names
+_NEVER_LOADED = ("checkpoint_dir",)  # else the file would choose a path that the next fit writes to
 
 
 def save_model(
@@ -59,19 +59,19 @@ def save_model(
     target : str, path or binary file object
         As in `save_npz`.
     parameters : dict
-        Constructor parameters. Random generators and device handles are left out, and so is
-        `checkpoint_dir`.
+        Constructor parameters. Random generators, device handles and `checkpoint_dir` are not
+        saved.
     fitted : dict
         Any of user_factors, item_factors, feature_names_in_, item_popularity_, n_iter_, history_,
         and assigned, the names of tables that the next fit starts from.
     own : dict, optional
-        Further parameters of a subclass, as far as they are arrays, numbers and text, or lists,
-        dicts and tuples of such.
+        A subclass's own parameters. Arrays, numbers and text are saved, and lists, dicts and tuples
+        of them.
 
     Returns
     -------
     left_out : list of str
-        Names of parameters with values that the file cannot hold.
+        Names of parameters whose values the file cannot hold.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def save_model(
     parameters = {key: _plain_number(value) for key, value in parameters.items()}
     name = rules.storage_dtype(parameters.get("dtype", np.float32))
     values = {k: v for k, v in {**parameters, **fitted}.items() if k not in _NEVER_LOADED}
-    # implicit knows no bfloat16, but reads what it finds under its own names.
+    # implicit does not support bfloat16, so "dtype", which it reads, must be float32.
     values.update(dtype=name.replace("bfloat16", "float32"), storage_dtype=name)
     if not isinstance(values.get("devices"), int):
         values["devices"] = None
@@ -105,34 +105,34 @@ def load_model(
     parameter_names: Iterable[str],
     own_names: Iterable[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read what `save_model`, or implicit's `save`, wrote.
+    """Read a file written by `save_model` or by implicit's `save`.
 
     Parameters
     ----------
     source : str, path or binary file object
         As in `load_npz`.
     parameter_names : iterable of str
-        Constructor parameters to look for.
+        Constructor parameters to read.
     own_names : iterable of str, optional
-        Further parameters of a subclass to look for.
+        Further parameters of a subclass to read.
 
     Returns
     -------
     parameters, fitted : dict
-        Of what the file holds; other keys are ignored, and so is `checkpoint_dir`.
+        Those that the file holds. Other keys and `checkpoint_dir` are ignored.
 
     Raises
     ------
     FileNotFoundError, IsADirectoryError
-        Where there is no such file.
+        If there is no such file.
     ModelFileError
-        Where the file is damaged, is no model of this class or of implicit's, or where its values
+        If the file is damaged, is not a model of this class or of implicit's, or if its values
         contradict each other.
     """
     own_names, name = set(own_names), _name_of(source)
     values = load_npz(source, own_names)
     with _blamed_on(name):
-        # implicit's GPU models may be of half precision, whose tables are read as float32.
+        # implicit's GPU models may have float16 tables, which are read as float32.
         dtype = str(values.get("storage_dtype", values.get("dtype", "float32")))
         dtype = dtype.replace("float16", "float32") if dtype == "float16" else dtype
         values["dtype"] = (
@@ -147,7 +147,7 @@ def load_model(
 
 
 def _fitted(values: dict[str, Any]) -> dict[str, Any]:
-    """Fitted attributes among the values of a file, checked against each other."""
+    """Fitted attributes among the values of a file, checked for consistency."""
     found: dict[str, Any] = {n: factor_table(values[n], n) for n in _TABLES if n in values}
     _check_widths([found.get(name) for name in _TABLES], values.get("factors"))
     if "feature_names_in_" in values:
@@ -206,7 +206,7 @@ def _plain_number(value: Any) -> Any:
 
 
 def _packed(name: str, value: Any) -> tuple[str, Any] | None:
-    """Key and value for a subclass's parameter in a file; None where the file cannot hold it."""
+    """Key and value for a subclass's parameter in a file; None if the file cannot hold it."""
     if isinstance(value, (bool, int, float, str, np.generic, np.ndarray)):
         array = np.asarray(value)
         if array.dtype.kind in "biufcU" and (array.ndim or array.item() == value or value != value):
@@ -228,7 +228,7 @@ def _unpacked(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
             found[name] = tuple(wrapped["tuple"]) if "tuple" in wrapped else wrapped["value"]
         elif _OWN + name in values:
             found[name] = values[_OWN + name]
-        elif name in values:  # as files were written before
+        elif name in values:  # files of earlier versions
             found[name] = values[name]
     return found
 
@@ -239,10 +239,11 @@ def save_npz(target: str | os.PathLike | BinaryIO, values: dict[str, Any]) -> No
     Parameters
     ----------
     target : str, path or binary file object
-        A path gets ".npz" where it lacks it, and is replaced only once the new file is complete.
+        ".npz" is appended to a path without it. An existing file is replaced only after the new one
+        is complete.
     values : dict
-        Arrays, numbers and strings. None, and what NumPy could only pickle (generators, device
-        handles), is left out. Names that implicit lacks are prefixed.
+        Arrays, numbers and strings. None, and objects that NumPy could only pickle (generators,
+        device handles), are not saved. Names that implicit does not use get a prefix.
     """
     arrays: dict[str, Any] = {PREFIX + "format": np.asarray(FORMAT)}
     for name, value in values.items():
@@ -257,27 +258,27 @@ def save_npz(target: str | os.PathLike | BinaryIO, values: dict[str, Any]) -> No
 
 
 def load_npz(source: str | os.PathLike | BinaryIO, own_names: Iterable[str] = ()) -> dict[str, Any]:
-    """Read what `save_npz`, or implicit's `save`, wrote.
+    """Read a file written by `save_npz` or by implicit's `save`.
 
     Parameters
     ----------
     source : str, path or binary file object
-        A path may lack its ".npz".
+        The ".npz" of a path is optional.
     own_names : iterable of str, optional
-        Keys to read beside those that this version knows. Others are never decompressed.
+        Keys to read in addition to those that this version knows. Other keys are not decompressed.
 
     Returns
     -------
     values : dict
-        By name without prefix; arrays without axes are Python numbers and strings.
+        Values by name without prefix. 0-dimensional arrays become Python numbers and strings.
 
     Raises
     ------
     FileNotFoundError, IsADirectoryError
-        Where there is no such file.
+        If there is no such file.
     ModelFileError
-        Where the file is damaged, comes from elsewhere or from a later format, or a value is of
-        another kind than expected.
+        If the file is damaged, is not a model, has a later format, or has a value of an unexpected
+        dtype or shape.
     """
     name, wanted = _name_of(source), _wanted(own_names)
     with contextlib.ExitStack() as at_end:
@@ -312,7 +313,7 @@ def _wanted(own_names: Iterable[str]) -> Callable[[str], bool]:
 
 
 def _check_origin(found: NpzFile, name: str) -> None:
-    """Raise ModelFileError for a file that neither we nor implicit's ALS wrote."""
+    """Raise ModelFileError for a file written neither by this class nor by implicit's ALS."""
     key = PREFIX + "format"
     if key not in found.headers:
         missing = sorted(_IMPLICIT_ALS - set(found.headers))
@@ -335,7 +336,7 @@ def _check_origin(found: NpzFile, name: str) -> None:
 
 
 def _check_header(key: str, header: Header) -> None:
-    """Raise ValueError for a value of another kind than its key has."""
+    """Raise ValueError for a value whose dtype or shape is wrong for its key."""
     n_axes, kinds, expected = 0, "biufU", "a number or text"
     if key in _TABLES:
         n_axes, kinds, expected = 2, "f", "a 2-D array of floating-point numbers"
@@ -358,7 +359,7 @@ def _check_header(key: str, header: Header) -> None:
 
 @contextlib.contextmanager
 def _blamed_on(name: str) -> Iterator[None]:
-    """Scope in which an unexpected value becomes a ModelFileError that names the file."""
+    """Context in which errors about values become a ModelFileError that names the file."""
     try:
         yield
     except ModelFileError:

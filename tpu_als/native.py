@@ -28,18 +28,18 @@ from tpu_als.solve import Objective
 
 log = logging.getLogger("tpu_als")
 _PARTS = 16  # for each thread; many, so that threads end together and scratch is small
-_LEAST_PART = 1 << 19  # entries times factors of one, a fifth of a millisecond
-_LEAST_PRODUCT = 1 << 22  # multiplications worth a thread
-_GRAMIAN_ROWS = 1 << 13  # rows of a table whose products BLAS adds up by itself
-_ROW_ENTRIES = 4  # what a row costs by itself, in entries; about what its rotations take
-_LARGE = 1 << 23  # bytes of a source table that fits no cache of one core
-_AHEAD = 1 << 13  # bytes of such a table that are fetched before they are needed
+_LEAST_PART = 1 << 19  # least entries times factors of a part, a fifth of a millisecond of work
+_LEAST_PRODUCT = 1 << 22  # least multiplications for which a thread pays
+_GRAMIAN_ROWS = 1 << 13  # rows of a table that one product of BLAS sums over
+_ROW_ENTRIES = 4  # cost of a row in addition to its entries, in entries; that of its rotations
+_LARGE = 1 << 23  # bytes of a source table that does not fit into a core's cache
+_AHEAD = 1 << 13  # bytes of such a table to prefetch
 basis = jax.jit(solve.basis)
 _loading = threading.Lock()
 
 
 class Rows(NamedTuple):
-    """The rows of a side, their entries one after the other.
+    """The rows of a side, with the entries of consecutive rows stored one after the other.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class Rows(NamedTuple):
     values: np.ndarray | None
 
     def part(self, at: slice, dtype: Any) -> Rows:
-        """Some rows, with values of this dtype, an empty array where all are 1."""
+        """Some rows, with values of this dtype; an empty array of values if all are 1."""
         cells, lengths, ids, values = self.cells[at], self.lengths[at], self.ids, self.values
         if values is None:
             values = np.empty(0, dtype)
@@ -67,7 +67,7 @@ class Rows(NamedTuple):
         return Rows(*map(_read_only, (cells, lengths, ids, values)))
 
     def parts(self, n_threads: int, factors: int) -> list[slice]:
-        """Split them into parts that take about equally long, if they are worth it."""
+        """Split the rows into parts of about equal cost, if there is enough work."""
         ends = np.cumsum(self.lengths + _ROW_ENTRIES, dtype=np.int64)
         if not len(ends):
             return []
@@ -80,7 +80,7 @@ class Rows(NamedTuple):
 def serves(place: Workplace, dtype: str, linear_solver: str) -> bool:
     """Whether half-epochs can run here: on a CPU, by one process, with numba installed.
 
-    Several CPU devices are but threads of one, unless it is asked how a table should lie on them.
+    Several CPU devices are used as threads of one, unless `table_layout` is set.
     """
     is_cpu = place.platform == "cpu" and len(place.processes) == 1
     is_cpu = is_cpu and (place.mesh is None or place.table_layout == "auto")
@@ -90,7 +90,7 @@ def serves(place: Workplace, dtype: str, linear_solver: str) -> bool:
 
 @functools.cache
 def _numba() -> Any:
-    """numba, or None where it is not installed, does not load, or is told not to compile."""
+    """numba; None if it is not installed, cannot be loaded, or is configured not to compile."""
     try:
         import numba
     except ModuleNotFoundError:
@@ -117,7 +117,7 @@ def _loaded() -> tuple[Any, Any]:
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, programs.compilation_cache
     try:
         return _loops.compiled(numba.njit, cached=True)
-    except RuntimeError as error:  # it finds no place that it may write to
+    except RuntimeError as error:  # numba finds no directory that it can write to
         log.warning("what numba compiles is not kept: %s", error)
         return _loops.compiled(numba.njit, cached=False)
     finally:
@@ -125,7 +125,7 @@ def _loaded() -> tuple[Any, Any]:
 
 
 def _ready(dtype: str) -> tuple[Any, Any]:
-    """The loops, that over solved rows compiled for a dtype."""
+    """The loops, with the one that solves rows compiled for a dtype."""
     with _loading:
         return _compiled(dtype)
 
@@ -141,7 +141,7 @@ def _compiled(dtype: str) -> tuple[Any, Any]:
 
 
 class _System(NamedTuple):
-    """What all rows of a half-epoch share: (N, P), (P,) and numbers of equations (1)-(3)."""
+    """Inputs shared by all rows of a half-epoch: (N, P), (P,) and numbers of equations (1)-(3)."""
 
     source: np.ndarray
     spectrum: np.ndarray
@@ -161,7 +161,7 @@ class _System(NamedTuple):
 def _solve(
     solve_rows: Any, part: Rows, rows: np.ndarray, system: _System, steps: int, vectors: np.ndarray
 ) -> None:
-    """Solve a part in place, from where its rows (R, P) begin, with scratch (7, P)."""
+    """Solve a part in place, starting from its rows (R, P), with scratch (7, P)."""
     source, spectrum, alpha, offset, *diagonal, relaxation = system
     solve_rows(
         rows, part.cells, part.lengths,
@@ -171,7 +171,7 @@ def _solve(
 
 
 def _ahead(source: np.ndarray) -> int:
-    """How many entries ahead their rows are fetched; 0 for a table that a cache may hold."""
+    """How many entries ahead rows are prefetched; 0 for a table that may fit into a cache."""
     return max(_AHEAD // source[0].nbytes, 4) if source.nbytes >= _LARGE else 0
 
 
@@ -194,7 +194,7 @@ def solve_side(
     place : Workplace
         A single CPU device, and a number of threads.
     memory : Memory
-        For tables; those that nobody needs any more are written over.
+        Memory for tables; that of unused tables is reused.
     objective : Objective
         Equations (1)-(2), in the dtype of the tables.
     relaxation : float
@@ -202,7 +202,7 @@ def solve_side(
     steps : int
         Steps of CG; 0 where every weight w is 0.
     weight : float
-        No weight w is larger.
+        Bound on the weights w.
     """
     n_slots, source, target = len(source), np.asarray(source)[:n_source], np.asarray(target)
     dtype = source.dtype
@@ -235,9 +235,9 @@ def _system(
     source: np.ndarray, spectrum: np.ndarray, factors: int, objective: Objective, weight: float,
     relaxation: Any,
 ) -> _System:  # fmt: skip
-    """What rows share, given the rotated table (N, P), its spectrum (P,), and the largest weight.
+    """Shared inputs, from the rotated table (N, P), its spectrum (P,) and the largest weight.
 
-    All in the dtype of the table, and none so large that a sum of two overflows.
+    All are in the dtype of the table, and so small that a sum of two does not overflow.
     """
     kind = source.dtype.type
     most = np.finfo(source.dtype).max / 4
@@ -258,7 +258,7 @@ def _system(
 def measure_side(
     target: Any, source: Any, rows: Rows, place: Workplace, objective: Objective
 ) -> np.ndarray:
-    """What the entries of each row (M,) add to the loss (`solve.cells_loss`), in float64."""
+    """Contribution of each row's entries to the loss (M,), as `solve.cells_loss`, in float64."""
     source, target = _read_only(np.asarray(source)), _read_only(np.asarray(target))
     dtype, out = source.dtype, np.empty(len(rows.lengths))
     measure_rows = _ready(dtype.name)[1]
@@ -275,7 +275,7 @@ def measure_side(
 def _eigenbasis(table: np.ndarray, place: Workplace) -> tuple[np.ndarray, np.ndarray]:
     """Rotation (K, P) into the eigenbasis of a table's gramian, and its spectrum (P,).
 
-    Beyond K are zeros, which fill up the last cache line of a row, and ones in the spectrum.
+    Columns beyond K, which pad a row to whole cache lines, are zero; their spectrum is one.
     """
     given = gramian(table, place), table.dtype.type(len(table))
     turn = basis(*jax.device_put(given, place.devices[0]))
@@ -284,7 +284,7 @@ def _eigenbasis(table: np.ndarray, place: Workplace) -> tuple[np.ndarray, np.nda
 
 
 def gramian(table: np.ndarray, place: Workplace) -> np.ndarray:
-    """Y^T Y of a table (N, K): products of blocks of rows, added up in float64."""
+    """Y^T Y of a table (N, K): products of blocks of rows, summed in float64."""
 
     def work(at: slice) -> np.ndarray:
         total = np.zeros((table.shape[1],) * 2)
@@ -298,7 +298,7 @@ def gramian(table: np.ndarray, place: Workplace) -> np.ndarray:
 
 
 def rotated(table: np.ndarray, rotation: np.ndarray, place: Workplace, out: np.ndarray) -> None:
-    """Write a table (N, K) times a rotation, whose columns may be filled up, into `out`."""
+    """Write the product of a table (N, K) and a rotation, which may have pads, to `out`."""
 
     def work(at: slice) -> None:
         np.matmul(table[at], rotation, out=out[at])
@@ -307,14 +307,14 @@ def rotated(table: np.ndarray, rotation: np.ndarray, place: Workplace, out: np.n
 
 
 def _even(table: np.ndarray, place: Workplace) -> list[slice]:
-    """A run of rows for each thread, if its product with a (K, K) matrix is worth one."""
+    """Consecutive rows for each thread, if their product with a (K, K) matrix is large enough."""
     count = min(place.n_threads, 1 + table.size * table.shape[1] // _LEAST_PRODUCT)
     bounds = np.linspace(0, len(table), count + 1).astype(int)
     return [slice(low, high) for low, high in itertools.pairwise(bounds)]
 
 
 def _read_only(array: np.ndarray) -> np.ndarray:
-    """A view that cannot be written, as those of JAX's arrays: one type, compiled once."""
+    """A read-only view, like those of JAX's arrays, so that numba compiles for one type only."""
     view = array.view()
     view.flags.writeable = False
     return view

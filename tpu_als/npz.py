@@ -1,7 +1,7 @@
-"""Arrays out of an .npz file that may be damaged, foreign or hostile. Nothing is unpickled.
+"""Read arrays from an .npz file that may be damaged, unrelated or hostile. Nothing is unpickled.
 
-Headers are read first, so that a caller can refuse a file before memory is asked for. Members that
-nobody wants are never decompressed.
+Headers are read first, so that a caller can refuse a file before memory is allocated. Members that
+are not wanted are never decompressed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 
 from .exceptions import ModelFileError
 
-# Compressed tables are hardly smaller; one of zeros is, and zeros may be a part of a model.
+# Factors hardly compress. Zeros do, and a model may contain some, hence a limit as large as this.
 _RATIO, _SMALL = 32, 1 << 26
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-# RuntimeError: an encrypted member, or a header that nests too deeply.
+# RuntimeError is raised for an encrypted member or a header with too many nested brackets.
 _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -41,7 +41,8 @@ _DAMAGE = (
 )
 
 
-_END, _TAIL = b"PK\x05\x06", (1 << 16) + 22  # a zip file's last record, and where it may begin
+# Signature of a zip file's last record, and its largest distance from the end of the file.
+_END, _TAIL = b"PK\x05\x06", (1 << 16) + 22
 
 
 class Header(NamedTuple):
@@ -62,20 +63,20 @@ class NpzFile:
     file : binary file object
         Seekable.
     name : str
-        Of the file, for messages.
+        Name of the file, for messages.
     wanted : callable
-        Takes a key and says whether to read it.
+        Takes a key and returns whether to read it.
 
     Attributes
     ----------
     headers : dict of str to Header
-        By key.
+        Header of each wanted array, by key.
 
     Raises
     ------
     ModelFileError
-        For a file that is damaged, holds pickled objects, or is out of proportion: its arrays
-        would take more than 64 MB and more than 32 times the size of the file.
+        If the file is damaged, holds pickled objects, or expands too much: its arrays would take
+        more than 64 MB and more than 32 times the size of the file.
     """
 
     def __init__(self, file: BinaryIO, name: str, wanted: Callable[[str], bool]) -> None:
@@ -90,7 +91,7 @@ class NpzFile:
         for member in self._zip.infolist():
             key = member.filename.removesuffix(".npy")
             with self._readable(f"key {key!r:.80}", "a member that is as the directory says"):
-                self._zip.open(member).close()  # compares both copies of the name
+                self._zip.open(member).close()  # zipfile compares the two copies of the name
             if wanted(key):
                 self._add(key, member)
         needed = sum(member.file_size for member in self._members.values())
@@ -115,7 +116,7 @@ class NpzFile:
             self._zip.open(self._members[key]) as stream,
         ):
             array = np.lib.format.read_array(stream, allow_pickle=False)
-            if stream.read(1):  # the checksum is compared at the end only
+            if stream.read(1):  # zipfile verifies the checksum only at the end of the member
                 raise ValueError("more bytes than the array has")
             return array
 
@@ -128,7 +129,7 @@ class NpzFile:
                 raise ValueError(f"compressed by method {member.compress_type}")
             with self._zip.open(member) as stream:
                 version = np.lib.format.read_magic(stream)
-                if version != (1, 0):  # later ones are for structures; their headers have no bound
+                if version != (1, 0):  # only records need later ones, whose headers are unlimited
                     raise ValueError(f"version {version} of NumPy's format")
                 shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
                 begin = stream.tell()
@@ -157,10 +158,10 @@ class NpzFile:
 
 
 def _check_count(tail: bytes, count: int) -> None:
-    """Raise ValueError where a directory lists another number of members than its end says.
+    """Raise ValueError if the number of members differs from the number in the last record.
 
-    zipfile does not look: a damaged length in one entry can swallow the next.
+    zipfile does not check this: a damaged length in one entry can hide the next entry.
     """
     (expected,) = struct.unpack_from("<H", tail, tail.rfind(_END) + 10)
-    if expected not in (count, 0xFFFF):  # what a directory of more members has there
+    if expected not in (count, 0xFFFF):  # 0xFFFF means more members than 16 bits can count
         raise ValueError(f"{count} members of {expected}")

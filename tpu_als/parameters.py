@@ -16,7 +16,7 @@ LINEAR_SOLVERS = ("auto", "cg", "cholesky", "subspace")
 OBJECTIVES = ("implicit", "ials")
 LAYOUTS = ("auto", "replicated", "sharded")
 DTYPES = ("float32", "float64", "bfloat16")
-# What each kind of work reads, to be checked before it starts.
+# The parameters that each kind of call reads, and checks before it starts.
 OBJECTIVE = (
     "objective",
     "regularization",
@@ -54,7 +54,7 @@ def _real(low: float, high: float = math.inf, is_open: bool = False) -> Callable
 
 
 def _at_least_zero(v: Any) -> bool:
-    # Serving reads such parameters at each call: the usual kind comes first.
+    # Ranking calls check such parameters every time, so the usual type is tested first.
     return 0.0 <= v < math.inf if type(v) is float else _real(0.0)(v)
 
 
@@ -88,7 +88,7 @@ def _is_seed(v: Any) -> bool:
 
 
 def _are_devices(v: Any) -> bool:
-    # How many there are, and whether they are devices, is known only once JAX has started.
+    # The number of devices, and whether these are devices, is known only after JAX has started.
     is_mesh = hasattr(v, "axis_names") and hasattr(v, "devices")
     return v is None or is_mesh or _integer(1)(v) or (isinstance(v, (list, tuple)) and len(v) > 0)
 
@@ -148,12 +148,12 @@ RULES: dict[str, Rule] = {
 
 
 def check(estimator: Any, names: Iterable[str] = tuple(RULES)) -> None:
-    """Raise ValueError for the first of an estimator's parameters that breaks its rule.
+    """Raise ValueError for the first of an estimator's parameters that is invalid.
 
     Parameters
     ----------
     estimator : object
-        Has the parameters as attributes. Its own constructor may have others.
+        Has the parameters as attributes. Its constructor may have other parameters.
     names : iterable of str, optional
         Parameters to check; by default all.
     """
@@ -165,12 +165,12 @@ def check(estimator: Any, names: Iterable[str] = tuple(RULES)) -> None:
 
 
 def check_parameters(parameters: dict[str, Any]) -> None:
-    """Raise ValueError for the first parameter that breaks its rule.
+    """Raise ValueError for the first parameter that is invalid.
 
     Parameters
     ----------
     parameters : dict
-        Name to value; names without a rule are passed over.
+        Name to value; names without a rule are ignored.
     """
     for name, (accepts, expected) in RULES.items():
         if name in parameters and not accepts(parameters[name]):
@@ -185,9 +185,9 @@ def named(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def with_defaults(cls: Class) -> Class:
-    """Class decorator: give the class its constructor's defaults as attributes.
+    """Class decorator: make the constructor's defaults class attributes.
 
-    A subclass whose constructor sets only some of the parameters then has the others' defaults.
+    A subclass whose constructor sets only some parameters then has defaults for the others.
     """
     for name, parameter in named(cls.__init__).items():  # type: ignore[misc]
         setattr(cls, name, parameter.default)
@@ -217,16 +217,15 @@ def storage_dtype(dtype: Any) -> str:
 
 
 def random_generator(random_state: Any, *, draw: bool = True) -> np.random.Generator:
-    """Return the generator that implicit would draw the first tables with.
+    """Return the generator that implicit would use to draw the initial tables.
 
     Parameters
     ----------
     random_state : int, None, numpy.random.RandomState, numpy.random.Generator or seed-like
-        A RandomState gives a seed (implicit means to, and fails); all else is NumPy's
-        `default_rng`, so a Generator is used as it is.
+        A seed is drawn from a RandomState (implicit tries to, and fails). Everything else is passed
+        to NumPy's `default_rng`, which returns a Generator unchanged.
     draw : bool, default=True
-        False draws nothing from a RandomState: only whether `random_state` is valid is then of
-        interest.
+        False draws nothing from a RandomState, to check only whether `random_state` is valid.
 
     Raises
     ------
@@ -259,5 +258,5 @@ def seed_identity(random_state: Any) -> Any:
 
 
 def random_seed(random_state: Any) -> int:
-    """Draw a seed from what `random_generator` makes of this."""
+    """Draw a seed with the generator that `random_generator` returns."""
     return int(random_generator(random_state).integers(1 << 31))

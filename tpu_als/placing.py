@@ -45,7 +45,7 @@ __all__ = [
 # Bytes of a gathered chunk; a core's own cache on CPU.
 _SCRATCH = {"cpu": 1 << 20, "other": 1 << 26}
 _SYSTEMS = {"cpu": 1 << 22, "other": 1 << 28}  # bytes of the K x K systems of a chunk
-# Cells of the longest rung: what is longer is worked on by all shards together, row after row.
+# Cells of the longest rung; longer rows are solved by all shards together.
 _LONGEST = {"cpu": layout.LONGEST, "other": 1 << 16}
 _SHORTEST_BLOCK = 128  # cells of a block of a long row, of which each shard has a share
 # Factors times cells that take as long, over a fit or a few, as compiling one more rung.
@@ -76,7 +76,7 @@ def _plan_of(rungs: tuple[int, ...], params: AlsParams, place: Workplace) -> Pla
 
 
 def _longest_rung(params: AlsParams, place: Workplace) -> int:
-    """Bound on the rungs' lengths; longer rows are worked on by all shards together."""
+    """Bound on the rungs' lengths; longer rows are solved by all shards together."""
     chunk, _ = chunk_sizes(params, place)
     return min(max(chunk, layout.LONGEST), _LONGEST[backend_kind(place)])
 
@@ -139,17 +139,17 @@ def place(
     params : AlsParams
         Decides chunk sizes and dtype.
     place : Workplace
-        Where it goes.
+        The devices to place it on.
     with_digest : bool, default=False
-        Whether to compute the digest of a matrix in memory, which checkpoints need. That of
+        Whether to compute the digest of a matrix in memory, which checkpoints need. The digest of
         `Entries` on disk is always computed.
 
     Raises
     ------
     MemoryError
-        Where the tables cannot fit, before any work.
+        If the tables cannot fit into memory; raised before any work.
     ValueError
-        Where processes passed different matrices, or the sides of `Entries` differ.
+        If processes passed different matrices, or the sides of `Entries` differ.
     """
     _require_tables(user_items.shape, params, place)
     if isinstance(user_items, sparse.csr_matrix):
@@ -202,7 +202,7 @@ def place(
 def _agreed_digest(
     digests: dict[str, EntriesDigest], entries: Entries, place: Workplace
 ) -> int | None:
-    """Digest of all entries, or an error where the two sides of files hold different ones."""
+    """Digest of all entries; raise ValueError if the two sides of files have different ones."""
     if isinstance(entries, InMemory):
         return digests["user"].total if digests else None
     users, items = (_checksums.total(digests[side].total, place) for side in _SIDES)
@@ -215,11 +215,11 @@ def _agreed_digest(
 
 
 def _require_tables(shape: tuple[int, int], params: AlsParams, place: Workplace) -> None:
-    """Raise MemoryError where the tables of a fit, and what it computes of them, cannot fit.
+    """Raise MemoryError if the tables of a fit, and arrays computed from them, cannot fit.
 
-    On a CPU a half-epoch has both tables and a solved or rotated copy of the larger one, or more.
+    On a CPU a half-epoch needs at least both tables and a copy of the larger one.
     """
-    if place.platform != "cpu":  # tables lie on devices, which tell when they are full
+    if place.platform != "cpu":  # tables are on devices, which report when they are full
         return
     factors, size = int(params.factors), np.dtype(DTYPES[params.dtype]).itemsize
     users, items = (int(n) * factors * size // len(place.processes) for n in shape)
@@ -266,7 +266,7 @@ def place_rows(
     structure.check_compressed(rows, "rows")
     entries, lengths = InMemory(rows, None), np.diff(rows.indptr).astype(np.int64)
     params = replace(params, native=False)
-    # Rungs that depend on the longest row only, so that batches of rows share programs.
+    # The rungs depend only on the longest row, so that batches of rows share programs.
     longest = int(lengths.max(initial=0))
     rungs = layout.doubling(longest, _longest_rung(params, place), growth=4)
     plan = _plan_of(rungs, params, place)
@@ -295,9 +295,9 @@ def _lengths(entries: Entries, side: str, place: Workplace) -> tuple[np.ndarray,
         return lengths, None
     pairs = np.full((place.agree(len(rows)), 2), -1, np.int64)
     pairs[: len(rows)] = np.stack([rows, counts], axis=1)
-    # Rows without entries are in no file: anybody's.
+    # Rows without entries are in no file; any process may own them.
     owners = np.arange(n_rows) % len(place.processes)
-    # In pieces, as what is gathered passes through the devices.
+    # In pieces, because gathered arrays pass through the devices.
     for low in range(0, len(pairs), _GATHERED):
         for process, found in enumerate(place.gather_processes(pairs[low : low + _GATHERED])):
             found = found[found[:, 0] >= 0]
@@ -318,7 +318,7 @@ def _kept_as(entries: Entries, params: AlsParams) -> Any:
     if isinstance(entries, InMemory):
         data = entries.user_items.data
         parts = (data[low : low + _CHECKED] for low in range(0, len(data), _CHECKED))
-        with np.errstate(over="ignore"):  # what is too large is not held
+        with np.errstate(over="ignore"):  # values that are too large become infinite and differ
             if all(np.array_equal(part.astype(narrow).astype(part.dtype), part) for part in parts):
                 return narrow
     return np.dtype(params.compute_dtype)
@@ -349,7 +349,7 @@ class _Filling:
         blocks = self._blocks(name, entries)
         if name == "user":
             blocks = self._summed(blocks)
-        # The other side of a matrix in memory is made of the first.
+        # The other side of a matrix in memory is made from the first.
         if self._with_digest and (name == "user" or not isinstance(entries, InMemory)):
             self.digests[name] = EntriesDigest(name, len(source.slots))
             blocks = self.digests[name].passing(iter(blocks))
@@ -365,7 +365,7 @@ class _Filling:
             )
         with precision(self._params.dtype):
             counts = layout.to_slots(lengths.astype(np.int32), rows, local)
-            # Loops read the entries where they are; XLA would copy them.
+            # The loops read the entries in place; XLA would copy them.
             put: Any = list if self._params.native else place.put
             own = Own(*jax.tree.map(put, (ids, values)), *map(place.put, (counts, sends)))
             if routes is not None:
@@ -408,7 +408,7 @@ class _Filling:
 
 
 def long_block(plan: Plan, place: Workplace) -> int:
-    """Cells of a block of long rows: about what a shard has of one just longer than all rungs."""
+    """Cells of a block of long rows: about a shard's part of the shortest possible long row."""
     if place.mesh is None:
         return plan.lengths[-1]
     return min(max(plan.lengths[-1] // place.n_shards, _SHORTEST_BLOCK), plan.lengths[-1])

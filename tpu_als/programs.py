@@ -1,7 +1,7 @@
-"""Compiled programs of one shard or of all of them, and the caches that keep them.
+"""Compiled programs for one shard or for all shards, and their caches.
 
-A program depends on static arguments, on the mesh and on shapes of arrays alone. What is kept of
-one fit saves a later one the compilation, and changes no result.
+A program depends only on static arguments, on the mesh and on shapes of arrays. So a cached program
+saves a later fit the compilation, and does not change its result.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from tpu_als._private import private_directory
 from tpu_als.host import give_back_memory
 
 AXIS = "shards"  # name of the mesh axis
-_PIECE_ROWS = 1 << 13  # of a table changed at once
-_compiled: set[Any] = set()  # programs with the shapes of arguments that they were compiled for
+_PIECE_ROWS = 1 << 13  # rows of a table that `join` changes at once
+_compiled: set[Any] = set()  # compiled programs with the shapes of their arguments
 compilation_cache: str | None = None  # the directory that `enable_compilation_cache` was given
 
 
 @dataclass(frozen=True)
 class Together:
-    """What a compiled program does across shards; on a single device it sees all of them.
+    """Operations of a compiled program across shards; on a single device it has all shards.
 
     Attributes
     ----------
@@ -46,14 +46,14 @@ class Together:
         return value if self.axis is None else jax.lax.psum(value, self.axis)
 
     def parts(self, own: Any) -> list[jax.Array]:
-        """What this program has of an array, shard by shard: all of it, or a device's own."""
+        """The parts of an array that this program has: all shards, or only the device's own."""
         return own if self.axis is None else [own]
 
     def join(self, own: Any, change: Callable[[jax.Array], jax.Array] = lambda rows: rows) -> Any:
-        """Rows of the shards that this program has, one below the other, each first changed.
+        """Apply `change` to the rows of this program's shards, and concatenate the results.
 
-        On a single device piece by piece into one array: whole changed shards, or a concatenation
-        of them, would take as much memory again.
+        On a single device this is done in pieces, into one array: a concatenation of whole changed
+        shards would need twice the memory.
         """
         if self.axis is not None or len(own) == 1:
             return change(own[0] if self.axis is None else own)
@@ -65,7 +65,7 @@ class Together:
         return rows
 
     def hold(self, rows: jax.Array) -> jax.Array:
-        """What a half-epoch is to read of a source table: all rows, or a device's own."""
+        """The rows of a source table that a half-epoch reads: all rows, or only the device's."""
         if self.axis is None or self.sharded:
             return rows
         return jax.lax.all_gather(rows, self.axis, tiled=True)
@@ -74,8 +74,8 @@ class Together:
 def _write(
     rows: jax.Array, part: jax.Array, low: int, change: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """Write a part, changed piece by piece, into the rows from `low` on."""
-    # Sizes are rounded so that they have such a divisor (`layout.round_up`).
+    """Change a part piece by piece, and write it into `rows`, starting at row `low`."""
+    # `layout.round_up` makes sure that sizes have such a divisor.
     size = min(len(part) & -len(part), _PIECE_ROWS)
 
     def piece(step: Any, rows: jax.Array) -> jax.Array:
@@ -89,7 +89,7 @@ def _write(
 def whole(
     fn: Callable[..., Any], static: Any, mesh: Mesh | None, together: Together
 ) -> Callable[..., Any]:
-    """As `Workplace.whole` describes it."""
+    """See `Workplace.whole`."""
     if mesh is None:
         return jax.jit(functools.partial(fn, static, together))
 
@@ -115,7 +115,7 @@ def whole(
 def each(
     fn: Callable[..., Any], static: Any, mesh: Mesh | None, together: Together, platform: str
 ) -> Callable[..., Any]:
-    """As `Workplace.each` describes it."""
+    """See `Workplace.each`."""
     options = _compiler_options(platform)
     if mesh is None:
         return jax.jit(functools.partial(fn, static), donate_argnums=0, compiler_options=options)
@@ -137,7 +137,7 @@ def compile_new(
     dtype: str,
     run_all: Callable[[Callable[[Any], Any], Sequence[Any]], Any],
 ) -> None:
-    """Compile the programs that are new for these arguments; `run_all` maps over them."""
+    """Compile programs that were not compiled for such arguments yet; `run_all` maps over them."""
     new = {}
     for program, args in calls:
         leaves, structure = jax.tree.flatten(args)
@@ -162,37 +162,37 @@ def _first(own: Any) -> Any:
 
 
 def _compiler_options(platform: str) -> dict[str, Any] | None:
-    """Options for the loops over chunks on CPU, where LLVM's level 3 makes slower code than 2."""
+    """Options for loops over chunks on CPU, where LLVM's level 2 gives faster code than level 3."""
     return {"xla_backend_optimization_level": 2} if platform == "cpu" else None
 
 
 def precision(dtype: str) -> contextlib.AbstractContextManager[Any]:
-    """Scope in which arrays of this dtype exist: 64-bit types are off in JAX by default."""
+    """Context that enables this dtype: 64-bit types are disabled in JAX by default."""
     return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
 
 
 def enable_compilation_cache(path: str | os.PathLike[str]) -> None:
     """Keep compiled programs in a directory, so that later processes need not compile them again.
 
-    Sets JAX's own options for the whole process, and so for all JAX code in it; the package never
-    does this by itself. Call it before the first fit. A file is read again only by the same
-    version of JAX on the same kind of device. What numba compiles is kept beside them.
+    This sets JAX's options for the whole process, and so for all JAX code in it; the package never
+    does this by itself. Call it before the first fit. A file is reused only by the same version of
+    JAX on the same kind of device. Programs compiled by numba are kept in the same directory.
 
     Parameters
     ----------
     path : path-like
-        The directory; made, for this user alone, where it does not exist. What is in it is run as
+        The directory. If it does not exist, it is created with mode 700. Its content is run as
         code, so nobody else may be able to write there.
 
     Raises
     ------
     PermissionError
-        On POSIX, where the directory or anything in it belongs to another user or can be written
-        by others, or where anybody can replace one of its parents. Nothing is set then.
+        On POSIX, if the directory or anything in it belongs to another user or is writable by
+        others, or if all users can replace one of its parents. No option is set then.
     """
     global compilation_cache
     compilation_cache = os.fspath(private_directory(path))
     jax.config.update("jax_compilation_cache_dir", compilation_cache)
-    # Ours are many small programs; by default only slow and large ones are kept.
+    # The package has many small programs; by default JAX keeps only slow and large ones.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

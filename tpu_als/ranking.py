@@ -1,7 +1,7 @@
 """Scores, filters and exact top-k over a catalog of items.
 
-A catalog lies on the devices like a table of the engine, each device with its own part. All of
-them score the same queries, and only the best few of each part travel.
+A catalog is stored on the devices like a table of the engine, each device with its own part. All
+devices score the same queries, and send only the best few items of their parts.
 
 Axis letters: B queries of a batch, N items, K factors, W work shards, S slots of a shard.
 """
@@ -27,9 +27,9 @@ from tpu_als.mesh import Shards, Together, Workplace, precision
 
 # Bytes of scores kept at once: by a thread of a CPU, by another device.
 _BATCH_BYTES = {"cpu": 1 << 26, "other": 1 << 28}
-_KEPT = 2  # memories of so many bytes that a catalog on a CPU keeps between calls
+_KEPT = 2  # blocks of memory of each size that a catalog on a CPU keeps between calls
 SEEN = 1 << 12  # least length that lists of seen items are padded to, so that shapes are few
-_SHORTEST = 1e-10  # stands in for the length of a zero row, so that one may divide
+_SHORTEST = 1e-10  # replaces the length of a zero row, to allow division
 # Rows, lengths and whether they are shown: of all parts, and of one.
 _Own = tuple[Shards, Shards | None, Shards]
 _Part = tuple[Array, Array | None, Array]
@@ -108,7 +108,7 @@ def catalog_of(
     cosine: bool = False,
     lengths: np.ndarray | None = None,
 ) -> Catalog:
-    """Rank the rows of a table of the engine where they are: nothing of it is copied or moved.
+    """Rank the rows of a table of the engine in place, without a copy.
 
     With several processes all of them have to make this call, and the same calls of `top_k`.
 

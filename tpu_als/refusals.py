@@ -1,4 +1,4 @@
-"""Errors for what is no matrix of finite numbers; each says what to pass instead."""
+"""Errors for inputs that are not a matrix of finite numbers; each says what to pass instead."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-# Columns, without case and underscores, that a table of events has and a matrix has not together.
+# Column names in lower case without underscores. A frame with one of each set is a table of events.
 _USERS = {
     "user",
     "userid",
@@ -23,7 +23,7 @@ _USERS = {
     "visitorid",
 }
 _ITEMS = {"item", "itemid", "iid", "product", "productid", "movieid", "trackid", "artistid", "asin"}
-_FEW = 16  # columns of a table of events; those of a wider one may be words
+_FEW = 16  # most columns of a table of events; a wider frame may be a matrix with such item names
 IF_EVENTS = (
     "if its rows are events, turn them into a matrix first, with "
     "tpu_als.datasets.interactions_from_frame(frame, user, item).matrix"
@@ -32,16 +32,16 @@ _NUMERIC_IN_POLARS = re.compile("U?Int|Float|Decimal|Boolean")
 
 
 def refuse_misplaced(X: Any, name: str = "X", *, takes_shards: bool = False) -> None:
-    """Raise TypeError for an object that belongs to another call, and name that call.
+    """Raise TypeError for an object meant for another function, and name that function.
 
     Parameters
     ----------
     X : object
-        What was passed as a matrix. Matrices, arrays and frames of numbers pass.
+        What was passed as a matrix. Matrices, arrays and frames of numbers are accepted.
     name : str
         The argument's name, for messages.
     takes_shards : bool, default=False
-        Whether a ShardedMatrix passes.
+        Whether a ShardedMatrix is accepted.
 
     Raises
     ------
@@ -49,9 +49,9 @@ def refuse_misplaced(X: Any, name: str = "X", *, takes_shards: bool = False) -> 
         For an `Interactions`, a table of events of pandas, polars or pyarrow or in an array, a
         ShardedMatrix, a path or text, and a tuple or list of matrices.
     """
-    if sparse.issparse(X):  # what servers pass, call after call
+    if sparse.issparse(X):  # the common case, which must be fast
         return
-    # By name: this module must not import what it only recognises.
+    # Types are compared by name, so that pandas, polars and pyarrow need not be imported.
     kinds = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(X).__mro__}
     problem = _own_problem(X, kinds, name, takes_shards) or _table_problem(X, kinds, name)
     if problem is not None:
@@ -69,12 +69,12 @@ def require_matrix(X: Any, name: str = "X", *, takes_frames: bool = True) -> Non
     name : str
         The argument's name, for messages.
     takes_frames : bool, default=True
-        Whether a frame of numbers passes: users are its rows and items its columns.
+        Whether a frame of numbers is accepted: users are its rows and items its columns.
 
     Raises
     ------
     TypeError
-        With what to pass instead.
+        The message says what to pass instead.
     """
     refuse_misplaced(X, name)
     problem = None
@@ -94,14 +94,14 @@ def require_finite(rows: Any, values: np.ndarray, name: str = "X") -> None:
     rows : csr_matrix or csr_array
         The matrix.
     values : ndarray of shape (nnz,)
-        Its stored values in the dtype that they are used in.
+        Its stored values, in the dtype of the computation.
     name : str
         The argument's name, for messages.
 
     Raises
     ------
     ValueError
-        With the count, and the first row and column.
+        The message gives the number of such values, and the row and column of the first.
     """
     is_finite = np.isfinite(values)
     if is_finite.all():
@@ -147,7 +147,7 @@ def _table_problem(X: Any, kinds: set[str], name: str) -> str | None:
     if "pandas.DataFrame" in kinds:
         others = (not _is_number_in_pandas(X, place, dtype) for place, dtype in enumerate(X.dtypes))
         return _events("a frame of events", name) if _has_events(X.columns, any(others)) else None
-    if "polars.DataFrame" in kinds:  # one of numbers passes: scikit-learn's checks pass such frames
+    if "polars.DataFrame" in kinds:  # scikit-learn's checks accept frames of numbers, so we do too
         others = (
             _NUMERIC_IN_POLARS.match(str(dtype)) is None for dtype in getattr(X, "dtypes", [""])
         )
@@ -171,7 +171,7 @@ def _events(what: str, frame: str) -> str:
 
 
 def _has_events(columns: Any, has_other_things: bool) -> bool:
-    """Whether a frame has other things than numbers, or columns of users and of items."""
+    """Whether a frame has columns that are not numbers, or columns of users and of items."""
     few = columns if len(columns) <= _FEW else ()
     names = {re.sub("[^a-z]", "", str(column).lower()) for column in few}
     return has_other_things or bool(names & _USERS and names & _ITEMS)

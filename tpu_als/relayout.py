@@ -42,7 +42,7 @@ def moved(
 ) -> np.ndarray:
     """Put the rows of a table into other slots.
 
-    The parts pass by all processes piece by piece, and each picks the rows of its own slots.
+    All processes receive the parts piece by piece, and each picks the rows of its own slots.
 
     Parameters
     ----------

@@ -29,24 +29,24 @@ FORMAT = 1
 Side = Literal["user", "item"]
 SIDES: tuple[Side, ...] = ("user", "item")
 _FOOTERS_AT_ONCE = 16
-# Users or items without entries that are plausible, for each id up to the largest, and besides.
+# Plausible numbers of users or items: this many for each id up to the largest, plus a constant.
 _ROWS_A_KNOWN, _ROWS_UNKNOWN = 64, 1 << 20
 _COMPRESSIONS = ("zstd", "snappy", "gzip", "brotli", "lz4", "none")
 
 
 @dataclass(frozen=True)
 class ShardedMatrix:
-    """Interactions in a directory of Parquet files; `open_shards` and `write_shards` give it.
+    """Interactions in a directory of Parquet files; `open_shards` and `write_shards` return it.
 
-    It holds no entries and no open files, so it is cheap to pickle and to send to other
-    processes. The files are described in docs/shards.md. Of each side ("user": rows are users;
-    "item": rows are items), process `part` of `parts` reads the files part, part + parts, ... by
-    name; every row is whole in one file.
+    It holds no entries and no open files, so it is cheap to pickle and to send to other processes.
+    docs/shards.md describes the files. There are two sides ("user": rows are users; "item": rows
+    are items). Of the files of a side, sorted by name, process `part` of `parts` reads the files
+    part, part + parts, ... Every row is complete in one file.
 
     Attributes
     ----------
     path : Path or str
-        The directory; an address where it is not local.
+        The directory; an address if it is not local.
     shape : (int, int)
         Users and items.
     nnz : int
@@ -56,7 +56,7 @@ class ShardedMatrix:
     has_values : bool
         Whether the values are read; otherwise all entries are 1.
     filesystem : pyarrow.fs.FileSystem or None
-        Where it is, if that was said.
+        The file system, if it was given.
     """
 
     path: Path | str
@@ -68,7 +68,7 @@ class ShardedMatrix:
 
     @property
     def dtype(self) -> type[np.float32]:
-        """Of the entries as they are read."""
+        """Dtype of the entries when they are read."""
         return np.float32
 
     def files(self, side: Side, part: int = 0, parts: int = 1) -> list[Path | str]:
@@ -78,17 +78,18 @@ class ShardedMatrix:
         ----------
         side : {"user", "item"}
         part, parts : int, default=0 of 1
-            Which process of how many. More processes than files leave some with none.
+            Number of this process, and of processes. If there are more processes than files, some
+            have no file.
 
         Returns
         -------
         list of Path or of str
-            By name, those in folders of the side's folder too; addresses where they are not local.
+            Sorted by name, including those in subfolders; addresses if they are not local.
 
         Raises
         ------
         ValueError
-            For another side, a part out of range, or files that are not `n_shards`.
+            For another side, a part out of range, or if the number of files is not `n_shards`.
         """
         return [file.name for file in self._files(side, part, parts)]
 
@@ -120,14 +121,14 @@ class ShardedMatrix:
         Returns
         -------
         row_ids : ndarray of int64 (m,)
-            In the order of the files; rows that no file has are absent.
+            In the order of the files. Rows that are in no file are absent.
         lengths : ndarray of int64 (m,)
 
         Raises
         ------
         ValueError
-            Where a row occurs twice; where all files together do not hold `nnz` entries; and as
-            in `blocks`.
+            If a row occurs twice, or all files together do not hold `nnz` entries; and as in
+            `blocks`.
         """
         read = [pair for file in self._readers(side, part, parts) for pair in file.lengths()]
         row_ids = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in read)])
@@ -148,14 +149,14 @@ class ShardedMatrix:
     def blocks(
         self, side: Side, part: int = 0, parts: int = 1, entries: int = 1 << 22
     ) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
-        """Stream the rows, with a block and a row group of a file in memory at a time.
+        """Stream the rows, with one block and one row group in memory at a time.
 
         Parameters
         ----------
         side, part, parts
             As in `files`.
         entries : int, default=2**22
-            Most entries of a block; a longer row is a block of its own.
+            Largest number of entries of a block. A longer row is a block by itself.
 
         Yields
         ------
@@ -167,15 +168,15 @@ class ShardedMatrix:
         Raises
         ------
         ValueError
-            As in `files`; and, naming the file, for what is no such file, lacks a column, or
-            holds an id out of range, a missing or infinite value, or a column twice in a row.
+            As in `files`. Also, naming the file, if a file is not Parquet, lacks a column, or holds
+            an id out of range, a missing or infinite value, or a column twice in a row.
         """
         if not is_count(entries):
             raise ValueError(f"entries must be an integer of at least 1, got {entries!r}")
         return packed(self._readers(side, part, parts), self.has_values, int(entries))
 
     def to_csr(self) -> sparse.csr_matrix:
-        """Read all of it, for data that fit.
+        """Read the whole matrix into memory.
 
         Returns
         -------
@@ -187,7 +188,7 @@ class ShardedMatrix:
         ValueError
             As in `lengths` and `blocks`.
         MemoryError
-            Where it does not fit.
+            If it does not fit into memory.
         """
         dtype = index_dtype(max(*self.shape, self.nnz))
         width = np.dtype(dtype).itemsize
@@ -217,14 +218,14 @@ class ShardedMatrix:
         Returns
         -------
         row_ids : ndarray of int64 (m,)
-            The same as those of `blocks("user", part, parts)`, in the same order.
+            As in `blocks("user", part, parts)`, in the same order.
         held_out : csr_matrix of shape (m, n_items)
             float32 ones, canonical; some rows may be empty.
 
         Raises
         ------
         ValueError
-            Where a file has no such column, and as in `blocks`.
+            If a file has no such column, and as in `blocks`.
         """
         read = [
             pair
@@ -248,7 +249,7 @@ class ShardedMatrix:
         ]
 
     def _check_footers(self, side: Side) -> None:
-        """Raise where the totals and the files' footers contradict each other."""
+        """Raise ValueError if the totals and the files' footers contradict each other."""
         readers = self._readers(side, 0, 1)
         counts = threads(RowReader.counts, readers, _FOOTERS_AT_ONCE)
         least, most, _, _ = np.array(counts, np.int64).sum(axis=0)
@@ -266,18 +267,18 @@ class ShardedMatrix:
 
 
 def open_shards(path: str | os.PathLike, filesystem: Any = None) -> ShardedMatrix:
-    """Open a directory that `write_shards`, Spark, Beam or BigQuery wrote.
+    """Open a directory written by `write_shards`, Spark, Beam or BigQuery.
 
-    Reads the totals, and the footer of each file.
+    Reads the totals and the footer of each file.
 
     Parameters
     ----------
     path : str or path
         The directory, or an address that pyarrow opens, such as ``s3://bucket/purchases``,
-        ``gs://...`` or ``file:///data/purchases``. Its folder `item` may be absent, in data for
-        evaluation only. Files may be in folders of `user` and `item`, as ``user/part=0/x.parquet``.
+        ``gs://...`` or ``file:///data/purchases``. Only data for evaluation may lack the folder
+        `item`. Files may be in subfolders of `user` and `item`, as ``user/part=0/x.parquet``.
     filesystem : pyarrow.fs.FileSystem or file system of fsspec, optional
-        Where `path` is, for storage that needs settings of its own.
+        The file system of `path`, for storage that needs its own settings.
 
     Returns
     -------
@@ -286,12 +287,12 @@ def open_shards(path: str | os.PathLike, filesystem: Any = None) -> ShardedMatri
     Raises
     ------
     FileNotFoundError
-        Where there is no totals.json, which is written last.
+        If there is no totals.json, which is written last.
     ValueError
-        Where the totals are not as described, of a later format, or do not fit the files; where a
-        file is no Parquet file.
+        If the totals are not as described, have a later format, or contradict the files; if a file
+        is not a Parquet file.
     ImportError
-        Where pyarrow, of the extra ``shards``, is not installed.
+        If pyarrow, of the extra ``shards``, is not installed.
     """
     directory = Directory(path, filesystem)
     totals = directory.totals(FORMAT)
@@ -318,29 +319,30 @@ def write_shards(
 ) -> ShardedMatrix:
     """Write interactions as sharded Parquet files, by user and by item, in bounded memory.
 
-    The item side is made by an external sort, whose temporary files (8 to 20 bytes an entry) lie
-    in the directory meanwhile. After an error nothing is left.
+    The item side is made by an external sort. Its temporary files (8 to 20 bytes per entry) are in
+    the same directory. After an error all files are removed.
 
     Parameters
     ----------
     data : csr_matrix of shape (n_users, n_items), or iterable of csr_matrix
         Blocks hold consecutive users, from user 0 on, and all have `n_items` columns. Repeated
-        entries are summed; zeros that are stored stay entries.
+        entries are summed; stored zeros are entries.
     path : str or path
-        Local directory to make; may exist if it is empty.
+        Local directory to create; may exist if it is empty.
     n_shards : int, default=8
-        Files of each side, all open at once. Best a multiple of the number of processes that
-        will read them.
+        Number of files of each side, all open at once. Should be a multiple of the number of
+        processes that will read them.
     shape : (int, int), optional
-        Users and items, where the last ones have no entries; by default what the data have.
+        Numbers of users and items; by default those of the data. Needed if the last users have no
+        entries.
     held_out : csr_matrix of shape (n_users, n_items), optional
-        For evaluation: the items to find, when the data, one matrix, are what is known of the
-        users. It becomes the column `gt_tag`, and there is no folder `item`.
+        For evaluation: the entries to find. The data must then be one matrix of the known entries.
+        It is written as the column `gt_tag`, and there is no folder `item`.
     compression : str, default="zstd"
         Or "snappy", "gzip", "brotli", "lz4" or "none".
     memory_entries : int, default=2**24
-        Entries in memory at once, at about 40 bytes each, beyond one block of the data and the
-        longest row. More of them make longer row groups where there are many shards.
+        Entries in memory at once, at about 40 bytes each, in addition to one block of the data and
+        the longest row. With many shards, more entries give longer row groups.
 
     Returns
     -------
@@ -349,13 +351,13 @@ def write_shards(
     Raises
     ------
     FileExistsError
-        Where `path` is a file, or a directory that is not empty.
+        If `path` is a file, or a directory that is not empty.
     ValueError
-        For data that are neither, blocks of different widths, values that are not finite, a shape
-        too small, no block and no shape, `held_out` that does not fit the data, or another
-        argument out of range.
+        For data of another type, blocks of different widths, values that are not finite, a shape
+        that is too small, no block and no shape, `held_out` that does not match the data, or
+        another argument out of range.
     ImportError
-        Where pyarrow, of the extra ``shards``, is not installed.
+        If pyarrow, of the extra ``shards``, is not installed.
 
     Examples
     --------

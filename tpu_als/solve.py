@@ -17,14 +17,14 @@ from tpu_als.parameters import OBJECTIVES
 # Full float32 products: accelerators would otherwise round the operands to bfloat16 or tf32.
 PRECISION = lax.Precision.HIGHEST
 SOLVERS = ("cg", "cholesky", "subspace")
-DOMINANT = 1e3  # times all that entries can add, a diagonal decides where CG should begin
-_SMALL = 1e-3  # a diagonal of a scaled equation that is far below its weights
-_BLOCK = 1 << 12  # rows, or entries of a row, that a program adds up one after the other
-_GRAMIANS = 1 << 24  # numbers of the gramians of blocks that stand in memory together
+DOMINANT = 1e3  # CG starts at zero if the diagonal is this many times what the entries can add
+_SMALL = 1e-3  # a diagonal of the scaled equation below this is far below the weights
+_BLOCK = 1 << 12  # rows, or entries of a row, that a program sums one after the other
+_GRAMIANS = 1 << 24  # numbers in the blocks' gramians that are in memory together
 
 
 class Objective(NamedTuple):
-    """The numbers of equations (1)-(2); all traced, so no value of them recompiles anything."""
+    """The numbers of equations (1)-(2). They are traced, so new values need no compilation."""
 
     regularization: Any
     alpha: Any
@@ -61,16 +61,17 @@ def objective(
     implicit = name == "implicit"
     if exponent is None:
         exponent = 0.0 if implicit else 1.0
-    # An observed cell of "implicit" weighs |c| in total; the gramian has given it a0 already.
+    # The total weight of an observed cell of "implicit" is |c|; the gramian contributes a0 of it.
     offset = unobserved_weight if implicit else 0.0
     return Objective(regularization, alpha, unobserved_weight, exponent, offset)
 
 
 def solver_for(name: str, objective: Objective) -> str:
-    """Name the solver to use where `name` is asked for: "cholesky" for "cg" without a diagonal.
+    """The solver to use when `name` is requested: "cholesky" for "cg" if the diagonal is too small.
 
-    CG is preconditioned by a0 s + lam. Where a0 and lam are both rounding errors of alpha, a few
-    steps do not get far, and only a direct solve finds the least-norm solution of singular systems.
+    CG is preconditioned by a0 s + lam. If a0 and lam are both below the rounding error of alpha, a
+    few steps are not enough, and only a direct solve finds the least-norm solution of singular
+    systems.
     """
     least = float(jnp.finfo(jnp.float32).eps) * objective.alpha
     is_bare = max(objective.regularization, objective.unobserved_weight) <= least
@@ -101,7 +102,7 @@ class Basis(NamedTuple):
     rotation : (K, K)
         Eigenvectors Q.
     spectrum : (K,)
-        Eigenvalues s, floored at rounding error of the largest.
+        Eigenvalues s, at least the rounding error of the largest.
     n_source : ()
         Number N of source rows, unused slots not counted.
     """
@@ -114,7 +115,7 @@ class Basis(NamedTuple):
 def gramian(table: Array, dtype: Any) -> Array:
     """Y^T Y of a table (N, K), accumulated in `dtype`, over blocks of rows.
 
-    One product over millions of rows would add each row to a sum of all rows before it.
+    One product over millions of rows would be a running sum, whose error grows with its length.
     """
     n_rows, n_factors = table.shape
     size = _block_rows(n_rows, max(min(_GRAMIANS // n_factors**2, 256), 1))
@@ -123,9 +124,9 @@ def gramian(table: Array, dtype: Any) -> Array:
 
 
 def _block_rows(n_rows: int, most: int) -> int:
-    """Rows of a block, a divisor of `n_rows`: about `_BLOCK`, or what makes at most `most` blocks.
+    """Rows per block, a divisor of `n_rows`: about `_BLOCK`, or more for at most `most` blocks.
 
-    A large power of two divides the number of rows of a long table (`layout.round_up`).
+    The number of rows of a long table is divisible by a large power of two (`layout.round_up`).
     """
     size = n_rows & -n_rows
     if n_rows <= _BLOCK or n_rows // size > most:
@@ -138,7 +139,7 @@ def _block_rows(n_rows: int, most: int) -> int:
 def basis(gram: Array, n_source: Array) -> Basis:
     """Eigenbasis of the gramian (K, K) of a table of N = `n_source` rows."""
     spectrum, rotation = jnp.linalg.eigh(gram)
-    # A spectrum that rounding made zero or negative would leave rank-deficient systems singular.
+    # Rounding may make eigenvalues zero or negative, which would make the systems singular.
     least = jnp.finfo(gram.dtype).eps * spectrum[-1] + jnp.finfo(gram.dtype).tiny
     return Basis(rotation, jnp.maximum(spectrum, least), n_source)
 
@@ -150,7 +151,7 @@ def rotate(rows: Array, rotation: Array) -> Array:
 
 
 def rounded(rows: Array, dtype: Any) -> Array:
-    """Rows as a table stores them: each number the nearest of the dtype.
+    """Rows rounded to the nearest numbers of a table's dtype.
 
     Stochastic rounding to bfloat16 ranked no better (docs/performance.md).
     """
@@ -161,7 +162,7 @@ def diagonal(basis: Basis, objective: Objective, lengths: Array) -> Array:
     """Diagonal part a0 s + lam_u of equation (3) for rows of `lengths` (R,): (R, K)."""
     spectrum = objective.unobserved_weight * basis.spectrum
     lam = ridge(objective, lengths.astype(spectrum.dtype), basis.n_source)
-    # The power may overflow. A ridge that large, or larger, makes rows zero; 0 times it is 0.
+    # The power in the ridge may overflow. Any such ridge makes rows zero; with lam = 0 it is 0.
     most = jnp.finfo(spectrum.dtype).max / 4
     lam = jnp.where(objective.regularization == 0, jnp.zeros_like(lam), jnp.minimum(lam, most))
     return jnp.minimum(spectrum, most)[None, :] + lam[:, None]
@@ -170,8 +171,8 @@ def diagonal(basis: Basis, objective: Objective, lengths: Array) -> Array:
 def scale(d: Array, weight: Any) -> Array:
     """Factor (R, 1) that brings the numbers of equation (3) near 1, so that no product overflows.
 
-    Both sides times a factor have the same solution. `d` (R, K) is the diagonal part, and no weight
-    w is larger than `weight`.
+    Multiplying both sides by it does not change the solution. `d` (R, K) is the diagonal part, and
+    `weight` is at least the largest weight w.
     """
     kind = jnp.finfo(d.dtype)
     size = jnp.max(d, axis=1, keepdims=True) + weight
@@ -179,10 +180,10 @@ def scale(d: Array, weight: Any) -> Array:
 
 
 def begin(z: Array, d: Array, weight: Any, basis: Basis) -> Array:
-    """Where CG begins: at the rows z (R, K), or at zero where the diagonal part d dominates.
+    """Initial rows of CG: the rows z (R, K), or zero where the diagonal part d dominates.
 
-    There three steps from zero are exact, and from rows that are far too large the rounding error
-    of z would remain.
+    If d dominates, three steps from zero are exact. Steps from a z that is far too large would
+    leave its rounding error.
     """
     reach = DOMINANT * weight * basis.spectrum[-1]
     dominates = jnp.min(d, axis=1, keepdims=True) > reach
@@ -204,7 +205,7 @@ def gather(
 
     `values` (R, L) may be of a narrower dtype; None means that all are 1.
     """
-    # Ids come from the layout, so they are in bounds; any other mode costs a select per element.
+    # Ids from the layout are in bounds; any other mode would cost a select per element.
     rows = table.at[ids].get(mode="promise_in_bounds").astype(dtype)
     live = entries_of(ids.shape, left)
     values = jnp.ones(ids.shape, dtype) if values is None else values.astype(dtype)
@@ -214,12 +215,12 @@ def gather(
 
 
 def largest_weight(block: Block) -> Array:
-    """Largest weight (R, 1) of a row's cells, in size."""
+    """Largest absolute weight (R, 1) of a row's cells."""
     return jnp.max(jnp.maximum(jnp.abs(block.w), block.v), axis=1, keepdims=True)
 
 
 def times(block: Block, factor: Array) -> Block:
-    """A block whose weights are times a factor (R, 1) of each row, and so the equations."""
+    """Multiply the weights of a block, and so its equations, by a factor (R, 1) for each row."""
     return Block(block.rows, block.w * factor, block.v * factor)
 
 
@@ -229,10 +230,10 @@ def entries_of(shape: tuple[int, ...], left: Array) -> Array:
 
 
 def _in_blocks(cells: Array) -> Array:
-    """Cells (R, L, ...) as (R, B, L / B, ...), of which each block is summed by itself.
+    """Reshape cells (R, L, ...) to B blocks (R, B, L / B, ...), which are summed separately.
 
-    B is 1 for rows of ordinary length. A fold-in has whole rows of any length; those of a fit come
-    in blocks (`sweep.solve_long`).
+    B is 1 for rows of ordinary length. It is larger in a fold-in, whose rows are whole and of any
+    length; long rows of a fit are divided into blocks by `sweep.solve_long`.
     """
     length = cells.shape[1]
     size = _BLOCK if length > _BLOCK and length % _BLOCK == 0 else max(length, 1)
@@ -292,7 +293,7 @@ def rows_cg(
     normal : callable
         p -> E^T W E p.
     curvature : callable
-        p -> p^T E^T W E p, (R, 1): half the work, and all that the last step needs.
+        p -> p^T E^T W E p, (R, 1): half the work of `normal`, and enough for the last step.
     r : (R, K)
         Data part of the residual at `z`.
     z : (R, K)
@@ -303,8 +304,8 @@ def rows_cg(
         Steps to take, 1 or more.
     """
     tiny = jnp.finfo(z.dtype).tiny
-    # Where d is far below the weights, its ratios alone matter: divided by d itself, steps would
-    # overflow. Where d is 0, this is CG without a preconditioner.
+    # If d is far below the weights, it is normalised, because division by d would overflow. If d
+    # is 0, this is CG without a preconditioner.
     most = jnp.max(d, axis=1, keepdims=True)
     shape = (d + tiny) / jnp.where(most < _SMALL, most + tiny, jnp.ones_like(most))
     r = r - d * z
@@ -322,10 +323,10 @@ def rows_cg(
 
 
 def relax(before: Array, solved: Array, relaxation: Any) -> Array:
-    """Go `relaxation` times the way from the rows before to the solved ones (R, K).
+    """Move from the rows `before` towards `solved` (R, K), by `relaxation` times the distance.
 
-    Block by block, ALS is Gauss-Seidel on the loss; this makes it successive over-relaxation. The
-    loss is quadratic in the rows, so between 0 and 2 it still cannot rise. See docs/math.md.
+    ALS is a block Gauss-Seidel method; this makes it successive over-relaxation. The loss is
+    quadratic in the rows, so with a relaxation between 0 and 2 it cannot rise. See docs/math.md.
     """
     return (1 - relaxation) * before + relaxation * solved
 
@@ -404,10 +405,10 @@ def rows_subspace(block: Block, d: Array, z: Array, block_size: int) -> Array:
 
 
 def cells_loss(block: Block, z: Array, live: Array, offset: Any) -> Array:
-    """What stored cells add to the loss beyond the unobserved term: (R,).
+    """Contribution of stored cells to the loss beyond the unobserved term: (R,).
 
-    Each cell is a square by itself. Sums of (w t - 2 v) t and of |c| nearly cancel where a model
-    fits well, and what is left of them is their rounding error.
+    Each cell is computed as a square. Sums of (w t - 2 v) t and of |c| nearly cancel if a model
+    fits well, so that rounding errors would dominate.
 
     Parameters
     ----------

@@ -1,10 +1,10 @@
-"""Splits of interactions into a part to learn from and a part to find. NumPy only.
+"""Splits of interactions into a train part and a test part. NumPy only.
 
-Names that implicit has mean what they mean there. All are vectorised, leave their input as it is,
-are the same for the same seed, and lose nothing: entries that are stored more than once are
-summed before the split, and the parts add up to that sum. What is drawn for a test part is drawn
-from the positive entries, as only those can be found; zeros and negative values that are stored
-stay in the train part. NaN and infinity are errors.
+Functions with implicit's names behave as in implicit. All are vectorised, do not modify their
+input, and are reproducible for a seed. Entries that are stored more than once are summed before the
+split, and the parts add up to that sum. Test parts are drawn from the positive entries, because
+only those are relevant; stored zeros and negative values stay in the train part. NaN and infinity
+are errors.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def train_test_split(
     Returns
     -------
     train, test : csr_matrix of shape (n_users, n_items)
-        They add up to `ratings`. implicit drops entries below 0 that it drew for the test part,
-        and puts duplicates on both sides; here the former stay in `train`.
+        They add up to `ratings`. Entries below 0 stay in `train`; implicit drops those that it
+        draws for the test part. Duplicates are summed; implicit may put them in both parts.
     """
     if not _evaluation_inputs.is_number(train_percentage) or not 0 <= train_percentage <= 1:
         raise ValueError(f"train_percentage must be from 0 to 1, got {train_percentage!r}")
@@ -61,8 +61,8 @@ def leave_k_out_split(
     K : int, default=1
         Entries to hold out of a user.
     train_only_size : float, default=0.0
-        Part, from 0 to below 1, of the n users with entries of whom nothing is held out: as in
-        implicit, ``int(n * train_only_size)`` of them, at least one unless it is 0.
+        Fraction, from 0 to below 1, of the n users with entries for whom nothing is held out. As in
+        implicit, these are ``int(n * train_only_size)`` users, at least one unless it is 0.
     random_state : None, int, RandomState or Generator, default=None
         Seed.
 
@@ -78,7 +78,7 @@ def leave_k_out_split(
     is_tested = holdout.positive_counts(rows) > K + 1
     users = np.flatnonzero(np.diff(rows.indptr))
     if train_only_size > 0 and len(users):
-        # implicit multiplies in float32, where .29 of 100 users are 29; in float64 they are 28.
+        # As in implicit, multiply in float32: 0.29 * 100 is 29 there, but 28.999... in float64.
         size = int(np.float32(len(users)) * np.float32(train_only_size))
         size = min(max(size, 1), len(users))
         is_tested[users[rng.choice(len(users), size, replace=False)]] = False
@@ -91,17 +91,18 @@ def strong_generalization_split(
     fold_in: float = 0.8,
     random_state: Any = None,
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix, sparse.csr_matrix]:
-    """Split users into training ones and unseen ones, of whom a part of the entries is folded in.
+    """Split users into training users and unseen users, and split the entries of the latter.
 
     Parameters
     ----------
     user_items : sparse matrix or array of shape (n_users, n_items)
         The entries; one stored twice is summed.
     test_users : float, default=0.1
-        Part of all users to hold out of training, from those with two positive entries or more.
+        Fraction of all users to hold out of training. They are drawn from those with at least two
+        positive entries.
     fold_in : float, default=0.8
-        Part of each such user's positive entries to fold in; at least one is left to be found.
-        Other entries are folded in.
+        Fraction of each such user's positive entries to fold in; at least one is left to be found.
+        All other entries are folded in too.
     random_state : None, int, RandomState or Generator, default=None
         Seed.
 
@@ -138,23 +139,23 @@ def time_split(
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
     """Split entries into the earlier ones and the latest `fraction`; ties stay in the earlier part.
 
-    For a matrix, whose entries are a user and an item each. `datasets.split_by_time` has the same
-    cut for a table of single interactions, of which a user may have several with an item.
+    For a matrix, with one entry for a user and an item. `datasets.split_by_time` makes the same cut
+    in a table of interactions, which may have several rows for a user and an item.
 
     Parameters
     ----------
     user_items : sparse matrix or array of shape (n_users, n_items)
         The entries; one stored twice is summed.
     timestamps : sparse matrix or array of the same entries
-        When each of them happened, in any unit. Of an entry stored twice, the first time counts.
+        The time of each entry, in any unit. If an entry is stored twice, the earlier time is used.
     fraction : float, default=0.2
-        Part of the entries to hold out.
+        Fraction of the entries to hold out.
 
     Returns
     -------
     train, test : csr_matrix of shape (n_users, n_items)
-        They add up to `user_items`. Late entries that are not positive are in `test` too, as a
-        model must not be trained on what came later; the metrics pass over them.
+        They add up to `user_items`. Late entries that are not positive are in `test` too, because a
+        model must not be trained on later entries; the metrics ignore them.
 
     Raises
     ------
@@ -173,7 +174,7 @@ def time_split(
 
 
 def _earliest(timestamps: Any) -> sparse.csr_matrix:
-    """Canonical CSR of the least of the values stored for each entry."""
+    """Canonical CSR with the smallest of the values stored for each entry."""
     name = "timestamps"
     times = holdout.require_users_by_items(timestamps, name)
     if sparse.issparse(times):

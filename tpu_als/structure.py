@@ -1,8 +1,8 @@
-"""The arrays of the caller's sparse matrices: consistent, in range and real, or an error.
+"""Check that the arrays of a caller's sparse matrix are consistent, in range and real.
 
 SciPy, the compiled loops and XLA address memory with the numbers in `indptr` and `indices`. A wrong
-number there ends the process, and anyone can set the flags of a SciPy matrix. So the arrays are
-read here before anything compiled sees them, whatever the flags say.
+number there can crash the process, and the flags of a SciPy matrix can be wrong. So the arrays are
+checked here before compiled code reads them, whatever the flags say.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from scipy import sparse
 
 
 def checked(matrix: Any, name: str = "user_items", *, widen: bool = False) -> Any:
-    """Return a matrix that compiled code may work on; the input stays as it is.
+    """Return a matrix that is safe for compiled code; the input is not modified.
 
     Parameters
     ----------
     matrix : object
-        All but sparse matrices are returned as they are.
+        Objects other than sparse matrices are returned unchanged.
     name : str
         The argument's name, for messages.
     widen : bool, default=False
-        Whether integers of a format other than CSR become float64: its conversion sums duplicates,
-        and sums of small integers wrap.
+        Whether to convert integers of formats other than CSR to float64: conversion to CSR sums
+        duplicates, and sums of small integer types overflow.
 
     Returns
     -------
     object
-        A sparse matrix has one or two dimensions, consistent arrays with ids in range, and real
-        values. Order and repeats of the ids are not checked.
+        If sparse: one or two dimensions, consistent arrays, ids in range, and real values. The
+        order of the ids and duplicates are not checked.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def _is_ascending(
     if not n_entries:
         return True
     rises = indices[1:] > indices[:-1]
-    if major > 1:  # ids start afresh where a row starts
+    if major > 1:  # the first id of a row may be below the last id of the row before
         starts = indptr[1:-1]
         rises[starts[(starts > 0) & (starts < n_entries)] - 1] = True
     is_ascending = bool(rises.all())
@@ -105,7 +105,7 @@ def checked_with_order(matrix: Any, name: str, *, widen: bool) -> tuple[Any, boo
     if kind == "csr":
         is_ascending = check_compressed(matrix, name)
         return _real(matrix, name), is_ascending
-    if kind in ("lil", "dok"):  # neither holds arrays that compiled code could trust
+    if kind in ("lil", "dok"):  # these hold Python objects instead of arrays
         matrix = _from_objects(matrix, name)
         kind = matrix.format
     if kind == "csc":
@@ -156,7 +156,7 @@ def _check_diagonals(matrix: Any, name: str) -> None:
 
 
 def _from_objects(matrix: Any, name: str) -> Any:
-    """COO of a matrix that keeps Python objects; its arrays are still to be checked."""
+    """Convert a matrix of Python objects to COO; the caller must still check its arrays."""
     if matrix.format == "dok":
         try:
             return matrix.tocoo()
@@ -181,7 +181,7 @@ def _from_objects(matrix: Any, name: str) -> Any:
 
 
 def _length(array: Any, what: str, matrix: Any, name: str) -> int:
-    """Length of an index array, which is one-dimensional and of integers."""
+    """Length of an index array; raise ValueError unless it is one-dimensional and of integers."""
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
         got = type(array).__name__
         if isinstance(array, np.ndarray):
@@ -191,7 +191,7 @@ def _length(array: Any, what: str, matrix: Any, name: str) -> int:
 
 
 def _real(matrix: Any, name: str) -> Any:
-    """A matrix whose values are real numbers: itself, or a copy where they are objects."""
+    """Return the matrix if its values are real numbers, or a float64 copy if they are objects."""
     if matrix.data.dtype.kind in "fiub":
         return matrix
     if matrix.data.dtype.kind == "O":
@@ -231,8 +231,8 @@ def real_numbers(values: np.ndarray, name: str) -> np.ndarray:
 
 def _damaged(matrix: Any, name: str, what: str) -> NoReturn:
     raise ValueError(
-        f"{name} is a damaged {type(matrix).__name__} of shape {matrix.shape}: {what}. Build it "
-        "anew from its entries, for instance as csr_matrix((values, (rows, columns)), shape)"
+        f"{name} is a damaged {type(matrix).__name__} of shape {matrix.shape}: {what}. Rebuild it "
+        "from its entries, for instance as csr_matrix((values, (rows, columns)), shape)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Subclasses of the estimator: parameters of their own, and what a model file keeps of them."""
+"""Subclasses of the estimator: their own parameters, and which of them a model file keeps."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ Estimator = TypeVar("Estimator")
 
 
 def own_parameters(cls: type) -> dict[str, inspect.Parameter]:
-    """Parameters that the constructor of a subclass names and the engine does not know."""
+    """Parameters of a subclass's constructor that are not parameters of the engine."""
     named = parameters.named(cls.__init__)  # type: ignore[misc]
     return {name: p for name, p in named.items() if name not in parameters.RULES}
 
 
 def own_values(estimator: Any) -> dict[str, Any]:
-    """Values of those parameters, as far as attributes have their names."""
+    """Values of those parameters that are stored in attributes of the same name."""
     names = own_parameters(type(estimator))
     return {name: getattr(estimator, name) for name in names if hasattr(estimator, name)}
 
 
 def warn_if_unfitted(estimator: Any) -> None:
-    """Warn where a model that is saved lacks a table."""
+    """Warn if a model to be saved has no user or item table."""
     lacking = [side for side in ("user", "item") if estimator._fitted.table(side).is_absent]
     if lacking:
         warnings.warn(
             f"the model has no {' and no '.join(lacking)} factors: the file will hold its "
-            "parameters, but cannot serve. Call fit before save",
+            "parameters, but cannot recommend. Call fit before save",
             DataWarning,
             stacklevel=3,
         )
 
 
 def warn_of_lost(estimator: Any, left_out: Iterable[str]) -> None:
-    """Warn of what a model file does not keep.
+    """Warn about attributes that a model file does not keep.
 
     Parameters
     ----------
     estimator : object
         The model that was saved.
     left_out : iterable of str
-        Parameters with values that the file cannot hold.
+        Parameters whose values the file cannot hold.
     """
     base = _base(type(estimator))
     kept = own_parameters(type(estimator))
@@ -65,7 +65,7 @@ def warn_of_lost(estimator: Any, left_out: Iterable[str]) -> None:
 
 
 def construct(cls: type[Estimator], ours: dict[str, Any], own: dict[str, Any]) -> Estimator:
-    """Make an estimator with given parameters, whatever its constructor takes.
+    """Make an estimator with given parameters, whatever parameters its constructor has.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def construct(cls: type[Estimator], ours: dict[str, Any], own: dict[str, Any]) -
     Raises
     ------
     ModelFileError
-        Where the constructor requires a parameter that is not given.
+        If the constructor requires a parameter that is not given.
     """
     wanted = parameters.named(cls.__init__)
     given = {name: value for name, value in {**ours, **own}.items() if name in wanted}
@@ -90,11 +90,11 @@ def construct(cls: type[Estimator], ours: dict[str, Any], own: dict[str, Any]) -
             "it with the class that saved it, or give the parameter a default"
         )
     estimator = cls(**given)
-    # The file leaves out what is None.
+    # The file has no entries for parameters that are None.
     nones = [name for name in parameters.RULES if getattr(_base(cls), name) is None]
     for name, value in {**dict.fromkeys(nones), **ours}.items():
         if name not in given:
-            with contextlib.suppress(AttributeError):  # a property that a subclass computes
+            with contextlib.suppress(AttributeError):  # a read-only property of a subclass
                 setattr(estimator, name, value)
     return estimator
 
@@ -108,5 +108,5 @@ def copy_unnamed(source: Any, target: Any) -> None:
 
 
 def _base(cls: type) -> type:
-    """The class whose constructor has the engine's parameters, and which has their defaults."""
+    """The base class that has the engine's parameters and their defaults."""
     return next(c for c in reversed(cls.__mro__) if parameters.RULES.keys() <= vars(c).keys())

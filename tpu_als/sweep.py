@@ -1,7 +1,7 @@
 """One shard's pass over its chunks: slice the cells, solve or measure the rows, write the slots.
 
-Pure functions for one device. Trip counts and offsets are traced, so that one program serves a
-rung of either side, of any data and of any parameter values.
+Pure functions for one device. Trip counts and offsets are traced, so that the same program works
+for a rung of either side, for any data and any parameter values.
 
 Axis letters: S slots of the shard, R rows of a chunk, L padded length, K factors, J long rows.
 """
@@ -23,18 +23,19 @@ from tpu_als.solve import Basis, Block, Objective
 
 
 class Own(NamedTuple):
-    """What a shard owns of one orientation, long rows aside.
+    """The cells of a shard in one orientation, without long rows.
 
     Attributes
     ----------
     ids : int32 array (cells,)
-        Row of the source table of each cell; or, with an exchange, of what arrives for its group.
+        Source row of each cell; with an exchange, its position among the rows received for its
+        group.
     values : array (cells,) or None
         Stored values; None where all are 1.
     lengths : int32 array (S,)
         Entries of each slot's row.
     sends : int32 array
-        What to send to whom; empty without an exchange.
+        The rows to send to each shard; empty without an exchange.
     """
 
     ids: Any
@@ -44,9 +45,9 @@ class Own(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Where a rung lies: first cell, first slot, first of its sends, and its chunks; traced.
+    """A rung's first cell, first slot, first send, and number of chunks; traced.
 
-    For long rows only the count matters, of batches of them.
+    For long rows only the count is used: the number of batches.
     """
 
     first_cell: Any
@@ -56,10 +57,10 @@ class Span(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What is compiled in; hashable.
+    """The static arguments of a program; hashable.
 
-    The solver and its numbers, the shape of a chunk, whether no weight w is negative, what shards
-    do together, and by which route source rows arrive, if they do.
+    The solver and its numbers, the shape of a chunk, whether all weights w are nonnegative, the
+    operations across shards, and the route by which source rows are received, if any.
     """
 
     solver: str
@@ -74,7 +75,7 @@ class Shape(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What all shards read; no weight w is above `weight`; a span for each of the shapes."""
+    """Inputs shared by all shards: `weight` bounds all weights w; one span for each shape."""
 
     basis: Basis
     objective: Objective
@@ -87,7 +88,7 @@ Body = Callable[[Any, Array, Array], Array]
 
 
 def _over_chunks(shape: Shape, span: Span, own: Own, held: Array, body: Body, out: Array) -> Array:
-    """Fold body(step, source, out) over a rung's chunks; source rows arrive group by group."""
+    """Fold body(step, source, out) over a rung's chunks; source rows are received per group."""
     route, axis = shape.route, shape.together.axis
     if route is None:
         return lax.fori_loop(0, span.count, lambda step, out: body(step, held, out), out)
@@ -131,7 +132,7 @@ def solve_block(
 ) -> Array:
     """Solve rows (R, K) whose entries are in one block.
 
-    `z` is where the iterative solvers start, in the eigenbasis; the result is in the caller's.
+    `z` is the start of the iterative solvers, in the eigenbasis; the result is in the caller's.
     """
     d, before, weight = solve.diagonal(basis, objective, lengths), z, solve.largest_weight(block)
     z = solve.begin(z, d, weight, basis)
@@ -189,8 +190,8 @@ def _over_blocks(
 ) -> Any:
     """Sum part(block, row, left) of each row of a batch over its blocks, and over the shards.
 
-    Blocks never stand in memory together. `zero` has a leading axis of rows, as has the result.
-    Sums are compensated (Knuth's two-sum), so that their error does not grow with their length.
+    Only one block is in memory at a time. `zero` and the result have a leading axis of rows. Sums
+    are compensated (Knuth's two-sum), so that their error does not grow with their length.
     """
     dtype = jnp.dtype(shape.dtype)
 
@@ -228,7 +229,7 @@ def _batch(shape: Shape, long: Long, table: Array, batch: Any) -> tuple[Array, A
 
 
 def solve_long(shape: Shape, out: Array, long: Long, held: Array, shared: Shared) -> Array:
-    """Solve the long rows, a batch at a time, each shard adding what its entries say."""
+    """Solve the long rows, a batch at a time; the shards' sums over their entries are added."""
     rows = LONG_ROWS
     objective, basis = shared.objective, shared.basis
 
@@ -274,11 +275,11 @@ def _long_subspace(
     z: Array,
     block_size: int,
 ) -> Array:
-    """Do the sweep of `solve.rows_subspace` for rows whose entries lie in many blocks.
+    """Do the sweep of `solve.rows_subspace` for rows whose entries are in many blocks.
 
-    Predictions are recomputed for each block of factors: for a row of any length they would not
-    fit in memory. ``over(part, zero)`` sums ``part(block, row)`` over all blocks of each row,
-    and ``of(rows, row)`` takes a row, with its leading axis, out of (R, K).
+    Predictions are recomputed for each block of factors, because those of a very long row would not
+    fit into memory. ``over(part, zero)`` sums ``part(block, row)`` over all blocks of each row, and
+    ``of(rows, row)`` takes a row, with its leading axis, out of (R, K).
     """
     n_factors = z.shape[1]
     size = min(block_size, n_factors)
@@ -304,21 +305,21 @@ def _long_subspace(
 
 
 class Measured(NamedTuple):
-    """What a shard reads to measure its loss: its entries and its own table (S, K)."""
+    """Inputs of a shard's loss: its entries and its own table (S, K)."""
 
     own: Any
     table: Array
 
 
 def _without_offset(objective: Objective) -> tuple[Objective, Any]:
-    """An objective whose weights w are abs(c), as `solve.cells_loss` wants them; and its offset."""
+    """The objective with weights w = abs(c), for `solve.cells_loss`, and its original offset."""
     return objective._replace(offset=jnp.zeros_like(objective.offset)), objective.offset
 
 
 def loss_rungs(
     shapes: tuple[Shape, ...], out: Array, measured: Measured, held: Array, shared: Shared
 ) -> Array:
-    """Write what the stored cells of each row of some rungs add to the loss into `out` (S,)."""
+    """Write the loss of the stored cells of each row of some rungs into `out` (S,)."""
     for shape, span in zip(shapes, shared.spans, strict=True):
         out = _loss_rung(shape, span, out, measured, held, shared)
     return out

@@ -1,7 +1,7 @@
 """The k largest of each row of scores, exactly, on a device or in NumPy.
 
-The k best stand in the k blocks with the largest maxima, so only those blocks are sorted. Columns
-of a block lie a whole number of blocks apart: a maximum over them is one over contiguous runs.
+The k best are in the k blocks with the largest maxima, so only those blocks are sorted. The columns
+of a block are strided, so that the maxima of all blocks are maxima over contiguous runs.
 
 Axis letters: B queries, n columns.
 """
@@ -18,7 +18,7 @@ from scipy import sparse
 
 BLOCK = 16  # columns of a block that NumPy sorts
 _BLOCKS = (32, 8)
-HOST_QUERIES = 4  # up to so many queries, a dispatch costs more than the product
+HOST_QUERIES = 4  # up to this many queries, a dispatch costs more than the product
 _KEPT_BYTES = 1 << 22
 _NEAR_BYTES = 1 << 19  # of columns to choose from at once, which a core's cache holds
 _memory = threading.local()
@@ -80,7 +80,7 @@ def largest_of_blocks(
 def _of_blocks(
     scores: np.ndarray, maxima: np.ndarray, shown: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`largest_of_blocks` of so few rows that what is chosen from stays in a core's cache."""
+    """`largest_of_blocks` for a few rows at a time, so that the scores stay in a core's cache."""
     n_queries, n_blocks = maxima.shape
     blocks = np.argpartition(maxima, -k, axis=1)[:, -k:]
     blocks.sort(axis=1)  # so that memory is read in its order
@@ -137,7 +137,7 @@ def top_k_on_host(
     if not width:
         return empty(len(queries), k, table.dtype)
     ids, scores = np.empty((len(queries), k), np.int32), np.empty((len(queries), k), table.dtype)
-    # One product a query: a thin matrix product is much slower than so many with a vector.
+    # One product per query: a thin matrix product is much slower than products with vectors.
     for row, query in enumerate(queries):
         products = np.matmul(table, query, out=_scratch(len(table), table.dtype))
         if lengths is not None:
@@ -188,7 +188,7 @@ def top_k_of_chosen(
 
 
 def _scratch(length: int, dtype: np.dtype) -> np.ndarray:
-    """Memory of this thread, kept where it is small: new pages take half of a product's time."""
+    """Memory of this thread, reused if small: page faults take half of a product's time."""
     kept = getattr(_memory, "scratch", None)
     if kept is None or len(kept) < length or kept.dtype != dtype:
         kept = np.empty(length, dtype)

@@ -1,4 +1,4 @@
-"""Outside input to canonical CSR, ids and tables, or an error: got, expected, likely cause."""
+"""Check inputs: matrices, ids and tables. Errors say what was passed and what was expected."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .matrices import rows_for as rows_for
 from .matrices import warn_if_converted as warn_if_converted
 from .parameters import check_parameters, is_flag
 
-GROWTH = 1_000_000  # rows that a partial fit may add to any table, besides doubling it
-_ROWS_AT_ONCE = 1 << 16  # of a table that is looked at for NaN
+GROWTH = 1_000_000  # rows that a partial fit may add to any table, in addition to doubling it
+_ROWS_AT_ONCE = 1 << 16  # rows of a table that are checked for NaN at once
 
 
 def fit_arguments(
     y: Any, show_progress: Any, callback: Any, default: Any = None
 ) -> tuple[bool | None, Callable | None]:
-    """Tell scikit-learn's `fit(X, y)` from implicit's `fit(user_items, show_progress, callback)`.
+    """Accept scikit-learn's `fit(X, y)` and implicit's `fit(user_items, show_progress, callback)`.
 
     Parameters
     ----------
     y, show_progress, callback
         As given to `fit`.
     default : callable, optional
-        The attribute `fit_callback`, for where there is no callback.
+        The attribute `fit_callback`, which is used if there is no callback.
 
     Returns
     -------
@@ -97,7 +97,7 @@ def ids_of(
 
 
 def _integers(ids: Any, name: str) -> tuple[np.ndarray, bool, np.ndarray | None]:
-    """Ids as they came, (n,); whether there was but one; and the mask, if it was one."""
+    """Ids (n,); whether a single id was given; and the mask, if the ids were one."""
     given = list(ids) if isinstance(ids, Collection) and _unordered(ids) else ids
     try:
         array = np.asarray(given)
@@ -114,12 +114,12 @@ def _integers(ids: Any, name: str) -> tuple[np.ndarray, bool, np.ndarray | None]
 
 
 def one_id(ids: Any, count: int | None, name: str) -> int:
-    """Check an id of a table with `count` rows: a single one, of at least 0.
+    """Check a single id, of at least 0, of a table with `count` rows.
 
     Raises
     ------
     IndexError
-        For several ids, none, or what `ids_of` refuses.
+        For several ids, no id, or an id that `ids_of` refuses.
     """
     array = ids_of(ids, count, name)[0]
     if len(array) != 1:
@@ -130,14 +130,14 @@ def one_id(ids: Any, count: int | None, name: str) -> int:
 
 
 def ids_to_store(ids: Any, n_rows: int, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Check the ids of rows to store in a table, which they may grow.
+    """Check the ids of rows to store in a table; new ids add rows to it.
 
     Parameters
     ----------
     ids : array-like of int
         Ids may repeat.
     n_rows : int
-        Rows of the table. It may grow to twice as many and `GROWTH` more.
+        Number of rows of the table. The limit is twice that number plus `GROWTH`.
     name : str
         The argument's name, for messages.
 
@@ -150,7 +150,7 @@ def ids_to_store(ids: Any, n_rows: int, name: str) -> tuple[np.ndarray, np.ndarr
     Raises
     ------
     IndexError
-        For ids that are no integers, negative, or so large that the table would grow too far.
+        For ids that are not integers, are negative, or would make the table too large.
     """
     array, _, mask = _integers(ids, name)
     if array.size and array.min() < 0:
@@ -221,7 +221,7 @@ def result_count(n: Any) -> int:
 
 
 def require_results(n_queries: int, n: int, dtype: Any) -> None:
-    """Raise MemoryError where ids and scores (n_queries, n) would not fit into memory."""
+    """Raise MemoryError if ids and scores (n_queries, n) would not fit into memory."""
     size = n_queries * n
     require_memory(
         {"ids": 4 * size, "scores": size * np.dtype(dtype).itemsize},
@@ -235,7 +235,7 @@ def solver_arguments(X: Any, Y: Any, regularization: Any, num_threads: Any) -> N
     Parameters
     ----------
     X : ndarray of float and shape (n_rows, factors)
-        To be written into.
+        The table to solve; must be writeable.
     Y : array of shape (n_columns, factors)
         The table held fixed.
     regularization : float
@@ -246,7 +246,7 @@ def solver_arguments(X: Any, Y: Any, regularization: Any, num_threads: Any) -> N
     Raises
     ------
     ValueError
-        For anything else. Nothing has been written then.
+        For anything else. X is then unchanged.
     """
     if not isinstance(X, np.ndarray) or X.ndim != 2 or X.dtype.kind != "f" or not X.flags.writeable:
         got = type(X).__name__
@@ -274,7 +274,7 @@ def factor_table(table: Any, name: str) -> np.ndarray | None:
     Raises
     ------
     ValueError
-        For another number of axes, no columns, or values that are no finite numbers.
+        For another number of axes, no columns, or values that are not finite numbers.
     """
     if table is None:
         return None
@@ -287,7 +287,7 @@ def factor_table(table: Any, name: str) -> np.ndarray | None:
             f"{name} must be a 2-D array of numbers (n_rows, n_factors), got "
             f"{type(table).__name__}: {error}"
         ) from None
-    # "V" is bfloat16; structures are of that kind as well.
+    # Kind "V" includes bfloat16, but also structured dtypes.
     if array.ndim != 2 or array.dtype.kind not in "fiuV" or array.dtype.names or not array.shape[1]:
         raise ValueError(
             f"{name} must be a 2-D array of numbers (n_rows, n_factors), "
@@ -315,7 +315,7 @@ def _check_finite(array: np.ndarray, name: str) -> None:
 
 
 def same_width(user_width: int, item_width: int) -> None:
-    """Raise ValueError where rows of a user and an item table differ in their number of factors."""
+    """Raise ValueError if the user and item table differ in their number of factors."""
     if user_width != item_width:
         raise ValueError(
             f"user_factors and item_factors must have equally many columns to be multiplied, got "
@@ -324,7 +324,7 @@ def same_width(user_width: int, item_width: int) -> None:
 
 
 def user_weights(value: Any, width: int) -> tuple[np.ndarray, bool]:
-    """Check what `explain` returned earlier: a Cholesky factor (width, width), and which half.
+    """Check weights that `explain` returned: a Cholesky factor (width, width) and its triangle.
 
     Raises
     ------
@@ -356,7 +356,7 @@ def derived(value: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
     Raises
     ------
     ValueError
-        For another shape, values that are no finite numbers, or lengths that are not positive.
+        For another shape, values that are not finite numbers, or lengths that are not positive.
     """
     array = np.asarray(value)
     is_length = len(shape) == 1

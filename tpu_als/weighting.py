@@ -1,4 +1,4 @@
-"""Confidence weighting: what a count says, as scikit-learn transformers in front of a model."""
+"""Confidence weighting: scikit-learn transformers that turn counts into weights for a model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .refusals import refuse_misplaced, require_finite
 
 
 class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
-    """A function of each stored value, its row and what `fit` learnt of its column."""
+    """A function of each stored value, its row, and values that `fit` learnt for its column."""
 
     _takes_negatives = False
     _learns_columns = False
     _scales = ""  # the parameters that may take weights out of the range of the dtype
 
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Learn from a matrix of users by items what `transform` needs.
+        """Learn the values that `transform` needs from a matrix of users by items.
 
         Parameters
         ----------
@@ -38,10 +38,10 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Raises
         ------
         TypeError
-            For an object that belongs to another call, such as a table of events.
+            For an object meant for another function, such as a table of events.
         ValueError
-            For parameters out of range, values that are not finite, and, but for `LogWeighting`,
-            negative values.
+            For parameters out of range, values that are not finite, and negative values (except in
+            `LogWeighting`).
         """
         self._check_parameters()
         refuse_misplaced(X)
@@ -50,26 +50,26 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, X: Any) -> Any:
-        """Weight rows, seen in `fit` or not, each on its own.
+        """Weight new or known rows, each independently.
 
         Parameters
         ----------
         X : csr_matrix, csr_array or array-like of shape (n_rows, n_items)
-            As in `fit`. It is not changed. A matrix without column names may have more columns,
-            of items that are new since `fit`, where nothing is learnt of a column: in
-            `LogWeighting` and `TfidfWeighting`.
+            As in `fit`. It is not modified. In `LogWeighting` and `TfidfWeighting`, which learn
+            nothing per column, a matrix without column names may have additional columns for new
+            items.
 
         Returns
         -------
         csr_matrix, csr_array or ndarray of shape (n_rows, n_items)
-            Of the kind of X (other sparse formats become CSR) and with the same stored entries;
-            float64 for float64 input, else float32.
+            Of the same type as X (other sparse formats become CSR) and with the same stored
+            entries; float64 for float64 input, else float32.
 
         Raises
         ------
         TypeError, ValueError
-            As `fit`; and a ValueError for another number of columns, and for parameters that give
-            weights beyond the range of the dtype.
+            As in `fit`. A ValueError also for another number of columns, and for parameters that
+            give weights beyond the range of the dtype.
         """
         check_is_fitted(self)
         self._check_parameters()
@@ -83,7 +83,7 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return weighted if sparse.issparse(accepted) else weighted.toarray()
 
     def _later(self, X: Any) -> Any:
-        """Validate what `transform` takes."""
+        """Validate the input of `transform`."""
         accepted = check_array(X, input_name="X", estimator=self, **_ACCEPTED)
         n_fitted, n = getattr(self, "n_features_in_", accepted.shape[1]), accepted.shape[1]
         if n > n_fitted and self._learns_columns and not hasattr(X, "columns"):
@@ -92,12 +92,12 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
                 "as input, as it learns the popularity of each item: fit again on a matrix with "
                 f"the new items, or pass X[:, :{n_fitted}]"
             )
-        # Names of columns, and their number; scikit-learn counts columns where it asks for 2-D.
+        # Check the names and number of columns; scikit-learn checks the number with ensure_2d only.
         validate_data(self, X, reset=False, skip_check_array=True, ensure_2d=n <= n_fitted)
         return accepted
 
     def _check_range(self, counts: np.ndarray, weights: np.ndarray) -> None:
-        """Raise ValueError for weights beyond the dtype, or that it rounds to zero."""
+        """Raise ValueError for weights beyond the dtype's range, or rounded to zero."""
         wrong = np.flatnonzero(~np.isfinite(weights) | self._vanishes(counts, weights))
         if len(wrong):
             given = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._scales.split())
@@ -108,7 +108,7 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             )
 
     def _vanishes(self, counts: np.ndarray, weights: np.ndarray) -> Any:
-        """Whether a count lost its weight to rounding."""
+        """Whether the weight of a nonzero count was rounded to zero."""
         return False
 
     def _csr(self, accepted: Any) -> Any:
@@ -125,7 +125,7 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """Raise ValueError for a parameter out of range."""
 
     def _learn(self, rows: Any) -> None:
-        """Set what is learnt from the columns."""
+        """Set the values that are learnt from the columns."""
 
     def _weigh(self, rows: Any) -> np.ndarray:
         """Weights of the stored values."""
@@ -146,22 +146,23 @@ _ACCEPTED: dict[str, Any] = dict(
 
 
 class LogWeighting(_Weighting):
-    """``log(1 + x / epsilon)``: ten purchases are more sure than one, though not ten times [1]_.
+    """``log(1 + x / epsilon)``: confidence grows with a count, but less than in proportion [1]_.
 
-    A negative value, a dislike to the "implicit" objective, stays one: ``-log(1 - x / epsilon)``.
+    Negative values, which are dislikes in the "implicit" objective, stay negative:
+    ``-log(1 - x / epsilon)``.
 
     Parameters
     ----------
     epsilon : float, default=1.0
-        Above 0, in units of the counts. Where counts are far below it, weights are in proportion
-        to them; far above it, a factor on a count only adds to its weight.
+        Above 0, in units of the counts. Weights of counts far below it are proportional to the
+        counts; those of counts far above it grow with the logarithm.
 
     Attributes
     ----------
     n_features_in_ : int
         Number of items.
     feature_names_in_ : ndarray of str and shape (n_items,)
-        Column names, where `fit` saw a DataFrame with string names.
+        Column names, if `fit` was given a DataFrame with string names.
 
     References
     ----------
@@ -197,20 +198,20 @@ class LogWeighting(_Weighting):
 
 
 class TfidfWeighting(_Weighting):
-    """``sqrt(x) * idf``: entries of users with many items say less.
+    """``sqrt(x) * idf``: entries of users with many items get smaller weights.
 
-    ``idf = log(n_items) - log(1 + n)`` for a user with n entries, as in
-    ``implicit.nearest_neighbours.tfidf_weight``, to which items are documents and users are terms:
-    the result equals ``tfidf_weight(X.T).T``. It is below zero for a user of all items. `n_items`
-    is that of `fit`, also for a later matrix with more columns, so that a user's weights do not
-    change because the catalogue grew.
+    ``idf = log(n_items) - log(1 + n)`` for a user with n entries. In
+    ``implicit.nearest_neighbours.tfidf_weight`` items are documents and users are terms: the result
+    equals ``tfidf_weight(X.T).T``. It is negative for a user with all items. `n_items` is that of
+    `fit`, also for a later matrix with more columns, so that a user's weights do not change when
+    the catalogue grows.
 
     Attributes
     ----------
     n_features_in_ : int
         Number of items, the `n_items` of the formula.
     feature_names_in_ : ndarray of str and shape (n_items,)
-        Column names, where `fit` saw a DataFrame with string names.
+        Column names, if `fit` was given a DataFrame with string names.
 
     Examples
     --------
@@ -225,15 +226,15 @@ class TfidfWeighting(_Weighting):
 
 
 class BM25Weighting(_Weighting):
-    """Okapi BM25: counts saturate, sooner for popular items; users with many items say less.
+    """Okapi BM25: weights saturate, and are smaller for popular items and users with many items.
 
     An entry x of a user with n entries for an item becomes
     ``(K1 + 1) x / (K1 length + x) * (log(n_items) - log(1 + n))`` with
     ``length = 1 - B + B s / mean(s)``, s being the sum of the item's column in `fit`. This is
-    ``implicit.nearest_neighbours.bm25_weight``, to which items are documents and users are terms:
-    the result equals ``bm25_weight(X.T, K1, B).T`` where X is what `fit` saw. It is below zero
-    for a user of all items. The length of each item is learnt, so a later matrix with more columns
-    is an error: fit again.
+    ``implicit.nearest_neighbours.bm25_weight``, in which items are documents and users are terms:
+    for the X of `fit` the result equals ``bm25_weight(X.T, K1, B).T``. It is negative for a user
+    with all items. The length of each item is learnt, so a later matrix with more columns is an
+    error: fit again.
 
     Parameters
     ----------
@@ -245,11 +246,11 @@ class BM25Weighting(_Weighting):
     Attributes
     ----------
     length_ : ndarray of shape (n_items,)
-        float64; length of each item, 1 for one of the mean sum.
+        float64; length of each item, 1 for an item whose sum is the mean.
     n_features_in_ : int
         Number of items.
     feature_names_in_ : ndarray of str and shape (n_items,)
-        Column names, where `fit` saw a DataFrame with string names.
+        Column names, if `fit` was given a DataFrame with string names.
 
     References
     ----------
@@ -284,12 +285,12 @@ class BM25Weighting(_Weighting):
         # a stored zero of an item of length 0 would be 0 / 0
         share = np.divide(rows.data, limit, out=np.zeros_like(limit), where=limit > 0)
         weights = (self.K1 + 1.0) * share * _idf(rows, self.n_features_in_)
-        weights[np.isinf(limit)] = np.inf  # not 0, so that it is seen
+        weights[np.isinf(limit)] = np.inf  # not 0, so that `_check_range` detects it
         return weights
 
 
 def _idf(rows: Any, n_items: int) -> np.ndarray:
-    """Inverse document frequency of the row of each stored value, items being documents."""
+    """Inverse document frequency of each stored value's row; documents are items."""
     counts = np.diff(rows.indptr)
     return np.repeat(np.log(n_items) - np.log1p(counts), counts)
 
