@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -18,8 +19,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from matrices import random_counts
 
-from tpu_als import mesh
+from tpu_als import TPUAlternatingLeastSquares, mesh, programs
 from tpu_als.mesh import workplace
 
 
@@ -256,3 +258,51 @@ def test_a_later_process_reads_compiled_programs(tmp_path: Path) -> None:
     assert int(first) == 0 < int(second)
     assert (compiled, loaded) in (("0", "1"), ("-", "-"))  # numba's, where it is installed
     assert any((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are of POSIX")
+def test_a_forked_process_serves_single_users_and_refuses_the_rest() -> None:
+    """Before, whatever needed a device waited for ever."""
+    script = textwrap.dedent("""
+        import os
+        import warnings
+        import numpy as np
+        from scipy import sparse
+        from tpu_als import TPUAlternatingLeastSquares
+
+        warnings.simplefilter("ignore")  # JAX's own, of the fork
+        rows = sparse.csr_matrix(np.eye(6, dtype=np.float32) + 1)
+        model = TPUAlternatingLeastSquares(2, iterations=1, random_state=0)
+        expected = model.fit(rows, show_progress=False).recommend(0, rows[0], N=3)[0].tolist()
+        child = os.fork()
+        if not child:
+            assert model.recommend(0, rows[0], N=3)[0].tolist() == expected
+            model.partial_fit_users([2], rows[2])
+            for call in (lambda: model.fit(rows), lambda: model.transform(rows)):
+                try:
+                    call()
+                except RuntimeError as error:
+                    assert "was forked from one that had started JAX" in str(error)
+                else:
+                    os._exit(2)
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split() == ["0"], done.stderr
+
+
+def test_programs_of_many_shapes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "MOST_PROGRAMS", 20)
+    programs.forget()
+    client, counts = jax.devices()[0].client, []
+    for number in range(8):
+        rows = random_counts(10 + 7 * number, 9 + 5 * number, density=0.4, seed=number)
+        model = TPUAlternatingLeastSquares(2 + number, iterations=1, use_native=False, devices=1)
+        model.fit(rows, show_progress=False)
+        assert programs.count() <= 20 + 6  # of the last fit
+        counts.append(len(client.live_executables()))
+    gc.collect()
+    assert max(counts[4:]) <= max(counts[:4]) + 20

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,7 @@ Shards = Any
 log = logging.getLogger("tpu_als")
 _REPLICATED_SHARE = 1 / 8  # of a device's memory that a copy of the source table may take
 _FEW_THREADS = 16  # up to this number, as many threads as requested, also on fewer cores
+_started_in: int | None = None  # the process that has started JAX
 _PIECE_BYTES = 1 << 26  # of a table fetched at once from several processes
 
 
@@ -271,10 +273,12 @@ def workplace(
     ValueError
         For an unknown layout, or devices that do not exist, repeat or are of another type.
     RuntimeError
-        If `use_gpu` is True and JAX has no GPU.
+        If `use_gpu` is True and JAX has no GPU, and in a process that was forked from one that
+        had started JAX.
     """
     if table_layout not in LAYOUTS:
         raise ValueError(f"table_layout must be one of {LAYOUTS}, got {table_layout!r}")
+    _refuse_after_fork()
     # Each process's shards in one run; stable, so otherwise as given.
     chosen = tuple(sorted(_devices(devices), key=lambda device: device.process_index))
     if use_gpu and chosen[0].platform not in ("gpu", "cuda", "rocm"):
@@ -290,6 +294,20 @@ def workplace(
         if num_threads > 0:
             n_threads = min(num_threads, max(n_threads, _FEW_THREADS))
     return Workplace(chosen, n_threads, table_layout, n_threads)
+
+
+def _refuse_after_fork() -> None:
+    """Raise RuntimeError in a child that was forked after JAX had started in its parent."""
+    global _started_in
+    if _started_in is None:
+        _started_in = os.getpid()
+    if _started_in != os.getpid():
+        raise RuntimeError(
+            "this process was forked from one that had started JAX, whose threads it lacks, so "
+            "that work on devices would never end. Start processes by "
+            "multiprocessing.get_context('spawn'), or fork before the first fit. Calls for single "
+            "users or items work here"
+        )
 
 
 def _memory(device: jax.Device) -> int:

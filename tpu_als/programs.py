@@ -23,6 +23,8 @@ from tpu_als.host import give_back_memory
 AXIS = "shards"  # name of the mesh axis
 _PIECE_ROWS = 1 << 13  # rows of a table that `join` changes at once
 _compiled: set[Any] = set()  # compiled programs with the shapes of their arguments
+_jitted: list[Any] = []  # what `whole` and `each` have made
+MOST_PROGRAMS = 200  # counted with their shapes, of about 4 MB each; a fit has up to 40
 compilation_cache: str | None = None  # the directory that `enable_compilation_cache` was given
 
 
@@ -91,7 +93,7 @@ def whole(
 ) -> Callable[..., Any]:
     """See `Workplace.whole`."""
     if mesh is None:
-        return jax.jit(functools.partial(fn, static, together))
+        return _known(jax.jit(functools.partial(fn, static, together)))
 
     def local(own: Any, shared: Any) -> Any:
         everywhere, held, own = fn(static, together, _first(own), shared)
@@ -100,15 +102,14 @@ def whole(
 
     own, everywhere = PartitionSpec(AXIS), PartitionSpec()
     held = own if together.sharded else everywhere
-    return jax.jit(
-        jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(own, everywhere),
-            out_specs=(everywhere, held, own),
-            check_vma=False,
-        )
+    mapped = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(own, everywhere),
+        out_specs=(everywhere, held, own),
+        check_vma=False,
     )
+    return _known(jax.jit(mapped))
 
 
 @functools.cache
@@ -118,7 +119,8 @@ def each(
     """See `Workplace.each`."""
     options = _compiler_options(platform)
     if mesh is None:
-        return jax.jit(functools.partial(fn, static), donate_argnums=0, compiler_options=options)
+        alone = functools.partial(fn, static)
+        return _known(jax.jit(alone, donate_argnums=0, compiler_options=options))
 
     def local(out: Any, own: Any, held: Any, shared: Any) -> Any:
         held = held[0] if together.sharded else held
@@ -129,7 +131,7 @@ def each(
     mapped = jax.shard_map(
         local, mesh=mesh, in_specs=(own, own, held, everywhere), out_specs=own, check_vma=False
     )
-    return jax.jit(mapped, donate_argnums=0, compiler_options=options)
+    return _known(jax.jit(mapped, donate_argnums=0, compiler_options=options))
 
 
 def compile_new(
@@ -151,9 +153,32 @@ def compile_new(
             program.lower(*args).compile()
         _compiled.add(key)
 
+    if new and count() + len(new) > MOST_PROGRAMS:
+        forget()
     run_all(work, list(new))
     if new:
         give_back_memory()
+
+
+def _known(program: Callable[..., Any]) -> Callable[..., Any]:
+    _jitted.append(program)
+    return program
+
+
+def count() -> int:
+    """How many compiled programs are kept, counted with the shapes of their arguments."""
+    return sum(program._cache_size() for program in _jitted)
+
+
+def forget() -> None:
+    """Drop all compiled programs. A program that is running stays until it has finished.
+
+    Matrices of ever new shapes would otherwise fill the memory: each has programs of its own.
+    """
+    whole.cache_clear()
+    each.cache_clear()
+    _jitted.clear()
+    _compiled.clear()
 
 
 def _first(own: Any) -> Any:
