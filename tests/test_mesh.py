@@ -260,6 +260,7 @@ def test_a_later_process_reads_compiled_programs(tmp_path: Path) -> None:
     assert any((tmp_path / "cache").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are of POSIX")
 def test_a_forked_process_serves_single_users_and_refuses_the_rest() -> None:
     """Before, whatever needed a device waited for ever."""
@@ -294,6 +295,7 @@ def test_a_forked_process_serves_single_users_and_refuses_the_rest() -> None:
     assert done.stdout.split() == ["0"], done.stderr
 
 
+@pytest.mark.slow
 def test_programs_of_many_shapes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs, "MOST_PROGRAMS", 20)
     programs.forget()

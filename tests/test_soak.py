@@ -66,7 +66,7 @@ def made(**parameters: Any) -> TPUAlternatingLeastSquares:
 
 
 many_reads = pytest.mark.parametrize(
-    "n_reads", [400, pytest.param(10_000, marks=pytest.mark.nightly)]
+    "n_reads", [400, pytest.param(50_000, marks=pytest.mark.nightly)]
 )
 
 
@@ -258,7 +258,7 @@ def _mixed_calls(model: TPUAlternatingLeastSquares, rng: np.random.Generator) ->
 
 
 @pytest.mark.parametrize(
-    ("n_calls", "n_first"), [(700, 300), pytest.param(5_000, 1_000, marks=pytest.mark.nightly)]
+    ("n_calls", "n_first"), [(700, 300), pytest.param(10_000, 1_000, marks=pytest.mark.nightly)]
 )
 def test_mixed_calls_in_bounded_memory(n_calls: int, n_first: int, record_property: Any) -> None:
     model, rng, process = made(), np.random.default_rng(0), psutil.Process()
