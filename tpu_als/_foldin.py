@@ -332,11 +332,12 @@ def _solved_here(
 ) -> np.ndarray:
     """Solutions (R, K) on the host, in float64; NaN for rows where that fails."""
     solved = np.zeros((rows.shape[0], table.shape[1]), table.dtype)
-    for row in np.flatnonzero(np.diff(rows.indptr)):
-        ids, values, count = matrices.known_entries(rows, row, table.shape[0])
-        w, v = solve.confidence(objective, values.astype(np.float64))
-        source = table.rows(ids).astype(np.float64)
-        solved[row] = _solve(_system(table, source, w, count, objective), v @ source)
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for what is not finite
+        for row in np.flatnonzero(np.diff(rows.indptr)):
+            ids, values, count = matrices.known_entries(rows, row, table.shape[0])
+            w, v = solve.confidence(objective, values.astype(np.float64))
+            source = table.rows(ids).astype(np.float64)
+            solved[row] = _solve(_system(table, source, w, count, objective), v @ source)
     return solved
 
 
