@@ -177,7 +177,8 @@ class FoldIn(FactorTables):
             user_weights = validation.user_weights(user_weights, table.shape[1])
         else:
             system = _system(table, liked.astype(np.float64), w, row.nnz, objective)
-            user_weights = _factorize(system)
+            factor, lower = _factorize(system)
+            user_weights = factor, bool(lower)  # some versions of SciPy return an array
         wanted = table.rows(np.array([item]))[0].astype(np.float64)
         scores = (liked @ linalg.cho_solve(user_weights, wanted)) * v
         order = [i for i in np.argsort(-scores, kind="stable") if row.data[i] >= 0][:n]

@@ -331,7 +331,8 @@ def user_weights(value: Any, width: int) -> tuple[np.ndarray, bool]:
     ValueError
         For anything else.
     """
-    is_pair = isinstance(value, (tuple, list)) and len(value) == 2 and is_flag(value[1])
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2
+    is_pair = is_pair and np.ndim(value[1]) == 0 and np.asarray(value[1]).dtype.kind in "biu"
     factor = np.asarray(value[0]) if is_pair else None
     shape = None if factor is None else factor.shape
     is_real = factor is not None and factor.dtype.kind == "f" and np.isfinite(factor).all()
