@@ -205,7 +205,10 @@ class TestFrameErrors:
             ([object(), object(), object()], "column 'who' holds object objects, which do not so"),
             ([1.0, 2.0**53 + 2, 3.0], "column 'who' holds 9007199254740994.0 (float) in row 1"),
             ([1.0, np.inf, 3.0], "column 'who' holds inf (float) in row 1 (counted from 0)"),
-            (np.array([1, 2, 2**24 + 2], "f4"), "expected an id below 16777216, from which on"),
+            (
+                np.array([1, 2, 2**24 + 2], "f4"),
+                "expected a finite id below 16777216, from which on",
+            ),
             ([1, None, 3], "column 'who' must have no missing values, got 1, the first in row 1"),
         ],
         ids=lambda value: re.sub(" at 0x[0-9a-f]*", "", str(value)),
@@ -576,10 +579,28 @@ LARGE = 1234567890123456789
         (pd.Categorical([1e18, 2e18]), None),
         ([2.0**53, float(2**53 + 1)], None),
         (np.array([2**24, 2**24 + 1], np.float32), None),
+        (np.array([2048, 2050], np.float16), None),
+        ([1.0, np.inf], None),
     ],
-    ids=["given", "nullable", "arrow", "objects", "categories", "float64", "float32"],
+    ids=[
+        "given",
+        "nullable",
+        "arrow",
+        "objects",
+        "categories",
+        "float64",
+        "float32",
+        "float16",
+        "inf",
+    ],
 )
 def test_floats_that_may_be_several_ids_are_refused(users: Any, given: Any) -> None:
     frame = pd.DataFrame({"user": users, "item": [1, 2]})
-    with pytest.raises(ValueError, match=r"expected an id below \d+, from which on float"):
+    with pytest.raises(ValueError, match=r"expected a finite id below \d+, from which on float"):
         interactions_from_frame(frame, "user", "item", users=given)
+
+
+def test_ids_of_half_precision() -> None:
+    frame = pd.DataFrame({"user": np.array([3, 1, 3], np.float16), "item": [1, 2, 2]})
+    found = interactions_from_frame(frame, "user", "item")
+    assert found.matrix.toarray().tolist() == [[0, 1], [1, 1]]

@@ -398,6 +398,17 @@ class TestCheckpoints:
         )
         assert same_tables(first, again) and not same_tables(first, second)
 
+    @pytest.mark.parametrize("make", [np.random.RandomState, np.random.default_rng])
+    def test_a_resumed_fit_leaves_the_generator_where_it_would_be(
+        self, make: Any, tmp_path: Path
+    ) -> None:
+        drawn = []
+        for _ in range(2):
+            source = make(5)
+            fitted(iterations=1, random_state=source, checkpoint_dir=tmp_path)
+            drawn.append(source.random(3))
+        np.testing.assert_array_equal(*drawn)
+
     def test_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import orbax.checkpoint as ocp
 

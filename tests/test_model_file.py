@@ -433,3 +433,33 @@ def test_popularity_and_what_was_assigned_are_kept(tmp_path: Path) -> None:
     for each in (model, loaded):
         each.fit(MATRIX, show_progress=False)
     np.testing.assert_array_equal(model.item_factors, loaded.item_factors)
+
+
+@pytest.mark.parametrize("side", ["user", "item"])
+def test_a_table_that_was_taken_away_is_not_an_assigned_one(side: str, tmp_path: Path) -> None:
+    model = fitted_model()
+    setattr(model, f"{side}_factors", None)
+    with pytest.warns(DataWarning, match=f"no {side} factors"):
+        model.save(tmp_path / "model.npz")
+    loaded = TPUAlternatingLeastSquares.load(tmp_path / "model.npz")
+    assert getattr(loaded, f"{side}_factors") is None
+
+
+def test_names_of_other_columns_do_not_replace_a_good_file(tmp_path: Path) -> None:
+    model = fitted_model()
+    model.save(tmp_path / "model.npz")
+    before = (tmp_path / "model.npz").read_bytes()
+    model.feature_names_in_ = np.array(["tea"], object)
+    with pytest.raises(ValueError, match="a name for each of the 9 items, got 1"):
+        model.save(tmp_path / "model.npz")
+    assert (tmp_path / "model.npz").read_bytes() == before
+
+
+def test_a_grown_model_has_a_popularity_for_each_item(tmp_path: Path) -> None:
+    model = fitted_model()
+    before = model.item_popularity_
+    model.partial_fit_items([10], sparse.csr_matrix(np.ones((1, 12), np.float32)))
+    np.testing.assert_array_equal(model.item_popularity_, [*before, 0, 0])
+    model.save(tmp_path / "model.npz")
+    loaded = TPUAlternatingLeastSquares.load(tmp_path / "model.npz")
+    np.testing.assert_array_equal(loaded.item_popularity_, model.item_popularity_)

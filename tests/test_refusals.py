@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from models import make
 from scipy import sparse
 
-from tpu_als import TPUAlternatingLeastSquares, validation
+from tpu_als import TPUAlternatingLeastSquares, evaluation, validation
 from tpu_als.datasets import Interactions
 from tpu_als.refusals import refuse_misplaced, require_finite
 from tpu_als.shards import ShardedMatrix
@@ -229,6 +230,34 @@ def test_masks_of_tables() -> None:
     model = TPUAlternatingLeastSquares(2)
     with pytest.raises(ValueError, match="item_factors must have no masked values"):
         model.item_factors = np.ma.masked_array(np.ones((3, 2)), mask=np.eye(3, 2))
+
+
+def test_masks_of_ids_and_values(model: TPUAlternatingLeastSquares) -> None:
+    ids = np.ma.array([0, 1], mask=[False, True])
+    before = model.user_factors.copy()
+    for call in (
+        lambda: model.partial_fit_users(ids, MATRIX),
+        lambda: model.recommend(ids, MATRIX),
+        lambda: model.recommend(0, MATRIX[0], items=ids),
+        lambda: model.recommend(0, MATRIX[0], filter_items=ids),
+        lambda: model.similar_items(ids),
+    ):
+        with pytest.raises(IndexError, match=r"no masked values: pass \w+.compressed"):
+            call()
+    np.testing.assert_array_equal(model.user_factors, before)
+    values = MATRIX.copy()
+    values.data = np.ma.array(values.data, mask=[True, False, False])
+    for refused in (model.transform, validation.canonical_csr):
+        with pytest.raises(ValueError, match="must have no masked values"):
+            refused(values)
+    with pytest.raises(ValueError, match="ids must have no masked values"):
+        evaluation.metrics_of_rankings(np.ma.array([[0, 2], [0, 1]], mask=np.eye(2)), MATRIX)
+    with pytest.raises(ValueError, match="popularity must be finite numbers"):
+        evaluation.metrics_of_rankings(np.eye(2, dtype=int), MATRIX, ids, 9)
+    own = copy.deepcopy(model)
+    own._YtY = np.ma.array(np.eye(own.factors), mask=np.eye(own.factors))
+    with pytest.raises(ValueError, match="_YtY must hold finite numbers"):
+        own.transform(MATRIX)
 
 
 @pytest.mark.parametrize("name", ["filter_already_liked_items", "recalculate_user"])

@@ -293,3 +293,20 @@ def test_nothing_to_split_is_no_error() -> None:
 def test_somebody_is_left_to_train_on() -> None:
     with pytest.raises(ValueError, match="test_users=0.9 of 3 users leaves none to train on"):
         evaluation.strong_generalization_split(random_counts(3, 9, density=0.9), test_users=0.9)
+
+
+@pytest.mark.parametrize("kind", ["coo", "csr", "csc"])
+@pytest.mark.parametrize("dtype", ["i8", "u8"])
+def test_sums_beyond_int64_are_refused(kind: str, dtype: str) -> None:
+    parts = np.array([2**62, 2**62, 1], dtype), (np.zeros(3, int), np.array([1, 1, 0]))
+    given: Any = sparse.coo_matrix(parts, (2, 2))
+    if kind == "csr":
+        given = sparse.csr_matrix((2, 2), dtype=dtype)
+        given.data, given.indices = parts[0], np.array([1, 1, 0], np.int32)
+        given.indptr = np.array([0, 3, 3], np.int32)
+    elif kind == "csc":
+        given = sparse.csc_matrix((2, 2), dtype=dtype)
+        given.data, given.indices = parts[0], np.zeros(3, np.int32)
+        given.indptr = np.array([0, 0, 3], np.int32)
+    with pytest.raises(ValueError, match="sums may exceed int64"):
+        evaluation.train_test_split(given, 0.5, random_state=0)

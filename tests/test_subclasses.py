@@ -160,11 +160,22 @@ def test_a_required_parameter_that_the_file_lacks(tmp_path: Path) -> None:
         Fixed.load(tmp_path / "model")
 
 
-def test_clones_keep_parameters_that_the_constructor_does_not_name() -> None:
+def test_clones_keep_parameters_that_the_constructor_does_not_name(tmp_path: Path) -> None:
     class Named(TPUAlternatingLeastSquares):
         def __init__(self, names: Any = None, **parameters: Any) -> None:
             super().__init__(**parameters)
             self.names = names
 
-    twin = clone(Named(names=["tea"], factors=6, alpha=20.0, regularization=5.0))
-    assert (twin.names, twin.factors, twin.alpha, twin.regularization) == (["tea"], 6, 20.0, 5.0)
+    class Longer(Named):
+        def __init__(self, extra: int = 1, **parameters: Any) -> None:
+            super().__init__(**parameters)
+            self.extra = extra
+
+    for cls in (Named, Longer):
+        model = cls(names=["tea"], factors=6, alpha=20.0, regularization=5.0, iterations=1)
+        loaded = tmp_path / f"{cls.__name__}.npz"
+        model.fit(random_counts(9, 7, density=0.5), show_progress=False).save(loaded)
+        for twin in (clone(model), cls.load(loaded)):
+            found = twin.names, twin.factors, twin.alpha, twin.regularization
+            assert found == (["tea"], 6, 20.0, 5.0)
+    assert clone(Longer(extra=3)).extra == 3

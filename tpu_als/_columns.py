@@ -238,6 +238,8 @@ def _plain(column: pd.Series) -> pd.Series:
     values = column.reset_index(drop=True)
     if isinstance(values.dtype, pd.CategoricalDtype):
         values = values.astype(values.cat.categories.dtype)
+    if values.dtype == np.float16:  # which pandas cannot index
+        return values.astype(np.float32)
     if isinstance(values.dtype, (np.dtype, pd.StringDtype)):
         return values
     if values.dtype.kind in _WIDEST:
@@ -321,8 +323,8 @@ def _require_exact(column: pd.Series, label: str) -> None:
         value = values.iloc[wrong[0]]
         raise ValueError(
             f"{label} holds {shown(value)} ({type(_unboxed(value)).__name__}) in row {wrong[0]} "
-            f"(counted from 0), expected an id below {limit:.0f}, from which on {dtype} is not "
-            "exact: read the ids as integers or text"
+            f"(counted from 0), expected a finite id below {limit:.0f}, from which on {dtype} is "
+            "not exact: read the ids as integers or text"
         )
 
 

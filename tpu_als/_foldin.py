@@ -278,11 +278,6 @@ class FoldIn(FactorTables):
             n_rows, width = fitted.table(side).shape
             validation.same_width(width, source.shape[1])
             ids, mask = validation.ids_to_store(given, n_rows, f"{side}ids")
-            if mask is not None and len(mask) != n_rows:
-                raise IndexError(
-                    f"{side}ids is a mask of length {len(mask)}, expected {n_rows}, one for each "
-                    f"{side} of the model"
-                )
             rows = validation.rows_for(
                 matrix, len(ids), source.shape[0], name,
                 strict=False, mask=mask, allow_unknown=True,

@@ -204,7 +204,8 @@ class FactorTables:
         array = validation.factor_table(table, f"{side}_factors")
 
         def assigned(fitted: FittedModel) -> FittedModel:
-            sides = tuple(s for s in ("user", "item") if s in (*fitted.assigned, side))
+            given = {*fitted.assigned, side} if array is not None else {*fitted.assigned} - {side}
+            sides = tuple(side for side in ("user", "item") if side in given)
             return replace(fitted.with_table(side, FactorTable(array)), assigned=sides)
 
         self._change(assigned)

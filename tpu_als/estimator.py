@@ -448,9 +448,12 @@ class TPUAlternatingLeastSquares(
                 settings=settings,
                 fitted_to=fitted_to,
             )
-            if not training.resume():
+            is_resumed = training.resume()
+            draws = isinstance(self.random_state, (np.random.RandomState, np.random.Generator))
+            if not is_resumed or draws:  # a generator ends where it does without a checkpoint
                 on_devices = isinstance(rows, ShardedMatrix)
-                training.state = self._start(before, training.data, on_devices)
+                start = self._start(before, training.data, on_devices)
+                training.state = training.state if is_resumed else start
         return training, fitted
 
     def _finished(self, training: Training, fitted: FittedModel) -> FittedModel:

@@ -309,6 +309,9 @@ class FittedModel:
         changes: dict[str, Any] = {side: table}
         if side == "item":
             changes.update(self._columns(table.shape[0]))
+            if self.popularity is not None:  # nobody liked the new items in the last fit
+                n_new = table.shape[0] - len(self.popularity)
+                changes["popularity"] = np.pad(self.popularity, (0, n_new))
         return replace(self, **changes)
 
     def with_values(self, side: str, **values: np.ndarray | None) -> Self:
@@ -362,14 +365,12 @@ def _gramian(table: np.ndarray) -> np.ndarray:
 
 def _require_finite(rows: np.ndarray, ids: np.ndarray | None) -> None:
     """Raise ValueError where rows of a table, with these ids or in its order, are not finite."""
-    is_finite = np.isfinite(rows).all(axis=1)
-    if not is_finite.all():
-        wrong = np.flatnonzero(~is_finite)
-        first = wrong[0] if ids is None else ids[wrong[0]]
+    row = validation.first_not_finite(rows)
+    if row is not None:
         raise ValueError(
-            f"factors must be finite, but {len(wrong)} of {len(rows)} rows hold NaN or infinity, "
-            f"the first is row {first}: they were written into the table. Write finite values, or "
-            "assign the table anew"
+            f"factors must be finite, but row {row if ids is None else ids[row]} holds NaN or "
+            "infinity, which was written into the table: write finite values, or assign the table "
+            "again"
         )
 
 

@@ -198,6 +198,8 @@ def rankings(ids: Any, n_rows: int) -> np.ndarray:
     ValueError
         For another shape, or values that are not integers.
     """
+    if np.ma.is_masked(ids):
+        raise ValueError("ids must have no masked values: pass ids.filled(-1)")
     array = np.asarray(ids)
     if array.ndim != 2 or len(array) != n_rows:
         raise ValueError(

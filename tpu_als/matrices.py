@@ -68,6 +68,11 @@ def canonical(matrix: Any, name: str = "user_items") -> sparse.csr_matrix:
     """Return CSR of the input's dtype with duplicates summed; a copy if there are any.
 
     Integers become int64 if their dtype cannot represent the sums. Values are not checked.
+
+    Raises
+    ------
+    ValueError
+        As `canonical_csr`, but for NaN and infinity; for sums of integers beyond int64.
     """
     csr, is_ascending = _as_csr(matrix, name)
     dtype = csr.dtype if csr is matrix or not sparse.issparse(matrix) else matrix.dtype
@@ -75,12 +80,23 @@ def canonical(matrix: Any, name: str = "user_items") -> sparse.csr_matrix:
         return csr
     out = sparse.csr_matrix(_in_order(csr, csr.data), shape=csr.shape)
     if not is_ascending:
+        if dtype.kind in "iu":
+            _refuse_beyond_int64(np.abs(out.data.astype(np.float64)).sum(), name)
         out = out.astype(np.int64, copy=True) if dtype.kind in "iu" else out.copy()
         out.sum_duplicates()
+    elif dtype.kind in "iu" and out.dtype != dtype:  # another format, whose conversion summed
+        _refuse_beyond_int64(np.abs(out.data).max(initial=0), name)
     if dtype.kind in "biu" and out.dtype != dtype:
         fits = dtype.kind == "b" or np.array_equal(out.data.astype(dtype), out.data)
         out = out.astype(dtype if fits else np.int64)
     return out
+
+
+def _refuse_beyond_int64(size: float, name: str) -> None:
+    if size >= 2.0**63:
+        raise ValueError(
+            f"{name} holds integers whose sums may exceed int64: pass {name}.astype(np.float64)"
+        )
 
 
 def _as_csr(matrix: Any, name: str) -> tuple[Any, bool]:

@@ -204,7 +204,13 @@ def _checked_popularity(popularity: Any, n_users: int | None) -> np.ndarray | No
     if popularity is None:
         return None
     counts = np.asarray(popularity)
-    if counts.ndim != 1 or counts.dtype.kind not in "iuf" or not np.isfinite(counts).all():
+    is_masked = np.ma.is_masked(popularity)
+    if (
+        is_masked
+        or counts.ndim != 1
+        or counts.dtype.kind not in "iuf"
+        or not np.isfinite(counts).all()
+    ):
         raise ValueError(
             "popularity must be finite numbers, one for each item, got shape "
             f"{counts.shape} of {counts.dtype}"

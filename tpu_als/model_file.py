@@ -78,9 +78,6 @@ def save_model(
     ValueError
         Where the tables hold NaN or infinity, differ in width, or have another one than `factors`.
     """
-    for name in _TABLES:  # what `load_model` would refuse must not replace a good file
-        factor_table(fitted.get(name), name)
-    _check_widths([fitted.get(name) for name in _TABLES], parameters.get("factors"))
     parameters = {key: _plain_number(value) for key, value in parameters.items()}
     name = rules.storage_dtype(parameters.get("dtype", np.float32))
     values = {k: v for k, v in {**parameters, **fitted}.items() if k not in _NEVER_LOADED}
@@ -93,6 +90,8 @@ def save_model(
     values["assigned"] = ",".join(values.get("assigned") or ()) or None
     for key, series in (values.pop("history_", None) or {}).items():
         values[_SERIES + key] = np.asarray(series, np.float64)
+    # What `load_model` would refuse must not replace a good file.
+    _fitted({key: value for key, value in values.items() if value is not None})
     packed = {key: _packed(key, value) for key, value in (own or {}).items()}
     values.update(pair for pair in packed.values() if pair is not None)
     save_npz(target, values)

@@ -192,8 +192,6 @@ def _length(array: Any, what: str, matrix: Any, name: str) -> int:
 
 def _real(matrix: Any, name: str) -> Any:
     """Return the matrix if its values are real numbers, or a float64 copy if they are objects."""
-    if matrix.data.dtype.kind in "fiub":
-        return matrix
     if matrix.data.dtype.kind == "O":
         out = copy.copy(matrix)  # not matrix.copy(): SciPy refuses objects
         out.data = real_numbers(matrix.data, name)
@@ -210,6 +208,8 @@ def real_numbers(values: np.ndarray, name: str) -> np.ndarray:
     ValueError
         For complex numbers, whose imaginary part would be lost, strings, dates and other objects.
     """
+    if np.ma.is_masked(values):
+        raise ValueError(f"{name} must have no masked values: build it from the others only")
     kind = values.dtype.kind
     if kind in "fiub":
         return values

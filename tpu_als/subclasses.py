@@ -17,9 +17,11 @@ Estimator = TypeVar("Estimator")
 
 
 def own_parameters(cls: type) -> dict[str, inspect.Parameter]:
-    """Parameters of a subclass's constructor that are not parameters of the engine."""
-    named = parameters.named(cls.__init__)  # type: ignore[misc]
-    return {name: p for name, p in named.items() if name not in parameters.RULES}
+    """Parameters of the constructors of a class and its bases that are not those of the engine."""
+    found: dict[str, inspect.Parameter] = {}
+    for each in reversed(cls.__mro__[: cls.__mro__.index(_base(cls))]):
+        found.update(parameters.named(each.__init__))  # type: ignore[misc]
+    return {name: p for name, p in found.items() if name not in parameters.RULES}
 
 
 def own_values(estimator: Any) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def construct(cls: type[Estimator], ours: dict[str, Any], own: dict[str, Any]) -
     ours : dict
         Parameters of the engine. Those that the constructor does not name become attributes.
     own : dict
-        Further parameters of the subclass.
+        Further parameters of the subclass and its bases, likewise.
 
     Raises
     ------
@@ -92,7 +94,7 @@ def construct(cls: type[Estimator], ours: dict[str, Any], own: dict[str, Any]) -
     estimator = cls(**given)
     # The file has no entries for parameters that are None.
     nones = [name for name in parameters.RULES if getattr(_base(cls), name) is None]
-    for name, value in {**dict.fromkeys(nones), **ours}.items():
+    for name, value in {**dict.fromkeys(nones), **ours, **own}.items():
         if name not in given:
             with contextlib.suppress(AttributeError):  # a read-only property of a subclass
                 setattr(estimator, name, value)
@@ -100,9 +102,9 @@ def construct(cls: type[Estimator], ours: dict[str, Any], own: dict[str, Any]) -
 
 
 def copy_unnamed(source: Any, target: Any) -> None:
-    """Give a clone the engine's parameters that its class's constructor does not name."""
+    """Give a clone the parameters that its class's constructor passes on by ``**kwargs``."""
     named = parameters.named(type(source).__init__)
-    for name in parameters.RULES:
+    for name in (*parameters.RULES, *own_parameters(type(source))):
         if name in vars(source) and name not in named:
             setattr(target, name, clone(getattr(source, name), safe=False))
 

@@ -87,17 +87,19 @@ def ids_of(
     """
     if type(ids) is int and count is not None and 0 <= ids < count:  # a server's usual call
         return np.array([ids]), True, None
-    array, is_scalar, mask = _integers(ids, name)
-    if mask is not None and count is not None and len(mask) != count:
-        raise IndexError(f"{name} is a mask of length {len(mask)}, expected {count}")
+    array, is_scalar, mask = _integers(ids, name, count)
     if count is not None and array.size and (array.min() < 0 or array.max() >= count):
         wrong = array.min() if array.min() < 0 else array.max()
         raise IndexError(f"{name} {wrong} is not in the model, which has ids 0 to {count - 1}")
     return array.astype(np.int64), is_scalar, mask
 
 
-def _integers(ids: Any, name: str) -> tuple[np.ndarray, bool, np.ndarray | None]:
+def _integers(
+    ids: Any, name: str, count: int | None = None
+) -> tuple[np.ndarray, bool, np.ndarray | None]:
     """Ids (n,); whether a single id was given; and the mask, if the ids were one."""
+    if np.ma.is_masked(ids):
+        raise IndexError(f"{name} must have no masked values: pass {name}.compressed()")
     given = list(ids) if isinstance(ids, Collection) and _unordered(ids) else ids
     try:
         array = np.asarray(given)
@@ -108,6 +110,8 @@ def _integers(ids: Any, name: str) -> tuple[np.ndarray, bool, np.ndarray | None]
         raise IndexError(f"{name} must be one id or a 1-D list of ids, got shape {array.shape}")
     if array.dtype == bool and not is_scalar:
         array, mask = np.flatnonzero(array), array
+        if count is not None and len(mask) != count:
+            raise IndexError(f"{name} is a mask of length {len(mask)}, expected {count}")
     if array.size and array.dtype.kind not in "iu":
         raise IndexError(f"{name} must hold integers, got dtype {array.dtype} ({ids!r:.60})")
     return np.atleast_1d(array), is_scalar, mask
@@ -152,7 +156,7 @@ def ids_to_store(ids: Any, n_rows: int, name: str) -> tuple[np.ndarray, np.ndarr
     IndexError
         For ids that are not integers, are negative, or would make the table too large.
     """
-    array, _, mask = _integers(ids, name)
+    array, _, mask = _integers(ids, name, n_rows)
     if array.size and array.min() < 0:
         raise IndexError(f"{name} must not be negative, got {array.min()}")
     bound = 2 * n_rows + GROWTH
@@ -301,17 +305,23 @@ def factor_table(table: Any, name: str) -> np.ndarray | None:
 
 
 def _check_finite(array: np.ndarray, name: str) -> None:
+    row = first_not_finite(array)
+    if row is not None:
+        raise ValueError(
+            f"{name} must hold finite numbers, got NaN, infinity or values too large for float32 "
+            f"(first in row {row}: {array[row]!r:.100})"
+        )
+
+
+def first_not_finite(array: np.ndarray) -> int | None:
+    """The first row of an array (n, K) that holds NaN or infinity; None if there is none."""
     for low in range(0, len(array), _ROWS_AT_ONCE):
         with np.errstate(all="ignore"):
             sums = array[low : low + _ROWS_AT_ONCE].sum(axis=-1)
-        suspects = np.flatnonzero(~np.isfinite(sums)) + low
-        # Sums of finite numbers may overflow.
-        bad = [row for row in suspects if not np.isfinite(array[row]).all()]
-        if bad:
-            raise ValueError(
-                f"{name} must hold finite numbers, got NaN, infinity or values too large for "
-                f"float32 (first in row {bad[0]}: {array[bad[0]]!r:.100})"
-            )
+        for row in np.flatnonzero(~np.isfinite(sums)) + low:
+            if not np.isfinite(array[row]).all():  # sums of finite numbers may overflow
+                return int(row)
+    return None
 
 
 def same_width(user_width: int, item_width: int) -> None:
@@ -332,23 +342,20 @@ def user_weights(value: Any, width: int) -> tuple[np.ndarray, bool]:
         For anything else.
     """
     is_pair = isinstance(value, (tuple, list)) and len(value) == 2
-    is_pair = is_pair and np.ndim(value[1]) == 0 and np.asarray(value[1]).dtype.kind in "biu"
-    factor = np.asarray(value[0]) if is_pair else None
-    shape = None if factor is None else factor.shape
-    is_real = factor is not None and factor.dtype.kind == "f" and np.isfinite(factor).all()
-    if shape != (width, width) or not is_real:
-        got = (
-            f"a factor of shape {shape} of {factor.dtype}"
-            if factor is not None
-            else f"{value!r:.60}"
+    if is_pair and np.ndim(value[1]) == 0 and np.asarray(value[1]).dtype.kind in "biu":
+        factor = np.asarray(value[0])
+        is_finite = factor.dtype.kind == "f" and bool(np.isfinite(factor).all())
+        if factor.shape == (width, width) and is_finite:
+            return value
+        got = f"a factor of shape {factor.shape}" + (
+            "" if is_finite else ", not all finite numbers"
         )
-        if factor is not None and shape == (width, width):
-            got = "a factor that holds other things than finite numbers"
-        raise ValueError(
-            f"user_weights must be what explain returned for this user, a pair with a factor of "
-            f"shape {(width, width)}, got {got}. Leave it out to have it computed"
-        )
-    return value
+    else:
+        got = f"{value!r:.60}"
+    raise ValueError(
+        f"user_weights must be what explain returned for this user, a pair with a factor of "
+        f"shape {(width, width)}, got {got}. Leave it out to have it computed"
+    )
 
 
 def derived(value: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -362,9 +369,12 @@ def derived(value: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
     array = np.asarray(value)
     is_length = len(shape) == 1
     good = array.shape == shape and array.dtype.kind in "fiu" and bool(np.isfinite(array).all())
+    good = good and not np.ma.is_masked(value)
     if not good or (is_length and not (array > 0).all()):
         expected = "positive numbers" if is_length else "numbers"
-        others = ", some of them NaN, infinite or not positive" if array.shape == shape else ""
+        others = (
+            ", some of them NaN, infinite, masked or not positive" if array.shape == shape else ""
+        )
         raise ValueError(
             f"{name} must hold finite {expected} of shape {shape}, got values of {array.dtype} and "
             f"shape {array.shape}{others}. Set {name} to None to have it computed"
