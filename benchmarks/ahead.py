@@ -12,7 +12,8 @@ import sys
 import common
 from libraries import Ours, Problem
 
-from tpu_als import als, native
+from tpu_als.engine import als
+from tpu_als.engine.cpu import native
 
 DISTANCES = [0, 1 << 11, 1 << 12, 1 << 13, 1 << 14]  # bytes; 0 fetches nothing ahead
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from libraries import Ours, Problem, Run, available, race
 
-from tpu_als import als
+from tpu_als.engine import als
 
 REFERENCE = "tpu_als cholesky"
 DEFAULT = ["tpu_als cg", "tpu_als relaxed", REFERENCE, "tpu_als auto", "implicit gpu"]

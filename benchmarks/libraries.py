@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from scipy import sparse
 
-from tpu_als import als, mesh, placing, solve
-from tpu_als.placing import Side
+from tpu_als.engine import als
+from tpu_als.engine.xla import mesh, placing, solve
+from tpu_als.engine.xla.placing import Side
 
 
 @dataclass(frozen=True)

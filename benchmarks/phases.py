@@ -18,8 +18,11 @@ import jax
 import numpy as np
 from libraries import Ours, Problem, padded_cells
 
-from tpu_als import als, host, mesh, native, placing
-from tpu_als.placing import Data
+from tpu_als import host
+from tpu_als.engine import als
+from tpu_als.engine.cpu import native
+from tpu_als.engine.xla import mesh, placing
+from tpu_als.engine.xla.placing import Data
 
 
 def speeds(n_cores: int, repeats: int) -> dict[str, float]:

@@ -28,7 +28,8 @@ import numpy as np
 from jax import Array, lax
 from scipy import sparse
 
-from tpu_als import TPUAlternatingLeastSquares, solve
+from tpu_als import TPUAlternatingLeastSquares
+from tpu_als.engine.xla import solve
 
 REGULARIZATION, UNOBSERVED_WEIGHT, EXPONENT, ITERATIONS = 0.007, 0.3, 1.0, 12
 FILES = ("ml1m_ncf_train.npz", "ml1m_ncf_test.npz", "ml1m_ncf_test_negatives.npy")

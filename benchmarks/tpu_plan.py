@@ -35,9 +35,10 @@ import tpu_sizes
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tpu_als import als, placing, ranking, solve
-from tpu_als.mesh import Workplace
-from tpu_als.placing import AlsParams, Data, Side
+from tpu_als.engine import als
+from tpu_als.engine.xla import placing, ranking, solve
+from tpu_als.engine.xla.mesh import Workplace
+from tpu_als.engine.xla.placing import AlsParams, Data, Side
 
 _ALL_TO_ALL = re.compile(r"= (\w+\[[\d,]+\])\S* all-to-all\(")
 OBJECTIVE = solve.objective("ials", 1e-3, 1.0, 1e-3)

@@ -22,8 +22,8 @@ import tpu_sizes
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from tpu_als import exchange
-from tpu_als.mesh import AXIS
+from tpu_als.engine.xla import exchange
+from tpu_als.engine.xla.mesh import AXIS
 
 # The collective's operand, or for one that starts and ends apart the first of the pair's parts.
 _ARRAY = re.compile(r"= \(*(\w+)\[([\d,]+)\][^=]* (?:ragged-)?all-to-all(?:-start)?\(")

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from tpu_als import cells
-from tpu_als.placing import AlsParams, Data, Side
+from tpu_als.engine import cells
+from tpu_als.engine.xla.placing import AlsParams, Data, Side
 
 # Products of float32 operands at the highest precision are six of bfloat16 ones.
 FLOAT32_PASSES = 6

@@ -17,13 +17,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import special, stats
 
-from tpu_als import cells, exchange, layout, placing
-from tpu_als.cells import Long
-from tpu_als.exchange import Route
-from tpu_als.layout import Plan, RowMap, Rung
-from tpu_als.mesh import AXIS, Workplace
-from tpu_als.placing import AlsParams, Data, Side
-from tpu_als.sweep import Own
+from tpu_als.engine import cells, layout
+from tpu_als.engine.cells import Long
+from tpu_als.engine.layout import Plan, RowMap, Rung
+from tpu_als.engine.xla import exchange, placing
+from tpu_als.engine.xla.exchange import Route
+from tpu_als.engine.xla.mesh import AXIS, Workplace
+from tpu_als.engine.xla.placing import AlsParams, Data, Side
+from tpu_als.engine.xla.sweep import Own
 
 SAMPLE = 1 << 20  # rows of a side that the planner sees
 _BUCKETS = 20_000

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from scipy import sparse
 
-from tpu_als import als, fold_in, mesh, placing, ranking, solve
+from tpu_als.engine import als
+from tpu_als.engine.xla import fold_in, mesh, placing, ranking, solve
 
 GROUPS, N_USERS, N_ITEMS, PER_USER = 8, 4000, 1600, 30
 

@@ -14,10 +14,11 @@ import numpy as np
 from matrices import random_counts
 from worker import join
 
-from tpu_als import als, placing, solve
-from tpu_als._checkpoint_reader import Reader
-from tpu_als.checkpoint import Checkpoints
-from tpu_als.mesh import workplace
+from tpu_als.engine import als
+from tpu_als.engine.xla import placing, solve
+from tpu_als.engine.xla.mesh import workplace
+from tpu_als.training.checkpoint import Checkpoints
+from tpu_als.training.checkpoint_reader import Reader
 
 SETTINGS = {"alpha": 2.0, "regularization": 0.5}
 

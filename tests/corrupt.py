@@ -74,8 +74,9 @@ def _calls(group: str) -> dict[str, Callable[[Any], Any]]:
     """Entry points by name; each takes a matrix of users by items."""
     # Late, so that a test can import the damages without starting a backend.
     import tpu_als
-    from tpu_als import TPUAlternatingLeastSquares, evaluation, fold_in, placing, solve, weighting
-    from tpu_als.mesh import workplace
+    from tpu_als import TPUAlternatingLeastSquares, evaluation, weighting
+    from tpu_als.engine.xla import fold_in, placing, solve
+    from tpu_als.engine.xla.mesh import workplace
     from tpu_als.shards import write_shards
 
     if cache := os.environ.get("JAX_COMPILATION_CACHE_DIR"):

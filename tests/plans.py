@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from tpu_als.layout import Plan
+from tpu_als.engine.layout import Plan
 
 PLANS = st.builds(
     Plan,

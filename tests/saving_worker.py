@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tpu_als import model_file
+from tpu_als.storage import model_file
 
 STATES = [np.full((20_000, 8), value, np.float32) for value in (1, 2)]
 

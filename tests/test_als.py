@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import sparse
 
-from tpu_als import als, layout, placing, solve
-from tpu_als.als import AlsState
-from tpu_als.mesh import Workplace, workplace
-from tpu_als.placing import AlsParams, Data
+from tpu_als.engine import als, layout
+from tpu_als.engine.als import AlsState
+from tpu_als.engine.xla import placing, solve
+from tpu_als.engine.xla.mesh import Workplace, workplace
+from tpu_als.engine.xla.placing import AlsParams, Data
 
 # devices, threads, layout of the source table
 PLACES = [

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tpu_als import _atomic
+from tpu_als.storage import atomic
 
 posix = pytest.mark.skipif(os.name != "posix", reason="modes, links, locks and kills of POSIX")
 
 
 def write(path: Path, content: bytes = b"new") -> None:
     """Replace a file."""
-    with _atomic.replacing(path) as file:
+    with atomic.replacing(path) as file:
         file.write(content)
 
 
@@ -27,7 +27,7 @@ class TestReplacing:
         path = tmp_path / "model.npz"
         path.write_bytes(b"old")
         path.chmod(mode)
-        with _atomic.replacing(path) as file:
+        with atomic.replacing(path) as file:
             part = next(p for p in tmp_path.iterdir() if p != path)
             assert part.stat().st_mode & 0o777 == mode
             file.write(b"new")
@@ -60,10 +60,10 @@ class TestReplacing:
         path, other = tmp_path / "model.npz", tmp_path / "model.npz2"
         leftovers = []
         for name in (path, other):
-            part = _atomic._create(name, _atomic._prefix(name))
+            part = atomic._create(name, atomic._prefix(name))
             part[1].close()  # as the end of a process does
             leftovers.append(part[0])
-        with _atomic.replacing(path) as living:
+        with atomic.replacing(path) as living:
             assert not leftovers[0].exists()
             write(path, b"by another")
             living.write(b"by the first")
@@ -73,16 +73,16 @@ class TestReplacing:
     def test_a_writer_whose_file_was_taken_for_a_leftover(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        path, lock, calls = tmp_path / "model.npz", _atomic._lock, []
+        path, lock, calls = tmp_path / "model.npz", atomic._lock, []
 
         def late(descriptor: int) -> bool:
             calls.append(descriptor)
             if len(calls) == 1:
-                _atomic._remove_leftovers(tmp_path, _atomic._prefix(path))
+                atomic._remove_leftovers(tmp_path, atomic._prefix(path))
                 assert not list(tmp_path.iterdir())
             return lock(descriptor)
 
-        monkeypatch.setattr(_atomic, "_lock", late)
+        monkeypatch.setattr(atomic, "_lock", late)
         write(path)
         assert len(calls) == 2 and path.read_bytes() == b"new"
         assert list(tmp_path.iterdir()) == [path]

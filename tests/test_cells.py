@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from plans import PLANS
 from scipy import sparse
 
-from tpu_als import cells, layout
-from tpu_als.cells import InMemory, Long
-from tpu_als.layout import Plan, RowMap
+from tpu_als.engine import cells, layout
+from tpu_als.engine.cells import InMemory, Long
+from tpu_als.engine.layout import Plan, RowMap
 
 
 @st.composite

@@ -25,13 +25,14 @@ import processes
 import pytest
 from matrices import random_counts
 
-from tpu_als import als, layout, placing, relayout, solve
-from tpu_als._checkpoint_reader import checksum_of
-from tpu_als.als import AlsState
-from tpu_als.checkpoint import FOLDER, FORMAT, Checkpoints, Resumed
+from tpu_als.engine import als, layout
+from tpu_als.engine.als import AlsState
+from tpu_als.engine.xla import placing, relayout, solve
+from tpu_als.engine.xla.mesh import Workplace, workplace
+from tpu_als.engine.xla.placing import AlsParams, Data
 from tpu_als.exceptions import DataWarning
-from tpu_als.mesh import Workplace, workplace
-from tpu_als.placing import AlsParams, Data
+from tpu_als.training.checkpoint import FOLDER, FORMAT, Checkpoints, Resumed
+from tpu_als.training.checkpoint_reader import checksum_of
 
 pytest.importorskip("orbax.checkpoint")
 

@@ -17,8 +17,9 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from tpu_als import evaluation, frames
+from tpu_als import evaluation
 from tpu_als.datasets import (
+    frames,
     interactions_from_frame,
     load_groceries,
     power_law,

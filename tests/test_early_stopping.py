@@ -11,8 +11,10 @@ import pytest
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import TPUAlternatingLeastSquares, holdout, mesh, resident
-from tpu_als.early_stopping import EarlyStopping
+from tpu_als import TPUAlternatingLeastSquares
+from tpu_als.engine.xla import mesh, resident
+from tpu_als.evaluation import holdout
+from tpu_als.training.early_stopping import EarlyStopping
 
 TRAIN = sparse.csr_matrix(np.array([[1, 0, 0], [0, 1, 0]], np.float32))
 HIDDEN = sparse.csr_matrix(np.array([[0, 1, 0], [0, 0, 1]], np.float32))

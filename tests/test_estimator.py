@@ -18,7 +18,8 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 
-from tpu_als import ModelFitError, TPUAlternatingLeastSquares, als
+from tpu_als import ModelFitError, TPUAlternatingLeastSquares
+from tpu_als.engine import als
 from tpu_als.shards import write_shards
 
 COUNTS = random_counts(30, 20)

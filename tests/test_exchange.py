@@ -11,16 +11,17 @@ from jax.sharding import Mesh, PartitionSpec
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import als, exchange, layout, placing, solve
 from tpu_als.datasets import power_law
-from tpu_als.layout import Plan, RowMap
-from tpu_als.mesh import workplace
+from tpu_als.engine import als, layout
+from tpu_als.engine.layout import Plan, RowMap
+from tpu_als.engine.xla import exchange, placing, solve
+from tpu_als.engine.xla.mesh import workplace
 
 
 def _planned(
     matrix: sparse.csr_matrix, plan: Plan
 ) -> tuple[RowMap, RowMap, np.ndarray, np.ndarray, tuple[exchange.Route, ...], np.ndarray]:
-    from tpu_als import cells
+    from tpu_als.engine import cells
 
     turned = matrix.T.tocsr()
     rows, source = (layout.map_rows(np.diff(m.indptr), plan) for m in (matrix, turned))

@@ -11,9 +11,11 @@ import pytest
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import ModelFitError, TPUAlternatingLeastSquares, als, layout, placing, solve
-from tpu_als.mesh import workplace
-from tpu_als.placing import AlsParams, Data
+from tpu_als import ModelFitError, TPUAlternatingLeastSquares
+from tpu_als.engine import als, layout
+from tpu_als.engine.xla import placing, solve
+from tpu_als.engine.xla.mesh import workplace
+from tpu_als.engine.xla.placing import AlsParams, Data
 
 K = 4
 COUNTS = random_counts(40, 30, density=0.3, negatives=True, seed=2)

@@ -15,11 +15,14 @@ import pytest
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import TPUAlternatingLeastSquares, _training, fitted, ranking, topk
+from tpu_als import TPUAlternatingLeastSquares
+from tpu_als.engine.xla import ranking, topk
+from tpu_als.serving import fitted
+from tpu_als.training import training
 
 COUNTS = random_counts(30, 20)
 USERS = np.arange(30)
-FILES = {"estimator.py", "_training.py", "_tables.py", "fitted.py", "als.py"}
+FILES = {"estimator.py", "training.py", "_tables.py", "fitted.py", "als.py"}
 
 
 def _model(**changes: Any) -> TPUAlternatingLeastSquares:
@@ -128,14 +131,14 @@ def test_readers_during_a_fit_see_the_model_before() -> None:
     before = model.item_factors.copy()
     original = model._fitted.item
 
-    step = _training.Training.step
+    step = training.Training.step
 
     def watched(training: Any) -> Any:
         seen.append(model._fitted.item is original)
         return step(training)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_training.Training, "step", watched)
+        patch.setattr(training.Training, "step", watched)
         model.fit(random_counts(40, 50, seed=3), show_progress=False)
     assert seen == [True] * 4
     assert model.item_factors.shape == (50, 4) and before.shape == (20, 4)
@@ -149,7 +152,7 @@ def test_a_fit_that_fails_keeps_what_was_assigned_meanwhile() -> None:
         raise MemoryError("no memory left")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_training.Training, "step", assign_and_fail)
+        patch.setattr(training.Training, "step", assign_and_fail)
         with pytest.raises(MemoryError, match="no memory left"):
             model.fit(COUNTS, show_progress=False)
     np.testing.assert_array_equal(model.item_factors, table)

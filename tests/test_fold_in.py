@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from tpu_als import fold_in, solve
-from tpu_als.mesh import workplace
-from tpu_als.placing import AlsParams
+from tpu_als.engine.xla import fold_in, solve
+from tpu_als.engine.xla.mesh import workplace
+from tpu_als.engine.xla.placing import AlsParams
 
 EXACT = {
     "cg": AlsParams(4, cg_steps=7),

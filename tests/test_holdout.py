@@ -10,7 +10,7 @@ from matrices import random_counts
 from scipy import sparse
 from sklearn.exceptions import UndefinedMetricWarning
 
-from tpu_als import holdout
+from tpu_als.evaluation import holdout
 
 
 @given(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tpu_als import layout
-from tpu_als._shard_reader import cut_rows
+from tpu_als.engine import layout
+from tpu_als.shards.reader import cut_rows
 
 
 def test_cells_beyond_int32_are_refused() -> None:

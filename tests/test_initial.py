@@ -13,7 +13,8 @@ import pytest
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import TPUAlternatingLeastSquares, initial
+from tpu_als import TPUAlternatingLeastSquares
+from tpu_als.training import initial
 
 COUNTS = random_counts(30, 20)
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plans import PLANS
 
-from tpu_als import layout
-from tpu_als.layout import Plan, RowMap
+from tpu_als.engine import layout
+from tpu_als.engine.layout import Plan, RowMap
 
 LENGTHS = st.lists(st.integers(0, 90), max_size=60).map(lambda n: np.array(n, np.int64))
 

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from tpu_als import als, fold_in, layout, native, placing, solve
-from tpu_als.mesh import workplace
-from tpu_als.placing import AlsParams
+from tpu_als.engine import als, layout
+from tpu_als.engine.cpu import native
+from tpu_als.engine.xla import fold_in, placing, solve
+from tpu_als.engine.xla.mesh import workplace
+from tpu_als.engine.xla.placing import AlsParams
 
 N, K = 1_000_000, 8
 OBJECTIVE = solve.objective("implicit", 0.01, 40.0)

@@ -21,8 +21,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matrices import random_counts
 
-from tpu_als import TPUAlternatingLeastSquares, mesh, programs
-from tpu_als.mesh import workplace
+from tpu_als import TPUAlternatingLeastSquares
+from tpu_als.engine.xla import mesh, programs
+from tpu_als.engine.xla.mesh import workplace
 
 
 def test_defaults_take_all_devices() -> None:

@@ -22,7 +22,8 @@ from scipy import sparse
 from sklearn.exceptions import UndefinedMetricWarning
 from sklearn.pipeline import make_pipeline
 
-from tpu_als import TPUAlternatingLeastSquares, evaluation, holdout
+from tpu_als import TPUAlternatingLeastSquares, evaluation
+from tpu_als.evaluation import holdout
 from tpu_als.exceptions import DataWarning
 from tpu_als.shards import write_shards
 from tpu_als.weighting import LogWeighting

@@ -14,7 +14,8 @@ import pytest
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import DataWarning, ModelFileError, TPUAlternatingLeastSquares, model_file
+from tpu_als import DataWarning, ModelFileError, TPUAlternatingLeastSquares
+from tpu_als.storage import model_file
 
 PARAMETERS = {
     "factors": 2,

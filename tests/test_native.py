@@ -19,11 +19,14 @@ import threadpoolctl
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import TPUAlternatingLeastSquares, als, host, native, placing, programs, solve
-from tpu_als.mesh import Workplace, workplace
-from tpu_als.placing import AlsParams
+from tpu_als import TPUAlternatingLeastSquares, host
+from tpu_als.engine import als
+from tpu_als.engine.cpu import native
+from tpu_als.engine.xla import placing, programs, solve
+from tpu_als.engine.xla.mesh import Workplace, workplace
+from tpu_als.engine.xla.placing import AlsParams
 from tpu_als.shards import write_shards
-from tpu_als.validation import ModelFitError
+from tpu_als.validation.arguments import ModelFitError
 
 numba = pytest.importorskip("numba")
 

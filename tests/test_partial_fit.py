@@ -11,8 +11,9 @@ import pytest
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import TPUAlternatingLeastSquares, host, validation
+from tpu_als import TPUAlternatingLeastSquares, host
 from tpu_als.exceptions import ModelFitError
+from tpu_als.validation import arguments
 from tpu_als.weighting import LogWeighting
 
 IALS: dict[str, Any] = dict(
@@ -131,10 +132,10 @@ class TestGrowth:
             np.testing.assert_array_equal(ours, table)
 
     def test_up_to_the_bound(self) -> None:
-        bound = 2 * 30 + validation.GROWTH
-        assert validation.ids_to_store([bound - 1], 30, "userids")[0].tolist() == [bound - 1]
+        bound = 2 * 30 + arguments.GROWTH
+        assert arguments.ids_to_store([bound - 1], 30, "userids")[0].tolist() == [bound - 1]
         with pytest.raises(IndexError, match="too far beyond"):
-            validation.ids_to_store([bound], 30, "userids")
+            arguments.ids_to_store([bound], 30, "userids")
 
     def test_rows_in_between_are_zero(self) -> None:
         model = _fitted()

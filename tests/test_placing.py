@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import als, placing, resident, shards, solve
-from tpu_als.mesh import workplace
-from tpu_als.placing import AlsParams
+from tpu_als import shards
+from tpu_als.engine import als
+from tpu_als.engine.xla import placing, resident, solve
+from tpu_als.engine.xla.mesh import workplace
+from tpu_als.engine.xla.placing import AlsParams
 
 FACTORS = 8
 

@@ -9,8 +9,8 @@ import jax
 import pytest
 
 import tpu_als
-from tpu_als import programs
-from tpu_als._private import private_directory
+from tpu_als.engine.xla import programs
+from tpu_als.storage.private import private_directory
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes and owners are of POSIX")
 

@@ -11,7 +11,8 @@ from models import make
 from scipy import sparse
 from sklearn.model_selection import GridSearchCV
 
-from tpu_als import TPUAlternatingLeastSquares, progress
+from tpu_als import TPUAlternatingLeastSquares
+from tpu_als.training import progress
 
 
 @pytest.fixture(autouse=True)

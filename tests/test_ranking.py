@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from tpu_als import layout, placing, ranking, topk
-from tpu_als.layout import RowMap
-from tpu_als.mesh import Shards, Workplace, workplace
+from tpu_als.engine import layout
+from tpu_als.engine.layout import RowMap
+from tpu_als.engine.xla import placing, ranking, topk
+from tpu_als.engine.xla.mesh import Shards, Workplace, workplace
 
 LOWEST = np.float32(-np.finfo(np.float32).max)
 PLACES = [(1, 1), (1, 2), (4, 0)]

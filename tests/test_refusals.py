@@ -14,10 +14,11 @@ import pytest
 from models import make
 from scipy import sparse
 
-from tpu_als import TPUAlternatingLeastSquares, evaluation, validation
+from tpu_als import TPUAlternatingLeastSquares, evaluation
 from tpu_als.datasets import Interactions
-from tpu_als.refusals import refuse_misplaced, require_finite
 from tpu_als.shards import ShardedMatrix
+from tpu_als.validation import arguments
+from tpu_als.validation.refusals import refuse_misplaced, require_finite
 
 MATRIX = sparse.csr_matrix(np.array([[1, 0, 2], [0, 3, 0]], np.float32))
 EVENTS = pd.DataFrame({"who": ["ann", "bob"], "what": [1, 2]})
@@ -177,7 +178,7 @@ class TestFinite:
         wrong = MATRIX.astype(np.float64)
         wrong.data[2] = value
         for call in (
-            validation.canonical_csr,
+            arguments.canonical_csr,
             lambda X: make(TPUAlternatingLeastSquares).fit(X),
             lambda X: make(TPUAlternatingLeastSquares).fit(X.toarray()),
         ):
@@ -204,7 +205,7 @@ class TestFinite:
         parts = (np.full(2, 3e38, np.float32), np.array([1, 1]), np.array([0, 0, 2]))
         twice = sparse.csr_matrix(parts, shape=(2, 2))
         with pytest.raises(ValueError, match="contains infinity, .* row 1, column 1"):
-            validation.canonical_csr(twice)
+            arguments.canonical_csr(twice)
 
     def test_finite_values_pass(self) -> None:
         require_finite(MATRIX, MATRIX.data)
@@ -247,7 +248,7 @@ def test_masks_of_ids_and_values(model: TPUAlternatingLeastSquares) -> None:
     np.testing.assert_array_equal(model.user_factors, before)
     values = MATRIX.copy()
     values.data = np.ma.array(values.data, mask=[True, False, False])
-    for refused in (model.transform, validation.canonical_csr):
+    for refused in (model.transform, arguments.canonical_csr):
         with pytest.raises(ValueError, match="must have no masked values"):
             refused(values)
     with pytest.raises(ValueError, match="ids must have no masked values"):

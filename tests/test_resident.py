@@ -7,10 +7,11 @@ import oracle
 import pytest
 from matrices import random_counts
 
-from tpu_als import als, placing, resident, solve
-from tpu_als.mesh import workplace
-from tpu_als.placing import AlsParams
-from tpu_als.resident import Table
+from tpu_als.engine import als
+from tpu_als.engine.xla import placing, resident, solve
+from tpu_als.engine.xla.mesh import workplace
+from tpu_als.engine.xla.placing import AlsParams
+from tpu_als.engine.xla.resident import Table
 
 COUNTS = random_counts(70, 50, seed=3)
 PLACES = [(1, 1, "auto"), (1, 2, "auto"), (2, 0, "replicated"), (4, 0, "sharded")]

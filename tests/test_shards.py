@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import _digest, _transpose, shards
-from tpu_als._transpose import ExternalTranspose
+from tpu_als import shards
 from tpu_als.datasets import power_law
-from tpu_als.shards import ShardedMatrix, open_shards, write_shards
+from tpu_als.engine import digests
+from tpu_als.shards import ShardedMatrix, open_shards, transpose, write_shards
+from tpu_als.shards.transpose import ExternalTranspose
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -88,7 +89,7 @@ class TestRoundTrip:
     ) -> None:
         data = in_blocks(matrix, n_rows) if n_rows else matrix
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_transpose, "_WRITTEN_AT_ONCE", 4)
+            patch.setattr(transpose, "_WRITTEN_AT_ONCE", 4)
             with tempfile.TemporaryDirectory() as folder:
                 options = dict(shape=matrix.shape, memory_entries=memory, compression="none")
                 written = write_shards(data, folder, n_shards, **options)
@@ -170,7 +171,7 @@ class TestRoundTrip:
                 counts = [int(np.sum(own.getnnz(axis) > 0)), own.nnz]
                 found[f"{side}/part-{part:05d}.parquet"] = [
                     *counts,
-                    f"{_digest.entries(own):016x}",
+                    f"{digests.entries(own):016x}",
                 ]
         return found
 
@@ -259,7 +260,7 @@ class TestMemory:
         for most in (1, 3, 1000, 2**62):
             keys = rng.integers(0, most, 500) // max(1, most // 7) * max(1, most // 7)
             expected = np.argsort(keys, kind="stable")
-            np.testing.assert_array_equal(_transpose._stable_order(keys), expected)
+            np.testing.assert_array_equal(transpose._stable_order(keys), expected)
 
     def test_streaming_does_not_grow_with_the_data(self, tmp_path: Path) -> None:
         peaks = []

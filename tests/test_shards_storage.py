@@ -15,9 +15,10 @@ import pytest
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import TPUAlternatingLeastSquares, placing
-from tpu_als.mesh import workplace
-from tpu_als.placing import AlsParams
+from tpu_als import TPUAlternatingLeastSquares
+from tpu_als.engine.xla import placing
+from tpu_als.engine.xla.mesh import workplace
+from tpu_als.engine.xla.placing import AlsParams
 from tpu_als.shards import ShardedMatrix, open_shards, write_shards
 
 pa = pytest.importorskip("pyarrow")

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpu_als import cholesky, solve
-from tpu_als.mesh import precision
-from tpu_als.solve import Block
+from tpu_als.engine.xla import cholesky, solve
+from tpu_als.engine.xla.mesh import precision
+from tpu_als.engine.xla.solve import Block
 
 R, L, K = 4, 7, 5
 SEEDS = st.integers(0, 1 << 32)

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import evaluation, holdout
+from tpu_als import evaluation
 from tpu_als.datasets import Interactions
+from tpu_als.evaluation import holdout
 
 KINDS = ["coo_matrix", "coo_array", "csr_matrix", "csr_array", "csc_matrix"]
 

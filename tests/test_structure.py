@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import TPUAlternatingLeastSquares, matrices, structure
+from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.shards import write_shards
+from tpu_als.validation import matrices, structure
 
 HERE = Path(__file__).parent
 FORMATS = ("csr", "csc", "coo", "bsr", "dia", "lil", "dok")

@@ -10,7 +10,8 @@ import pytest
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import TPUAlternatingLeastSquares, fitted
+from tpu_als import TPUAlternatingLeastSquares
+from tpu_als.serving import fitted
 
 USERS = np.arange(30)
 EMPTY = sparse.csr_matrix((30, 80), dtype=np.float32)

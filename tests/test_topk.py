@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tpu_als import topk
+from tpu_als.engine.xla import topk
 
 # Few and many columns for the k, also none that a block divides; whole numbers tie.
 SIZES = [(1, 1), (40, 3), (40, 40), (1000, 5), (1024, 5), (4096, 20), (4096, 300)]

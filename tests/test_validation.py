@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from tpu_als import validation
-from tpu_als.validation import ModelFitError, ParameterWarning
+from tpu_als.validation import arguments
+from tpu_als.validation.arguments import ModelFitError, ParameterWarning
 
 ROWS = sparse.csr_matrix(np.array([[1, 0, 2], [0, 3, 0]], dtype=np.float32))
 
@@ -18,45 +18,45 @@ ROWS = sparse.csr_matrix(np.array([[1, 0, 2], [0, 3, 0]], dtype=np.float32))
 class TestFitArguments:
     def test_either_convention(self) -> None:
         callback = print
-        assert validation.fit_arguments(None, True, None) == (True, None)
-        assert validation.fit_arguments(np.ones(3), False, callback) == (False, callback)
-        assert validation.fit_arguments(False, True, None) == (False, None)
-        assert validation.fit_arguments(np.True_, callback, None) == (True, callback)
-        assert validation.fit_arguments(False, callback, None) == (False, callback)
-        assert validation.fit_arguments(None, None, None) == (None, None)
-        assert validation.fit_arguments(None, callback, None) == (None, callback)
-        assert validation.fit_arguments(None, False, None, callback) == (False, callback)
-        assert validation.fit_arguments(None, False, max, callback) == (False, max)
+        assert arguments.fit_arguments(None, True, None) == (True, None)
+        assert arguments.fit_arguments(np.ones(3), False, callback) == (False, callback)
+        assert arguments.fit_arguments(False, True, None) == (False, None)
+        assert arguments.fit_arguments(np.True_, callback, None) == (True, callback)
+        assert arguments.fit_arguments(False, callback, None) == (False, callback)
+        assert arguments.fit_arguments(None, None, None) == (None, None)
+        assert arguments.fit_arguments(None, callback, None) == (None, callback)
+        assert arguments.fit_arguments(None, False, None, callback) == (False, callback)
+        assert arguments.fit_arguments(None, False, max, callback) == (False, max)
 
     def test_a_callback_is_callable(self) -> None:
         with pytest.raises(TypeError, match="callback must be callable"):
-            validation.fit_arguments(None, True, 3)
+            arguments.fit_arguments(None, True, 3)
         with pytest.raises(TypeError, match="fit_callback must be callable"):
-            validation.fit_arguments(None, True, None, 5)
+            arguments.fit_arguments(None, True, None, 5)
 
     @pytest.mark.parametrize("value", ["no", 2, np.ones(2)], ids=str)
     def test_progress_is_a_flag(self, value: Any) -> None:
         with pytest.raises(TypeError, match="show_progress must be True, False or None, got"):
-            validation.fit_arguments(None, value, None)
+            arguments.fit_arguments(None, value, None)
 
 
 class TestCanonicalCsr:
     def test_the_input_stays_as_it_is(self) -> None:
         data = np.array([1.0, 2.0, 4.0], np.float32)
         given = sparse.csr_matrix((data, np.array([2, 0, 2]), np.array([0, 3])), shape=(1, 3))
-        out = validation.canonical_csr(given)
+        out = arguments.canonical_csr(given)
         assert out.has_canonical_format
         np.testing.assert_array_equal(out.toarray(), [[2, 0, 5]])
         np.testing.assert_array_equal(given.indices, [2, 0, 2])
 
     def test_stored_zeros_stay_and_dense_zeros_are_no_entries(self) -> None:
         stored = sparse.csr_matrix((np.zeros(2), np.array([0, 2]), np.array([0, 2])), shape=(1, 3))
-        assert validation.canonical_csr(stored).nnz == 2
-        assert validation.canonical_csr(np.array([[0.0, 1.0]])).nnz == 1
+        assert arguments.canonical_csr(stored).nnz == 2
+        assert arguments.canonical_csr(np.array([[0.0, 1.0]])).nnz == 1
 
     @pytest.mark.parametrize("make", [sparse.csr_matrix, sparse.csr_array, sparse.coo_matrix])
     def test_kinds(self, make: Any) -> None:
-        out = validation.canonical_csr(make(ROWS.astype(np.int64)))
+        out = arguments.canonical_csr(make(ROWS.astype(np.int64)))
         assert type(out) is sparse.csr_matrix
         assert out.dtype == np.float32
         np.testing.assert_array_equal(out.toarray(), ROWS.toarray())
@@ -64,52 +64,52 @@ class TestCanonicalCsr:
     def test_a_row_of_a_sparse_array(self) -> None:
         row = sparse.csr_array(ROWS)[1]
         assert row.ndim == 1
-        np.testing.assert_array_equal(validation.canonical_csr(row).toarray(), [[0, 3, 0]])
+        np.testing.assert_array_equal(arguments.canonical_csr(row).toarray(), [[0, 3, 0]])
 
     @pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
     def test_values_that_float32_cannot_hold(self, value: float) -> None:
         with pytest.raises(ValueError, match="contains (NaN|infinity)"):
-            validation.canonical_csr(np.array([[1.0, value]]))
+            arguments.canonical_csr(np.array([[1.0, value]]))
 
     def test_a_broken_matrix(self) -> None:
         broken = ROWS.copy()
         broken.indices[0] = 7
         with pytest.raises(ValueError, match="outside its shape"):
-            validation.canonical_csr(broken)
+            arguments.canonical_csr(broken)
 
 
 class TestRowsFor:
     @pytest.mark.parametrize("wrong", [None, ROWS.toarray(), ROWS.tocsc(), ROWS.tocoo()])
     def test_not_csr(self, wrong: Any) -> None:
         with pytest.raises(ValueError, match="needs to be a CSR sparse matrix, got "):
-            validation.rows_for(wrong, 2, 3)
+            arguments.rows_for(wrong, 2, 3)
 
     def test_not_strict_about_the_format(self) -> None:
-        assert validation.rows_for(ROWS.tocoo(), 2, 3, strict=False).format == "csr"
+        assert arguments.rows_for(ROWS.tocoo(), 2, 3, strict=False).format == "csr"
 
     def test_another_number_of_rows(self) -> None:
         with pytest.raises(ValueError, match="must contain 1 row for every user in userids") as e:
-            validation.rows_for(ROWS, 1, 3)
+            arguments.rows_for(ROWS, 1, 3)
         assert "got 2 rows of shape (2, 3) for 1 ids" in str(e.value)
         assert "user_items[userids]" in str(e.value)
 
     def test_more_columns(self) -> None:
         with pytest.raises(ValueError, match="an entry in column 2, .* 2 items.*transposed"):
-            validation.rows_for(ROWS, 2, 2)
+            arguments.rows_for(ROWS, 2, 2)
         with pytest.raises(ValueError, match="new users .*partial_fit_users"):
-            validation.rows_for(ROWS, 2, 2, "item_users")
+            arguments.rows_for(ROWS, 2, 2, "item_users")
 
     def test_other_widths_without_entries_beyond(self) -> None:
-        assert validation.rows_for(ROWS, 2, 9).shape == (2, 9)
+        assert arguments.rows_for(ROWS, 2, 9).shape == (2, 9)
         wide = sparse.csr_matrix((ROWS.data, ROWS.indices, ROWS.indptr), shape=(2, 50))
-        assert validation.rows_for(wide, 2, 3).shape == (2, 3)
+        assert arguments.rows_for(wide, 2, 3).shape == (2, 3)
 
     def test_a_mask_picks_its_rows(self) -> None:
         mask = np.array([False, True])
-        picked = validation.rows_for(ROWS, 1, 3, mask=mask)
+        picked = arguments.rows_for(ROWS, 1, 3, mask=mask)
         np.testing.assert_array_equal(picked.toarray(), [[0, 3, 0]])
         np.testing.assert_array_equal(
-            validation.rows_for(ROWS[1], 1, 3, mask=mask).toarray(), [[0, 3, 0]]
+            arguments.rows_for(ROWS[1], 1, 3, mask=mask).toarray(), [[0, 3, 0]]
         )
 
 
@@ -119,31 +119,31 @@ class TestIds:
         [[0, 2], (0, 2), range(0, 3, 2), {2, 0}, np.array([0, 2], np.uint8), {0: 1, 2: 1}.keys()],
     )
     def test_kinds(self, ids: Any) -> None:
-        array, is_scalar, mask = validation.ids_of(ids, 3)
+        array, is_scalar, mask = arguments.ids_of(ids, 3)
         assert sorted(array.tolist()) == [0, 2]
         assert not is_scalar
         assert mask is None
 
     def test_a_memoryview(self) -> None:
-        array, _, _ = validation.ids_of(memoryview(np.array([1, 2], np.int32)), 3)
+        array, _, _ = arguments.ids_of(memoryview(np.array([1, 2], np.int32)), 3)
         assert array.tolist() == [1, 2]
 
     @pytest.mark.parametrize("one", [2, np.int64(2), np.array(2)])
     def test_one(self, one: Any) -> None:
-        array, is_scalar, _ = validation.ids_of(one, 3)
+        array, is_scalar, _ = arguments.ids_of(one, 3)
         assert array.tolist() == [2]
         assert is_scalar
 
     def test_a_mask(self) -> None:
-        array, _, mask = validation.ids_of([True, False, True], 3)
+        array, _, mask = arguments.ids_of([True, False, True], 3)
         assert array.tolist() == [0, 2]
         assert mask.tolist() == [True, False, True]
         with pytest.raises(IndexError, match="mask of length 2, expected 3"):
-            validation.ids_of([True, False], 3)
+            arguments.ids_of([True, False], 3)
 
     def test_none(self) -> None:
-        assert validation.ids_of([], 3)[0].shape == (0,)
-        assert validation.ids_of([], 0)[0].dtype == np.int64
+        assert arguments.ids_of([], 3)[0].shape == (0,)
+        assert arguments.ids_of([], 0)[0].dtype == np.int64
 
     @pytest.mark.parametrize(
         ("ids", "message"),
@@ -159,86 +159,86 @@ class TestIds:
     )
     def test_wrong(self, ids: Any, message: str) -> None:
         with pytest.raises(IndexError, match=message.replace("(", r"\(")):
-            validation.ids_of(ids, 3)
+            arguments.ids_of(ids, 3)
 
     def test_the_range_may_be_left_open(self) -> None:
-        assert validation.ids_of([-5, 99], None)[0].tolist() == [-5, 99]
+        assert arguments.ids_of([-5, 99], None)[0].tolist() == [-5, 99]
 
 
 class TestSelection:
     NAMES = ("items", "filter_items")
 
     def test_neither(self) -> None:
-        assert validation.selection(None, None, 4, self.NAMES) == (None, None)
-        assert validation.selection(None, np.array([]), 4, self.NAMES) == (None, None)
+        assert arguments.selection(None, None, 4, self.NAMES) == (None, None)
+        assert arguments.selection(None, np.array([]), 4, self.NAMES) == (None, None)
 
     def test_either(self) -> None:
-        chosen, excluded = validation.selection([3, 1, 3], [], 4, self.NAMES)
+        chosen, excluded = arguments.selection([3, 1, 3], [], 4, self.NAMES)
         assert chosen.tolist() == [1, 3]
         assert excluded is None
-        chosen, excluded = validation.selection(None, (2, 0), 4, self.NAMES)
+        chosen, excluded = arguments.selection(None, (2, 0), 4, self.NAMES)
         assert chosen is None
         assert excluded.tolist() == [0, 2]
 
     @pytest.mark.parametrize("dropped", [[0], np.array([0, 2])])
     def test_both(self, dropped: Any) -> None:
         with pytest.raises(ValueError, match="Can't set both items and filter_items"):
-            validation.selection([1], dropped, 4, self.NAMES)
+            arguments.selection([1], dropped, 4, self.NAMES)
 
     @pytest.mark.parametrize("ids", [[4], [-1]])
     def test_out_of_range(self, ids: list[int]) -> None:
         with pytest.raises(IndexError, match="^items .* is not in the model"):
-            validation.selection(ids, None, 4, self.NAMES)
+            arguments.selection(ids, None, 4, self.NAMES)
         with pytest.raises(IndexError, match="^filter_items .* is not in the model"):
-            validation.selection(None, ids, 4, self.NAMES)
+            arguments.selection(None, ids, 4, self.NAMES)
 
 
 class TestTables:
     def test_an_array_is_not_copied(self) -> None:
         table = np.ones((2, 3))
-        assert validation.factor_table(table, "user_factors") is table
-        assert validation.factor_table(None, "user_factors") is None
+        assert arguments.factor_table(table, "user_factors") is table
+        assert arguments.factor_table(None, "user_factors") is None
 
     def test_converted(self) -> None:
         class Held:
             def to_numpy(self) -> np.ndarray:
                 return np.ones((2, 3), np.float16)
 
-        assert validation.factor_table(Held(), "user_factors").dtype == np.float32
-        assert validation.factor_table([[1, 2]], "user_factors").dtype == np.float32
+        assert arguments.factor_table(Held(), "user_factors").dtype == np.float32
+        assert arguments.factor_table([[1, 2]], "user_factors").dtype == np.float32
 
     @pytest.mark.parametrize("table", [np.ones(3), [["a"]], np.array([[None]])])
     def test_not_a_table(self, table: Any) -> None:
         with pytest.raises(ValueError, match="user_factors must be a 2-D array of numbers"):
-            validation.factor_table(table, "user_factors")
+            arguments.factor_table(table, "user_factors")
 
     def test_rows_that_are_not_finite(self) -> None:
         rows = np.array([[1.0], [np.nan]])
         with pytest.raises(ModelFitError, match="1 of 2 rows .*first: row 1"):
-            validation.finite_rows(rows, "fold-in")
-        assert validation.finite_rows(rows[:1], "fold-in").tolist() == [[1.0]]
+            arguments.finite_rows(rows, "fold-in")
+        assert arguments.finite_rows(rows[:1], "fold-in").tolist() == [[1.0]]
 
     def test_counts_that_are_not_zero(self) -> None:
-        validation.finite_counts((0, 0), 1)
+        arguments.finite_counts((0, 0), 1)
         with pytest.raises(ModelFitError, match="4 item rows are not finite after iteration 2"):
-            validation.finite_counts((0, 4), 2)
+            arguments.finite_counts((0, 4), 2)
 
 
 def test_number_of_results() -> None:
-    assert validation.result_count(np.int32(3)) == 3
+    assert arguments.result_count(np.int32(3)) == 3
     with pytest.raises(ValueError, match="N must be at least 0, got -1"):
-        validation.result_count(-1)
+        arguments.result_count(-1)
     with pytest.raises(TypeError, match="N must be an integer, got float"):
-        validation.result_count(2.0)
+        arguments.result_count(2.0)
 
 
 def test_only_what_is_converted_warns() -> None:
     with pytest.warns(ParameterWarning, match="was passed coo_matrix"):
-        validation.warn_if_converted(ROWS.tocoo())
+        arguments.warn_if_converted(ROWS.tocoo())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for fine in (ROWS, sparse.csr_array(ROWS), sparse.csr_array(ROWS)[0], ROWS.toarray()):
-            validation.warn_if_converted(fine)
+            arguments.warn_if_converted(fine)
 
 
 def test_implicits_classes_catch_ours() -> None:

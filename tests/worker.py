@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from matrices import random_counts
 
-from tpu_als import TPUAlternatingLeastSquares, enable_compilation_cache, layout
+from tpu_als import TPUAlternatingLeastSquares, enable_compilation_cache
+from tpu_als.engine import layout
 from tpu_als.shards import open_shards
 
 SETTINGS = dict(factors=8, alpha=4.0, regularization=0.1, iterations=3, random_state=0)

@@ -7,9 +7,9 @@ initialise a JAX backend. The engine (`mesh`, `layout`, `als`, `ranking`) also w
 
 from __future__ import annotations
 
-from .estimator import TPUAlternatingLeastSquares
-from .exceptions import DataWarning, ModelFileError, ModelFitError, ParameterWarning
-from .programs import enable_compilation_cache
+from tpu_als.engine.xla.programs import enable_compilation_cache
+from tpu_als.estimator import TPUAlternatingLeastSquares
+from tpu_als.exceptions import DataWarning, ModelFileError, ModelFitError, ParameterWarning
 
 __version__ = "0.1.0"
 __all__ = [

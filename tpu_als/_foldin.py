@@ -9,10 +9,12 @@ import numpy as np
 from scipy import linalg, sparse
 from sklearn.utils import check_array
 
-from . import fold_in, matrices, mesh, parameters, placing, solve, validation
-from ._tables import FactorTables
-from .fitted import FactorTable
-from .host import require_memory
+from tpu_als import parameters
+from tpu_als._tables import FactorTables
+from tpu_als.engine.xla import fold_in, mesh, placing, solve
+from tpu_als.host import require_memory
+from tpu_als.serving.fitted import FactorTable
+from tpu_als.validation import arguments, matrices
 
 # Up to these numbers of rows and entries, solving on the host is faster than a dispatch.
 _HOST_ROWS, _HOST_ENTRIES = 4, 1 << 14
@@ -51,7 +53,7 @@ class FoldIn(FactorTables):
         ValueError
             If the numbers of rows and users differ, or an entry lies beyond the items.
         """
-        validation.warn_if_converted(user_items)
+        arguments.warn_if_converted(user_items)
         return self._recalculate(self._complete("item").item, userid, user_items, "user")
 
     def recalculate_item(self, itemid: Any, item_users: Any) -> np.ndarray:
@@ -74,7 +76,7 @@ class FoldIn(FactorTables):
         ValueError
             If the numbers of rows and items differ, or an entry lies beyond the users.
         """
-        validation.warn_if_converted(item_users)
+        arguments.warn_if_converted(item_users)
         return self._recalculate(self._complete("user").user, itemid, item_users, "item")
 
     def partial_fit_users(self, userids: Any, user_items: Any) -> None:
@@ -97,7 +99,7 @@ class FoldIn(FactorTables):
             For negative ids, and for ids that would grow the table beyond twice its size and
             1,000,000 rows. Assign `user_factors` to grow it further.
         """
-        validation.warn_if_converted(user_items)
+        arguments.warn_if_converted(user_items)
         self._partial_fit("user", userids, user_items)
 
     def partial_fit_items(self, itemids: Any, item_users: Any) -> None:
@@ -120,7 +122,7 @@ class FoldIn(FactorTables):
             For negative ids, and for ids that would grow the table beyond twice its size and
             1,000,000 rows. Assign `item_factors` to grow it further.
         """
-        validation.warn_if_converted(item_users)
+        arguments.warn_if_converted(item_users)
         self._partial_fit("item", itemids, item_users)
 
     def explain(
@@ -164,17 +166,17 @@ class FoldIn(FactorTables):
         ValueError
             If an entry lies beyond the items.
         """
-        n, table = validation.result_count(N), self._complete("item").item
+        n, table = arguments.result_count(N), self._complete("item").item
         n_items = table.shape[0]
-        validation.warn_if_converted(user_items)
-        user = validation.one_id(userid, None, "userid")
-        item = validation.one_id(itemid, n_items, "itemid")
+        arguments.warn_if_converted(user_items)
+        user = arguments.one_id(userid, None, "userid")
+        item = arguments.one_id(itemid, n_items, "itemid")
         row = matrices.explained_row(user_items, user, n_items)
         objective = self._objective()
         w, v = solve.confidence(objective, row.data.astype(np.float64))
         liked = table.rows(row.indices)
         if user_weights is not None:
-            user_weights = validation.user_weights(user_weights, table.shape[1])
+            user_weights = arguments.user_weights(user_weights, table.shape[1])
         else:
             system = _system(table, liked.astype(np.float64), w, row.nnz, objective)
             factor, lower = _factorize(system)
@@ -226,8 +228,8 @@ class FoldIn(FactorTables):
         regularization: float,
         num_threads: int | None = 0,
     ) -> None:
-        validation.solver_arguments(X, Y, regularization, num_threads)
-        rows = validation.rows_for(Cui, len(X), len(Y), "Cui", strict=False)
+        arguments.solver_arguments(X, Y, regularization, num_threads)
+        rows = arguments.rows_for(Cui, len(X), len(Y), "Cui", strict=False)
         objective = self._objective()._replace(alpha=1.0, regularization=regularization)
         linear_solver = solve.solver_for(self._own_solver(), objective)
         params = self._params_of(Y.shape[1], Y.dtype, linear_solver)
@@ -238,13 +240,13 @@ class FoldIn(FactorTables):
         )
         source = fold_in.source(np.asarray(Y), params, place)
         solved = fold_in.solve_rows(rows, source, objective, params, start=np.asarray(X))
-        X[...] = validation.finite_rows(solved, "X, which stays as it was")
+        X[...] = arguments.finite_rows(solved, "X, which stays as it was")
 
     def _recalculate(self, table: FactorTable, ids: Any, matrix: Any, side: str) -> np.ndarray:
         """Solve rows of a side against the table of the other side."""
         name = "user_items" if side == "user" else "item_users"
-        ids, is_scalar, mask = validation.ids_of(ids, None, f"{side}id")
-        rows = validation.rows_for(matrix, len(ids), table.shape[0], name, strict=False, mask=mask)
+        ids, is_scalar, mask = arguments.ids_of(ids, None, f"{side}id")
+        rows = arguments.rows_for(matrix, len(ids), table.shape[0], name, strict=False, mask=mask)
         solved = self._fold_in_fast(table, rows)
         return solved[0] if is_scalar else solved
 
@@ -258,7 +260,7 @@ class FoldIn(FactorTables):
             # Weights beyond float32: solve in float64, as for small batches.
             solved = np.array(solved)
             solved[failed] = _solved_here(table, rows[failed], objective)
-        return validation.finite_rows(solved, "the given rows")
+        return arguments.finite_rows(solved, "the given rows")
 
     def _fold_in_fast(self, table: FactorTable, rows: sparse.csr_matrix) -> np.ndarray:
         """`_fold_in`, but a few rows are solved on the host; the same except for rounding."""
@@ -266,7 +268,7 @@ class FoldIn(FactorTables):
         few = rows.shape[0] <= _HOST_ROWS and rows.nnz <= _HOST_ENTRIES
         if table.resident is not None or not few:
             return self._fold_in(table, rows)
-        return validation.finite_rows(_solved_here(table, rows, objective), "the given rows")
+        return arguments.finite_rows(_solved_here(table, rows, objective), "the given rows")
 
     def _partial_fit(self, side: str, given: Any, matrix: Any) -> None:
         """Solve rows of a side against the other one, and store them; all is checked first."""
@@ -276,9 +278,9 @@ class FoldIn(FactorTables):
             fitted = self._complete()
             source = fitted.item if side == "user" else fitted.user
             n_rows, width = fitted.table(side).shape
-            validation.same_width(width, source.shape[1])
-            ids, mask = validation.ids_to_store(given, n_rows, f"{side}ids")
-            rows = validation.rows_for(
+            arguments.same_width(width, source.shape[1])
+            ids, mask = arguments.ids_to_store(given, n_rows, f"{side}ids")
+            rows = arguments.rows_for(
                 matrix, len(ids), source.shape[0], name,
                 strict=False, mask=mask, allow_unknown=True,
             )  # fmt: skip

@@ -7,8 +7,9 @@ import os
 from dataclasses import replace
 from typing import BinaryIO, Self
 
-from . import model_file, parameters, subclasses
-from .fitted import SIDES, FactorTable, FittedModel
+from tpu_als import parameters, subclasses
+from tpu_als.serving.fitted import SIDES, FactorTable, FittedModel
+from tpu_als.storage import model_file
 
 
 class Saving:

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from . import parameters, ranking, topk, validation
-from ._foldin import FoldIn
-from .fitted import FactorTable, norms
+from tpu_als import parameters
+from tpu_als._foldin import FoldIn
+from tpu_als.engine.xla import ranking, topk
+from tpu_als.serving.fitted import FactorTable, norms
+from tpu_als.validation import arguments
 
 _FEW = 4  # whitelists of at most 1 / _FEW of the table are ranked by themselves, on the host
 NO_ID = -1  # id that pads short results, as in implicit's batches
@@ -69,20 +71,20 @@ class Serving(FoldIn):
         MemoryError
             If the results would not fit into the free memory; raised before any work.
         """
-        n = validation.result_count(N)
-        validation.flags(
+        n = arguments.result_count(N)
+        arguments.flags(
             filter_already_liked_items=filter_already_liked_items,
             recalculate_user=recalculate_user,
         )
         fitted = self._complete("item", *(() if recalculate_user else ("user",)))
         n_items = fitted.item.shape[0]
         n_users = None if recalculate_user else fitted.user.shape[0]
-        ids, is_scalar, mask = validation.ids_of(userid, n_users)
+        ids, is_scalar, mask = arguments.ids_of(userid, n_users)
         rows = None
         if filter_already_liked_items or recalculate_user:
-            rows = validation.rows_for(user_items, len(ids), n_items, mask=mask)
+            rows = arguments.rows_for(user_items, len(ids), n_items, mask=mask)
         names = ("items", "filter_items")
-        chosen, excluded = validation.selection(items, filter_items, n_items, names)
+        chosen, excluded = arguments.selection(items, filter_items, n_items, names)
         if recalculate_user:
             queries = self._fold_in_fast(fitted.item, rows)
         else:
@@ -124,13 +126,13 @@ class Serving(FoldIn):
         scores : ndarray of the factors' dtype and the same shape
             Cosines.
         """
-        n, factors = validation.result_count(N), None
-        validation.flags(recalculate_item=recalculate_item)
+        n, factors = arguments.result_count(N), None
+        arguments.flags(recalculate_item=recalculate_item)
         fitted = self._complete("item", *(("user",) if recalculate_item else ()))
         if recalculate_item:
-            validation.warn_if_converted(item_users)
+            arguments.warn_if_converted(item_users)
             factors = self._recalculate(fitted.user, itemid, item_users, "item")
-        chosen = validation.selection(
+        chosen = arguments.selection(
             items, filter_items, fitted.item.shape[0], ("items", "filter_items")
         )
         return self._similar(fitted.item, "itemid", itemid, n, factors, chosen)
@@ -158,10 +160,8 @@ class Serving(FoldIn):
         scores : ndarray of the factors' dtype and the same shape
             Cosines.
         """
-        n, table = validation.result_count(N), self._complete("user").user
-        chosen = validation.selection(
-            users, filter_users, table.shape[0], ("users", "filter_users")
-        )
+        n, table = arguments.result_count(N), self._complete("user").user
+        chosen = arguments.selection(users, filter_users, table.shape[0], ("users", "filter_users"))
         return self._similar(table, "userid", userid, n, None, chosen)
 
     def score_pairs(self, userids: Any, itemids: Any) -> np.ndarray:
@@ -178,15 +178,15 @@ class Serving(FoldIn):
             Inner products, the scores that `recommend` ranks by; 0-d for two single ids.
         """
         fitted = self._complete()
-        users_at, one_user, _ = validation.ids_of(userids, fitted.user.shape[0], "userids")
-        items_at, one_item, _ = validation.ids_of(itemids, fitted.item.shape[0], "itemids")
+        users_at, one_user, _ = arguments.ids_of(userids, fitted.user.shape[0], "userids")
+        items_at, one_item, _ = arguments.ids_of(itemids, fitted.item.shape[0], "itemids")
         if len(users_at) != len(items_at) and not (one_user or one_item):
             raise ValueError(
                 f"userids and itemids must be of equal length, got {len(users_at)} and "
                 f"{len(items_at)}: pairs are scored, not every combination"
             )
         users, items = fitted.user.rows(users_at), fitted.item.rows(items_at)
-        validation.same_width(users.shape[-1], items.shape[-1])
+        arguments.same_width(users.shape[-1], items.shape[-1])
         scores = np.einsum("...k,...k->...", users, items)
         return scores[0] if one_user and one_item else scores
 
@@ -254,7 +254,7 @@ class Serving(FoldIn):
 
     def _rows_of(self, side: str, ids: Any) -> np.ndarray:
         table = self._complete(side).table(side)
-        at, is_scalar, _ = validation.ids_of(ids, table.shape[0], f"{side}id")
+        at, is_scalar, _ = arguments.ids_of(ids, table.shape[0], f"{side}id")
         rows = table.rows(at)
         return rows[0] if is_scalar else rows
 
@@ -270,7 +270,7 @@ class Serving(FoldIn):
         """Neighbours of some rows of a table, or of `factors` if given."""
         lengths, (chosen, excluded) = table.norms(), selection
         if factors is None:
-            at, is_scalar, _ = validation.ids_of(ids, len(lengths), name)
+            at, is_scalar, _ = arguments.ids_of(ids, len(lengths), name)
             queries = table.rows(at) / lengths[at, None]
         else:
             is_scalar = factors.ndim == 1
@@ -292,10 +292,10 @@ class Serving(FoldIn):
         """The n best rows of a table for each query, by product, divided by `lengths` if given."""
         parameters.check(self, ("approximate_recall",))
         (n_rows, width), hidden = table.shape, excluded
-        validation.same_width(queries.shape[-1], width)
+        arguments.same_width(queries.shape[-1], width)
         if chosen is not None:
             n = min(n, len(chosen))
-        validation.require_results(len(queries), n, queries.dtype)
+        arguments.require_results(len(queries), n, queries.dtype)
         if chosen is not None and len(chosen) <= n_rows // _FEW:
             rows = table.rows(chosen)
             own = None if lengths is None else lengths[chosen]

@@ -17,8 +17,12 @@ from typing import Any
 import numpy as np
 from sklearn.exceptions import NotFittedError
 
-from . import als, initial, mesh, parameters, placing, subclasses, validation
-from .fitted import FactorTable, FittedModel
+from tpu_als import parameters, subclasses
+from tpu_als.engine import als
+from tpu_als.engine.xla import mesh, placing
+from tpu_als.serving.fitted import FactorTable, FittedModel
+from tpu_als.training import initial
+from tpu_als.validation import arguments
 
 _FIRST = threading.RLock()  # of writers whose estimators have no model yet
 
@@ -201,7 +205,7 @@ class FactorTables:
             self._fitted = make(vars(self).get("_fitted") or FittedModel())
 
     def _assign(self, side: str, table: Any) -> None:
-        array = validation.factor_table(table, f"{side}_factors")
+        array = arguments.factor_table(table, f"{side}_factors")
 
         def assigned(fitted: FittedModel) -> FittedModel:
             given = {*fitted.assigned, side} if array is not None else {*fitted.assigned} - {side}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .estimator import TPUAlternatingLeastSquares
+from tpu_als.estimator import TPUAlternatingLeastSquares
 
 __all__ = ["AlternatingLeastSquares"]
 

@@ -16,17 +16,22 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import metadata_routing
 from sklearn.utils.validation import validate_data
 
-from . import _digest, holdout, initial, parameters, placing, progress, structure, validation
-from ._saving import Saving
-from ._serving import Serving
-from ._training import Training, settings_of
-from .checkpoint import Checkpoints
-from .early_stopping import EarlyStopping
-from .fitted import FactorTable, FittedModel, tables_of
-from .metrics import popularity_of
-from .refusals import require_matrix
-from .resident import Table
-from .shards import ShardedMatrix
+from tpu_als import parameters
+from tpu_als._saving import Saving
+from tpu_als._serving import Serving
+from tpu_als.engine import digests
+from tpu_als.engine.xla import placing
+from tpu_als.engine.xla.resident import Table
+from tpu_als.evaluation import holdout
+from tpu_als.evaluation.metrics import popularity_of
+from tpu_als.serving.fitted import FactorTable, FittedModel, tables_of
+from tpu_als.shards import ShardedMatrix
+from tpu_als.training import initial, progress
+from tpu_als.training.checkpoint import Checkpoints
+from tpu_als.training.early_stopping import EarlyStopping
+from tpu_als.training.training import Training, settings_of
+from tpu_als.validation import arguments, structure
+from tpu_als.validation.refusals import require_matrix
 
 log = logging.getLogger("tpu_als")
 
@@ -269,9 +274,9 @@ class TPUAlternatingLeastSquares(
         RuntimeError
             If another process of the job has ended.
         """
-        arguments = (y, show_progress, callback, self.fit_callback)
-        show_progress, callback = validation.fit_arguments(*arguments)
-        validation.warn_if_converted(user_items)
+        given = (y, show_progress, callback, self.fit_callback)
+        show_progress, callback = arguments.fit_arguments(*given)
+        arguments.warn_if_converted(user_items)
         with contextlib.ExitStack() as at_end:
             at_end.callback(lambda: self._fitted.settle())
             training, fitted = self._training(user_items, at_end)
@@ -434,7 +439,7 @@ class TPUAlternatingLeastSquares(
             fraction = float(self.validation_fraction)
             monitor = EarlyStopping(rows, hidden, self.n_iter_no_change, self.tol, fraction)
             if checkpoints is not None:
-                settings["held out (digest)"] = f"{_digest.entries(hidden):016x}"
+                settings["held out (digest)"] = f"{digests.entries(hidden):016x}"
         place = self._place()
         with place.watched():
             training = Training(
@@ -491,7 +496,7 @@ def _checked(estimator: TPUAlternatingLeastSquares, X: Any, reset: bool) -> spar
         ensure_min_features=least,
         ensure_all_finite=False,  # our own check: scikit-learn's message suggests other estimators
     )
-    return validation.canonical_csr(X, name)
+    return arguments.canonical_csr(X, name)
 
 
 # implicit's wrappers check for its class; it is an ABC, so no inheritance is needed.

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from sklearn.base import clone
 
-from . import parameters
-from .exceptions import DataWarning, ModelFileError
+from tpu_als import parameters
+from tpu_als.exceptions import DataWarning, ModelFileError
 
 Estimator = TypeVar("Estimator")
 

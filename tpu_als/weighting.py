@@ -10,8 +10,8 @@ from scipy import sparse
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
-from . import structure
-from .refusals import refuse_misplaced, require_finite
+from tpu_als.validation import structure
+from tpu_als.validation.refusals import refuse_misplaced, require_finite
 
 
 class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):

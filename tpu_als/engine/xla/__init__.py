@@ -1,0 +1,1 @@
+"""The XLA backend: devices, compiled programs, and collectives."""

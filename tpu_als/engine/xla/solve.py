@@ -1,0 +1,437 @@
+"""Batched solves of one block of rows. Pure functions for one device; docs/math.md has the algebra.
+
+Axis letters: R rows, L padded length, K factors, N source rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from tpu_als.engine.xla.cholesky import direct
+from tpu_als.parameters import OBJECTIVES
+
+# Full float32 products: accelerators would otherwise round the operands to bfloat16 or tf32.
+PRECISION = lax.Precision.HIGHEST
+SOLVERS = ("cg", "cholesky", "subspace")
+DOMINANT = 1e3  # CG starts at zero if the diagonal is this many times what the entries can add
+_SMALL = 1e-3  # a diagonal of the scaled equation below this is far below the weights
+_BLOCK = 1 << 12  # rows, or entries of a row, that a program sums one after the other
+_GRAMIANS = 1 << 24  # numbers in the blocks' gramians that are in memory together
+
+
+class Objective(NamedTuple):
+    """The numbers of equations (1)-(2). They are traced, so new values need no compilation."""
+
+    regularization: Any
+    alpha: Any
+    unobserved_weight: Any
+    exponent: Any
+    offset: Any
+
+
+def objective(
+    name: str,
+    regularization: float,
+    alpha: float,
+    unobserved_weight: float = 1.0,
+    exponent: float | None = None,
+) -> Objective:
+    """Return the numbers that make equations (1)-(2) the named objective.
+
+    Parameters
+    ----------
+    name : {"implicit", "ials"}
+        Hu, Koren, Volinsky (2008) in implicit's convention, or Rendle et al. (2022).
+    regularization, alpha, unobserved_weight : float
+        lam, alpha and a0.
+    exponent : float, optional
+        nu of equation (2). None means 0 for "implicit" and 1 for "ials".
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {OBJECTIVES}, got {name!r}")
+    implicit = name == "implicit"
+    if exponent is None:
+        exponent = 0.0 if implicit else 1.0
+    # The total weight of an observed cell of "implicit" is |c|; the gramian contributes a0 of it.
+    offset = unobserved_weight if implicit else 0.0
+    return Objective(regularization, alpha, unobserved_weight, exponent, offset)
+
+
+def solver_for(name: str, objective: Objective) -> str:
+    """The solver to use when `name` is requested: "cholesky" for "cg" if the diagonal is too small.
+
+    CG is preconditioned by a0 s + lam. If a0 and lam are both below the rounding error of alpha, a
+    few steps are not enough, and only a direct solve finds the least-norm solution of singular
+    systems.
+    """
+    least = float(jnp.finfo(jnp.float32).eps) * objective.alpha
+    is_bare = max(objective.regularization, objective.unobserved_weight) <= least
+    return "cholesky" if is_bare and name in ("cg", "auto") else name
+
+
+def confidence(objective: Objective, values: Any) -> tuple[Any, Any]:
+    """Weights w and v of equation (1) for stored values; works on NumPy and JAX arrays.
+
+    A negative value is a disliked item: its target is 0 and its weight |alpha x|.
+    """
+    c = objective.alpha * values
+    size = abs(c)
+    return size - objective.offset, (size + c) / 2
+
+
+def ridge(objective: Objective, n_entries: Any, n_source: Any) -> Any:
+    """Ridge lam_u of equation (2) for rows of `n_entries`; works on NumPy and JAX arrays."""
+    scale = n_entries + objective.unobserved_weight * n_source
+    return objective.regularization * scale**objective.exponent
+
+
+class Basis(NamedTuple):
+    """The source side's gramian of a half-epoch, G = Q diag(s) Q^T (equation 3).
+
+    Attributes
+    ----------
+    rotation : (K, K)
+        Eigenvectors Q.
+    spectrum : (K,)
+        Eigenvalues s, at least the rounding error of the largest.
+    n_source : ()
+        Number N of source rows, unused slots not counted.
+    """
+
+    rotation: Array
+    spectrum: Array
+    n_source: Any
+
+
+def gramian(table: Array, dtype: Any) -> Array:
+    """Y^T Y of a table (N, K), accumulated in `dtype`, over blocks of rows.
+
+    One product over millions of rows would be a running sum, whose error grows with its length.
+    """
+    n_rows, n_factors = table.shape
+    size = _block_rows(n_rows, max(min(_GRAMIANS // n_factors**2, 256), 1))
+    blocks = table.astype(dtype).reshape(n_rows // size, size, n_factors)
+    return jnp.einsum("bnk,bnj->bkj", blocks, blocks, precision=PRECISION).sum(axis=0)
+
+
+def _block_rows(n_rows: int, most: int) -> int:
+    """Rows per block, a divisor of `n_rows`: about `_BLOCK`, or more for at most `most` blocks.
+
+    The number of rows of a long table is divisible by a large power of two (`layout.round_up`).
+    """
+    size = n_rows & -n_rows
+    if n_rows <= _BLOCK or n_rows // size > most:
+        return max(n_rows, 1)
+    while size > _BLOCK and 2 * (n_rows // size) <= most:
+        size //= 2
+    return size
+
+
+def basis(gram: Array, n_source: Array) -> Basis:
+    """Eigenbasis of the gramian (K, K) of a table of N = `n_source` rows."""
+    spectrum, rotation = jnp.linalg.eigh(gram)
+    # Rounding may make eigenvalues zero or negative, which would make the systems singular.
+    least = jnp.finfo(gram.dtype).eps * spectrum[-1] + jnp.finfo(gram.dtype).tiny
+    return Basis(rotation, jnp.maximum(spectrum, least), n_source)
+
+
+def rotate(rows: Array, rotation: Array) -> Array:
+    """Rows (..., K) times a rotation (K, K), in the rows' storage dtype."""
+    turned = jnp.matmul(rows.astype(rotation.dtype), rotation, precision=PRECISION)
+    return rounded(turned, rows.dtype)
+
+
+def rounded(rows: Array, dtype: Any) -> Array:
+    """Rows rounded to the nearest numbers of a table's dtype.
+
+    Stochastic rounding to bfloat16 ranked no better (docs/performance.md).
+    """
+    return rows.astype(dtype)
+
+
+def diagonal(basis: Basis, objective: Objective, lengths: Array) -> Array:
+    """Diagonal part a0 s + lam_u of equation (3) for rows of `lengths` (R,): (R, K)."""
+    spectrum = objective.unobserved_weight * basis.spectrum
+    lam = ridge(objective, lengths.astype(spectrum.dtype), basis.n_source)
+    # The power in the ridge may overflow. Any such ridge makes rows zero; with lam = 0 it is 0.
+    most = jnp.finfo(spectrum.dtype).max / 4
+    lam = jnp.where(objective.regularization == 0, jnp.zeros_like(lam), jnp.minimum(lam, most))
+    return jnp.minimum(spectrum, most)[None, :] + lam[:, None]
+
+
+def scale(d: Array, weight: Any) -> Array:
+    """Factor (R, 1) that brings the numbers of equation (3) near 1, so that no product overflows.
+
+    Multiplying both sides by it does not change the solution. `d` (R, K) is the diagonal part, and
+    `weight` is at least the largest weight w.
+    """
+    kind = jnp.finfo(d.dtype)
+    size = jnp.max(d, axis=1, keepdims=True) + weight
+    return 1 / jnp.clip(size, kind.tiny, kind.max / 256)
+
+
+def begin(z: Array, d: Array, weight: Any, basis: Basis) -> Array:
+    """Initial rows of CG: the rows z (R, K), or zero where the diagonal part d dominates.
+
+    If d dominates, three steps from zero are exact. Steps from a z that is far too large would
+    leave its rounding error.
+    """
+    reach = DOMINANT * weight * basis.spectrum[-1]
+    dominates = jnp.min(d, axis=1, keepdims=True) > reach
+    return jnp.where(dominates, jnp.zeros_like(z), z)
+
+
+class Block(NamedTuple):
+    """Gathered entries of R rows: source rows E (R, L, K) and the weights w, v (R, L)."""
+
+    rows: Array
+    w: Array
+    v: Array
+
+
+def gather(
+    table: Array, objective: Objective, ids: Array, values: Array | None, left: Array, dtype: Any
+) -> Block:
+    """Gather the rows of a table for cells (R, L), of which the first `left` (R,) are entries.
+
+    `values` (R, L) may be of a narrower dtype; None means that all are 1.
+    """
+    # Ids from the layout are in bounds; any other mode would cost a select per element.
+    rows = table.at[ids].get(mode="promise_in_bounds").astype(dtype)
+    live = entries_of(ids.shape, left)
+    values = jnp.ones(ids.shape, dtype) if values is None else values.astype(dtype)
+    w, v = confidence(objective, values)
+    zero = jnp.zeros((), dtype)
+    return Block(rows, jnp.where(live, w, zero), jnp.where(live, v, zero))
+
+
+def largest_weight(block: Block) -> Array:
+    """Largest absolute weight (R, 1) of a row's cells."""
+    return jnp.max(jnp.maximum(jnp.abs(block.w), block.v), axis=1, keepdims=True)
+
+
+def times(block: Block, factor: Array) -> Block:
+    """Multiply the weights of a block, and so its equations, by a factor (R, 1) for each row."""
+    return Block(block.rows, block.w * factor, block.v * factor)
+
+
+def entries_of(shape: tuple[int, ...], left: Array) -> Array:
+    """Which cells (R, L) are entries, and not pads: the first `left` (R,) of each row."""
+    return lax.broadcasted_iota(jnp.int32, shape, 1) < left[:, None]
+
+
+def _in_blocks(cells: Array) -> Array:
+    """Reshape cells (R, L, ...) to B blocks (R, B, L / B, ...), which are summed separately.
+
+    B is 1 for rows of ordinary length. It is larger in a fold-in, whose rows are whole and of any
+    length; long rows of a fit are divided into blocks by `sweep.solve_long`.
+    """
+    length = cells.shape[1]
+    size = _BLOCK if length > _BLOCK and length % _BLOCK == 0 else max(length, 1)
+    return cells.reshape(cells.shape[0], length // size, size, *cells.shape[2:])
+
+
+def predict(block: Block, z: Array) -> Array:
+    """E z: predictions (R, L) of the block's cells for rows z (R, K)."""
+    return jnp.einsum("rlk,rk->rl", block.rows, z, precision=PRECISION)
+
+
+def project(block: Block, t: Array) -> Array:
+    """E^T t: (R, K) of cell values t (R, L)."""
+    rows, t = _in_blocks(block.rows), _in_blocks(t)
+    if rows.shape[1] > 1:
+        return jnp.einsum("rblk,rbl->rbk", rows, t, precision=PRECISION).sum(axis=1)
+    return jnp.einsum("rlk,rl->rk", block.rows, t[:, 0], precision=PRECISION)
+
+
+def normal(block: Block, p: Array) -> Array:
+    """E^T W E p, the data part of the matrix of equation (1) times p (R, K)."""
+    return project(block, block.w * predict(block, p))
+
+
+def curvature(block: Block, p: Array) -> Array:
+    """p^T E^T W E p of each row (R, 1)."""
+    return _row_sums(block.w * jnp.square(predict(block, p)))[:, None]
+
+
+def _row_sums(cells: Array) -> Array:
+    """Sum (R,) of the cells (R, L) of each row."""
+    return jnp.sum(jnp.sum(_in_blocks(cells), axis=2), axis=1)
+
+
+def residual(block: Block, z: Array) -> Array:
+    """E^T (v - W E z), the data part of the residual of equation (1) at z (R, K)."""
+    return project(block, block.v - block.w * predict(block, z))
+
+
+def rows_diagonal(rhs: Array, d: Array) -> Array:
+    """Equation (3) where every w is 0: E^T v (R, K) over the diagonal part d."""
+    return rhs / d
+
+
+def rows_cg(
+    normal: Callable[[Array], Array],
+    curvature: Callable[[Array], Array],
+    r: Array,
+    z: Array,
+    d: Array,
+    steps: int,
+) -> Array:
+    """Conjugate gradients on equation (3), preconditioned by its diagonal part (R, K).
+
+    Parameters
+    ----------
+    normal : callable
+        p -> E^T W E p.
+    curvature : callable
+        p -> p^T E^T W E p, (R, 1): half the work of `normal`, and enough for the last step.
+    r : (R, K)
+        Data part of the residual at `z`.
+    z : (R, K)
+        Start.
+    d : (R, K)
+        That diagonal part, a0 s + lam_u.
+    steps : int
+        Steps to take, 1 or more.
+    """
+    tiny = jnp.finfo(z.dtype).tiny
+    # If d is far below the weights, it is normalised, because division by d would overflow. If d
+    # is 0, this is CG without a preconditioner.
+    most = jnp.max(d, axis=1, keepdims=True)
+    shape = (d + tiny) / jnp.where(most < _SMALL, most + tiny, jnp.ones_like(most))
+    r = r - d * z
+    y = r / shape
+    p, size = y, jnp.sum(r * y, axis=1, keepdims=True)
+    for _ in range(steps - 1):
+        image = d * p + normal(p)
+        a = size / jnp.maximum(jnp.sum(p * image, axis=1, keepdims=True), tiny)
+        z, r = z + a * p, r - a * image
+        y = r / shape
+        last, size = size, jnp.sum(r * y, axis=1, keepdims=True)
+        p = y + size / jnp.maximum(last, tiny) * p
+    bend = jnp.sum(d * p * p, axis=1, keepdims=True) + curvature(p)
+    return z + size / jnp.maximum(bend, tiny) * p
+
+
+def relax(before: Array, solved: Array, relaxation: Any) -> Array:
+    """Move from the rows `before` towards `solved` (R, K), by `relaxation` times the distance.
+
+    ALS is a block Gauss-Seidel method; this makes it successive over-relaxation. The loss is
+    quadratic in the rows, so with a relaxation between 0 and 2 it cannot rise. See docs/math.md.
+    """
+    return (1 - relaxation) * before + relaxation * solved
+
+
+def accumulate(block: Block) -> tuple[Array, Array]:
+    """Data parts of equation (1): E^T W E (R, K, K) and E^T v (R, K)."""
+    weighted, rows = _in_blocks(block.rows * block.w[:, :, None]), _in_blocks(block.rows)
+    if rows.shape[1] > 1:
+        matrix = jnp.einsum("rblk,rblj->rbkj", weighted, rows, precision=PRECISION).sum(axis=1)
+    else:
+        matrix = jnp.einsum("rlk,rlj->rkj", weighted[:, 0], block.rows, precision=PRECISION)
+    return matrix, project(block, block.v)
+
+
+def rows_direct(parts: tuple[Array, Array], d: Array) -> Array:
+    """Solve equation (3) exactly from the data parts of `accumulate` and its diagonal d (R, K)."""
+    matrix, rhs = parts
+    return direct(matrix + d[:, :, None] * jnp.eye(d.shape[1], dtype=d.dtype)[None], rhs)
+
+
+def rows_dual(block: Block, d: Array) -> Array:
+    """Solve equation (3) exactly through an L x L system, for L well below K and w >= 0.
+
+    With D = diag(d) and S = E D^-1 E^T, Woodbury's identity turns (3) into z = D^-1 E^T y where
+    y = v - W^1/2 u and (I + W^1/2 S W^1/2) u = W^1/2 S v. See docs/math.md.
+    """
+    root = jnp.sqrt(block.w)
+    scaled = block.rows / d[:, None, :]
+    inner = jnp.einsum("rlk,rmk->rlm", scaled, block.rows, precision=PRECISION)
+    system = root[:, :, None] * inner * root[:, None, :]
+    system = system + jnp.eye(root.shape[1], dtype=root.dtype)[None]
+    u = direct(system, root * jnp.einsum("rlm,rm->rl", inner, block.v, precision=PRECISION))
+    return jnp.einsum("rlk,rl->rk", scaled, block.v - root * u, precision=PRECISION)
+
+
+def rows_exact(block: Block, d: Array, positive: bool) -> Array:
+    """Solve equation (3) exactly, by the smaller system where all w are known to be `positive`.
+
+    Not decided from the weights: a row's result must not depend on what else is in its block.
+    """
+    if positive and 2 * block.rows.shape[1] <= block.rows.shape[2]:
+        return rows_dual(block, d)
+    return rows_direct(accumulate(block), d)
+
+
+def rows_subspace(block: Block, d: Array, z: Array, block_size: int) -> Array:
+    """One sweep of iALS++ over blocks of factors, each solved exactly with the others fixed.
+
+    Predictions of the stored cells are kept and corrected, not recomputed. In the eigenbasis the
+    unobserved cells add the diagonal d alone, so a block costs no product with the gramian.
+
+    References
+    ----------
+    Rendle, Krichene, Zhang, Koren (2021), arXiv 2110.14044, algorithm 2.
+    """
+    n_factors = z.shape[1]
+    size = min(block_size, n_factors)
+    spare = -n_factors % size
+    rows = jnp.pad(block.rows, ((0, 0), (0, 0), (0, spare)))
+    d = jnp.pad(d, ((0, 0), (0, spare)), constant_values=1)
+    z = jnp.pad(z, ((0, 0), (0, spare)))
+
+    def body(step: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        z, t = carry
+        own, own_d, own_z = (
+            lax.dynamic_slice_in_dim(a, step * size, size, -1) for a in (rows, d, z)
+        )
+        part = Block(own, block.w, block.v - block.w * t)
+        matrix, rhs = accumulate(part)
+        change = rows_direct((matrix, rhs - own_d * own_z), own_d)
+        z = lax.dynamic_update_slice_in_dim(z, own_z + change, step * size, 1)
+        return z, t + predict(part, change)
+
+    start = (z, predict(Block(rows, block.w, block.v), z))
+    return lax.fori_loop(0, z.shape[1] // size, body, start)[0][:, :n_factors]
+
+
+def cells_loss(block: Block, z: Array, live: Array, offset: Any) -> Array:
+    """Contribution of stored cells to the loss beyond the unobserved term: (R,).
+
+    Each cell is computed as a square. Sums of (w t - 2 v) t and of |c| nearly cancel if a model
+    fits well, so that rounding errors would dominate.
+
+    Parameters
+    ----------
+    block : Block
+        Gathered with an objective whose offset is 0, so that w is abs(c).
+    z : (R, K)
+        Rows of the target table.
+    live : (R, L)
+        `entries_of` the block.
+    offset : scalar
+        The offset of the objective.
+    """
+    t = predict(block, z)
+    liked, disliked = block.v * jnp.square(1 - t), (block.w - block.v) * (1 + jnp.square(t))
+    given_already = jnp.where(live, offset * jnp.square(t), jnp.zeros((), t.dtype))
+    return _row_sums(liked + disliked - given_already)
+
+
+def finite_rows(z: Array) -> Array:
+    """Whether each row (R,) of a table is free of NaN and infinity."""
+    return jnp.all(jnp.isfinite(z), axis=-1)
+
+
+def zero_empty(z: Array, lengths: Array) -> Array:
+    """Rows without entries, and unused ones, are zero: equation (1) has right-hand side 0."""
+    return jnp.where(lengths[..., None] > 0, z, jnp.zeros((), z.dtype))

@@ -1,0 +1,232 @@
+"""Ranking metrics of a model, and scorers for scikit-learn's searches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import validate_data
+
+from tpu_als import host
+from tpu_als.evaluation import holdout, inputs
+from tpu_als.evaluation.metrics import METRICS, metrics_of_rankings, popularity_of
+from tpu_als.validation import arguments
+from tpu_als.validation.refusals import IF_EVENTS, require_matrix
+
+_BATCH = 1024
+_BYTES_PER_ID = 64  # of ids, hits, misses and their cumulative sums
+
+
+def ranking_metrics_at_k(
+    model: Any,
+    train_user_items: Any,
+    test_user_items: Any,
+    K: int = 10,
+    show_progress: bool = False,
+    num_threads: int = 0,
+) -> dict[str, float]:
+    """Rank items for every user with positive test entries, and measure.
+
+    Parameters
+    ----------
+    model : object
+        With ``recommend(userids, user_items, N)``: ours, implicit's or another.
+    train_user_items : csr_matrix of shape (n_users, n_items)
+        Known items of the users, which are excluded from the ranking.
+    test_user_items : csr_matrix of shape (n_users, n_items)
+        The positive entries are to be found. If both matrices have fewer columns than the model has
+        items, the further items are misses. They may have more columns: test entries of items
+        unknown to the model are misses, and train entries of them are passed to the model (ours
+        raises ValueError).
+    K : int, default=10
+        Length of the ranking. Shorter rankings are padded with ids that are not hits.
+    show_progress, num_threads
+        Ignored; parameters of implicit's function.
+
+    Returns
+    -------
+    dict of str to float
+        See `metrics_of_rankings`. The catalogue is the items of the model, or the columns of the
+        matrices if there are more of them.
+
+    Raises
+    ------
+    TypeError
+        For an object that is not a matrix.
+    ValueError
+        For NaN or infinity, matrices of different shapes, or rankings of another shape.
+
+    Warns
+    -----
+    DataWarning
+        If positive test entries are also stored in the train matrix, with their number: they are
+        excluded from the ranking, and lower the metrics.
+    """
+    del show_progress, num_threads
+    K = inputs.whole_number("K", K)
+    train = holdout.canonical(train_user_items, "train_user_items")
+    test = holdout.relevant(test_user_items, "test_user_items")
+    if train.shape != test.shape:
+        raise ValueError(f"train has shape {train.shape}, but test {test.shape}")
+    users = np.flatnonzero(np.diff(test.indptr))
+    _require_memory(len(users), K)
+    ids = np.full((len(users), K), -1, np.int64)
+    for low in range(0, len(users), _BATCH):
+        batch = users[low : low + _BATCH]
+        ranked = model.recommend(batch, train[batch], N=K)[0]
+        ids[low : low + _BATCH] = _rankings(ranked, len(batch), K)
+    likes, n_users = popularity_of(train), max(train.shape[0], 1)
+    seen, n_items = train[users], _n_items(model)
+    return metrics_of_rankings(ids, test[users], likes, n_users, n_items, seen)
+
+
+def _require_memory(n_rows: int, k: int) -> None:
+    """Raise MemoryError if there is not enough memory for metrics of (n_rows, k) ids."""
+    parts = {f"metrics of {n_rows} rankings of {k} ids": _BYTES_PER_ID * n_rows * k}
+    host.require_memory(parts, "measure fewer users, or lower K (k of a scorer)")
+
+
+def _rankings(ids: Any, n_rows: int, k: int) -> np.ndarray:
+    """Check the ids that a model recommends, and pad them to (n_rows, k) with -1."""
+    array = np.asarray(ids)
+    if array.ndim != 2 or len(array) != n_rows or not holdout.are_ids(array):
+        raise ValueError(
+            f"recommend(userids, user_items, N={k}) must return ids as integers of shape "
+            f"({n_rows}, {k}) for {n_rows} users, got shape {array.shape} of {array.dtype}"
+        )
+    filled = np.full((n_rows, k), -1, np.int64)
+    filled[:, : array.shape[1]] = array[:, :k]
+    return filled
+
+
+def _n_items(model: Any) -> int | None:
+    """Number of items of a model, if it is known. The table is not fetched from the devices."""
+    count = getattr(model, "n_features_in_", None)
+    if count is None:
+        shape: Any = getattr(getattr(model, "item_factors", None), "shape", None)
+        count = shape[0] if shape else None
+    return None if count is None else int(count)
+
+
+def _metric_at_k(name: str) -> Callable[..., float]:
+    def metric(
+        model: Any,
+        train_user_items: Any,
+        test_user_items: Any,
+        K: int = 10,
+        show_progress: bool = False,
+        num_threads: int = 0,
+    ) -> float:
+        del show_progress, num_threads
+        return ranking_metrics_at_k(model, train_user_items, test_user_items, K)[name]
+
+    metric.__doc__ = f'The "{name}" of `ranking_metrics_at_k`.'
+    return metric
+
+
+precision_at_k = _metric_at_k("precision")
+mean_average_precision_at_k = _metric_at_k("map")
+ndcg_at_k = _metric_at_k("ndcg")
+AUC_at_k = _metric_at_k("auc")
+recall_at_k = _metric_at_k("recall")
+hit_rate_at_k = _metric_at_k("hit_rate")
+mrr_at_k = _metric_at_k("mrr")
+coverage_at_k = _metric_at_k("coverage")
+novelty_at_k = _metric_at_k("novelty")
+recall_full_at_k = _metric_at_k("recall_full")
+# The name precision_at_k is taken by implicit's metric, so the textbook one has another name.
+precision_full_at_k = _metric_at_k("precision_at_k")
+AUC_unseen_at_k = _metric_at_k("auc_unseen")
+
+
+class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its scorer factories)
+    """Scorer for ``GridSearchCV(scoring=...)`` by strong generalisation.
+
+    A fixed fifth of each row's positive entries is hidden, the rest is folded in, and the hidden
+    ones are ranked among all items not folded in, as in the estimator's own `score`. Works for a
+    model and for a Pipeline that ends in one, whose earlier steps transform the entries to fold in.
+    The column names of a DataFrame are checked as in `score`, and passed to those steps.
+
+    Parameters
+    ----------
+    metric : str
+        One of `METRICS`. "novelty" uses the model's ``item_popularity_`` if it has that attribute,
+        and otherwise the popularity in the given rows.
+    k : int, default=10
+        Length of the ranking.
+    """
+
+    def __init__(self, metric: str, k: int = 10) -> None:
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+        self.metric, self.k = metric, inputs.whole_number("k", k)
+
+    def __call__(self, estimator: Any, X: Any, y: Any = None) -> float:
+        """Score a fitted estimator on new or known rows.
+
+        Parameters
+        ----------
+        estimator : object
+            A fitted model, or a Pipeline that ends in one.
+        X : csr_matrix, csr_array, array or DataFrame of shape (n_rows, n_items)
+            Rows; a matrix may have fewer columns than the model has items.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        float
+            NaN, with an UndefinedMetricWarning, if no row has two positive entries.
+
+        Raises
+        ------
+        TypeError
+            For an object that is not a matrix, such as a table of events.
+        ValueError
+            For NaN or infinity, or columns that are not the model's.
+        """
+        _check_frame(estimator, X)
+        visible, hidden = holdout.for_scoring(arguments.canonical_csr(X))
+        model, known = estimator, visible
+        if hasattr(X, "columns"):  # whose order the steps, or the model, compare
+            known = pd.DataFrame(visible.toarray(), columns=X.columns)
+        if hasattr(estimator, "steps"):
+            model = estimator[-1]
+            known = estimator[:-1].transform(known) if len(estimator.steps) > 1 else known
+        if hasattr(known, "columns") and isinstance(model, BaseEstimator):
+            validate_data(model, known, reset=False, skip_check_array=True)
+        if not visible.shape[0]:
+            holdout.warn_of_nothing(self.metric)
+            return float("nan")
+        known, users = sparse.csr_matrix(known), np.arange(visible.shape[0])
+        _require_memory(len(users), self.k)
+        ids, _ = model.recommend(users, known, N=self.k, recalculate_user=True)
+        ranked = _rankings(ids, len(users), self.k)
+        likes, n_users = None, None
+        if self.metric == "novelty":
+            likes, n_users = _popularity_of_fit(model, visible)
+        found = metrics_of_rankings(ranked, hidden, likes, n_users, _n_items(model), visible)
+        return found[self.metric]
+
+
+def _check_frame(estimator: Any, X: Any) -> None:
+    """Refuse objects that are not a matrix, and frames without the estimator's columns."""
+    require_matrix(X)
+    expected = getattr(estimator, "n_features_in_", None)
+    if hasattr(X, "columns") and expected is not None and len(X.columns) != expected:
+        raise ValueError(
+            f"X must have users as rows and the {expected} items of fit as columns, got "
+            f"{len(X.columns)} columns: {IF_EVENTS}"
+        )
+
+
+def _popularity_of_fit(model: Any, rows: sparse.csr_matrix) -> tuple[np.ndarray, int]:
+    """Number of users who like each item (n_items,), and of all users; of `fit` or of `rows`."""
+    popularity = getattr(model, "item_popularity_", None)
+    if popularity is None:
+        return popularity_of(rows), rows.shape[0]
+    return popularity, max(model.user_factors.shape[0], int(np.max(popularity, initial=1)))

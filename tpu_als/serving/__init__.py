@@ -1,0 +1,1 @@
+"""A fitted model: its tables and the values derived from them."""

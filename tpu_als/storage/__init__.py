@@ -1,0 +1,1 @@
+"""Files: models, atomic writes, locks."""

@@ -1,0 +1,1 @@
+"""A fit in progress: the loop over iterations, early stopping, checkpoints."""

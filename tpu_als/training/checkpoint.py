@@ -1,0 +1,380 @@
+"""Checkpoints of training, from which an interrupted fit resumes. They are written with orbax.
+
+A checkpoint holds both tables in slot order, as on the devices: every process writes its own
+shards, and no process ever has a whole table. Each slot is stored with its row number, so that
+another number of devices, threads or processes can resume. A checkpoint is valid only after all of
+it is on disk; if writing is interrupted, the previous checkpoint remains. Checksums of the tables
+are verified when they are read.
+
+Each run has its own folder, named after a digest of its parameters, data and initial tables. So a
+training resumes only checkpoints that lead to the same result.
+
+All processes must make the same calls and see the same directory: a shared file system or a bucket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from tpu_als.engine import digests
+from tpu_als.engine.als import AlsState
+from tpu_als.engine.xla import relayout, table_checksums
+from tpu_als.engine.xla.mesh import Shards, Workplace, precision
+from tpu_als.engine.xla.placing import Data, Side
+from tpu_als.exceptions import DataWarning
+from tpu_als.training import orbax_io
+from tpu_als.training.checkpoint_reader import (
+    FORMAT,
+    SIDES,
+    DamagedError,
+    LaterFormatError,
+    Reader,
+    Resumed,
+    checksum_of,
+)
+from tpu_als.training.runs import RunFolder
+
+__all__ = ["FOLDER", "FORMAT", "Checkpoints", "Resumed"]
+
+# A subdirectory of the given one. Files outside it are neither read nor removed.
+FOLDER = "tpu_als_checkpoints"
+_CHUNK_BYTES = 1 << 26  # the least that is read from a table at once
+
+log = logging.getLogger("tpu_als")
+
+
+class Checkpoints:
+    """The checkpoints of trainings in a directory; a context manager.
+
+    Parameters
+    ----------
+    directory : str or path-like
+        A local path, or an address such as ``gs://bucket/run`` that orbax can write to. It is
+        created if needed. Checkpoints are saved in ``tpu_als_checkpoints/<run>/<iteration>`` below
+        it. Several runs may share the directory. On a local path a lock prevents a second training
+        of the same run, and only the three most recently written other runs are kept.
+    every : int, default=1
+        Save at multiples of this many iterations.
+    keep : int, default=3
+        Number of checkpoints of a run to keep.
+
+    Raises
+    ------
+    ImportError
+        If orbax is not installed.
+    NotADirectoryError
+        If the directory is a file.
+    ValueError
+        For an `every` or `keep` below 1.
+
+    Notes
+    -----
+    Checkpoints are written in the background while training continues. If writing fails, the next
+    `save` or `close` raises the error.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], every: int = 1, keep: int = 3) -> None:
+        for name, value in (("every", every), ("keep", keep)):
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        self._orbax = orbax_io.load()
+        self._root = orbax_io.path(directory) / FOLDER
+        self._every, self._keep = int(every), int(keep)
+        self._manager: Any = None
+        self._run: RunFolder | None = None
+        self._damaged: set[int] = set()  # checkpoints to be replaced
+        self._at_close = contextlib.ExitStack()
+        self._known: _Known | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def restore(
+        self, settings: dict[str, Any], data: Data, at_most: int | None = None
+    ) -> Resumed | None:
+        """Read a run's latest checkpoint that is not damaged.
+
+        Parameters
+        ----------
+        settings : dict
+            All settings that affect the result, as values that JSON supports. Together with the
+            data they identify the run.
+        data : Data
+            The training data, placed `with_digest`. The devices, threads or processes may be others
+            than when the checkpoint was saved.
+        at_most : int, optional
+            Skip checkpoints of more iterations.
+
+        Returns
+        -------
+        Resumed or None
+            None if there is no checkpoint. The tables equal the saved ones, bit for bit.
+
+        Raises
+        ------
+        ValueError
+            If all checkpoints of the run are damaged, one has a later format, the data have no
+            digest, or processes passed different settings or data.
+        RuntimeError
+            If another training writes checkpoints of this run.
+
+        Warns
+        -----
+        DataWarning
+            Once, naming the files, if checkpoints after the returned one are damaged.
+        """
+        manager, damaged, found = self._open(settings, data), {}, None
+        run = self._run
+        assert run is not None
+        steps = sorted(s for s in manager.all_steps() if at_most is None or s <= at_most)
+        with contextlib.ExitStack() as at_end:
+            if steps:
+                alone = orbax_io.reader(run.path, data.place.processes[data.place.process])
+                at_end.callback(alone.close)
+            while steps and found is None:
+                step = steps.pop()
+                try:
+                    found = Reader(alone, run.path, data).read(step)
+                except DamagedError as error:
+                    damaged[step] = str(error)
+                except LaterFormatError as error:
+                    raise ValueError(str(error)) from None
+        self._damaged = set(damaged)
+        if found is None and damaged:
+            raise ValueError(
+                f"none of the {len(damaged)} checkpoints in {run.path} can be read: "
+                f"{'; '.join(damaged.values())}. Remove that folder to start the run again, or "
+                "choose another directory"
+            )
+        if damaged:
+            self._warn(data.place, damaged, found.iteration if found else 0)
+        self._log_beginning(run, found, len(manager.all_steps()))
+        return found
+
+    def save(
+        self,
+        iteration: int,
+        state: AlsState,
+        data: Data,
+        settings: dict[str, Any],
+        history: dict[str, list[float]],
+        extra: dict[str, np.ndarray] | None = None,
+        *,
+        force: bool = False,
+    ) -> bool:
+        """Start to save the tables; wait only for the previous save.
+
+        Parameters
+        ----------
+        iteration : int
+            Number of iterations run.
+        state : AlsState
+            The tables. They are read in the background, so do not donate them to a computation.
+        data : Data
+            The training data.
+        settings : dict
+            As in `restore`.
+        history : dict of list of float
+            Returned by `restore`.
+        extra : dict of ndarray, optional
+            Returned by `restore`. Must be the same in every process.
+        force : bool, default=False
+            Save even if `iteration` is not a multiple of `every`.
+
+        Returns
+        -------
+        bool
+            Whether it is being saved. False if `iteration` is not a multiple of `every`, or if this
+            or a later checkpoint exists.
+
+        Raises
+        ------
+        OSError
+            If an earlier checkpoint could not be written.
+        ValueError, RuntimeError
+            As in `restore`.
+        """
+        if iteration % self._every and not force:
+            return False
+        manager, args, extra = self._open(settings, data), self._orbax.args, extra or {}
+        if any(step >= iteration and step not in self._damaged for step in manager.all_steps()):
+            return False
+        assert self._run is not None
+        _by_first(self._run.probe, data.place)
+        if iteration in self._damaged:
+            manager.delete(iteration)
+            self._damaged.discard(iteration)
+        known = self._know(settings, data)
+        how = self._orbax.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
+        items, checksums = {}, {}
+        for name, table in zip(SIDES, state, strict=True):
+            tree = {"rows": relayout.listed(known.rows[name]), "table": relayout.listed(table)}
+            checksum = table_checksums.of_table(tree["rows"], tree["table"], data.place)
+            checksums[name] = f"{checksum:016x}"
+            options = {key: [how] * len(arrays) for key, arrays in tree.items()}
+            items[name] = args.PyTreeSave(tree, options)
+        arrays = {name: np.asarray(extra[name]) for name in sorted(extra)}
+        if arrays:
+            items["extra"] = args.PyTreeSave(arrays)
+        meta = {
+            "format": FORMAT,
+            "run": known.identity,
+            "iteration": int(iteration),
+            "slots": known.slots,
+            "history": {name: [float(value) for value in row] for name, row in history.items()},
+            "checksums": checksums,
+            "extra": {name: digests.array(values) for name, values in arrays.items()},
+        }
+        items["meta"] = args.JsonSave({**meta, "checksum": checksum_of(meta)})
+        with precision(data.params.dtype), self._blamed_on_writing():
+            manager.save(iteration, args=args.Composite(**items), force=True)
+        return True
+
+    def close(self) -> None:
+        """Wait until everything is written, and release the run's lock."""
+        manager, self._manager, self._run, self._known = self._manager, None, None, None
+        with self._at_close:
+            if manager is not None:
+                with self._blamed_on_writing():
+                    manager.close()
+
+    @contextlib.contextmanager
+    def _blamed_on_writing(self) -> Iterator[None]:
+        """Scope in which orbax's errors of several kinds become an OSError of one sentence."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise OSError(
+                f"a checkpoint could not be written to {self._root}: {reason:.300}. Is the disk "
+                "full? The checkpoints before it stay"
+            ) from error
+
+    def _open(self, settings: dict[str, Any], data: Data) -> Any:
+        """Open the run of these settings and data; close the open run if it is another one."""
+        place, known = data.place, self._know(settings, data)
+        if self._run is not None and self._run.path.name != known.identity:
+            self.close()
+            known = self._know(settings, data)
+        if self._run is None:
+            if not place.is_complete:
+                raise ValueError(
+                    "checkpoints are written by all processes of a job together, but these "
+                    f"devices are of process {list(place.processes)} only; fit on devices of all "
+                    "processes, or in a job of this process alone"
+                )
+            _check_identity(known.identity, place)
+            self._damaged = set()
+            self._at_close.enter_context(orbax_io.handlers_kept())
+            run = RunFolder(self._root, known.identity, known.about)
+            _by_first(run.open, place)
+            self._run = run
+            self._at_close.callback(run.close)
+            self._manager = orbax_io.manager(run.path, self._keep, place.processes)
+        return self._manager
+
+    def _know(self, settings: dict[str, Any], data: Data) -> _Known:
+        about = {**_plain(settings), **_fingerprint(data)}
+        if self._known is None or self._known.data is not data or self._known.about != about:
+            rows, slots = {}, {}
+            for name in SIDES:
+                side: Side = getattr(data, name)
+                rows[name] = data.place.put(relayout.row_numbers(side.rows, data.place))
+                slots[name] = relayout.described(side.rows, data.params.factors, data.place)
+            identity = digests.text(json.dumps(about, sort_keys=True))
+            self._known = _Known(data, about, identity, rows, slots)
+        return self._known
+
+    def _warn(self, place: Workplace, damaged: dict[int, str], iteration: int) -> None:
+        message = (
+            f"{len(damaged)} damaged checkpoints were skipped, and training resumes from "
+            f"iteration {iteration}: {'; '.join(damaged.values())}"
+        )
+        log.warning(message)
+        if place.process == 0:
+            warnings.warn(message, DataWarning, stacklevel=3)
+
+    def _log_beginning(self, run: RunFolder, found: Resumed | None, n_steps: int) -> None:
+        if found is not None:
+            log.info("resumed from %s", run.path / str(found.iteration))
+        elif n_steps:
+            log.info("started: all checkpoints of the run %s have more iterations", run.path)
+        else:
+            log.info("started the run %s; %s", run.path, run.differences())
+
+
+class _Known(NamedTuple):
+    """Values that all checkpoints of a run share."""
+
+    data: Data
+    about: dict[str, Any]
+    identity: str
+    rows: dict[str, Shards]
+    slots: dict[str, dict[str, Any]]
+
+
+def _fingerprint(data: Data) -> dict[str, Any]:
+    """Entries that differ for another matrix or other shapes of tables."""
+    if data.digest is None:
+        raise ValueError(
+            "checkpoints need the digest of the data: lay them out by "
+            "placing.place(..., with_digest=True)"
+        )
+    return {
+        "factors": data.params.factors,
+        "dtype": data.params.dtype,
+        "users": data.users.n_rows,
+        "items": data.items.n_rows,
+        "number of entries": int(data.n_entries),
+        "entries (digest)": f"{data.digest:016x}",
+    }
+
+
+def _check_identity(identity: str, place: Workplace) -> None:
+    """Raise ValueError in all processes unless all have the same run."""
+    own = np.array([int(identity[:8], 16), int(identity[8:], 16)], np.int64)
+    every = place.gather_processes(own)
+    if (every != every[0]).any():
+        raise ValueError(
+            "the processes were given different parameters, data or initial tables, but must "
+            "checkpoint one run together: pass the same in each"
+        )
+
+
+def _by_first(work: Any, place: Workplace) -> None:
+    """Call `work` in the first process; its error is raised in all of them."""
+    error: Exception | None = None
+    if place.process == 0:
+        try:
+            work()
+        except Exception as caught:
+            if len(place.processes) == 1:
+                raise
+            error = caught
+    if len(place.processes) > 1:
+        text = np.zeros(1000, np.uint8)
+        told = f"{type(error).__name__}: {error}".encode()[:1000] if error else b""
+        text[: len(told)] = np.frombuffer(told, np.uint8)
+        told = place.gather_processes(text)[0].tobytes().rstrip(b"\0")
+        if error is not None:
+            raise error
+        if told:
+            raise RuntimeError(f"the first process: {told.decode(errors='replace')}")
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings after a round trip through JSON, which turns tuples into lists."""
+    return json.loads(json.dumps(settings))

@@ -1,0 +1,188 @@
+"""Read a checkpoint, and check everything that damaged storage may have changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from tpu_als.engine import digests
+from tpu_als.engine.als import AlsState
+from tpu_als.engine.xla import relayout, table_checksums
+from tpu_als.engine.xla.mesh import Shards, Workplace, precision
+from tpu_als.engine.xla.placing import Data, Side
+from tpu_als.training import orbax_io
+
+FORMAT = 2
+SIDES = ("users", "items")
+_Found = TypeVar("_Found")
+
+
+class Resumed(NamedTuple):
+    """The checkpoint that `Checkpoints.restore` returns.
+
+    Attributes
+    ----------
+    state : AlsState
+        Both tables, in the slots of the given data.
+    iteration : int
+        Number of iterations run.
+    history : dict of list of float
+        As saved.
+    extra : dict of ndarray
+        As saved.
+    """
+
+    state: AlsState
+    iteration: int
+    history: dict[str, list[float]]
+    extra: dict[str, np.ndarray]
+
+
+class DamagedError(Exception):
+    """A checkpoint cannot be read, or its content differs from what was saved."""
+
+
+class LaterFormatError(Exception):
+    """A later version of this package wrote the checkpoint."""
+
+
+class Reader:
+    """Reads the checkpoints of one run.
+
+    Parameters
+    ----------
+    manager : orbax.checkpoint.CheckpointManager
+        A manager for this process alone (`orbax_io.reader`).
+    folder : epath.Path
+        The run's folder.
+    data : Data
+        The data of the training that resumes.
+    """
+
+    def __init__(self, manager: Any, folder: Any, data: Data) -> None:
+        self._manager, self._folder, self._data = manager, folder, data
+        self._orbax = orbax_io.load()
+
+    def read(self, step: int) -> Resumed:
+        """Read and verify the checkpoint of an iteration.
+
+        Raises
+        ------
+        DamagedError
+            In all processes, if one of them cannot read its part, or a checksum differs.
+        LaterFormatError
+            If a later version wrote it.
+        """
+        place, folder = self._data.place, self._folder / str(step)
+        meta = _agreed(lambda: self._meta(step), folder / "meta", place)
+        tables = []
+        for name in SIDES:
+            with precision(self._data.params.dtype):
+                tables.append(self._table(step, name, meta, folder / name))
+        extra = _agreed(lambda: self._extra(step, meta["extra"]), folder / "extra", place)
+        return Resumed(AlsState(*tables), step, meta["history"], extra)
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        args = self._orbax.args
+        meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
+        found = meta["format"]
+        if not isinstance(found, int) or found < FORMAT:
+            raise DamagedError(f"its format is {found!r}, expected {FORMAT}")
+        if found > FORMAT:
+            raise LaterFormatError(
+                f"the checkpoint {self._folder / str(step)} has format {found}, but this version "
+                f"reads formats up to {FORMAT}: it was written by a later tpu_als; upgrade to read "
+                "it"
+            )
+        if meta["checksum"] != checksum_of(meta):
+            raise DamagedError("its content does not have the checksum that it was saved with")
+        if (meta["run"], meta["iteration"]) != (self._folder.name, step):
+            raise DamagedError(f"it is of iteration {meta['iteration']} of the run {meta['run']}")
+        return meta
+
+    def _table(self, step: int, name: str, meta: dict[str, Any], path: Any) -> Shards:
+        """Read a table into the slots of the data."""
+        side: Side = getattr(self._data, name)
+        place = self._data.place
+        is_same, arrays, checksum = _agreed(lambda: self._expected(name, meta), path, place)
+        found = _agreed(lambda: self._arrays(step, name, arrays), path, place)
+        if table_checksums.of_table(found["rows"], found["table"], place) != checksum:
+            raise DamagedError(f"{path} does not have the checksum that it was saved with")
+        if not is_same:
+            return place.put(relayout.moved(found["rows"], found["table"], side.rows, place))
+        return found["table"] if place.mesh is None else found["table"][0]
+
+    def _expected(
+        self, name: str, meta: dict[str, Any]
+    ) -> tuple[bool, list[tuple[tuple[int, ...], Any]], int]:
+        """Whether a side has the same layout; shapes and shardings to read; its checksum."""
+        side: Side = getattr(self._data, name)
+        place, saved = self._data.place, meta["slots"][name]
+        is_same = saved == relayout.described(side.rows, self._data.params.factors, place)
+        arrays = []
+        for shape in saved["shapes"]:
+            axis = 0 if is_same else len(shape) - 2
+            # Zeros are appended to make parts of equal size. Row number 0 means an unused slot.
+            shape = [*shape]
+            if not (is_same or place.mesh is None):
+                shape[axis] += -shape[axis] % len(place.devices)
+            arrays.append((tuple(shape), place.sharding(axis)))
+        return is_same, arrays, int(meta["checksums"][name], 16)
+
+    def _arrays(
+        self, step: int, name: str, arrays: list[tuple[tuple[int, ...], Any]]
+    ) -> dict[str, list[Any]]:
+        """Row numbers and table of one side, each array in the given shape and sharding."""
+        args = self._orbax.args
+        how = {
+            key: [
+                self._orbax.ArrayRestoreArgs(
+                    sharding=sharding, global_shape=shape[:last], strict=False
+                )
+                for shape, sharding in arrays
+            ]
+            for key, last in (("rows", -1), ("table", None))
+        }
+        tree = {key: [0] * len(arrays) for key in how}
+        wanted = args.Composite(**{name: args.PyTreeRestore(tree, how)})
+        found = self._manager.restore(step, args=wanted)[name]
+        dtypes = {array.dtype for array in found["table"]}
+        if len(dtypes) != 1 or str(dtypes.pop()) != self._data.params.dtype:
+            raise DamagedError(f"its tables are not of {self._data.params.dtype}")
+        return found
+
+    def _extra(self, step: int, wanted: dict[str, str]) -> dict[str, np.ndarray]:
+        if not wanted:
+            return {}
+        args, how = self._orbax.args, self._orbax.RestoreArgs(restore_type=np.ndarray)
+        restored = args.PyTreeRestore(dict.fromkeys(wanted, 0), dict.fromkeys(wanted, how))
+        found = self._manager.restore(step, args=args.Composite(extra=restored))["extra"]
+        arrays = {name: np.asarray(found[name]) for name in wanted}
+        for name, values in arrays.items():
+            if digests.array(values) != wanted[name]:
+                raise DamagedError(f"{name} does not have the checksum that it was saved with")
+        return arrays
+
+
+def checksum_of(meta: dict[str, Any]) -> str:
+    """Checksum of the metadata of a checkpoint, without the entry "checksum"."""
+    rest = {name: value for name, value in meta.items() if name != "checksum"}
+    return digests.text(json.dumps(rest, sort_keys=True))
+
+
+def _agreed(read: Callable[[], _Found], path: Any, place: Workplace) -> _Found:
+    """Return the result of `read`, or raise DamagedError in all processes if one fails."""
+    found, failure = None, ""
+    try:
+        found = read()
+    except (LaterFormatError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001, as orbax and its libraries raise many kinds
+        reason = f"{type(error).__name__}: " * (not isinstance(error, DamagedError)) + str(error)
+        failure = f"{path} cannot be read ({reason.splitlines()[0][:200]})"
+    if place.agree(int(bool(failure))):
+        raise DamagedError(failure or f"another process cannot read its part of {path}")
+    return found  # type: ignore[return-value]

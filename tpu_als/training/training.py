@@ -1,0 +1,189 @@
+"""A running fit: its tables, early stopping and checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tpu_als import parameters
+from tpu_als.engine import als, digests
+from tpu_als.engine.xla import placing, resident
+from tpu_als.engine.xla.resident import Table
+from tpu_als.engine.xla.solve import Objective
+from tpu_als.training.checkpoint import Checkpoints
+from tpu_als.training.early_stopping import EarlyStopping, Factors
+from tpu_als.validation import arguments
+
+
+@dataclass
+class Training:
+    """Runs iterations one by one, from initial tables or from a checkpoint.
+
+    Attributes
+    ----------
+    data : Data
+        The placed matrix.
+    objective : Objective
+        The function to minimise.
+    iterations : int
+        Number of iterations to run in total.
+    over_relaxation : float
+        omega of equation (6) in all iterations except the first and the last.
+    with_loss : bool
+        Whether to compute the loss after each iteration.
+    monitor : EarlyStopping or None
+        Early stopping, which may end the fit sooner.
+    checkpoints : Checkpoints or None
+        Where to save checkpoints.
+    settings : dict
+        All settings that affect the result. With the data they identify the run.
+    fitted_to : tuple
+        Identity of the data, and whether a repeated fit on them has warned.
+    state : AlsState
+        The tables; set by `resume`, or by the caller.
+    done : int
+        Number of iterations run.
+    history : dict of list of float
+        The values that the iterations reported, by name.
+    """
+
+    data: placing.Data
+    objective: Objective
+    iterations: int
+    over_relaxation: float
+    with_loss: bool
+    monitor: EarlyStopping | None
+    checkpoints: Checkpoints | None
+    settings: dict[str, Any]
+    fitted_to: tuple[Any, bool]
+    state: als.AlsState = field(init=False)
+    done: int = 0
+    history: dict[str, list[float]] = field(default_factory=lambda: {"seconds": []})
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all iterations are done, or early stopping ended the fit."""
+        is_stale = self.monitor is not None and self.monitor.is_over
+        return is_stale or self.done >= self.iterations
+
+    def resume(self) -> bool:
+        """Resume from the last checkpoint; return False if there is none."""
+        if self.checkpoints is None:
+            return False
+        found = self.checkpoints.restore(self.settings, self.data, self.iterations)
+        if found is None:
+            return False
+        self.state, self.done, self.history = found.state, found.iteration, found.history
+        if self.with_loss:  # an earlier fit of the run may not have measured it
+            self.history.setdefault("loss", [math.nan] * self.done)
+        if self.monitor is not None:
+            best: Any = found.extra["best_users"], found.extra["best_items"]
+            if resident.tables(self.state, self.data)["user"].is_resident:
+                best = _readable(als.start(self.data, *best), self.data)
+            self.monitor.resume(self.history["ndcg"], best)
+        return True
+
+    def step(self) -> dict[str, float]:
+        """Run one iteration; return its seconds, loss and NDCG, as far as computed."""
+        started = time.perf_counter()
+        # Plain ALS in the first iteration, which starts from random tables, and in the last, so
+        # that the final rows are solutions.
+        is_outer = self.done in (0, self.iterations - 1)
+        relaxation = 1.0 if is_outer else self.over_relaxation
+        self.state, failed = als.epoch(self.state, self.data, self.objective, relaxation)
+        arguments.finite_counts(failed, self.done)
+        self.done += 1
+        report = {"seconds": time.perf_counter() - started}
+        if self.with_loss:
+            report["loss"] = als.loss(self.state, self.data, self.objective)
+        if self.monitor is not None:
+            users, items = _readable(self.state, self.data)
+            report["ndcg"] = self.monitor.measure(users, items, self.data.place.alone)
+        self._record(report)
+        self._save()
+        return report
+
+    def _record(self, report: dict[str, float]) -> None:
+        """Add an iteration to the history; NaN where a series was not measured."""
+        for name in {**self.history, **report}:
+            series = self.history.setdefault(name, [])
+            series.extend([math.nan] * (self.done - 1 - len(series)))
+            series.append(report.get(name, math.nan))
+
+    def _save(self) -> None:
+        if self.checkpoints is None:
+            return
+        extra: dict[str, Any] = {}
+        if self.monitor is not None and self.monitor.best is not None:
+            best = (_Fetched(t) if isinstance(t, Table) else t for t in self.monitor.best)
+            extra = dict(zip(("best_users", "best_items"), best, strict=True))
+        self.checkpoints.save(
+            self.done, self.state, self.data, self.settings, self.history, extra,
+            force=self.is_over,
+        )  # fmt: skip
+
+
+def settings_of(
+    estimator: Any,
+    objective: Objective,
+    linear_solver: str,
+    initial_tables: list[np.ndarray | None],
+    on_devices: bool,
+) -> dict[str, Any]:
+    """All settings that affect the result. A checkpoint is resumed only with the same ones.
+
+    Parameters
+    ----------
+    estimator : TPUAlternatingLeastSquares
+        Its parameters must be valid; they are not checked.
+    objective : Objective
+        The objective that they define.
+    linear_solver : str
+        The solver that they choose.
+    initial_tables : two of ndarray or None
+        User and item table that the fit starts from; None for a table that is drawn.
+    on_devices : bool
+        Whether tables are drawn on the devices.
+    """
+    is_watched = bool(estimator.early_stopping)
+    watching = ("validation_fraction", "n_iter_no_change", "tol") if is_watched else ()
+    drawn = "drawn on the devices" if on_devices else "drawn"
+    return {
+        **{name: float(value) for name, value in objective._asdict().items()},
+        "linear_solver": linear_solver,
+        "random_state": parameters.seed_identity(estimator.random_state),
+        **{name: int(getattr(estimator, name)) for name in ("cg_steps", "block_size")},
+        **{name: float(getattr(estimator, name)) for name in ("over_relaxation", *watching)},
+        "early_stopping": is_watched,
+        "objective": estimator.objective,
+        # Only with plain ALS do the tables not depend on which iteration is the last.
+        "iterations": int(estimator.iterations) if estimator.over_relaxation != 1 else None,
+        "initial tables": [
+            drawn if table is None else digests.array(table) for table in initial_tables
+        ],
+    }
+
+
+def _readable(state: als.AlsState, data: placing.Data) -> tuple[Factors, Factors]:
+    """User and item table as arrays on the host, or on the devices if they stay there."""
+    found = resident.tables(state, data)
+    if found["user"].is_resident:
+        return found["user"], found["item"]
+    return found["user"].fetch(), found["item"].fetch()
+
+
+class _Fetched:
+    """A table on the devices that is fetched to the host when a checkpoint is written.
+
+    Checkpoints hold the best tables as whole arrays; the current tables are saved in parts.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self._table.fetch()

@@ -1,0 +1,1 @@
+"""Input from the caller: canonical arrays, or an error that says what to do."""

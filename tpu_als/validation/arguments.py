@@ -1,0 +1,404 @@
+"""Check inputs: matrices, ids and tables. Errors say what was passed and what was expected."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import numpy as np
+
+from tpu_als.exceptions import ModelFitError as ModelFitError
+from tpu_als.exceptions import ParameterWarning as ParameterWarning
+from tpu_als.host import require_memory
+from tpu_als.parameters import check_parameters, is_flag
+from tpu_als.validation.matrices import canonical_csr as canonical_csr
+from tpu_als.validation.matrices import rows_for as rows_for
+from tpu_als.validation.matrices import warn_if_converted as warn_if_converted
+
+GROWTH = 1_000_000  # rows that a partial fit may add to any table, in addition to doubling it
+_ROWS_AT_ONCE = 1 << 16  # rows of a table that are checked for NaN at once
+
+
+def fit_arguments(
+    y: Any, show_progress: Any, callback: Any, default: Any = None
+) -> tuple[bool | None, Callable | None]:
+    """Accept scikit-learn's `fit(X, y)` and implicit's `fit(user_items, show_progress, callback)`.
+
+    Parameters
+    ----------
+    y, show_progress, callback
+        As given to `fit`.
+    default : callable, optional
+        The attribute `fit_callback`, which is used if there is no callback.
+
+    Returns
+    -------
+    show_progress : bool or None
+    callback : callable or None
+
+    Raises
+    ------
+    TypeError
+        For a callback that cannot be called, or a `show_progress` that is not True, False or None.
+    """
+    if callable(show_progress):
+        show_progress, callback = None, show_progress
+    if isinstance(y, (bool, np.bool_)):
+        show_progress = y
+    name = "callback" if callback is not None else "fit_callback"
+    callback = default if callback is None else callback
+    if callback is not None and not callable(callback):
+        raise TypeError(
+            f"{name} must be callable(iteration, seconds, loss), got {type(callback).__name__}"
+        )
+    if show_progress is not None and not is_flag(show_progress):
+        raise TypeError(f"show_progress must be True, False or None, got {show_progress!r:.60}")
+    return None if show_progress is None else bool(show_progress), callback
+
+
+def ids_of(
+    ids: Any, count: int | None, name: str = "userid"
+) -> tuple[np.ndarray, bool, np.ndarray | None]:
+    """Check an id or ids against a table.
+
+    Parameters
+    ----------
+    ids : int, sequence, set, range, memoryview or ndarray of int, or a mask of bool
+        A 0-d array is a single id.
+    count : int or None
+        Rows of the table; None does not look at the range.
+    name : str
+        The argument's name, for messages.
+
+    Returns
+    -------
+    ids : ndarray of int64 and shape (n,)
+    is_scalar : bool
+        Whether a single id was given.
+    mask : ndarray of bool or None
+        The mask that was given, if any.
+
+    Raises
+    ------
+    IndexError
+        For ids that are not integers, negative, or beyond the table. JAX would clamp the latter
+        silently, and NumPy would wrap the former.
+    """
+    if type(ids) is int and count is not None and 0 <= ids < count:  # a server's usual call
+        return np.array([ids]), True, None
+    array, is_scalar, mask = _integers(ids, name, count)
+    if count is not None and array.size and (array.min() < 0 or array.max() >= count):
+        wrong = array.min() if array.min() < 0 else array.max()
+        raise IndexError(f"{name} {wrong} is not in the model, which has ids 0 to {count - 1}")
+    return array.astype(np.int64), is_scalar, mask
+
+
+def _integers(
+    ids: Any, name: str, count: int | None = None
+) -> tuple[np.ndarray, bool, np.ndarray | None]:
+    """Ids (n,); whether a single id was given; and the mask, if the ids were one."""
+    if np.ma.is_masked(ids):
+        raise IndexError(f"{name} must have no masked values: pass {name}.compressed()")
+    given = list(ids) if isinstance(ids, Collection) and _unordered(ids) else ids
+    try:
+        array = np.asarray(given)
+    except ValueError as error:  # lists of several lengths
+        raise IndexError(f"{name} must hold integers, got {ids!r:.60}: {error}") from None
+    is_scalar, mask = array.ndim == 0, None
+    if array.ndim > 1:
+        raise IndexError(f"{name} must be one id or a 1-D list of ids, got shape {array.shape}")
+    if array.dtype == bool and not is_scalar:
+        array, mask = np.flatnonzero(array), array
+        if count is not None and len(mask) != count:
+            raise IndexError(f"{name} is a mask of length {len(mask)}, expected {count}")
+    if array.size and array.dtype.kind not in "iu":
+        raise IndexError(f"{name} must hold integers, got dtype {array.dtype} ({ids!r:.60})")
+    return np.atleast_1d(array), is_scalar, mask
+
+
+def one_id(ids: Any, count: int | None, name: str) -> int:
+    """Check a single id, of at least 0, of a table with `count` rows.
+
+    Raises
+    ------
+    IndexError
+        For several ids, no id, or an id that `ids_of` refuses.
+    """
+    array = ids_of(ids, count, name)[0]
+    if len(array) != 1:
+        raise IndexError(f"{name} must be exactly one id, got {len(array)}: call once for each")
+    if array[0] < 0:
+        raise IndexError(f"{name} must not be negative, got {array[0]}")
+    return int(array[0])
+
+
+def ids_to_store(ids: Any, n_rows: int, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Check the ids of rows to store in a table; new ids add rows to it.
+
+    Parameters
+    ----------
+    ids : array-like of int
+        Ids may repeat.
+    n_rows : int
+        Number of rows of the table. The limit is twice that number plus `GROWTH`.
+    name : str
+        The argument's name, for messages.
+
+    Returns
+    -------
+    ids : ndarray of int64 and shape (n,)
+    mask : ndarray of bool or None
+        The mask that was given, if any.
+
+    Raises
+    ------
+    IndexError
+        For ids that are not integers, are negative, or would make the table too large.
+    """
+    array, _, mask = _integers(ids, name, n_rows)
+    if array.size and array.min() < 0:
+        raise IndexError(f"{name} must not be negative, got {array.min()}")
+    bound = 2 * n_rows + GROWTH
+    if array.size and int(array.max()) >= bound:
+        raise IndexError(
+            f"{name} {array.max()} is too far beyond the table, which has {n_rows} rows: one call "
+            f"grows it to {bound} rows at most, twice its size and {GROWTH:,}, because the rows in "
+            f"between are zero. Number new {name.removesuffix('ids')}s from {n_rows} on, or assign "
+            f"{name.removesuffix('ids')}_factors a larger table first"
+        )
+    return array.astype(np.int64), mask
+
+
+def _unordered(ids: Collection) -> bool:
+    return isinstance(ids, (set, frozenset)) or type(ids).__name__ in ("dict_keys", "dict_values")
+
+
+def selection(
+    chosen: Any, dropped: Any, count: int, names: tuple[str, str]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Check a whitelist and a blacklist of ids, of which only one may be given.
+
+    Parameters
+    ----------
+    chosen, dropped : array-like of int or None
+        `items` and `filter_items`, or `users` and `filter_users`.
+    count : int
+        Rows of the table.
+    names : (str, str)
+        The arguments' names.
+
+    Returns
+    -------
+    chosen : ndarray of int64 or None
+        Sorted and distinct.
+    excluded : ndarray of int64 or None
+        Likewise those dropped.
+    """
+    kept = None if chosen is None else np.unique(ids_of(chosen, count, names[0])[0])
+    out = None if dropped is None else np.unique(ids_of(dropped, count, names[1])[0])
+    if kept is None:
+        return None, out if out is not None and out.size else None
+    if out is not None and out.size:
+        raise ValueError(f"Can't set both {names[0]} and {names[1]}: give one of them")
+    return kept, None
+
+
+def flags(**values: Any) -> None:
+    """Raise ValueError for the first argument that is not True, False, 1 or 0."""
+    for name, value in values.items():
+        if value is not True and value is not False and not is_flag(value):
+            raise ValueError(f"{name} must be True or False, got {value!r:.60}")
+
+
+def result_count(n: Any) -> int:
+    """Check N, the number of results: an integer of at least 0 and below 2**31."""
+    try:
+        n = operator.index(n)
+    except TypeError:
+        raise TypeError(f"N must be an integer, got {type(n).__name__}") from None
+    if n < 0:
+        raise ValueError(f"N must be at least 0, got {n}")
+    if n >= 1 << 31:
+        raise ValueError(f"N must be below 2**31, as ids are int32, got {n}")
+    return n
+
+
+def require_results(n_queries: int, n: int, dtype: Any) -> None:
+    """Raise MemoryError if ids and scores (n_queries, n) would not fit into memory."""
+    size = n_queries * n
+    require_memory(
+        {"ids": 4 * size, "scores": size * np.dtype(dtype).itemsize},
+        f"set N to less than {n}, or pass fewer than {n_queries} ids at a time",
+    )
+
+
+def solver_arguments(X: Any, Y: Any, regularization: Any, num_threads: Any) -> None:
+    """Check the tables and the ridge that the callable `solver` is given.
+
+    Parameters
+    ----------
+    X : ndarray of float and shape (n_rows, factors)
+        The table to solve; must be writeable.
+    Y : array of shape (n_columns, factors)
+        The table held fixed.
+    regularization : float
+        Finite, at least 0.
+    num_threads : int or None
+        At least 0.
+
+    Raises
+    ------
+    ValueError
+        For anything else. X is then unchanged.
+    """
+    if not isinstance(X, np.ndarray) or X.ndim != 2 or X.dtype.kind != "f" or not X.flags.writeable:
+        got = type(X).__name__
+        if isinstance(X, np.ndarray):
+            got = f"{X.dtype} of shape {X.shape}, writeable={X.flags.writeable}"
+        raise ValueError(f"X must be a writeable 2-D array of floats, as it is solved; got {got}")
+    shape = np.shape(Y)
+    if len(shape) != 2 or shape[1] != X.shape[1]:
+        raise ValueError(
+            f"Y must have shape (n_columns, {X.shape[1]}), the factors of X, got {shape}"
+        )
+    check_parameters({"regularization": regularization, "num_threads": num_threads or 0})
+
+
+def factor_table(table: Any, name: str) -> np.ndarray | None:
+    """Check an assigned table: None, or a 2-D array of float32 or float64, not copied if it is.
+
+    Parameters
+    ----------
+    table : array-like of shape (n_rows, n_factors) or None
+        Also anything with `to_numpy`, such as implicit's GPU matrices. There may be no rows.
+    name : str
+        The attribute's name, for messages.
+
+    Raises
+    ------
+    ValueError
+        For another number of axes, no columns, or values that are not finite numbers.
+    """
+    if table is None:
+        return None
+    if np.ma.is_masked(table):
+        raise ValueError(f"{name} must have no masked values: assign {name}.filled(0) or the like")
+    try:
+        array = np.asarray(table.to_numpy() if hasattr(table, "to_numpy") else table)
+    except ValueError as error:  # lists of several lengths
+        raise ValueError(
+            f"{name} must be a 2-D array of numbers (n_rows, n_factors), got "
+            f"{type(table).__name__}: {error}"
+        ) from None
+    # Kind "V" includes bfloat16, but also structured dtypes.
+    if array.ndim != 2 or array.dtype.kind not in "fiuV" or array.dtype.names or not array.shape[1]:
+        raise ValueError(
+            f"{name} must be a 2-D array of numbers (n_rows, n_factors), "
+            f"got shape {array.shape} of {array.dtype}"
+        )
+    if array.dtype not in (np.float32, np.float64):
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
+    _check_finite(array, name)
+    return array
+
+
+def _check_finite(array: np.ndarray, name: str) -> None:
+    row = first_not_finite(array)
+    if row is not None:
+        raise ValueError(
+            f"{name} must hold finite numbers, got NaN, infinity or values too large for float32 "
+            f"(first in row {row}: {array[row]!r:.100})"
+        )
+
+
+def first_not_finite(array: np.ndarray) -> int | None:
+    """The first row of an array (n, K) that holds NaN or infinity; None if there is none."""
+    for low in range(0, len(array), _ROWS_AT_ONCE):
+        with np.errstate(all="ignore"):
+            sums = array[low : low + _ROWS_AT_ONCE].sum(axis=-1)
+        for row in np.flatnonzero(~np.isfinite(sums)) + low:
+            if not np.isfinite(array[row]).all():  # sums of finite numbers may overflow
+                return int(row)
+    return None
+
+
+def same_width(user_width: int, item_width: int) -> None:
+    """Raise ValueError if the user and item table differ in their number of factors."""
+    if user_width != item_width:
+        raise ValueError(
+            f"user_factors and item_factors must have equally many columns to be multiplied, got "
+            f"{user_width} and {item_width}: assign two tables of one model"
+        )
+
+
+def user_weights(value: Any, width: int) -> tuple[np.ndarray, bool]:
+    """Check weights that `explain` returned: a Cholesky factor (width, width) and its triangle.
+
+    Raises
+    ------
+    ValueError
+        For anything else.
+    """
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2
+    if is_pair and np.ndim(value[1]) == 0 and np.asarray(value[1]).dtype.kind in "biu":
+        factor = np.asarray(value[0])
+        is_finite = factor.dtype.kind == "f" and bool(np.isfinite(factor).all())
+        if factor.shape == (width, width) and is_finite:
+            return value
+        got = f"a factor of shape {factor.shape}" + (
+            "" if is_finite else ", not all finite numbers"
+        )
+    else:
+        got = f"{value!r:.60}"
+    raise ValueError(
+        f"user_weights must be what explain returned for this user, a pair with a factor of "
+        f"shape {(width, width)}, got {got}. Leave it out to have it computed"
+    )
+
+
+def derived(value: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Check a gramian or norms that were assigned, of the given shape.
+
+    Raises
+    ------
+    ValueError
+        For another shape, values that are not finite numbers, or lengths that are not positive.
+    """
+    array = np.asarray(value)
+    is_length = len(shape) == 1
+    good = array.shape == shape and array.dtype.kind in "fiu" and bool(np.isfinite(array).all())
+    good = good and not np.ma.is_masked(value)
+    if not good or (is_length and not (array > 0).all()):
+        expected = "positive numbers" if is_length else "numbers"
+        others = (
+            ", some of them NaN, infinite, masked or not positive" if array.shape == shape else ""
+        )
+        raise ValueError(
+            f"{name} must hold finite {expected} of shape {shape}, got values of {array.dtype} and "
+            f"shape {array.shape}{others}. Set {name} to None to have it computed"
+        )
+    return array
+
+
+def finite_rows(rows: np.ndarray, what: str) -> np.ndarray:
+    """Return solved rows, or raise ModelFitError where one is not finite."""
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if bad.size:
+        raise ModelFitError(
+            f"NaN encountered in factors: {bad.size} of {len(rows)} rows could not be solved for "
+            f"{what} (first: row {bad[0]}). alpha times a value may be too large for the dtype"
+        )
+    return rows
+
+
+def finite_counts(counts: Iterable[int], iteration: int) -> None:
+    """Raise ModelFitError where an epoch reports rows that are not finite, users first."""
+    for side, count in zip(("user", "item"), counts, strict=True):
+        if count:
+            raise ModelFitError(
+                f"NaN encountered in factors: {count} {side} rows are not finite after iteration "
+                f"{iteration} (counted from 0). alpha times a value may be too large for the "
+                "dtype, or the systems singular: try a smaller alpha, or more regularization"
+            )
