@@ -17,8 +17,10 @@ import numpy as np
 from scipy import sparse
 
 from tpu_als.engine import als
-from tpu_als.engine.xla import mesh, placing, solve
-from tpu_als.engine.xla.placing import Side
+from tpu_als.engine.data import AlsParams
+from tpu_als.engine.objective import Objective
+from tpu_als.engine.xla import backend, mesh
+from tpu_als.engine.xla.data import XlaSide as Side
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,9 @@ class Ours:
         chosen = {key: options.pop(key) for key in ("devices", "num_threads") if key in options}
         self.problem, self.over_relaxation = problem, over_relaxation
         options = {"native": True, **options}  # as the estimator asks for it
-        params = placing.AlsParams(problem.factors, linear_solver=solver, **options)
-        self.data = placing.place(problem.matrix, params, mesh.workplace(**chosen))
-        self.objective = solve.objective("implicit", problem.regularization, problem.alpha)
+        params = AlsParams(problem.factors, linear_solver=solver, **options)
+        self.data = backend.place(problem.matrix, params, mesh.workplace(**chosen))
+        self.objective = Objective.of("implicit", problem.regularization, problem.alpha)
         self.reset()
 
     def reset(self) -> None:

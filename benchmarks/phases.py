@@ -21,8 +21,8 @@ from libraries import Ours, Problem, padded_cells
 from tpu_als import host
 from tpu_als.engine import als
 from tpu_als.engine.cpu import native
-from tpu_als.engine.xla import mesh, placing
-from tpu_als.engine.xla.placing import Data
+from tpu_als.engine.xla import backend, half_epoch, mesh
+from tpu_als.engine.xla.data import XlaData as Data
 
 
 def speeds(n_cores: int, repeats: int) -> dict[str, float]:
@@ -112,7 +112,7 @@ def by_xla(model: Ours, repeats: int) -> dict[str, float]:
 
     def prepared() -> list[Any]:
         return [
-            als.preparing(data)((source, target, side.own.lengths), np.int32(len(source)))
+            half_epoch.preparing(data)((source, target, side.own.lengths), np.int32(len(source)))
             for side, target, source in sides
         ]
 
@@ -122,7 +122,7 @@ def by_xla(model: Ours, repeats: int) -> dict[str, float]:
         for (side, *_), (basis, held, begin) in zip(sides, ready, strict=True):
             # Copies, as what they start from is written over.
             start = jax.tree.map(lambda part: part.copy(), begin)
-            programs = als.passes(side, data, basis, model.objective)
+            programs = half_epoch.passes(side, data, basis, model.objective)
             run = functools.partial(place.run, programs, start, held, data.params.dtype)
             total += common.seconds(lambda run=run: jax.block_until_ready(run()))  # type: ignore[misc]
         solves.append(total)
@@ -140,7 +140,7 @@ def measured(problem: Problem, by_native: bool, repeats: int) -> tuple[Data, dic
     first = common.seconds(model.step)
     found = (by_loops if data.params.native else by_xla)(model, repeats)
     calls = {
-        "layout": lambda: placing.place(problem.matrix, data.params, data.place),
+        "layout": lambda: backend.place(problem.matrix, data.params, data.place),
         "one product (the loss)": lambda: als.loss(model.state, data, model.objective),
     }
     once = {"compile": first - found["iteration"]}

@@ -35,13 +35,15 @@ import tpu_sizes
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tpu_als.engine import als
-from tpu_als.engine.xla import placing, ranking, solve
+from tpu_als.engine.data import DTYPES, AlsParams
+from tpu_als.engine.objective import Objective
+from tpu_als.engine.xla import half_epoch, placing, ranking, solve
+from tpu_als.engine.xla.data import XlaData as Data
+from tpu_als.engine.xla.data import XlaSide as Side
 from tpu_als.engine.xla.mesh import Workplace
-from tpu_als.engine.xla.placing import AlsParams, Data, Side
 
 _ALL_TO_ALL = re.compile(r"= (\w+\[[\d,]+\])\S* all-to-all\(")
-OBJECTIVE = solve.objective("ials", 1e-3, 1.0, 1e-3)
+OBJECTIVE = Objective.of("ials", 1e-3, 1.0, 1e-3)
 
 
 def workplace(topology: str, slices: int = 1) -> Workplace:
@@ -61,20 +63,22 @@ def programs(data: Data) -> list[tuple[str, Any, tuple[Any, ...]]]:
     assert data.place.mesh is not None
     everywhere = NamedSharding(data.place.mesh, PartitionSpec())
     tables = [
-        make((side.rows.n_slots, data.params.factors), placing.DTYPES[data.params.dtype])
+        make((side.rows.n_slots, data.params.factors), DTYPES[data.params.dtype])
         for side in (data.users, data.items)
     ]
     found: list[tuple[str, Any, tuple[Any, ...]]] = []
     pairs = (data.users, tables[0], tables[1], "users"), (data.items, tables[1], tables[0], "items")
     for side, target, source, name in pairs:
         count = np.int32(side.n_rows)
-        prepare, given = als.preparing(data), ((source, target, side.own.lengths), count)
+        prepare, given = half_epoch.preparing(data), ((source, target, side.own.lengths), count)
         found.append((f"{name}: rotate", prepare, given))
         basis = jax.eval_shape(prepare, *given)[0]
         basis = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), basis
         )
-        for number, (program, own, shared) in enumerate(als.passes(side, data, basis, OBJECTIVE)):
+        for number, (program, own, shared) in enumerate(
+            half_epoch.passes(side, data, basis, OBJECTIVE)
+        ):
             long = side.long is not None and own is side.long
             label = "long rows" if long else f"solve {number}"
             found.append((f"{name}: {label}", program, (target, own, source, shared)))
@@ -89,7 +93,7 @@ def ranking_program(
 ) -> tuple[dict[str, Any], tuple[str, Any, tuple[Any, ...]]]:
     """What ranks a batch of queries against the items' table as training leaves it; its work."""
     make, place, rows = tpu_sizes.sharded(data.place), data.place, data.items.rows
-    dtype = np.dtype(placing.DTYPES[data.params.dtype])
+    dtype = np.dtype(DTYPES[data.params.dtype])
     slots = (place.n_shards, rows.n_slots)
     catalog = ranking.Catalog(
         make((rows.n_slots, data.params.factors), dtype), None, make((rows.n_slots,), bool),
@@ -141,7 +145,7 @@ def resident(data: Data) -> dict[str, int]:
             int(np.prod(leaf.shape[1:])) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
         )
 
-    row = data.params.factors * np.dtype(placing.DTYPES[data.params.dtype]).itemsize
+    row = data.params.factors * np.dtype(DTYPES[data.params.dtype]).itemsize
     slots = data.users.rows.n_slots + data.items.rows.n_slots
     sides: tuple[Side, ...] = (data.users, data.items)
     return {
@@ -244,7 +248,7 @@ def main() -> None:
         AlsParams(
             args.factors, args.dtype, args.linear_solver, positive=args.linear_solver != "cholesky"
         ),
-        None if args.values is None else np.dtype(placing.DTYPES[args.values]),
+        None if args.values is None else np.dtype(DTYPES[args.values]),
     )
     place = workplace(args.topology, args.slices)
     data = tpu_sizes.data(problem, place)

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from tpu_als.engine import cells
-from tpu_als.engine.xla.placing import AlsParams, Data, Side
+from tpu_als.engine.data import AlsParams
+from tpu_als.engine.xla.data import XlaData as Data
+from tpu_als.engine.xla.data import XlaSide as Side
 
 # Products of float32 operands at the highest precision are six of bfloat16 ones.
 FLOAT32_PASSES = 6

@@ -17,13 +17,15 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import special, stats
 
-from tpu_als.engine import cells, layout
+from tpu_als.engine import cells, layout, reading
 from tpu_als.engine.cells import Long
+from tpu_als.engine.data import AlsParams
 from tpu_als.engine.layout import Plan, RowMap, Rung
 from tpu_als.engine.xla import exchange, placing
+from tpu_als.engine.xla.data import XlaData as Data
+from tpu_als.engine.xla.data import XlaSide as Side
 from tpu_als.engine.xla.exchange import Route
 from tpu_als.engine.xla.mesh import AXIS, Workplace
-from tpu_als.engine.xla.placing import AlsParams, Data, Side
 from tpu_als.engine.xla.sweep import Own
 
 SAMPLE = 1 << 20  # rows of a side that the planner sees
@@ -119,7 +121,7 @@ def solver(problem: Problem, place: Workplace) -> AlsParams:
         return params
     # The choice rests on entries a row alone, so a sample will do.
     lengths = (problem.users.sample(), problem.items.sample())
-    name = placing.cheapest_solver(lengths, params, place)
+    name = reading.cheapest_solver(lengths, params, place)
     return AlsParams(params.factors, params.dtype, name, params.cg_steps, params.block_size)
 
 

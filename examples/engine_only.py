@@ -13,7 +13,9 @@ import numpy as np
 from scipy import sparse
 
 from tpu_als.engine import als
-from tpu_als.engine.xla import fold_in, mesh, placing, ranking, solve
+from tpu_als.engine.data import AlsParams
+from tpu_als.engine.objective import Objective
+from tpu_als.engine.xla import backend, fold_in, mesh, ranking
 
 GROUPS, N_USERS, N_ITEMS, PER_USER = 8, 4000, 1600, 30
 
@@ -38,9 +40,9 @@ def main() -> None:
     user_items, user_groups, item_groups = grouped(rng)
 
     place = mesh.workplace(table_layout="sharded")
-    params = placing.AlsParams(factors=16)
-    objective = solve.objective("implicit", regularization=1.0, alpha=10.0)
-    data = placing.place(user_items, params, place)
+    params = AlsParams(factors=16)
+    objective = Objective.of("implicit", regularization=1.0, alpha=10.0)
+    data = backend.place(user_items, params, place)
     print(f"{len(place.devices)} {place.platform} devices, {user_items.nnz:,} entries")
     for name, side in (("users", data.users), ("items", data.items)):
         rungs = ", ".join(f"{rung.rows} x {rung.length}" for rung in side.rows.rungs)
@@ -61,14 +63,14 @@ def main() -> None:
 
     users, items = als.user_factors(state, data), als.item_factors(state, data)
     catalog = ranking.catalog(items, place)
-    ids, _ = ranking.top_k(users[:1000], catalog, 10, seen=user_items[:1000])
+    ids, _ = catalog.top_k(users[:1000], 10, seen=user_items[:1000])
     hits = item_groups[ids] == user_groups[:1000, None]
     print(f"unseen items recommended from the user's own group: {hits.mean():.1%}")
 
     someone = sparse.csr_matrix((np.ones(3, np.float32), [3, 11, 19], [0, 3]), shape=(1, N_ITEMS))
-    exact = placing.AlsParams(factors=16, linear_solver="cholesky")
-    rows = fold_in.solve_rows(someone, fold_in.source(items, exact, place), objective, exact)
-    ids, _ = ranking.top_k(rows, catalog, 5, seen=someone)
+    exact = AlsParams(factors=16, linear_solver="cholesky")
+    rows = fold_in.source(items, exact, place).solve(someone, objective)
+    ids, _ = catalog.top_k(rows, 5, seen=someone)
     print(f"somebody new with three items of group 3 gets items of groups {item_groups[ids[0]]}")
 
 

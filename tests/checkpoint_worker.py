@@ -15,7 +15,10 @@ from matrices import random_counts
 from worker import join
 
 from tpu_als.engine import als
-from tpu_als.engine.xla import placing, solve
+from tpu_als.engine.data import AlsParams
+from tpu_als.engine.objective import Objective
+from tpu_als.engine.xla import backend
+from tpu_als.engine.xla.data import XlaData
 from tpu_als.engine.xla.mesh import workplace
 from tpu_als.training.checkpoint import Checkpoints
 from tpu_als.training.checkpoint_reader import Reader
@@ -23,13 +26,13 @@ from tpu_als.training.checkpoint_reader import Reader
 SETTINGS = {"alpha": 2.0, "regularization": 0.5}
 
 
-def begin(n_shards: int) -> tuple[placing.Data, als.AlsState]:
+def begin(n_shards: int) -> tuple[XlaData, als.AlsState]:
     """A matrix on all devices, and tables to start from."""
     matrix = random_counts(70, 50, seed=3)
     rng = np.random.default_rng(4)
     tables = (rng.normal(0, 0.1, (n, 6)).astype(np.float32) for n in matrix.shape)
     place = workplace(None, num_threads=n_shards)
-    data = placing.place(matrix, placing.AlsParams(6), place, with_digest=True)
+    data = backend.place(matrix, AlsParams(6), place, with_digest=True)
     return data, als.start(data, *tables)
 
 
@@ -53,7 +56,7 @@ def main() -> None:
     if os.environ.get("UNREADABLE") == os.environ["PROCESS"]:
         fail_once()
     data, state = begin(int(os.environ["DEVICES"]))
-    objective = solve.objective("implicit", SETTINGS["regularization"], SETTINGS["alpha"])
+    objective = Objective.of("implicit", SETTINGS["regularization"], SETTINGS["alpha"])
     history: dict[str, list[float]] = {"loss": []}
     begun = 0
     with Checkpoints(directory) as checkpoints:

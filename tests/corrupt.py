@@ -17,6 +17,10 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from tpu_als.engine.data import AlsParams
+from tpu_als.engine.objective import Objective
+from tpu_als.engine.xla import backend
+
 N_USERS, N_ITEMS = 40, 30
 GROUPS = ("training", "serving", "items", "engine", "preparing")
 
@@ -75,7 +79,7 @@ def _calls(group: str) -> dict[str, Callable[[Any], Any]]:
     # Late, so that a test can import the damages without starting a backend.
     import tpu_als
     from tpu_als import TPUAlternatingLeastSquares, evaluation, weighting
-    from tpu_als.engine.xla import fold_in, placing, solve
+    from tpu_als.engine.xla import fold_in
     from tpu_als.engine.xla.mesh import workplace
     from tpu_als.shards import write_shards
 
@@ -88,9 +92,9 @@ def _calls(group: str) -> dict[str, Callable[[Any], Any]]:
     matrix, users = sound(), np.arange(N_USERS)
     model = new().fit(matrix, show_progress=False)
     flipped = new().fit(sparse.csr_matrix(matrix.T), show_progress=False)
-    params, place = placing.AlsParams(4), workplace(1)
+    params, place = AlsParams(4), workplace(1)
     source = fold_in.source(model.item_factors, params, place)
-    objective = solve.objective("implicit", 0.1, 1.0)
+    objective = Objective.of("implicit", 0.1, 1.0)
 
     def write(rows: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -121,8 +125,8 @@ def _calls(group: str) -> dict[str, Callable[[Any], Any]]:
             "partial_fit_items": lambda m: flipped.partial_fit_items(users, m),
         },
         "engine": {
-            "place": lambda m: placing.place(m, params, place),
-            "solve_rows": lambda m: fold_in.solve_rows(m, source, objective, params),
+            "place": lambda m: backend.place(m, params, place),
+            "solve_rows": lambda m: source.solve(m, objective),
             "write_shards": write,
         },
         "preparing": {

@@ -27,9 +27,11 @@ from matrices import random_counts
 
 from tpu_als.engine import als, layout
 from tpu_als.engine.als import AlsState
-from tpu_als.engine.xla import placing, relayout, solve
+from tpu_als.engine.data import AlsParams
+from tpu_als.engine.objective import Objective
+from tpu_als.engine.xla import backend, placing, relayout
+from tpu_als.engine.xla.data import XlaData
 from tpu_als.engine.xla.mesh import Workplace, workplace
-from tpu_als.engine.xla.placing import AlsParams, Data
 from tpu_als.exceptions import DataWarning
 from tpu_als.training.checkpoint import FOLDER, FORMAT, Checkpoints, Resumed
 from tpu_als.training.checkpoint_reader import checksum_of
@@ -45,7 +47,7 @@ PLACES = {
     "four": (4, 0, "sharded"),
 }
 SETTINGS = {"alpha": 2.0, "shape": (3, 4), "objective": "implicit", "exponent": None}
-OBJECTIVE = solve.objective("implicit", 0.5, 2.0)
+OBJECTIVE = Objective.of("implicit", 0.5, 2.0)
 HISTORY = {"seconds": [0.1, 1 / 3], "loss": [float("nan"), 1e-300]}
 
 
@@ -58,13 +60,13 @@ def placed() -> Any:
     def small(*args: object, **options: object) -> layout.Plan:
         return dataclasses.replace(planned(*args, **options), lengths=(8, 16), chunk=32)
 
-    def get(name: str, dtype: str = "float32") -> Data:
+    def get(name: str, dtype: str = "float32") -> XlaData:
         if (name, dtype) not in made:
             devices, threads, table_layout = PLACES[name]
             place = workplace(devices, num_threads=threads, table_layout=table_layout)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(placing, "make_plan", small)
-                made[name, dtype] = placing.place(
+                made[name, dtype] = backend.place(
                     matrix, AlsParams(7, dtype=dtype), place, with_digest=True
                 )
             assert len(made[name, dtype].users.rows.long) > 0
@@ -74,23 +76,25 @@ def placed() -> Any:
     return get
 
 
-def _start(data: Data, seed: int = 0) -> AlsState:
+def _start(data: XlaData, seed: int = 0) -> AlsState:
     rng = np.random.default_rng(seed)
     return als.start(data, rng.normal(size=(90, 7)), rng.normal(size=(40, 7)))
 
 
-def _rows(state: AlsState, data: Data) -> list[np.ndarray]:
+def _rows(state: AlsState, data: XlaData) -> list[np.ndarray]:
     return [als.user_factors(state, data), als.item_factors(state, data)]
 
 
-def _save(directory: Path, data: Data, iteration: int = 1, seed: int = 0, **extra: Any) -> AlsState:
+def _save(
+    directory: Path, data: XlaData, iteration: int = 1, seed: int = 0, **extra: Any
+) -> AlsState:
     state = _start(data, seed)
     with Checkpoints(directory) as checkpoints:
         assert checkpoints.save(iteration, state, data, SETTINGS, HISTORY, extra)
     return state
 
 
-def _restore(directory: Path, data: Data, **changed: Any) -> Resumed | None:
+def _restore(directory: Path, data: XlaData, **changed: Any) -> Resumed | None:
     with Checkpoints(directory) as checkpoints:
         return checkpoints.restore({**SETTINGS, **changed}, data)
 
@@ -280,7 +284,7 @@ def test_other_data_are_another_run(name: str, tmp_path: Path) -> None:
     other = ALTERED[name](matrix)
     assert (other != matrix).nnz
     data, altered = (
-        placing.place(each, AlsParams(7), place, with_digest=True) for each in (matrix, other)
+        backend.place(each, AlsParams(7), place, with_digest=True) for each in (matrix, other)
     )
     _save(tmp_path, data)
     assert _restore(tmp_path, altered) is None
@@ -288,7 +292,7 @@ def test_other_data_are_another_run(name: str, tmp_path: Path) -> None:
 
 
 def test_data_need_a_digest(tmp_path: Path) -> None:
-    data = placing.place(random_counts(9, 5), AlsParams(2), workplace(1))
+    data = backend.place(random_counts(9, 5), AlsParams(2), workplace(1))
     with pytest.raises(ValueError, match=r"place\(..., with_digest=True\)"):
         _restore(tmp_path, data)
 

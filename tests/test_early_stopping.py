@@ -12,6 +12,7 @@ from matrices import random_counts
 from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares
+from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.xla import mesh, resident
 from tpu_als.evaluation import holdout
 from tpu_als.training.early_stopping import EarlyStopping
@@ -30,15 +31,15 @@ def items_that_rank(first: int) -> np.ndarray:
 
 
 def test_patience_counts_from_the_last_gain() -> None:
-    place = mesh.workplace(1, 1)
+    backend = CpuBackend(1)
     watch = EarlyStopping(TRAIN, HIDDEN, patience=2, tol=1e-4)
     bad, good = items_that_rank(1), items_that_rank(0)
-    assert watch.measure(USERS, bad, place) < 1
-    assert watch.measure(USERS, good, place) == pytest.approx(1)
+    assert watch.measure(USERS, bad, backend) < 1
+    assert watch.measure(USERS, good, backend) == pytest.approx(1)
     assert not watch.is_over
-    watch.measure(USERS, bad, place)
+    watch.measure(USERS, bad, backend)
     assert not watch.is_over
-    watch.measure(USERS, good.copy(), place)
+    watch.measure(USERS, good.copy(), backend)
     assert watch.is_over
     assert watch.best is not None
     assert watch.best[1] is good

@@ -20,6 +20,7 @@ from sklearn.model_selection import GridSearchCV
 
 from tpu_als import ModelFitError, TPUAlternatingLeastSquares
 from tpu_als.engine import als
+from tpu_als.engine.xla.resident import Table
 from tpu_als.shards import write_shards
 
 COUNTS = random_counts(30, 20)
@@ -161,15 +162,13 @@ class TestFailure:
 
 class TestCallback:
     def test_tables_are_fetched_only_when_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        fetched = []
-        workplace = type(fitted()._place())
-        original = workplace.get
+        fetched, original = [], Table.fetch
 
-        def counted(place: Any, shards: Any) -> Any:
+        def counted(table: Table) -> Any:
             fetched.append(1)
-            return original(place, shards)
+            return original(table)
 
-        monkeypatch.setattr(workplace, "get", counted)
+        monkeypatch.setattr(Table, "fetch", counted)
         model().fit(COUNTS, show_progress=False, callback=lambda *_: None)
         assert len(fetched) == 2
 
@@ -255,12 +254,12 @@ class TestTables:
         assert not np.array_equal(start, wide.user_factors)
 
     def test_serving_keeps_its_device_tables(self, new_compilations: Any) -> None:
-        served = fitted()
+        served, name = fitted(use_native=False), "catalog for XlaBackend"
         served.recommend(np.arange(9), COUNTS[:9])
-        kept = served._fitted.item._kept["catalog"]
+        kept = served._fitted.item._derived[name]
         with new_compilations() as count:
             served.recommend(np.arange(9, 18), COUNTS[9:18])
-        assert served._fitted.item._kept["catalog"] is kept
+        assert served._fitted.item._derived[name] is kept
         assert count.programs == 0
 
 

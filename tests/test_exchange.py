@@ -13,8 +13,11 @@ from scipy import sparse
 
 from tpu_als.datasets import power_law
 from tpu_als.engine import als, layout
+from tpu_als.engine.data import AlsParams
 from tpu_als.engine.layout import Plan, RowMap
-from tpu_als.engine.xla import exchange, placing, solve
+from tpu_als.engine.objective import Objective
+from tpu_als.engine.xla import backend, exchange, placing
+from tpu_als.engine.xla.data import XlaData
 from tpu_als.engine.xla.mesh import workplace
 
 
@@ -83,9 +86,9 @@ def test_rows_arrive_as_requested(devices: int) -> None:
         np.testing.assert_array_equal(arrived[receiver, group, sender], expected)
 
 
-def _sharded(matrix: sparse.csr_matrix, devices: int, factors: int = 24) -> placing.Data:
+def _sharded(matrix: sparse.csr_matrix, devices: int, factors: int = 24) -> XlaData:
     place = workplace(devices, table_layout="sharded")
-    return placing.place(matrix, placing.AlsParams(factors), place)
+    return backend.place(matrix, AlsParams(factors), place)
 
 
 @pytest.mark.slow
@@ -106,7 +109,7 @@ def test_no_device_holds_a_full_table(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     tables = [rng.normal(size=(n, factors)).astype(np.float32) for n in matrix.shape]
     state = als.start(data, *tables)
-    objective = solve.objective("implicit", 0.1, 2.0)
+    objective = Objective.of("implicit", 0.1, 2.0)
     state, failed = als.epoch(state, data, objective)
     als.loss(state, data, objective)
     assert failed == (0, 0) and len(texts) >= 3
@@ -137,7 +140,7 @@ def test_received_bytes_fall_with_the_devices() -> None:
     each = {}
     for devices in (1, 2, 4, 8):
         plan = placing.make_plan(
-            np.diff(matrix.indptr), placing.AlsParams(64), workplace(1, num_threads=devices)
+            np.diff(matrix.indptr), AlsParams(64), workplace(1, num_threads=devices)
         )
         rows, _, _, _, routes, _ = _planned(matrix, plan)
         each[devices] = exchange.received_rows(routes, rows.rungs, devices)

@@ -13,9 +13,11 @@ from scipy import sparse
 
 from tpu_als import ModelFitError, TPUAlternatingLeastSquares
 from tpu_als.engine import als, layout
-from tpu_als.engine.xla import placing, solve
+from tpu_als.engine.cpu.backend import CpuBackend
+from tpu_als.engine.data import AlsParams, Data
+from tpu_als.engine.objective import Objective, solver_for
+from tpu_als.engine.xla import backend, placing
 from tpu_als.engine.xla.mesh import workplace
-from tpu_als.engine.xla.placing import AlsParams, Data
 
 K = 4
 COUNTS = random_counts(40, 30, density=0.3, negatives=True, seed=2)
@@ -24,8 +26,6 @@ WAYS = ["loops", "rungs", pytest.param("long rows", marks=pytest.mark.slow)]
 
 
 def _data(way: str, monkeypatch: pytest.MonkeyPatch, solver: str = "cg", steps: int = 8) -> Data:
-    if way == "loops":
-        pytest.importorskip("numba")
     if way == "long rows":
         planned = placing.make_plan
 
@@ -33,9 +33,10 @@ def _data(way: str, monkeypatch: pytest.MonkeyPatch, solver: str = "cg", steps: 
             return dataclasses.replace(planned(*args), lengths=(4,), chunk=8)
 
         monkeypatch.setattr(placing, "make_plan", small)
-    params = AlsParams(K, "float32", solver, steps, native=way == "loops")
-    data = placing.place(COUNTS, params, workplace(1, num_threads=1))
-    assert data.params.native == (way == "loops")
+    params = AlsParams(K, "float32", solver, steps)
+    if way == "loops":
+        return CpuBackend(1).place(COUNTS, params)
+    data = backend.place(COUNTS, params, workplace(1, num_threads=1))
     assert bool(len(data.users.rows.long)) == (way == "long rows")
     return data
 
@@ -47,7 +48,7 @@ def _tables() -> list[np.ndarray]:
 
 def _half_epoch(data: Data, objective: oracle.Objective) -> tuple[np.ndarray, float]:
     """The users solved against the items, and the loss then."""
-    state, ours = als.start(data, *_tables()), solve.objective(*objective)
+    state, ours = als.start(data, *_tables()), Objective.of(*objective)
     users = als.half_epoch(*state, data, ours, target="users")
     state = als.AlsState(users, state.items)
     return als.user_factors(state, data), als.loss(state, data, ours)
@@ -117,7 +118,7 @@ def test_cg_without_a_diagonal_makes_progress(
 ) -> None:
     objective = oracle.Objective(name, ridge, 40.0, 0.0)
     data = _data(way, monkeypatch, steps=3)
-    before = als.loss(als.start(data, *_tables()), data, solve.objective(*objective))
+    before = als.loss(als.start(data, *_tables()), data, Objective.of(*objective))
     users, after = _half_epoch(data, objective)
     assert np.isfinite(users).all() and after < before / 2
 
@@ -149,13 +150,13 @@ def test_without_a_ridge_or_other_cells_fit_solves_exactly(
 
 def test_the_solver_is_direct_only_where_the_diagonal_is_nothing() -> None:
     for objective, expected in (
-        (solve.objective("ials", 0.0, 1.0, 0.0), "cholesky"),
-        (solve.objective("ials", 1e-9, 40.0, 1e-9), "cholesky"),
-        (solve.objective("ials", 1e-3, 40.0, 0.0), "cg"),
-        (solve.objective("ials", 0.0, 40.0, 1e-3), "cg"),
+        (Objective.of("ials", 0.0, 1.0, 0.0), "cholesky"),
+        (Objective.of("ials", 1e-9, 40.0, 1e-9), "cholesky"),
+        (Objective.of("ials", 1e-3, 40.0, 0.0), "cg"),
+        (Objective.of("ials", 0.0, 40.0, 1e-3), "cg"),
     ):
-        assert solve.solver_for("cg", objective) == expected
-        assert solve.solver_for("subspace", objective) == "subspace"
+        assert solver_for("cg", objective) == expected
+        assert solver_for("subspace", objective) == "subspace"
 
 
 @pytest.mark.parametrize("value", [1e30, 3e38])

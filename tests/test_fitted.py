@@ -16,13 +16,14 @@ from matrices import random_counts
 from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares
-from tpu_als.engine.xla import ranking, topk
+from tpu_als.engine.cpu import exact, ranking
+from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.serving import fitted
 from tpu_als.training import training
 
 COUNTS = random_counts(30, 20)
 USERS = np.arange(30)
-FILES = {"estimator.py", "training.py", "_tables.py", "fitted.py", "als.py"}
+FILES = {"estimator.py", "training.py", "attributes.py", "fitted.py", "als.py", "backend.py"}
 
 
 def _model(**changes: Any) -> TPUAlternatingLeastSquares:
@@ -66,14 +67,14 @@ def _refit(model: Any) -> None:
 
 WRITERS = {"grow items": _grow_items, "grow users": _grow_users, "assign": _assign, "fit": _refit}
 READERS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
-    "one user": (topk, "top_k_on_host", lambda m: m.recommend(3, COUNTS[3], N=5)),
-    "all users": (ranking, "top_k", lambda m: m.recommend(USERS, COUNTS, N=5)),
-    "catalog": (ranking, "catalog", lambda m: m.recommend(USERS, COUNTS, N=5)),
+    "one user": (ranking, "_of_few", lambda m: m.recommend(3, COUNTS[3], N=5)),
+    "all users": (ranking.Catalog, "top_k", lambda m: m.recommend(USERS, COUNTS, N=5)),
+    "catalog": (CpuBackend, "catalog", lambda m: m.recommend(USERS, COUNTS, N=5)),
     "similar items": (fitted, "norms", lambda m: m.similar_items(3, N=5)),
     "all similar users": (fitted, "norms", lambda m: m.similar_users(USERS, N=5)),
     "gramian": (fitted, "_gramian", lambda m: m.recalculate_user(0, COUNTS[0])),
-    "source": (fitted.fold_in, "source", lambda m: m.transform(COUNTS)),
-    "score": (fitted.fold_in, "source", lambda m: m.score(COUNTS)),
+    "source": (CpuBackend, "source", lambda m: m.transform(COUNTS)),
+    "score": (exact.Source, "solve", lambda m: m.score(COUNTS)),
     "pairs": (fitted.FactorTable, "rows", lambda m: m.score_pairs(USERS[:20], USERS[:20])),
 }
 

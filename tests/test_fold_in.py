@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from tpu_als.engine.xla import fold_in, solve
+from tpu_als.engine.data import AlsParams
+from tpu_als.engine.objective import Objective
+from tpu_als.engine.xla import fold_in
 from tpu_als.engine.xla.mesh import workplace
-from tpu_als.engine.xla.placing import AlsParams
 
 EXACT = {
     "cg": AlsParams(4, cg_steps=7),
@@ -55,7 +56,7 @@ def test_rows_equal_the_oracles(solver: str, dtype: str, devices: int, threads: 
     source = fold_in.source(table, params, workplace(devices, num_threads=threads))
     for seed, objective in enumerate(OBJECTIVES):
         rows = _rows(seed)
-        ours = fold_in.solve_rows(rows, source, solve.objective(*objective), params)
+        ours = source.solve(rows, Objective.of(*objective))
         exact = oracle.fold_in(rows, table, objective)
         assert ours.dtype == dtype and ours.shape == (20, params.factors)
         atol = (2e-3 if dtype == "float32" else 1e-8) * np.abs(exact).max()
@@ -68,14 +69,14 @@ def test_rows_equal_the_oracles(solver: str, dtype: str, devices: int, threads: 
 def test_a_row_does_not_depend_on_its_batch(solver: str, seed: int) -> None:
     params = EXACT[solver]
     source = fold_in.source(_table(params.factors), params, workplace(1, num_threads=2))
-    objective = solve.objective("implicit", 0.5, 2.0)
+    objective = Objective.of("implicit", 0.5, 2.0)
     rows = _rows(seed)
-    together = fold_in.solve_rows(rows, source, objective, params)
+    together = source.solve(rows, objective)
     order = np.random.default_rng(seed).permutation(20)
-    other = fold_in.solve_rows(rows[order], source, objective, params)
+    other = source.solve(rows[order], objective)
     np.testing.assert_array_equal(other, together[order])
     for row in (0, 7, 19):
-        alone = fold_in.solve_rows(rows[row], source, objective, params)
+        alone = source.solve(rows[row], objective)
         np.testing.assert_array_equal(alone[0], together[row])
 
 
@@ -85,7 +86,7 @@ def test_a_row_of_thousands_of_entries() -> None:
     params = EXACT["cholesky"]
     params = dataclasses.replace(params, factors=4)
     source = fold_in.source(table, params, workplace(1, num_threads=2))
-    ours = fold_in.solve_rows(rows, source, solve.objective("ials", 0.1, 2.0), params)
+    ours = source.solve(rows, Objective.of("ials", 0.1, 2.0))
     exact = oracle.fold_in(rows, table, oracle.Objective("ials", 0.1, 2.0))
     np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-3 * np.abs(exact).max())
 
@@ -95,10 +96,10 @@ def test_a_start_near_the_solution_needs_no_step_more() -> None:
     table, rows, objective = _table(4), _rows(3), OBJECTIVES[1]
     source = fold_in.source(table, params, workplace(1, num_threads=1))
     exact = oracle.fold_in(rows, table, objective)
-    ours = solve.objective(*objective)
-    warm = fold_in.solve_rows(rows, source, ours, params, start=exact)
+    ours = Objective.of(*objective)
+    warm = source.solve(rows, ours, start=exact)
     np.testing.assert_allclose(warm, exact, atol=1e-9)
-    cold = fold_in.solve_rows(rows, source, ours, params)
+    cold = source.solve(rows, ours)
     assert np.abs(cold - exact).max() > 1e-3
 
 
@@ -113,9 +114,7 @@ def test_a_given_gramian_takes_the_place_of_the_tables_own(solver: str) -> None:
     rows, objective = _rows(4), oracle.Objective("implicit", 0.5, 2.0)
     wide = sparse.csr_matrix((rows.data, rows.indices, rows.indptr), (20, N + 30))
     source = fold_in.source(table, params, workplace(1, num_threads=1))
-    ours = fold_in.solve_rows(
-        rows, source, solve.objective(*objective), params, gramian=more.T @ more
-    )
+    ours = source.solve(rows, Objective.of(*objective), gram=more.T @ more)
     np.testing.assert_allclose(ours, oracle.fold_in(wide, more, objective), atol=1e-7)
 
 
@@ -126,10 +125,10 @@ def test_a_row_that_failed_is_not_finite_and_spoils_no_other(solver: str) -> Non
     rows = _rows(0)
     bad = int(np.argmax(np.diff(rows.indptr) > 3))
     source = fold_in.source(_table(params.factors), params, workplace(1, num_threads=2))
-    objective = solve.objective("implicit", 0.5, 100.0)
-    good = fold_in.solve_rows(rows, source, objective, params)
+    objective = Objective.of("implicit", 0.5, 100.0)
+    good = source.solve(rows, objective)
     rows.data[rows.indptr[bad]] = 3e38
-    ours = fold_in.solve_rows(rows, source, objective, params)
+    ours = source.solve(rows, objective)
     assert not np.isfinite(ours[bad]).any()
     others = np.arange(20) != bad
     np.testing.assert_array_equal(ours[others], good[others])
@@ -141,19 +140,19 @@ def test_rows_without_entries_are_zero(count: int) -> None:
     source = fold_in.source(_table(16), params, workplace(1, num_threads=1))
     rows = sparse.csr_matrix((count, N), dtype=np.float32)
     start = np.ones((count, 16), np.float32)
-    objective = solve.objective("implicit", 0.5, 2.0)
-    ours = fold_in.solve_rows(rows, source, objective, params, start=start)
+    objective = Objective.of("implicit", 0.5, 2.0)
+    ours = source.solve(rows, objective, start=start)
     assert ours.shape == (count, 16) and not ours.any()
 
 
 def test_other_rows_and_numbers_compile_nothing(new_compilations) -> None:
     params = EXACT["cg"]
     where = workplace(1, num_threads=2)
-    objective = solve.objective("implicit", 0.5, 2.0)
-    fold_in.solve_rows(_rows(0), fold_in.source(_table(4), params, where), objective, params)
+    objective = Objective.of("implicit", 0.5, 2.0)
+    fold_in.source(_table(4), params, where).solve(_rows(0), objective)
     with new_compilations() as count:
         source = fold_in.source(-_table(4)[::-1], params, where)
-        fold_in.solve_rows(_rows(1)[:7], source, solve.objective("ials", 1, 3, 0.1, 0.2), params)
+        source.solve(_rows(1)[:7], Objective.of("ials", 1, 3, 0.1, 0.2))
     assert count.programs == 0
 
 
@@ -171,7 +170,7 @@ def test_one_more_column_stands_for_a_row_of_zeros(
         (spread.data, np.minimum(spread.indices, N), spread.indptr), (20, N + 1)
     )
     source = fold_in.source(table, params, workplace(1, num_threads=1))
-    ours = fold_in.solve_rows(clipped, source, solve.objective(*objective), params)
+    ours = source.solve(clipped, Objective.of(*objective))
     grown = np.vstack([table, np.zeros((9, params.factors))])
     exact = oracle.fold_in(spread, grown, objective, N)
     np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-7 * np.abs(exact).max())
@@ -180,10 +179,10 @@ def test_one_more_column_stands_for_a_row_of_zeros(
 def test_rows_that_do_not_fit_the_table() -> None:
     params = EXACT["cg"]
     source = fold_in.source(_table(4), params, workplace(1, num_threads=1))
-    objective, rows = solve.objective("implicit", 0.5, 2.0), _rows(0)
+    objective, rows = Objective.of("implicit", 0.5, 2.0), _rows(0)
     wide = sparse.csr_matrix((rows.data, rows.indices, rows.indptr), (20, N + 2))
     with pytest.raises(ValueError, match="rows have 52 columns for a table of 50 rows"):
-        fold_in.solve_rows(wide, source, objective, params)
+        source.solve(wide, objective)
     rows.indices[0] = -1
     with pytest.raises(ValueError, match="outside its shape"):
-        fold_in.solve_rows(rows, source, objective, params)
+        source.solve(rows, objective)

@@ -13,7 +13,7 @@ import pytest
 from matrices import random_counts
 
 from tpu_als import TPUAlternatingLeastSquares, host
-from tpu_als.host import LINE, Memory
+from tpu_als.engine.cpu.memory import LINE, Memory
 
 
 def _address(array: np.ndarray) -> int:

@@ -14,13 +14,15 @@ import pytest
 from scipy import sparse
 
 from tpu_als.engine import als, layout
-from tpu_als.engine.cpu import native
-from tpu_als.engine.xla import fold_in, placing, solve
+from tpu_als.engine.cpu import half_epoch as loops
+from tpu_als.engine.cpu.backend import CpuBackend
+from tpu_als.engine.data import AlsParams, Data
+from tpu_als.engine.objective import Objective
+from tpu_als.engine.xla import backend, fold_in, placing, solve
 from tpu_als.engine.xla.mesh import workplace
-from tpu_als.engine.xla.placing import AlsParams
 
 N, K = 1_000_000, 8
-OBJECTIVE = solve.objective("implicit", 0.01, 40.0)
+OBJECTIVE = Objective.of("implicit", 0.01, 40.0)
 # devices, layout of the source table, solver, compiled loops
 PLACES = {
     "loops": (1, "auto", "cg", True),
@@ -89,7 +91,7 @@ def problem() -> Problem:
     return _problem(N)
 
 
-def _check(problem: Problem, data: placing.Data) -> None:
+def _check(problem: Problem, data: Data) -> None:
     state = als.start(data, problem.users, problem.items)
     assert als.loss(state, data, OBJECTIVE) == pytest.approx(problem.loss, rel=1e-6)
     users = als.half_epoch(*state, data, OBJECTIVE, target="users")
@@ -110,12 +112,12 @@ def _close(users: np.ndarray, problem: Problem) -> None:
 def test_rows_of_a_million_entries(name: str, problem: Problem) -> None:
     """Their loss and their solution, which the loops and the devices sum each in its own way."""
     devices, table_layout, solver, is_native = PLACES[name]
+    params = AlsParams(K, "float32", solver, cg_steps=8)
     if is_native:
-        pytest.importorskip("numba")
-    where = workplace(devices, num_threads=2, table_layout=table_layout)
-    params = AlsParams(K, "float32", solver, cg_steps=8, native=is_native)
-    data = placing.place(problem.matrix, params, where)
-    assert data.params.native == is_native
+        data: Any = CpuBackend(2).place(problem.matrix, params)
+    else:
+        where = workplace(devices, num_threads=2, table_layout=table_layout)
+        data = backend.place(problem.matrix, params, where)
     _check(problem, data)
 
 
@@ -130,7 +132,7 @@ def test_a_long_row_of_very_many_blocks(solver: str, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(placing, "make_plan", small)
     problem = _problem(200_000)
-    data = placing.place(problem.matrix, AlsParams(K, "float32", solver, 8), workplace(1))
+    data = backend.place(problem.matrix, AlsParams(K, "float32", solver, 8), workplace(1))
     _check(problem, data)
 
 
@@ -138,7 +140,7 @@ def test_a_long_row_of_very_many_blocks(solver: str, monkeypatch: pytest.MonkeyP
 def test_a_fold_in_of_a_million_entries(problem: Problem) -> None:
     params = AlsParams(K, linear_solver="cholesky")
     source = fold_in.source(problem.items, params, workplace(1))
-    _close(fold_in.solve_rows(problem.matrix, source, OBJECTIVE, params), problem)
+    _close(source.solve(problem.matrix, OBJECTIVE), problem)
 
 
 def test_gramians_of_tall_tables() -> None:
@@ -146,7 +148,7 @@ def test_gramians_of_tall_tables() -> None:
     table = np.random.default_rng(0).random((1 << 20, K), dtype=np.float32)
     wide = table.astype(np.float64)
     by_xla = jax.jit(solve.gramian, static_argnums=1)(table, "float32")
-    by_blas = native.gramian(table, workplace(1, num_threads=2))
+    by_blas = loops.gramian(table, 2)
     for found in (by_xla, by_blas):
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, wide.T @ wide, rtol=4e-7)

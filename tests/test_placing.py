@@ -19,25 +19,26 @@ from scipy import sparse
 
 from tpu_als import shards
 from tpu_als.engine import als
-from tpu_als.engine.xla import placing, resident, solve
+from tpu_als.engine.data import AlsParams
+from tpu_als.engine.objective import Objective
+from tpu_als.engine.xla import backend, placing
+from tpu_als.engine.xla.data import XlaData
 from tpu_als.engine.xla.mesh import workplace
-from tpu_als.engine.xla.placing import AlsParams
 
 FACTORS = 8
 
 
-def _tables(data: placing.Data) -> list[np.ndarray]:
+def _tables(data: XlaData) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     shape = (data.users.n_rows, data.items.n_rows)
     start = (rng.normal(size=(n, FACTORS)).astype(np.float32) for n in shape)
     state = als.start(data, *start)
-    objective = solve.objective("implicit", 0.1, 3.0)
+    objective = Objective.of("implicit", 0.1, 3.0)
     for _ in range(2):
         state, failed = als.epoch(state, data, objective)
         assert failed == (0, 0)
     loss = als.loss(state, data, objective)
-    found = resident.tables(state, data).values()
-    return [*(table.fetch() for table in found), np.array(loss)]
+    return [als.user_factors(state, data), als.item_factors(state, data), np.array(loss)]
 
 
 def _matrix(values: list[float]) -> sparse.csr_matrix:
@@ -52,7 +53,7 @@ CASES = {"ones": ([1.0], None), "ratings": ([0.5, 3.0, -4.5, 0.0], ml_dtypes.bfl
 
 def test_a_value_beyond_what_is_narrow_is_kept_wide() -> None:
     most = np.finfo(np.float32).max
-    data = placing.place(_matrix([1.0, most]), AlsParams(FACTORS), workplace(1))
+    data = backend.place(_matrix([1.0, most]), AlsParams(FACTORS), workplace(1))
     assert data.users.own.values[0].dtype == np.float32
 
 
@@ -68,14 +69,14 @@ def test_values_are_as_narrow_as_they_can_be(
     monkeypatch.setattr(placing.layout, "LONGEST", 16)
     place = workplace(devices or 1, num_threads=2, table_layout="sharded" if devices else "auto")
     matrix, params = _matrix(values), AlsParams(FACTORS)
-    data = placing.place(matrix, params, place)
+    data = backend.place(matrix, params, place)
     assert len(data.users.rows.long) and len(data.items.rows.long)
     for side in (data.users, data.items):
         for kept in (side.own.values, side.long.values if side.long is not None else None):
             first: Any = kept[0] if isinstance(kept, list) else kept
             assert (first is None) if expected is None else (first.dtype == expected)
     monkeypatch.setattr(placing, "_kept_as", lambda *_: np.dtype(np.float32))
-    wide = placing.place(matrix, params, place)
+    wide = backend.place(matrix, params, place)
     for found, same in zip(_tables(data), _tables(wide), strict=True):
         np.testing.assert_allclose(found, same, rtol=1e-4, atol=1e-5)
 
@@ -87,7 +88,7 @@ def test_shards_without_values_keep_none(values: list[float], kept: bool, tmp_pa
     matrix, place = _matrix(values), workplace(1)
     opened = shards.write_shards(matrix, tmp_path / "data", 2)
     params = AlsParams(FACTORS)
-    data, whole = (placing.place(each, params, place) for each in (opened, matrix))
+    data, whole = (backend.place(each, params, place) for each in (opened, matrix))
     assert (data.users.own.values is not None) == kept
     for found, same in zip(_tables(data), _tables(whole), strict=True):
         np.testing.assert_allclose(found, same, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import tpu_als
-from tpu_als.engine.xla import programs
+from tpu_als.engine import compilation_cache
 from tpu_als.storage.private import private_directory
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes and owners are of POSIX")
@@ -31,7 +31,7 @@ def refused(path: Path, message: str) -> None:
     before = jax.config.jax_compilation_cache_dir
     with pytest.raises(PermissionError, match=message):
         tpu_als.enable_compilation_cache(path)
-    assert programs.compilation_cache is None and jax.config.jax_compilation_cache_dir == before
+    assert compilation_cache.directory is None and jax.config.jax_compilation_cache_dir == before
 
 
 def test_private_ones_pass(folder: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_who_wins(given: Any, verbose: Any, disabled: Any, monkeypatch: pytest.M
 
 
 def test_a_notebook_has_bars(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "_IN_NOTEBOOK", True)
+    monkeypatch.setattr(progress, "_is_in_notebook", lambda: True)
     assert progress.is_disabled(None, None) is False
     assert progress.is_disabled(None, False) is True
 

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from tpu_als.engine import layout
+from tpu_als.engine.cpu import ranking as cpu_ranking
+from tpu_als.engine.data import DTYPES
 from tpu_als.engine.layout import RowMap
-from tpu_als.engine.xla import placing, ranking, topk
+from tpu_als.engine.xla import ranking
 from tpu_als.engine.xla.mesh import Shards, Workplace, workplace
 
 LOWEST = np.float32(-np.finfo(np.float32).max)
@@ -100,8 +102,9 @@ def test_top_k_equals_a_full_sort(
     catalog = ranking.catalog(table, _place(devices, threads))
     expected = _scores(queries, table, seen, excluded)
     hidden = {"seen": seen, "excluded": excluded}
-    _check(ranking.top_k(queries, catalog, k, **hidden), k, *expected, dtype)
-    _check(topk.top_k_on_host(queries, table, k, **hidden), k, *expected, dtype)
+    _check(catalog.top_k(queries, k, **hidden), k, *expected, dtype)
+    by_cpu = cpu_ranking.Catalog(table, None, threads or 2)
+    _check(by_cpu.top_k(queries, k, **hidden), k, *expected, dtype)
 
 
 @pytest.mark.parametrize(("devices", "threads"), PLACES)
@@ -119,9 +122,10 @@ def test_a_large_catalog_with_much_seen(devices: int, threads: int, k: int) -> N
     stored[np.arange(n_queries)[:, None], kept] = 1
     seen = sparse.csr_matrix(stored)
     excluded = rng.choice(n_items, 300, replace=False)
-    catalog = ranking.catalog(table, _place(devices, threads))
-    found = ranking.top_k(queries, catalog, k, seen=seen, excluded=excluded)
-    _check(found, k, *_scores(queries, table, seen, excluded), "float32")
+    catalogs = ranking.catalog(table, _place(devices, threads)), cpu_ranking.Catalog(table, None, 2)
+    for catalog in catalogs:
+        found = catalog.top_k(queries, k, seen=seen, excluded=excluded)
+        _check(found, k, *_scores(queries, table, seen, excluded), "float32")
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -129,7 +133,7 @@ def test_best_items_side_by_side(devices: int) -> None:
     """All the best in one stretch of the catalog, as items sorted by popularity stand."""
     table = np.linspace(1, 0, 3000, dtype=np.float32)[:, None]
     catalog = ranking.catalog(table, _place(devices, 2))
-    ids, scores = ranking.top_k(np.ones((9, 1), np.float32), catalog, 150)
+    ids, scores = catalog.top_k(np.ones((9, 1), np.float32), 150)
     np.testing.assert_array_equal(ids, np.tile(np.arange(150), (9, 1)))
     np.testing.assert_array_equal(scores, np.tile(table[:150, 0], (9, 1)))
 
@@ -138,7 +142,7 @@ def test_best_items_side_by_side(devices: int) -> None:
 @pytest.mark.parametrize("devices", [1, 4])
 def test_equal_scores_of_all_items(devices: int, n_queries: int) -> None:
     catalog = ranking.catalog(np.zeros((500, 2), np.float32), _place(devices, 1))
-    ids, scores = ranking.top_k(np.ones((n_queries, 2), np.float32), catalog, 20)
+    ids, scores = catalog.top_k(np.ones((n_queries, 2), np.float32), 20)
     assert all(len(set(row)) == 20 for row in ids)
     assert ids.min() >= 0 and ids.max() < 500 and not scores.any()
 
@@ -148,10 +152,10 @@ def test_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> 
     queries = rng.normal(size=(37, 4)).astype(np.float32)
     seen = sparse.csr_matrix((rng.random((37, 200)) < 0.3).astype(np.float32))
     catalog = ranking.catalog(rng.normal(size=(200, 4)).astype(np.float32), _place(1, 2))
-    together = ranking.top_k(queries, catalog, 10, seen=seen)
-    single = [ranking.top_k(queries[[n]], catalog, 10, seen=seen[n]) for n in range(37)]
+    together = catalog.top_k(queries, 10, seen=seen)
+    single = [catalog.top_k(queries[[n]], 10, seen=seen[n]) for n in range(37)]
     monkeypatch.setitem(ranking._BATCH_BYTES, "cpu", 1 << 10)
-    small = ranking.top_k(queries, catalog, 10, seen=seen)
+    small = catalog.top_k(queries, 10, seen=seen)
     for other in (small, tuple(np.concatenate(part) for part in zip(*single, strict=True))):
         np.testing.assert_array_equal(other[0], together[0])
         np.testing.assert_allclose(other[1], together[1], rtol=1e-5)
@@ -163,7 +167,7 @@ def test_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_nothing_to_rank(devices: int, n_queries: int, n_items: int, k: int) -> None:
     catalog = ranking.catalog(np.ones((n_items, 2), np.float32), _place(devices, 1))
-    ids, scores = ranking.top_k(np.ones((n_queries, 2), np.float32), catalog, k)
+    ids, scores = catalog.top_k(np.ones((n_queries, 2), np.float32), k)
     assert ids.shape == scores.shape == (n_queries, k)
     assert np.all(ids == -1) and np.all(scores == LOWEST)
 
@@ -175,7 +179,7 @@ def test_a_call_changes_nothing_that_it_was_given(n_queries: int) -> None:
     seen = sparse.csr_matrix((rng.random((n_queries, 40)) < 0.3).astype(np.float32))
     before = queries.copy(), table.copy(), seen.copy()
     catalog = ranking.catalog(table, _place(1, 1))
-    ranking.top_k(queries, catalog, 5, seen=seen, excluded=np.arange(3))
+    catalog.top_k(queries, 5, seen=seen, excluded=np.arange(3))
     np.testing.assert_array_equal(queries, before[0])
     np.testing.assert_array_equal(table, before[1])
     assert (seen != before[2]).nnz == 0
@@ -186,12 +190,12 @@ def test_a_catalog_is_reused_without_compiling(new_compilations) -> None:
     place = _place(1, 2)
     queries = rng.normal(size=(60, 3)).astype(np.float32)
     catalog = ranking.catalog(rng.normal(size=(300, 3)).astype(np.float32), place)
-    ranking.top_k(queries, catalog, 10)
+    catalog.top_k(queries, 10)
     again = ranking.catalog(rng.normal(size=(300, 3)).astype(np.float32), place)
     seen = sparse.csr_matrix((rng.random((60, 300)) < 0.1).astype(np.float32))
     with new_compilations() as count:
-        ranking.top_k(-queries, catalog, 9, excluded=np.arange(4))
-        ranking.top_k(queries[:59], again, 10, seen=seen[:59])
+        catalog.top_k(-queries, 9, excluded=np.arange(4))
+        again.top_k(queries[:59], 10, seen=seen[:59])
     assert count.programs == 0
 
 
@@ -199,7 +203,7 @@ def _in_slots(table: np.ndarray, place: Workplace, dtype: str) -> tuple[Shards, 
     """A table in slot order on the devices, its map, and the rows in float64 as they are stored."""
     lengths = np.random.default_rng(1).integers(0, 40, len(table))
     rows = layout.map_rows(lengths, layout.Plan((8, 16, 32), 64, 16, place.n_shards))
-    stored = table.astype(placing.DTYPES[dtype])
+    stored = table.astype(DTYPES[dtype])
     with ranking.precision(dtype):
         shards = place.put(layout.to_slots(stored, rows, place.local))
     return shards, rows, stored.astype(np.float64)
@@ -222,7 +226,7 @@ def test_a_table_is_ranked_where_it_lies(
     catalog = ranking.catalog_of(shards, rows, place)
     assert catalog.rows is shards
     wide = "float64" if dtype == "float64" else "float32"
-    found = ranking.top_k(queries.astype(wide), catalog, k, seen=seen, excluded=excluded)
+    found = catalog.top_k(queries.astype(wide), k, seen=seen, excluded=excluded)
     _check(found, k, *_scores(queries.astype(wide), stored, seen, excluded), wide)
 
 
@@ -243,7 +247,7 @@ def test_cosines(devices: tuple[int, int], dtype: str) -> None:
         ranking.catalog_of(shards, rows, place, lengths=lengths),
         ranking.catalog(stored.astype(wide), place, lengths=lengths),
     ):
-        found = ranking.top_k(queries.astype(wide), catalog, 25)
+        found = catalog.top_k(queries.astype(wide), 25)
         _check(found, 25, *expected, wide)
         np.testing.assert_array_equal(found[0][:7, 0], np.arange(7))
 
@@ -271,11 +275,11 @@ def test_approximate_search_is_exact_where_there_is_no_approximate_one(
     rng = np.random.default_rng(0)
     queries, table = rng.normal(size=(9, 8)), rng.normal(size=(3000, 8))
     catalog = ranking.catalog(table.astype(np.float32), _place(*devices))
-    found = ranking.top_k(queries.astype(np.float32), catalog, 50, approximate_recall=0.9)
+    found = catalog.top_k(queries.astype(np.float32), 50, approximate_recall=0.9)
     _check(found, 50, *_scores(queries, table, None, None), "float32")
     for wrong in (0, 1.5, -0.1, float("nan")):
         with pytest.raises(ValueError, match="approximate_recall must be a number between 0 and 1"):
-            ranking.top_k(queries, catalog, 5, approximate_recall=wrong)
+            catalog.top_k(queries, 5, approximate_recall=wrong)
 
 
 def test_tpus_get_the_approximate_search_when_asked() -> None:
@@ -320,7 +324,7 @@ _PROCESS = """
         (scores, ranking.catalog(table, place)),
     ):
         expected[stored] = expected[:, excluded] = -np.inf
-        ids, best = ranking.top_k(queries, found, 12, seen=seen, excluded=excluded)
+        ids, best = found.top_k(queries, 12, seen=seen, excluded=excluded)
         np.testing.assert_array_equal(ids, np.argsort(-expected, axis=1)[:, :12])
         np.testing.assert_allclose(best, -np.sort(-expected, axis=1)[:, :12], rtol=1e-4)
     print("answered")

@@ -8,9 +8,10 @@ import pytest
 from matrices import random_counts
 
 from tpu_als.engine import als
-from tpu_als.engine.xla import placing, resident, solve
+from tpu_als.engine.data import DTYPES, AlsParams
+from tpu_als.engine.objective import Objective
+from tpu_als.engine.xla import backend
 from tpu_als.engine.xla.mesh import workplace
-from tpu_als.engine.xla.placing import AlsParams
 from tpu_als.engine.xla.resident import Table
 
 COUNTS = random_counts(70, 50, seed=3)
@@ -22,13 +23,17 @@ def _tables(
 ) -> tuple[dict[str, Table], dict[str, np.ndarray]]:
     devices, threads, table_layout = place
     where = workplace(devices, num_threads=threads, table_layout=table_layout)
-    data = placing.place(COUNTS, AlsParams(6, dtype), where)
+    data = backend.place(COUNTS, AlsParams(6, dtype), where)
     rng = np.random.default_rng(0)
     given = {
         s: rng.normal(size=(n, 6)) for s, n in zip(("user", "item"), COUNTS.shape, strict=True)
     }
-    found = resident.tables(als.start(data, *given.values()), data)
-    return found, {side: t.astype(placing.DTYPES[dtype]).astype("f8") for side, t in given.items()}
+    state = als.start(data, *given.values())
+    found = {
+        "user": data.backend.table(state.users, data.users, data),
+        "item": data.backend.table(state.items, data.items, data),
+    }
+    return found, {side: t.astype(DTYPES[dtype]).astype("f8") for side, t in given.items()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
@@ -56,7 +61,7 @@ def test_rows_are_solved_exactly(place: tuple[int, int, str], kind: str) -> None
     found, given = _tables(place)
     rows = random_counts(23, 50, seed=4)
     objective = oracle.Objective(kind, 0.5, 2.0, 0.3, 0.5)
-    solved = found["item"].solve(rows, solve.objective(*objective))
+    solved = found["item"].solve(rows, Objective.of(*objective))
     expected = oracle.half_epoch(rows, given["item"], objective)
     np.testing.assert_allclose(solved, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
     # the table is as it was
@@ -69,7 +74,7 @@ def test_drawn_rows_depend_on_seed_and_number_alone(normal: bool) -> None:
     found = []
     for devices, threads, table_layout in PLACES:
         where = workplace(devices, num_threads=threads, table_layout=table_layout)
-        data = placing.place(random_counts(300, 200), AlsParams(16), where)
+        data = backend.place(random_counts(300, 200), AlsParams(16), where)
         state = als.draw(data, 7, 0.5, normal=normal)
         found.append((als.user_factors(state, data), als.item_factors(state, data)))
     for users, items in found:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tpu_als.engine.objective import Objective, confidence, ridge
 from tpu_als.engine.xla import cholesky, solve
 from tpu_als.engine.xla.mesh import precision
 from tpu_als.engine.xla.solve import Block
@@ -255,7 +256,7 @@ def test_the_spectrum_of_a_deficient_table_is_positive(rank: int) -> None:
 
 
 def test_pad_cells_weigh_nothing_wherever_they_point() -> None:
-    objective = solve.Objective(*(np.float32(n) for n in solve.objective("implicit", 0.1, 2.0, 3)))
+    objective = Objective(*(np.float32(n) for n in Objective.of("implicit", 0.1, 2.0, 3)))
     table = jnp.ones((6, K))
     ids, values = np.zeros((2, 3), np.int32), np.full((2, 3), 5, np.float32)
     left = np.array([0, 2], np.int32)
@@ -303,35 +304,35 @@ def test_weights_and_ridges_equal_the_oracles(
     seed: int, name: str, alpha: float, weight: float, exponent: float | None
 ) -> None:
     theirs = oracle.Objective(name, 0.7, alpha, weight, exponent)
-    ours = solve.objective(*theirs)
+    ours = Objective.of(*theirs)
     rng = np.random.default_rng(seed)
     x = rng.integers(-3, 4, 12).astype(np.float64)
-    w, v = solve.confidence(ours, x)
+    w, v = confidence(ours, x)
     c = alpha * x
     # w comes on top of the unobserved weight: all of |c|, or in its place
     np.testing.assert_allclose(w + (weight if name == "implicit" else 0), np.abs(c), atol=1e-12)
     np.testing.assert_allclose(v, np.where(c > 0, c, 0))
     n_entries = rng.integers(0, 99, 12)
     expected = oracle.ridge(n_entries, 50, theirs)
-    np.testing.assert_allclose(solve.ridge(ours, n_entries, 50), expected)
-    single = solve.Objective(*(np.float32(number) for number in ours))
-    traced = jax.jit(solve.ridge)(single, n_entries.astype(np.float32), np.float32(50))
+    np.testing.assert_allclose(ridge(ours, n_entries, 50), expected)
+    single = Objective(*(np.float32(number) for number in ours))
+    traced = jax.jit(ridge)(single, n_entries.astype(np.float32), np.float32(50))
     np.testing.assert_allclose(traced, expected, rtol=1e-5)
-    numbers = jax.jit(solve.confidence)(single, x.astype(np.float32))
+    numbers = jax.jit(confidence)(single, x.astype(np.float32))
     np.testing.assert_allclose(numbers, (w, v), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "exponent", "offset"), [("implicit", 0, 0.4), ("ials", 1, 0)])
 def test_each_objective_has_its_own_exponent(name: str, exponent: float, offset: float) -> None:
-    assert solve.objective(name, 0.1, 2.0, 0.4) == (0.1, 2.0, 0.4, exponent, offset)
-    assert solve.objective(name, 0.1, 2.0, 0.4, 0.25).exponent == 0.25
-    assert solve.objective(name, 0.1, 2.0).unobserved_weight == 1.0
+    assert Objective.of(name, 0.1, 2.0, 0.4) == (0.1, 2.0, 0.4, exponent, offset)
+    assert Objective.of(name, 0.1, 2.0, 0.4, 0.25).exponent == 0.25
+    assert Objective.of(name, 0.1, 2.0).unobserved_weight == 1.0
 
 
 @pytest.mark.parametrize("name", ["als", "", "IALS", None])
 def test_an_unknown_objective_is_refused(name: Any) -> None:
     with pytest.raises(ValueError, match="objective must be one of .*implicit.*ials"):
-        solve.objective(name, 0.1, 1.0)
+        Objective.of(name, 0.1, 1.0)
 
 
 def test_rows_with_a_value_that_is_not_finite_are_found() -> None:

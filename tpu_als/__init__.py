@@ -1,15 +1,23 @@
 """Alternating least squares for implicit feedback on one or many devices.
 
-`TPUAlternatingLeastSquares` has the interface of ``implicit.als.AlternatingLeastSquares``, is a
-scikit-learn estimator, and runs on a sharded, jitted JAX engine. Importing the package does not
-initialise a JAX backend. The engine (`mesh`, `layout`, `als`, `ranking`) also works alone.
+`TPUAlternatingLeastSquares` has the interface of ``implicit.als.AlternatingLeastSquares`` and is a
+scikit-learn estimator. On a CPU it runs compiled loops, and JAX is not imported; on accelerators,
+on several devices and in several processes it runs a sharded, jitted JAX engine.
+
+Submodules are imported when they are first used: `compat`, `datasets`, `engine`, `evaluation`,
+`exceptions`, `shards` and `weighting`.
 """
 
 from __future__ import annotations
 
-from tpu_als.engine.xla.programs import enable_compilation_cache
-from tpu_als.estimator import TPUAlternatingLeastSquares
-from tpu_als.exceptions import DataWarning, ModelFileError, ModelFitError, ParameterWarning
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tpu_als import compat, datasets, engine, evaluation, exceptions, shards, weighting
+    from tpu_als.engine.compilation_cache import enable_compilation_cache
+    from tpu_als.estimator import TPUAlternatingLeastSquares
+    from tpu_als.exceptions import DataWarning, ModelFileError, ModelFitError, ParameterWarning
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,5 +27,38 @@ __all__ = [
     "ParameterWarning",
     "TPUAlternatingLeastSquares",
     "__version__",
+    "compat",
+    "datasets",
     "enable_compilation_cache",
+    "engine",
+    "evaluation",
+    "exceptions",
+    "shards",
+    "weighting",
 ]
+_SUBMODULES = (
+    "compat", "datasets", "engine", "evaluation", "exceptions", "shards", "weighting",
+)  # fmt: skip
+_HOME = {
+    "TPUAlternatingLeastSquares": "tpu_als.estimator",
+    "enable_compilation_cache": "tpu_als.engine.compilation_cache",
+    **dict.fromkeys(
+        ("DataWarning", "ModelFileError", "ModelFitError", "ParameterWarning"),
+        "tpu_als.exceptions",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a submodule, or the module of a public name, when it is first used."""
+    if name in _SUBMODULES:
+        return importlib.import_module(f"tpu_als.{name}")
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'tpu_als' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

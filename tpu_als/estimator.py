@@ -16,18 +16,21 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import metadata_routing
 from sklearn.utils.validation import validate_data
 
-from tpu_als import parameters
-from tpu_als._saving import Saving
-from tpu_als._serving import Serving
-from tpu_als.engine import digests
-from tpu_als.engine.xla import placing
-from tpu_als.engine.xla.resident import Table
+from tpu_als import engine_options, parameters
+from tpu_als.engine import digests, reading
+from tpu_als.engine.backends import Backend
+from tpu_als.engine.cpu.backend import CpuBackend
+from tpu_als.engine.data import AlsParams
 from tpu_als.evaluation import holdout
 from tpu_als.evaluation.metrics import popularity_of
+from tpu_als.implicit_api.attributes import Attributes
+from tpu_als.implicit_api.new_rows import NewRows, folded_in
+from tpu_als.implicit_api.ranking import Ranking
+from tpu_als.implicit_api.saving import Saving
 from tpu_als.serving.fitted import FactorTable, FittedModel, tables_of
+from tpu_als.serving.ranking import How, Limits, rank
 from tpu_als.shards import ShardedMatrix
 from tpu_als.training import initial, progress
-from tpu_als.training.checkpoint import Checkpoints
 from tpu_als.training.early_stopping import EarlyStopping
 from tpu_als.training.training import Training, settings_of
 from tpu_als.validation import arguments, structure
@@ -38,7 +41,13 @@ log = logging.getLogger("tpu_als")
 
 @parameters.with_defaults
 class TPUAlternatingLeastSquares(
-    Serving, Saving, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
+    Ranking,
+    NewRows,
+    Saving,
+    Attributes,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    BaseEstimator,
 ):
     """Alternating least squares for implicit feedback, on one or many devices.
 
@@ -280,8 +289,9 @@ class TPUAlternatingLeastSquares(
         with contextlib.ExitStack() as at_end:
             at_end.callback(lambda: self._fitted.settle())
             training, fitted = self._training(user_items, at_end)
-            at_end.callback(training.data.memory.clear)  # before tables are copied
-            is_other = training.data.place.process != 0
+            # Before tables are copied.
+            at_end.callback(training.data.backend.release, training.data)
+            is_other = training.data.backend.process != 0
             hides = is_other or progress.is_disabled(show_progress, self.verbose)
             with progress.bar(self.iterations, training.done, hides) as bar:
                 self._train(training, fitted, callback, bar)
@@ -304,7 +314,7 @@ class TPUAlternatingLeastSquares(
         try:
             fitted = _after(training, fitted)
             while not training.is_over:
-                with training.data.place.watched():
+                with training.data.backend.watched():
                     report = training.step()
                 fitted = _after(training, fitted)
                 progress.advance(bar, report)
@@ -335,8 +345,8 @@ class TPUAlternatingLeastSquares(
         ndarray of shape (n_rows, factors)
             Each row depends only on that row of X, bit for bit if the table is on one device.
         """
-        fitted = self._complete()
-        return self._fold_in(fitted.item, self._validated(X, fitted))
+        fitted = self._fitted.require(self)
+        return folded_in(self, fitted.item, self._validated(X, fitted))
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean NDCG@10 of hidden items; the rows need not have been in the data of `fit`.
@@ -357,10 +367,11 @@ class TPUAlternatingLeastSquares(
         float
             Between 0 and 1; larger is better.
         """
-        fitted = self._complete()
+        fitted = self._fitted.require(self)
         kept, hidden = holdout.for_scoring(self._validated(X, fitted))
-        solved = self._fold_in(fitted.item, kept)
-        ids, _ = self._rank(solved, fitted.item, holdout.CUTOFF, seen=kept)
+        solved = folded_in(self, fitted.item, kept)
+        how = How(lambda: engine_options.backend_of(self).alone, self.approximate_recall)
+        ids, _ = rank(fitted.item, solved, holdout.CUTOFF, Limits(kept), how)
         return holdout.mean_ndcg(ids, hidden)
 
     def __sklearn_tags__(self) -> Any:
@@ -374,20 +385,7 @@ class TPUAlternatingLeastSquares(
 
     @property
     def _n_features_out(self) -> int:
-        return self._complete("item").item.shape[1]
-
-    def _checked_params(self) -> placing.AlsParams:
-        """Interpret the constructor's parameters; raise ValueError for an invalid one."""
-        parameters.check(self)
-        return placing.AlsParams(
-            factors=int(self.factors),
-            dtype=parameters.storage_dtype(self.dtype),
-            linear_solver=self._linear_solver(),
-            cg_steps=int(self.cg_steps),
-            block_size=int(self.block_size),
-            positive=self.objective == "ials",
-            native=bool(self.use_native),
-        )
+        return self._fitted.require(self, "item").item.shape[1]
 
     def _validated(self, X: Any, fitted: FittedModel) -> sparse.csr_matrix:
         """Check X against a fitted model as scikit-learn does; return canonical CSR."""
@@ -419,20 +417,21 @@ class TPUAlternatingLeastSquares(
         self, user_items: Any, at_end: contextlib.ExitStack
     ) -> tuple[Training, FittedModel]:
         """Check everything, lay out the data, and initialise or resume the training."""
-        params, before, checkpoints, monitor = self._checked_params(), self._fitted, None, None
+        params, objective = engine_options.training_params(self), engine_options.objective_of(self)
+        before, checkpoints, monitor = self._fitted, None, None
         if self.checkpoint_dir is not None:
+            from tpu_als.training.checkpoint import Checkpoints  # brings JAX in
+
             checkpoints = Checkpoints(self.checkpoint_dir, self.checkpoint_every)
             at_end.callback(checkpoints.close)
         rows, fitted = self._interactions(user_items)
         identity, settings = initial.identity(rows), {}
-        given = self._given_tables(before)
+        given = before.tables_to_start_from(self.warm_start)
         if given[1] is not None:
             initial.check_columns(before.feature_names, fitted.feature_names)
         if checkpoints is not None:
             on_devices = isinstance(rows, ShardedMatrix)
-            settings = settings_of(
-                self, self._objective(), self._linear_solver(), given, on_devices
-            )
+            settings = settings_of(self, objective, params.linear_solver, given, on_devices)
         fitted_to = identity, initial.warn_if_restarted(self, identity)
         if self.early_stopping:
             rows, hidden = holdout.hide(rows, self.validation_fraction)
@@ -440,11 +439,11 @@ class TPUAlternatingLeastSquares(
             monitor = EarlyStopping(rows, hidden, self.n_iter_no_change, self.tol, fraction)
             if checkpoints is not None:
                 settings["held out (digest)"] = f"{digests.entries(hidden):016x}"
-        place = self._place()
-        with place.watched():
+        params, backend = self._chosen(rows, params)
+        with backend.watched():
             training = Training(
-                placing.place(rows, params, place, with_digest=checkpoints is not None),
-                self._objective(),
+                backend.place(rows, params, with_digest=checkpoints is not None),
+                objective,
                 iterations=int(self.iterations),
                 over_relaxation=float(self.over_relaxation),
                 with_loss=bool(self.calculate_training_loss),
@@ -457,15 +456,23 @@ class TPUAlternatingLeastSquares(
             draws = isinstance(self.random_state, (np.random.RandomState, np.random.Generator))
             if not is_resumed or draws:  # a generator ends where it does without a checkpoint
                 on_devices = isinstance(rows, ShardedMatrix)
-                start = self._start(before, training.data, on_devices)
+                start = initial.state(training.data, given, self, on_devices)
                 training.state = training.state if is_resumed else start
         return training, fitted
+
+    def _chosen(self, rows: Any, params: AlsParams) -> tuple[AlsParams, Backend]:
+        """The backend for a fit, and the parameters with a solver in place of "auto"."""
+        if params.linear_solver == "auto":
+            backend = engine_options.backend_of(self, replace(params, linear_solver="cg"))
+            if isinstance(backend, CpuBackend):
+                params = replace(params, linear_solver=reading.cheapest_for(rows, params))
+        return params, engine_options.backend_of(self, params)
 
     def _finished(self, training: Training, fitted: FittedModel) -> FittedModel:
         """The model at the end of a fit; with early stopping, the best one."""
         if training.monitor is not None and training.monitor.best is not None:
             users, items = (
-                FactorTable(on_devices=table) if isinstance(table, Table) else FactorTable(table)
+                FactorTable(table) if isinstance(table, np.ndarray) else FactorTable(None, table)
                 for table in training.monitor.best
             )
             fitted = replace(fitted, user=users, item=items)

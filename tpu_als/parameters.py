@@ -24,7 +24,7 @@ OBJECTIVE = (
     "unobserved_weight",
     "regularization_exponent",
 )
-PLACE = ("devices", "num_threads", "use_gpu", "table_layout")
+PLACE = ("devices", "num_threads", "use_gpu", "table_layout", "use_native")
 
 Rule = tuple[Callable[[Any], bool], str]
 Class = TypeVar("Class", bound=type)

@@ -1,24 +1,15 @@
-"""The placed data of a fit: its static parameters, and both orientations of a matrix.
+"""What is laid out for a fit: its static parameters, and both orientations of a matrix.
 
-Axis letters: M rows of a side, W work shards, S slots of a shard, K factors.
+Axis letters: M rows of a side, K factors.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-
-from tpu_als.engine.cells import Long
-from tpu_als.engine.cpu import native
-from tpu_als.engine.layout import Plan, RowMap
-from tpu_als.engine.xla import exchange
-from tpu_als.engine.xla.exchange import Route
-from tpu_als.engine.xla.mesh import Workplace
-from tpu_als.engine.xla.sweep import Shape
-from tpu_als.host import Memory
 
 DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16}
 
@@ -43,8 +34,6 @@ class AlsParams:
     positive : bool
         Whether all weights w are nonnegative, as with the objective "ials". "cholesky" can then
         solve short rows through a system of their own length.
-    native : bool
-        Whether to use the loops of `native` if possible; for placed data, whether they are used.
     """
 
     factors: int
@@ -53,91 +42,76 @@ class AlsParams:
     cg_steps: int = 3
     block_size: int = 64
     positive: bool = False
-    native: bool = False
 
     @property
     def compute_dtype(self) -> str:
         """Dtype of sums and solves."""
         return "float64" if self.dtype == "float64" else "float32"
 
-    def shape(self, rows: int, length: int) -> Shape:
-        """The static part of a rung's program."""
-        steps, block_size = self.cg_steps, self.block_size
-        return Shape(
-            self.linear_solver,
-            steps if self.linear_solver != "diagonal" else 0,
-            block_size if self.linear_solver != "diagonal" else 0,
-            self.compute_dtype,
-            rows,
-            length,
-            self.positive and self.linear_solver == "cholesky",
-        )
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Side:
-    """One orientation: the map of its rows and its placed cells.
+    """One orientation of a matrix; backends add how its entries are laid out.
 
     Attributes
     ----------
-    rows : RowMap
-        The slot of each row.
-    own : Own or None
-        The entries, without long rows; None for a side that is only read.
-    long : Long or None
-        The entries of long rows, if any.
-    routes : tuple of Route or None
-        How source rows are received for each rung; None if every device has all of them.
     lengths : int array (M,)
         Number of stored entries of each row.
     """
 
-    rows: RowMap
-    own: Any
-    long: Long | None
-    routes: tuple[Route, ...] | None
     lengths: np.ndarray
 
     @property
     def n_rows(self) -> int:
-        """Number of rows of the table, without unused slots."""
-        return len(self.rows.slots)
-
-    @property
-    def in_order(self) -> native.Rows:
-        """The rows in the form that `native` reads; only if they were placed for it."""
-        ids, values = np.asarray(self.own.ids[0]), self.own.values
-        return native.Rows(
-            self.rows.cells,
-            self.lengths.astype(np.int64, copy=False),
-            ids.view(np.uint32),
-            None if values is None else np.asarray(values[0]),
-        )
-
-    @property
-    def received_rows(self) -> int:
-        """Source rows that a device receives from others for the chunks of a half-epoch."""
-        if self.routes is None:
-            return 0
-        return exchange.received_rows(self.routes, self.rows.rungs, self.rows.n_shards)
+        """Number of rows M."""
+        return len(self.lengths)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Data:
-    """Both orientations of a matrix, laid out and placed; reusable for any parameter values.
+    """Both orientations of a matrix, laid out by a backend; reusable for any objective.
 
-    `plan` is empty if rows are placed for `native`. `magnitudes` are the smallest and largest
-    absolute value of an entry, if known. `memory` is reusable host memory for tables. `digest` is
-    the digest of all entries, if it was requested or the entries were read from disk.
+    Attributes
+    ----------
+    users, items : Side
+        The orientations.
+    params : AlsParams
+        The static parameters.
+    backend : Backend
+        The backend that laid it out, which alone can use it (`tpu_als.engine.backends`).
+    n_entries : int
+        Number of stored entries.
+    absolute_sum : float
+        Sum of their absolute values.
+    magnitudes : (float, float) or None
+        Their smallest and largest absolute value, if known.
+    digest : int or None
+        Digest of all entries, if it was requested or the entries were read from disk.
     """
 
-    users: Side
-    items: Side
-    plan: Plan
+    users: Any
+    items: Any
     params: AlsParams
-    place: Workplace
+    backend: Any
     n_entries: int
     absolute_sum: float
     magnitudes: tuple[float, float] | None = None
-    memory: Memory = field(default_factory=Memory, repr=False, compare=False)
     digest: int | None = None
+
+
+class LossParts(NamedTuple):
+    """What a backend contributes to the loss of both tables; see `als.loss`.
+
+    Attributes
+    ----------
+    entries : float
+        Contribution of the stored entries, beyond the unobserved term.
+    gramians : two of array (K, K)
+        Of the user and the item table.
+    squares : two of array (M,)
+        Squared norms of the users' and of the items' rows.
+    """
+
+    entries: float
+    gramians: tuple[np.ndarray, np.ndarray]
+    squares: tuple[np.ndarray, np.ndarray]

@@ -7,21 +7,19 @@ even if other threads write, and derived values are stored with the table that t
 
 from __future__ import annotations
 
-import sys
 import threading
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar
 
 import numpy as np
 from scipy import sparse
+from sklearn.exceptions import NotFittedError
 
-from tpu_als.engine.xla import fold_in, ranking, resident
-from tpu_als.engine.xla.mesh import Workplace
-from tpu_als.engine.xla.placing import AlsParams
-from tpu_als.engine.xla.resident import Table
-from tpu_als.engine.xla.solve import Objective
+from tpu_als.engine.als import AlsState
+from tpu_als.engine.backends import Backend, Catalog
+from tpu_als.engine.data import AlsParams, Data
+from tpu_als.engine.objective import Objective
 from tpu_als.validation import arguments
 
 Kept = TypeVar("Kept")
@@ -33,12 +31,17 @@ _ASSIGNED = {"user": ("_XtX", "_user_norms"), "item": ("_YtY", "_item_norms")}
 class FactorTable:
     """One factor table, on the host or on the devices, with the values derived from it.
 
+    As in implicit, derived values are computed once. They are computed again after the table is
+    fitted or assigned, or after the value is set to None, but not after someone has written into
+    the array. The CPU backend ranks and solves with the array itself; a copy on an accelerator is a
+    derived value.
+
     Parameters
     ----------
     host : ndarray of shape (n, factors), optional
         The table. The caller may keep a reference and write to it.
-    on_devices : Table, optional
-        The table on the devices, as training left it. Reading the whole table fetches it.
+    on_devices : engine table, optional
+        The table in a backend's form, as training left it. Reading the whole table fetches it.
     gramian, norms : ndarray, optional
         Assigned by the user, instead of the computed ones. They are checked when they are used.
     names : (str, str)
@@ -48,7 +51,7 @@ class FactorTable:
     def __init__(
         self,
         host: np.ndarray | None = None,
-        on_devices: Table | None = None,
+        on_devices: Any = None,
         *,
         gramian: np.ndarray | None = None,
         norms: np.ndarray | None = None,
@@ -56,9 +59,7 @@ class FactorTable:
     ) -> None:
         self._host, self._on_devices = host, on_devices
         self.given_gramian, self.given_norms, self._names = gramian, norms, names
-        self._exposed = host is not None
-        self._stamp: int | None = None
-        self._kept: dict[str, tuple[Any, Any]] = {}
+        self._derived: dict[str, tuple[Any, Any]] = {}
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class FactorTable:
         return self._host is None and self._on_devices is None
 
     @property
-    def resident(self) -> Table | None:
+    def resident(self) -> Any:
         """The table if it stays on the devices until the whole table is read; else None."""
         table = self._on_devices
         return table if table is not None and table.is_resident else None
@@ -98,16 +99,9 @@ class FactorTable:
                 table = self._on_devices
                 if table is not None:
                     self._host = table.fetch()
-                    self._kept.clear()  # frees copies on the devices
+                    self._derived.clear()  # frees copies on the devices
                     self._on_devices = None
         return self._host
-
-    def expose(self) -> np.ndarray | None:
-        """Like `read`, for a caller who may write to the table, now or later."""
-        self.read()
-        with self._lock:
-            self._exposed = True
-            return self._host
 
     def settle(self) -> None:
         """Fetch the table, unless it stays on the devices."""
@@ -125,8 +119,7 @@ class FactorTable:
         if table is not None:
             return table.take(ids)
         found = self.read()[ids]
-        if self._exposed:
-            _require_finite(found, ids)
+        _require_finite(found, ids)
         return found
 
     def changed(self, ids: np.ndarray, rows: np.ndarray) -> FactorTable:
@@ -135,115 +128,66 @@ class FactorTable:
         grown = np.zeros((max(len(table), ids.max(initial=-1) + 1), table.shape[1]), table.dtype)
         grown[: len(table)] = table
         grown[ids] = rows
-        found = FactorTable(grown)
-        found._exposed = False
-        return found
+        return FactorTable(grown)
 
     def given(self, names: tuple[str, str], **values: np.ndarray | None) -> FactorTable:
         """The same table with a gramian or norms assigned; None has them computed again."""
         values = {"gramian": self.given_gramian, "norms": self.given_norms, **values}
         with self._lock:
-            found = FactorTable(self._host, self._on_devices, names=names, **values)
-            found._exposed = self._exposed
-        return found
+            return FactorTable(self._host, self._on_devices, names=names, **values)
 
     def gramian(self) -> np.ndarray:
         """Y^T Y (factors, factors), assigned or computed."""
         if self.given_gramian is not None:
             width = self.shape[1]
             return arguments.derived(self.given_gramian, self._names[0], (width, width))
-        return self._derived("gramian", _gramian, Table.gramian)
+        table = self.resident
+        if table is not None:
+            return self._once("gramian", None, table.gramian)
+        return self._once("gramian", None, lambda: _gramian(self.read()))
 
     def norms(self) -> np.ndarray:
         """Euclidean lengths (n,) of the rows, assigned or computed; 1e-10 in place of 0."""
         if self.given_norms is not None:
             return arguments.derived(self.given_norms, self._names[1], self.shape[:1])
-        return self._derived("norms", norms, lambda table: _divisible(table.norms()))
+        table = self.resident
+        if table is not None:
+            return self._once("norms", None, lambda: _divisible(table.norms()))
+        return self._once("norms", None, lambda: norms(self.read()))
 
     def solve(
-        self, rows: sparse.csr_matrix, objective: Objective, params: AlsParams, place: Workplace
+        self, rows: sparse.csr_matrix, objective: Objective, params: AlsParams, backend: Backend
     ) -> np.ndarray:
         """Solve equation (1) exactly for canonical rows (m, n) against this table: (m, factors).
 
         Rows that could not be solved have values that are not finite.
         """
-        # Only an assigned gramian: the result must not depend on which calls came before.
-        gramian = None if self.given_gramian is None else self.gramian()
         table = self.resident
-        if table is not None and gramian is None:
+        if table is not None and self.given_gramian is None:
             return table.solve(rows, objective)
-        stamp = self.stamp()
-        source = self._keep(
-            "source",
-            (stamp, place, params),
-            lambda: fold_in.source(self.read(), params, place),
-        )
-        solved = fold_in.solve_rows(rows, source, objective, params, gramian=gramian)
-        return solved.astype(self.read().dtype, copy=False)
+        name = f"source for {type(backend).__name__}"
+        source = self._once(name, (params, backend), lambda: backend.source(self.read(), params))
+        return source.solve(rows, objective, gram=self.gramian()).astype(self.dtype, copy=False)
 
-    def catalog(self, lengths: np.ndarray | None, place: Workplace) -> ranking.Catalog:
-        """The table on the devices, to rank its rows. A table that is still there is not copied."""
+    def catalog(self, backend: Backend, *, cosine: bool) -> Catalog:
+        """The table in a backend's form, to rank its rows by product or by cosine."""
         table = self.resident
-        name = "catalog" if lengths is None else "directions"
 
-        def make() -> tuple[ranking.Catalog, np.ndarray | None]:
-            if table is None:
-                made = ranking.catalog(self.read(), place, lengths=lengths)
-            else:
-                made = ranking.catalog_of(table.shards, table.rows, table.place, lengths=lengths)
-            return made, lengths
+        def make() -> Catalog:
+            lengths = self.norms() if cosine else None
+            found: Catalog = (
+                backend.catalog(self.read(), lengths) if table is None else table.catalog(lengths)
+            )
+            return found
 
-        # The cached pair keeps the lengths alive, so that no other array can get the same id().
-        stamp = (self.stamp(), place) if table is None else None
-        return self._keep(name, (stamp, id(lengths)), make)[0]
+        name = f"{'directions' if cosine else 'catalog'} for {type(backend).__name__}"
+        return self._once(name, table is None and backend, make)
 
-    def stamp(self) -> int:
-        """Fingerprint of the content.
-
-        As in implicit, users may write to `item_factors`, which makes a copy on a device stale. So
-        the fingerprint is computed again as long as another reference to the array exists.
-
-        Raises
-        ------
-        ValueError
-            Where what was written is NaN or infinite.
-        """
-        self.read()
-        if self._stamp is not None and not self._exposed:
-            return self._stamp
-        with self._lock:
-            assert self._host is not None
-            found = _fingerprint(self._host)
-            if found != self._stamp:
-                _require_finite(self._host, None)
-            self._stamp = found
-            if self._is_ours_alone():
-                self._exposed = False
-            return self._stamp
-
-    def _is_ours_alone(self) -> bool:
-        """Whether this object alone can write to the table: no view, and no other references."""
-        held = vars(self)
-        # The 2 are the dictionary's reference and the argument's. A local variable would add a
-        # number that differs between versions of Python.
-        return held["_host"].base is None and sys.getrefcount(held["_host"]) <= 2
-
-    def _derived(
-        self,
-        name: str,
-        on_host: Callable[[np.ndarray], np.ndarray],
-        on_devices: Callable[[Table], np.ndarray],
-    ) -> np.ndarray:
-        table = self.resident
-        if table is not None:
-            return self._keep(name, None, lambda: on_devices(table))
-        return self._keep(name, self.stamp(), lambda: on_host(self.read()))
-
-    def _keep(self, name: str, stamp: Any, make: Callable[[], Kept]) -> Kept:
-        """Return the cached value if `stamp` is unchanged, else compute it again."""
-        kept = self._kept.get(name)
+    def _once(self, name: str, stamp: Any, make: Callable[[], Kept]) -> Kept:
+        """Return a derived value; compute it in the first call, or if `stamp` has changed."""
+        kept = self._derived.get(name)
         if kept is None or kept[0] != stamp:
-            kept = self._kept[name] = (stamp, make())
+            kept = self._derived[name] = (stamp, make())
         return kept[1]
 
 
@@ -292,9 +236,35 @@ class FittedModel:
         """Whether there are both tables."""
         return not (self.user.is_absent or self.item.is_absent)
 
+    def require(self, estimator: object, *sides: str) -> Self:
+        """Return the model; raise NotFittedError if a table that a call needs is absent."""
+        for side in sides or SIDES:
+            if self.table(side).is_absent:
+                raise NotFittedError(
+                    f"This {type(estimator).__name__} has no {side} factors yet. Call 'fit', or "
+                    f"assign '{side}_factors', before using it"
+                )
+        return self
+
     def table(self, side: str) -> FactorTable:
         """The table of a side."""
         return self.item if side == "item" else self.user
+
+    def tables_to_start_from(self, warm_start: bool) -> list[np.ndarray | None]:
+        """User and item table that a fit starts from; None for a table to be drawn.
+
+        Raises
+        ------
+        ValueError
+            Where NaN or infinity was written into one.
+        """
+        given: list[np.ndarray | None] = []
+        for side in SIDES:
+            table, is_wanted = self.table(side), warm_start or side in self.assigned
+            if is_wanted and not table.is_absent:
+                table.require_finite()
+            given.append(table.read() if is_wanted else None)
+        return given
 
     def with_table(self, side: str, table: FactorTable) -> Self:
         """Replace a table, and the values derived from it."""
@@ -345,10 +315,13 @@ class FittedModel:
         return {"n_features": n_items, "feature_names": None}
 
 
-def tables_of(state: Any, data: Any) -> dict[str, FactorTable]:
-    """Both tables of a training, left on the devices until they are read."""
-    found = resident.tables(state, data)
-    return {side: FactorTable(on_devices=table) for side, table in found.items()}
+def tables_of(state: AlsState, data: Data) -> dict[str, FactorTable]:
+    """Both tables of a training, left in the backend's form until they are read."""
+    sides = {"user": (state.users, data.users), "item": (state.items, data.items)}
+    return {
+        name: FactorTable(on_devices=data.backend.table(table, side, data))
+        for name, (table, side) in sides.items()
+    }
 
 
 def norms(table: np.ndarray) -> np.ndarray:
@@ -356,12 +329,13 @@ def norms(table: np.ndarray) -> np.ndarray:
     return _divisible(np.linalg.norm(table, axis=-1))
 
 
+def _gramian(table: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for non-finite results
+        return np.asarray(table.T @ table)
+
+
 def _divisible(lengths: np.ndarray) -> np.ndarray:
     return np.where(lengths == 0, lengths.dtype.type(1e-10), lengths)
-
-
-def _gramian(table: np.ndarray) -> np.ndarray:
-    return np.asarray(table.T @ table)
 
 
 def _require_finite(rows: np.ndarray, ids: np.ndarray | None) -> None:
@@ -373,9 +347,3 @@ def _require_finite(rows: np.ndarray, ids: np.ndarray | None) -> None:
             "infinity, which was written into the table: write finite values, or assign the table "
             "again"
         )
-
-
-def _fingerprint(table: np.ndarray) -> int:
-    # About as fast as a sum, but also detects flipped signs and permuted values.
-    content = np.ascontiguousarray(table).reshape(-1).view(np.uint8)
-    return hash((table.shape, table.dtype.char, zlib.crc32(content.data)))

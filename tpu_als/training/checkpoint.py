@@ -27,8 +27,8 @@ import numpy as np
 from tpu_als.engine import digests
 from tpu_als.engine.als import AlsState
 from tpu_als.engine.xla import relayout, table_checksums
+from tpu_als.engine.xla.data import XlaData, XlaSide
 from tpu_als.engine.xla.mesh import Shards, Workplace, precision
-from tpu_als.engine.xla.placing import Data, Side
 from tpu_als.exceptions import DataWarning
 from tpu_als.training import orbax_io
 from tpu_als.training.checkpoint_reader import (
@@ -101,7 +101,7 @@ class Checkpoints:
         self.close()
 
     def restore(
-        self, settings: dict[str, Any], data: Data, at_most: int | None = None
+        self, settings: dict[str, Any], data: XlaData, at_most: int | None = None
     ) -> Resumed | None:
         """Read a run's latest checkpoint that is not damaged.
 
@@ -166,7 +166,7 @@ class Checkpoints:
         self,
         iteration: int,
         state: AlsState,
-        data: Data,
+        data: XlaData,
         settings: dict[str, Any],
         history: dict[str, list[float]],
         extra: dict[str, np.ndarray] | None = None,
@@ -263,7 +263,7 @@ class Checkpoints:
                 "full? The checkpoints before it stay"
             ) from error
 
-    def _open(self, settings: dict[str, Any], data: Data) -> Any:
+    def _open(self, settings: dict[str, Any], data: XlaData) -> Any:
         """Open the run of these settings and data; close the open run if it is another one."""
         place, known = data.place, self._know(settings, data)
         if self._run is not None and self._run.path.name != known.identity:
@@ -286,12 +286,12 @@ class Checkpoints:
             self._manager = orbax_io.manager(run.path, self._keep, place.processes)
         return self._manager
 
-    def _know(self, settings: dict[str, Any], data: Data) -> _Known:
+    def _know(self, settings: dict[str, Any], data: XlaData) -> _Known:
         about = {**_plain(settings), **_fingerprint(data)}
         if self._known is None or self._known.data is not data or self._known.about != about:
             rows, slots = {}, {}
             for name in SIDES:
-                side: Side = getattr(data, name)
+                side: XlaSide = getattr(data, name)
                 rows[name] = data.place.put(relayout.row_numbers(side.rows, data.place))
                 slots[name] = relayout.described(side.rows, data.params.factors, data.place)
             identity = digests.text(json.dumps(about, sort_keys=True))
@@ -319,14 +319,14 @@ class Checkpoints:
 class _Known(NamedTuple):
     """Values that all checkpoints of a run share."""
 
-    data: Data
+    data: XlaData
     about: dict[str, Any]
     identity: str
     rows: dict[str, Shards]
     slots: dict[str, dict[str, Any]]
 
 
-def _fingerprint(data: Data) -> dict[str, Any]:
+def _fingerprint(data: XlaData) -> dict[str, Any]:
     """Entries that differ for another matrix or other shapes of tables."""
     if data.digest is None:
         raise ValueError(

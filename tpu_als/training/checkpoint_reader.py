@@ -11,8 +11,8 @@ import numpy as np
 from tpu_als.engine import digests
 from tpu_als.engine.als import AlsState
 from tpu_als.engine.xla import relayout, table_checksums
+from tpu_als.engine.xla.data import XlaData, XlaSide
 from tpu_als.engine.xla.mesh import Shards, Workplace, precision
-from tpu_als.engine.xla.placing import Data, Side
 from tpu_als.training import orbax_io
 
 FORMAT = 2
@@ -62,7 +62,7 @@ class Reader:
         The data of the training that resumes.
     """
 
-    def __init__(self, manager: Any, folder: Any, data: Data) -> None:
+    def __init__(self, manager: Any, folder: Any, data: XlaData) -> None:
         self._manager, self._folder, self._data = manager, folder, data
         self._orbax = orbax_io.load()
 
@@ -105,7 +105,7 @@ class Reader:
 
     def _table(self, step: int, name: str, meta: dict[str, Any], path: Any) -> Shards:
         """Read a table into the slots of the data."""
-        side: Side = getattr(self._data, name)
+        side: XlaSide = getattr(self._data, name)
         place = self._data.place
         is_same, arrays, checksum = _agreed(lambda: self._expected(name, meta), path, place)
         found = _agreed(lambda: self._arrays(step, name, arrays), path, place)
@@ -119,7 +119,7 @@ class Reader:
         self, name: str, meta: dict[str, Any]
     ) -> tuple[bool, list[tuple[tuple[int, ...], Any]], int]:
         """Whether a side has the same layout; shapes and shardings to read; its checksum."""
-        side: Side = getattr(self._data, name)
+        side: XlaSide = getattr(self._data, name)
         place, saved = self._data.place, meta["slots"][name]
         is_same = saved == relayout.described(side.rows, self._data.params.factors, place)
         arrays = []

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import numpy as np
 from scipy import sparse
 
-from tpu_als.engine.xla import ranking
-from tpu_als.engine.xla.mesh import Workplace
-from tpu_als.engine.xla.resident import Table
+from tpu_als.engine.backends import Backend, Catalog
 from tpu_als.evaluation import holdout
 
 log = logging.getLogger("tpu_als")
 _BATCH = 1 << 14  # users whose rows are fetched from the devices at once
-# A table as training passes it: on the devices if no host should hold all of it.
-Factors = np.ndarray | Table
+# A table as training passes it: an array, or on the devices if no host should hold all of it.
+Factors = Any
 
 
 class EarlyStopping:
@@ -73,17 +72,16 @@ class EarlyStopping:
         """Whether there were `patience` iterations without improvement."""
         return self._stale >= self._patience
 
-    def measure(self, user_factors: Factors, item_factors: Factors, place: Workplace) -> float:
+    def measure(self, user_factors: Factors, item_factors: Factors, backend: Backend) -> float:
         """NDCG@10 of the held-out entries among all items not trained on; keeps the best tables.
 
-        Tables on the host are ranked on `place`. Tables on the devices are ranked there, with users
-        in batches; if there are several processes, all must make this call.
+        Tables on the host are ranked by `backend`. Tables on the devices are ranked there, with
+        users in batches; if there are several processes, all must make this call.
         """
-        if isinstance(item_factors, Table):
-            table = item_factors
-            catalog = ranking.catalog_of(table.shards, table.rows, table.place)
+        if isinstance(item_factors, np.ndarray):
+            catalog = backend.catalog(item_factors)
         else:
-            catalog = ranking.catalog(item_factors, place)
+            catalog = item_factors.catalog()
         ids = self._ranked(user_factors, catalog, min(holdout.CUTOFF, item_factors.shape[0]))
         score = holdout.mean_ndcg(ids, self._hidden)
         if self._note(score):
@@ -96,15 +94,15 @@ class EarlyStopping:
             self._note(score)
         self.best = best
 
-    def _ranked(self, users: Factors, catalog: ranking.Catalog, k: int) -> np.ndarray:
+    def _ranked(self, users: Factors, catalog: Catalog, k: int) -> np.ndarray:
         """Best items (n, k) of the users that have held-out entries."""
-        if not isinstance(users, Table):
-            return ranking.top_k(users[self._users], catalog, k, seen=self._train)[0]
+        if isinstance(users, np.ndarray):
+            return catalog.top_k(users[self._users], k, seen=self._train)[0]
         found = []
         for low in range(0, len(self._users), _BATCH):
             at = slice(low, low + _BATCH)
             rows = users.take(self._users[at])
-            found.append(ranking.top_k(rows, catalog, k, seen=self._train[at])[0])
+            found.append(catalog.top_k(rows, k, seen=self._train[at])[0])
         return np.concatenate(found)
 
     def _note(self, score: float) -> bool:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from tpu_als import parameters
+from tpu_als.engine import als
+from tpu_als.engine.als import AlsState
+from tpu_als.engine.data import Data
 
 Identity = tuple[Any, ...]
 _SAMPLE = 1 << 12  # number of entries that the identity of a matrix depends on
@@ -72,6 +76,31 @@ def tables(
                 np.concatenate([table, drawn.astype(table.dtype)]) if len(drawn) else table
             )
     return found
+
+
+def state(data: Data, given: list[np.ndarray | None], estimator: Any, on_devices: bool) -> AlsState:
+    """Place the initial tables of a fit.
+
+    Parameters
+    ----------
+    data : Data
+        The laid-out matrix.
+    given : two of ndarray or None
+        Tables to start from; None for a table to be drawn.
+    estimator : TPUAlternatingLeastSquares
+        Its `random_state` and `objective` decide what is drawn.
+    on_devices : bool
+        Whether to draw both tables on the devices, if none is given.
+    """
+    random_state, normal = estimator.random_state, estimator.objective == "ials"
+    if data.backend.n_processes > 1 and not isinstance(random_state, Integral):
+        # All processes must draw the same numbers.
+        random_state = data.backend.agree(parameters.random_seed(random_state))
+    if on_devices and all(table is None for table in given):
+        scale = deviation(data.params.factors, normal)
+        return als.draw(data, parameters.random_seed(random_state), scale, normal=normal)
+    shapes = [(side.n_rows, data.params.factors) for side in (data.users, data.items)]
+    return als.start(data, *tables(given, shapes, random_state, data.params.compute_dtype, normal))
 
 
 def check_columns(before: np.ndarray | None, now: np.ndarray | None) -> None:

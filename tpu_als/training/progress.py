@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-
-import tqdm.auto
-import tqdm.std
+from typing import Any
 
 _OFF = ("", "0", "false", "no")  # values of TQDM_DISABLE that do not disable
-# tqdm cannot distinguish a notebook's output from a file, but it detects that it is in a notebook.
-_IN_NOTEBOOK = tqdm.auto.notebook_tqdm is not tqdm.std.tqdm
 
 
 def is_disabled(show_progress: bool | None, verbose: bool | None) -> bool | None:
@@ -32,16 +28,26 @@ def is_disabled(show_progress: bool | None, verbose: bool | None) -> bool | None
         return True
     asked = verbose if show_progress is None else show_progress
     if asked is None:
-        return False if _IN_NOTEBOOK else None
+        return False if _is_in_notebook() else None
     return not asked
 
 
-def bar(total: int, done: int, disable: bool | None) -> tqdm.auto.tqdm:
+def _is_in_notebook() -> bool:
+    """Whether tqdm has detected a notebook, whose output it cannot distinguish from a file."""
+    import tqdm.auto
+    import tqdm.std
+
+    return tqdm.auto.notebook_tqdm is not tqdm.std.tqdm
+
+
+def bar(total: int, done: int, disable: bool | None) -> Any:
     """Make a bar of `total` iterations, of which `done` are done."""
+    import tqdm.auto  # late, because serving does not need it
+
     return tqdm.auto.tqdm(total=total, initial=done, disable=disable)
 
 
-def advance(shown: tqdm.auto.tqdm, report: dict[str, float]) -> None:
+def advance(shown: Any, report: dict[str, float]) -> None:
     """Advance by one iteration, and show the values that it reported."""
     shown.set_postfix({name: f"{value:.4g}" for name, value in report.items()})
     shown.update(1)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tpu_als import parameters
 from tpu_als.engine import als, digests
-from tpu_als.engine.xla import placing, resident
-from tpu_als.engine.xla.resident import Table
-from tpu_als.engine.xla.solve import Objective
-from tpu_als.training.checkpoint import Checkpoints
+from tpu_als.engine.data import Data
+from tpu_als.engine.objective import Objective
 from tpu_als.training.early_stopping import EarlyStopping, Factors
 from tpu_als.validation import arguments
+
+if TYPE_CHECKING:
+    from tpu_als.training.checkpoint import Checkpoints
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Training:
         The values that the iterations reported, by name.
     """
 
-    data: placing.Data
+    data: Data
     objective: Objective
     iterations: int
     over_relaxation: float
@@ -74,16 +76,17 @@ class Training:
         """Resume from the last checkpoint; return False if there is none."""
         if self.checkpoints is None:
             return False
-        found = self.checkpoints.restore(self.settings, self.data, self.iterations)
+        found = self.checkpoints.restore(self.settings, self._saved_as, self.iterations)
         if found is None:
             return False
-        self.state, self.done, self.history = found.state, found.iteration, found.history
+        self.state = self.data.backend.from_checkpoint(found.state, self.data)
+        self.done, self.history = found.iteration, found.history
         if self.with_loss:  # an earlier fit of the run may not have measured it
             self.history.setdefault("loss", [math.nan] * self.done)
         if self.monitor is not None:
             best: Any = found.extra["best_users"], found.extra["best_items"]
-            if resident.tables(self.state, self.data)["user"].is_resident:
-                best = _readable(als.start(self.data, *best), self.data)
+            if self._tables(self.state)[0].is_resident:
+                best = self._readable(als.start(self.data, *best))
             self.monitor.resume(self.history["ndcg"], best)
         return True
 
@@ -101,8 +104,8 @@ class Training:
         if self.with_loss:
             report["loss"] = als.loss(self.state, self.data, self.objective)
         if self.monitor is not None:
-            users, items = _readable(self.state, self.data)
-            report["ndcg"] = self.monitor.measure(users, items, self.data.place.alone)
+            users, items = self._readable(self.state)
+            report["ndcg"] = self.monitor.measure(users, items, self.data.backend.alone)
         self._record(report)
         self._save()
         return report
@@ -119,12 +122,31 @@ class Training:
             return
         extra: dict[str, Any] = {}
         if self.monitor is not None and self.monitor.best is not None:
-            best = (_Fetched(t) if isinstance(t, Table) else t for t in self.monitor.best)
+            best = (t if isinstance(t, np.ndarray) else _Fetched(t) for t in self.monitor.best)
             extra = dict(zip(("best_users", "best_items"), best, strict=True))
+        state = self.data.backend.to_checkpoint(self.state, self.data)
         self.checkpoints.save(
-            self.done, self.state, self.data, self.settings, self.history, extra,
+            self.done, state, self._saved_as, self.settings, self.history, extra,
             force=self.is_over,
         )  # fmt: skip
+
+    @functools.cached_property
+    def _saved_as(self) -> Any:
+        """The data in the form that checkpoints have."""
+        return self.data.backend.describe_for_checkpoint(self.data)
+
+    def _tables(self, state: als.AlsState) -> tuple[Any, Any]:
+        """User and item table, without the matrix."""
+        backend, data = self.data.backend, self.data
+        users = backend.table(state.users, data.users, data)
+        return users, backend.table(state.items, data.items, data)
+
+    def _readable(self, state: als.AlsState) -> tuple[Factors, Factors]:
+        """User and item table as arrays on the host, or on the devices if they stay there."""
+        users, items = self._tables(state)
+        if users.is_resident:
+            return users, items
+        return users.fetch(), items.fetch()
 
 
 def settings_of(
@@ -168,21 +190,13 @@ def settings_of(
     }
 
 
-def _readable(state: als.AlsState, data: placing.Data) -> tuple[Factors, Factors]:
-    """User and item table as arrays on the host, or on the devices if they stay there."""
-    found = resident.tables(state, data)
-    if found["user"].is_resident:
-        return found["user"], found["item"]
-    return found["user"].fetch(), found["item"].fetch()
-
-
 class _Fetched:
     """A table on the devices that is fetched to the host when a checkpoint is written.
 
     Checkpoints hold the best tables as whole arrays; the current tables are saved in parts.
     """
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: Any) -> None:
         self._table = table
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

@@ -262,6 +262,9 @@ def solver_arguments(X: Any, Y: Any, regularization: Any, num_threads: Any) -> N
         raise ValueError(
             f"Y must have shape (n_columns, {X.shape[1]}), the factors of X, got {shape}"
         )
+    row = first_not_finite(np.asarray(Y))
+    if row is not None:
+        raise ValueError(f"Y must be finite, but row {row} holds NaN or infinity")
     check_parameters({"regularization": regularization, "num_threads": num_threads or 0})
 
 

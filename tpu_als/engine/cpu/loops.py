@@ -1,4 +1,7 @@
-"""The loops that `native` runs, in the subset of Python that numba compiles. Imports numba late.
+"""Conjugate gradients and losses of rows as they come, compiled by numba. Imported late.
+
+Each row is worked on by itself, without padding, and one pass over its entries does both products
+of a CG step. docs/math.md has the algebra, which is that of `engine.xla.solve`.
 
 Source rows are accessed by index and never sliced: numba would count the references to a slice, in
 memory that all threads share. Statements are unrolled by hand: loops or functions would take half
@@ -9,110 +12,223 @@ Axis letters: R rows, E entries, N source rows, K factors including pads to whol
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import numba
 import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
+
+from tpu_als.engine import objective as equations
+from tpu_als.engine.objective import Objective
 
 # Number of entries that are summed in the tables' dtype, before a float64 total adds the sum.
 # A multiple of four. It bounds the rounding error of a row's sums, whatever the row's length.
 BLOCK = 1024
+log = logging.getLogger("tpu_als")
 
 
-def prefetch(address: Any) -> None:
-    """Prefetch the cache line at an address; compiled as `_hint`."""
+class Entries(NamedTuple):
+    """The entries of some rows, and the source rows that they refer to.
 
-
-def _pass(
-    entries: Any, first: Any, n: Any, p: Any, out: Any,
-    on_targets: Any, on_predictions: Any, is_last: Any,
-) -> Any:  # fmt: skip
-    """Add E^T t of n entries to `out`, with t = on_targets v + on_predictions W E p.
-
-    If `is_last`, only return t^T E p. Four entries are handled at a time, so that their rows are
-    still in the nearest cache for the second of two products.
+    Attributes
+    ----------
+    source : (N, K)
+        Source rows.
+    ids : uint32 (E,)
+        Source row of each entry.
+    values : (E,)
+        Values in the dtype of the source; empty if all are 1.
+    ahead : int
+        How many entries ahead source rows are prefetched; 0 for no prefetching.
     """
-    held, ids, values, alpha, offset, ahead = entries
-    address, row_bytes = held.ctypes.data, len(p) * held.itemsize
-    zero = p.dtype.type(0)
-    bend = zero
-    w0 = w1 = w2 = w3 = on_predictions * (abs(alpha) - offset)
-    v0 = v1 = v2 = v3 = on_targets * max(alpha, zero)
-    end = first + n
+
+    source: Any
+    ids: Any
+    values: Any
+    ahead: Any
+
+
+class Diagonal(NamedTuple):
+    """The diagonal part of equation (3), and the bounds that keep its numbers finite.
+
+    Attributes
+    ----------
+    spectrum : (K,)
+        Eigenvalues of the source's gramian times the unobserved weight.
+    top : number
+        The largest of them, pads not counted.
+    n_source : number
+        Number N of source rows.
+    weight : number
+        Bound on the weights w.
+    reach : number
+        The diagonal above which CG starts at zero (`objective.DOMINANT`).
+    tiny, most : number
+        The least divisor, and the largest number.
+    """
+
+    spectrum: Any
+    top: Any
+    n_source: Any
+    weight: Any
+    reach: Any
+    tiny: Any
+    most: Any
+
+
+# Sums may be reordered, to vectorise them; infinity and NaN are preserved.
+_OPTIONS: Any = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract", "arcp", "nsz"},
+}
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Compile a function when it is called, and keep the result in numba's cache."""
+    try:
+        return numba.njit(**_OPTIONS, cache=True)(function)
+    except RuntimeError as error:  # numba finds no directory that it can write to
+        log.warning("compiled loops are not kept for later processes: %s", error)
+        return numba.njit(**_OPTIONS)(function)
+
+
+def _inner(function: Callable[..., Any]) -> Any:
+    """The same for a function that only compiled functions call, which saves its wrappers."""
+    wrappers: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return numba.njit(**_OPTIONS, **wrappers)(function)
+
+
+def _prefetch_intrinsic(_: Any, __: Any) -> Any:
+    """Prefetch the cache line at an address: LLVM's intrinsic, because Python has none."""
+    number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+    read, nearest, data = number(0), number(3), number(1)
+
+    def emit(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        word = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        builder.call(word, [builder.inttoptr(args[0], pointer), read, nearest, data])
+        return context.get_dummy_value()
+
+    return numba.types.void(numba.types.uintp), emit
+
+
+_prefetch: Any = intrinsic(_prefetch_intrinsic)
+
+
+_confidence = _inner(equations.confidence)
+_ridge = _inner(equations.ridge)
+
+
+@_inner
+def _add_products(
+    entries: Entries, objective: Objective, first: Any, n: Any, scales: Any, p: Any, out: Any
+) -> None:
+    """Add E^T t of n entries to `out`, with t = scales[0] v + scales[1] W E p.
+
+    Four entries are handled at a time, so that their rows are still in the nearest cache for the
+    second of two products.
+    """
+    source, ids, values, ahead = entries
+    on_targets, on_predictions = scales
+    kind = p.dtype.type
+    address, row_bytes = source.ctypes.data, len(p) * source.itemsize
+    zero, one, end = kind(0), kind(1), first + n
+    w, v = _confidence(objective, one)
+    w0 = w1 = w2 = w3 = on_predictions * kind(w)
+    v0 = v1 = v2 = v3 = on_targets * kind(v)
     for at in range(first, end - 3, 4):
         i0, i1, i2, i3 = ids[at], ids[at + 1], ids[at + 2], ids[at + 3]
         if ahead:
             for soon in range(at + ahead, min(at + ahead + 4, len(ids))):
                 for byte in range(0, row_bytes, 64):
-                    prefetch(address + ids[soon] * row_bytes + byte)
+                    _prefetch(address + ids[soon] * row_bytes + byte)
         t0, t1, t2, t3 = zero, zero, zero, zero
         if on_predictions != zero:
             for k in range(len(p)):
-                t0 += held[i0, k] * p[k]
-                t1 += held[i1, k] * p[k]
-                t2 += held[i2, k] * p[k]
-                t3 += held[i3, k] * p[k]
+                t0 += source[i0, k] * p[k]
+                t1 += source[i1, k] * p[k]
+                t2 += source[i2, k] * p[k]
+                t3 += source[i3, k] * p[k]
         if len(values):
-            c0, c1 = alpha * values[at], alpha * values[at + 1]
-            c2, c3 = alpha * values[at + 2], alpha * values[at + 3]
-            w0, v0 = on_predictions * (abs(c0) - offset), on_targets * max(c0, zero)
-            w1, v1 = on_predictions * (abs(c1) - offset), on_targets * max(c1, zero)
-            w2, v2 = on_predictions * (abs(c2) - offset), on_targets * max(c2, zero)
-            w3, v3 = on_predictions * (abs(c3) - offset), on_targets * max(c3, zero)
+            w, v = _confidence(objective, values[at])
+            w0, v0 = on_predictions * kind(w), on_targets * kind(v)
+            w, v = _confidence(objective, values[at + 1])
+            w1, v1 = on_predictions * kind(w), on_targets * kind(v)
+            w, v = _confidence(objective, values[at + 2])
+            w2, v2 = on_predictions * kind(w), on_targets * kind(v)
+            w, v = _confidence(objective, values[at + 3])
+            w3, v3 = on_predictions * kind(w), on_targets * kind(v)
         s0, s1, s2, s3 = w0 * t0 + v0, w1 * t1 + v1, w2 * t2 + v2, w3 * t3 + v3
-        if is_last:
-            bend += s0 * t0 + s1 * t1 + s2 * t2 + s3 * t3
-            continue
         for k in range(len(p)):
-            out[k] += s0 * held[i0, k] + s1 * held[i1, k] + s2 * held[i2, k] + s3 * held[i3, k]
+            out[k] += (
+                s0 * source[i0, k] + s1 * source[i1, k] + s2 * source[i2, k] + s3 * source[i3, k]
+            )
     for at in range(end - n % 4, end):
         i0, t0 = ids[at], zero
         for k in range(len(p)):
-            t0 += held[i0, k] * p[k]
-        c0 = alpha * values[at] if len(values) else alpha
-        w0, v0 = on_predictions * (abs(c0) - offset), on_targets * max(c0, zero)
-        s0 = w0 * t0 + v0
-        if is_last:
-            bend += s0 * t0
-            continue
+            t0 += source[i0, k] * p[k]
+        w, v = _confidence(objective, values[at] if len(values) else one)
+        s0 = on_predictions * kind(w) * t0 + on_targets * kind(v)
         for k in range(len(p)):
-            out[k] += s0 * held[i0, k]
-    return bend
+            out[k] += s0 * source[i0, k]
 
 
-def _long_pass(
-    entries: Any, first: Any, n: Any, p: Any, out: Any,
-    on_targets: Any, on_predictions: Any, is_last: Any, part: Any, total: Any,
-) -> Any:  # fmt: skip
-    """`_pass` for more entries than a block has: adds block sums `part` (K,) to `total` (K,).
-
-    The total is float64. Compensated sums cannot be used, because the compiler may reorder them.
-    """
-    zero, bend, end = p.dtype.type(0), np.float64(0), first + n
-    for k in range(len(p)):
-        total[k] = zero
-    for low in range(first, end, BLOCK):
+@_inner
+def _curvature(
+    entries: Entries, objective: Objective, first: Any, n: Any, scale: Any, p: Any
+) -> Any:
+    """scale p^T E^T W E p of n entries: half the work of `_add_products`."""
+    source, ids, values, ahead = entries
+    kind = p.dtype.type
+    address, row_bytes = source.ctypes.data, len(p) * source.itemsize
+    zero, one, end = kind(0), kind(1), first + n
+    total, (w, _) = zero, _confidence(objective, one)
+    w0 = w1 = w2 = w3 = scale * kind(w)
+    for at in range(first, end - 3, 4):
+        i0, i1, i2, i3 = ids[at], ids[at + 1], ids[at + 2], ids[at + 3]
+        if ahead:
+            for soon in range(at + ahead, min(at + ahead + 4, len(ids))):
+                for byte in range(0, row_bytes, 64):
+                    _prefetch(address + ids[soon] * row_bytes + byte)
+        t0, t1, t2, t3 = zero, zero, zero, zero
         for k in range(len(p)):
-            part[k] = zero
-        count = min(end - low, BLOCK)
-        bend += _pass(entries, low, count, p, part, on_targets, on_predictions, is_last)
-        if not is_last:
-            for k in range(len(p)):
-                total[k] += part[k]
-    if not is_last:
+            t0 += source[i0, k] * p[k]
+            t1 += source[i1, k] * p[k]
+            t2 += source[i2, k] * p[k]
+            t3 += source[i3, k] * p[k]
+        if len(values):
+            w0 = scale * kind(_confidence(objective, values[at])[0])
+            w1 = scale * kind(_confidence(objective, values[at + 1])[0])
+            w2 = scale * kind(_confidence(objective, values[at + 2])[0])
+            w3 = scale * kind(_confidence(objective, values[at + 3])[0])
+        total += w0 * t0 * t0 + w1 * t1 * t1 + w2 * t2 * t2 + w3 * t3 * t3
+    for at in range(end - n % 4, end):
+        i0, t0 = ids[at], zero
         for k in range(len(p)):
-            out[k] += p.dtype.type(total[k])
-    return p.dtype.type(bend)
+            t0 += source[i0, k] * p[k]
+        w, _ = _confidence(objective, values[at] if len(values) else one)
+        total += scale * kind(w) * t0 * t0
+    return total
 
 
-def _scaled(ridge: Any, n: Any, diagonal: Any, d: Any, inverse: Any, steps: int) -> Any:
+@_inner
+def _scaled(
+    objective: Objective, diagonal: Diagonal, n: Any, steps: Any, d: Any, inverse: Any
+) -> Any:
     """Write the diagonal part of a row's equation, scaled, and the inverse of its preconditioner.
 
     Returns the scale (`solve.scale`), and whether CG starts at zero (`solve.begin`).
     """
-    spectrum, _, others, exponent, tiny, top, weight, reach, most = diagonal
-    one = d.dtype.type(1)
-    lam = min(ridge * min((d.dtype.type(n) + others) ** exponent, most), most)
-    scale = one / min(max(top + lam + weight, tiny), most / d.dtype.type(64))
+    spectrum, top, n_source, weight, reach, tiny, most = diagonal
+    kind = d.dtype.type
+    one, lam = kind(1), kind(0)
+    if objective.regularization > lam:  # the power may overflow
+        lam = min(kind(_ridge(objective, kind(n), n_source)), most)
+    scale = one / min(max(top + lam + weight, tiny), most / kind(64))
     unit = (top + lam) * scale if steps else one
     for k in range(len(d)):
         d[k] = (spectrum[k] + lam) * scale
@@ -120,70 +236,91 @@ def _scaled(ridge: Any, n: Any, diagonal: Any, d: Any, inverse: Any, steps: int)
     return scale, steps == 0 or spectrum[0] + lam > reach
 
 
+@_compiled
 def solve_rows(
-    rows: Any, cells: Any, lengths: Any, entries: Any, diagonal: Any, relaxation: Any, steps: int,
-    vectors: Any, total: Any,
+    rows: Any, starts: Any, entries: Entries, objective: Objective, diagonal: Diagonal,
+    relaxation: Any, steps: Any,
 ) -> None:  # fmt: skip
-    """Solve R rows, as `sweep.solve_block` does in the eigenbasis.
+    """Solve R rows, as `xla.sweep.solve_block` does in the eigenbasis.
 
     Parameters
     ----------
     rows : (R, K)
         The initial rows; they are overwritten with the solved ones, and with zeros for rows without
         entries.
-    cells, lengths : (R,)
+    starts : two of int (R,)
         First entry and number of entries of each row.
-    entries : tuple
-        Source rows (N, K); their indices (E,), unsigned; values (E,), empty if all are 1; alpha and
-        the offset of `solve.Objective`; how many entries ahead source rows are prefetched, 0 for
-        no prefetching.
-    diagonal : tuple
-        Spectrum (K,) times the unobserved weight; the ridge's factor, the number added to a row's
-        entries, and the exponent; the least divisor; the largest number of that spectrum; the
-        largest weight w; the diagonal above which CG starts at zero; and the largest number.
+    entries : Entries
+        Their entries.
+    objective : Objective
+        Equations (1)-(2), in the dtype of the rows.
+    diagonal : Diagonal
+        The diagonal part of equation (3).
     relaxation : float
-        As in `solve.relax`.
+        As in `xla.solve.relax`.
     steps : int
         Steps of CG; 0 where every weight w is 0.
-    vectors, total : (7, K)
-        Scratch arrays; `total` (K,) is float64.
     """
-    ridge, tiny = diagonal[1], diagonal[4]
-    r, p, image, part = vectors[0], vectors[1], vectors[2], vectors[6]
-    d, inverse, z = vectors[3], vectors[4], vectors[5]
-    zero, one = z.dtype.type(0), z.dtype.type(1)
-    # Variables instead of literals: `_pass` would be compiled again for each literal.
-    yes = steps == steps
-    no = not yes
+    cells, lengths = starts
+    vectors, total = np.empty((7, rows.shape[1]), rows.dtype), np.empty(rows.shape[1])
+    z, p, r, image, part, d, inverse = (
+        vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], vectors[5], vectors[6],
+    )  # fmt: skip
+    zero, one, tiny = z.dtype.type(0), z.dtype.type(1), diagonal.tiny
     for row in range(len(lengths)):
         first, n = cells[row], lengths[row]
         if n == 0:
             for k in range(len(z)):
                 rows[row, k] = zero
             continue
-        scale, is_new = _scaled(ridge, n, diagonal, d, inverse, steps)
-        size = zero
+        scale, is_new = _scaled(objective, diagonal, n, steps, d, inverse)
+        size = bend = zero
         for k in range(len(z)):
             z[k] = zero if is_new else rows[row, k]
             r[k] = -d[k] * z[k]
-        on_z = zero if is_new else -scale
-        if n <= BLOCK:
-            _pass(entries, first, n, z, r, scale, on_z, no)
-        else:
-            _long_pass(entries, first, n, z, r, scale, on_z, no, part, total)
-        for k in range(len(z)):
-            p[k] = r[k] * inverse[k]
-            size += r[k] * p[k]
-            if not steps:
-                z[k] = p[k]
-        for step in range(steps):
-            is_last = yes if step == steps - 1 else no
-            for k in range(len(z)):
-                image[k] = d[k] * p[k]
-            if n <= BLOCK:
-                bend = _pass(entries, first, n, p, image, zero, scale, is_last)
+        on_targets, on_predictions = scale, zero if is_new else -scale
+        # Pass -1 computes the residual at z; passes 0, 1, ... are the steps of CG. There is one
+        # call of each function, because each call is inlined and compiled anew.
+        for step in range(-1, steps):
+            is_last = step == steps - 1 and step >= 0
+            given, out = (vectors[0], vectors[2]) if step < 0 else (vectors[1], vectors[3])
+            bend = zero
+            if is_last:
+                wide = np.float64(0)
+                for low in range(first, first + n, BLOCK):
+                    count = min(first + n - low, BLOCK)
+                    wide += _curvature(entries, objective, low, count, scale, given)
+                bend = z.dtype.type(wide)
             else:
-                bend = _long_pass(entries, first, n, p, image, zero, scale, is_last, part, total)
+                # The sums of a long row's blocks are added in float64. Compensated sums cannot be
+                # used, because the compiler may reorder them.
+                is_long = n > BLOCK
+                target = part if is_long else out
+                if is_long:
+                    for k in range(len(z)):
+                        total[k] = out[k]
+                for low in range(first, first + n, BLOCK):
+                    if is_long:
+                        for k in range(len(z)):
+                            part[k] = zero
+                    count = min(first + n - low, BLOCK)
+                    scales = on_targets, on_predictions
+                    _add_products(entries, objective, low, count, scales, given, target)
+                    if is_long:
+                        for k in range(len(z)):
+                            total[k] += part[k]
+                if is_long:
+                    for k in range(len(z)):
+                        out[k] = z.dtype.type(total[k])
+            if step < 0:
+                for k in range(len(z)):
+                    p[k] = r[k] * inverse[k]
+                    size += r[k] * p[k]
+                    if not steps:
+                        z[k] = p[k]
+                    image[k] = d[k] * p[k]
+                on_targets, on_predictions = zero, scale
+                continue
             for k in range(len(z)):
                 bend += image[k] * p[k]
             a, last = size / max(bend, tiny), size
@@ -195,6 +332,7 @@ def solve_rows(
             b = size / max(last, tiny)
             for k in range(len(z)):
                 p[k] = r[k] * inverse[k] + b * p[k]
+                image[k] = d[k] * p[k]
         for k in range(len(z)):
             if relaxation == one:  # reordered sums would lose precision if the old row is large
                 rows[row, k] = z[k]
@@ -202,65 +340,32 @@ def solve_rows(
                 rows[row, k] = (one - relaxation) * rows[row, k] + relaxation * z[k]
 
 
-def measure_rows(rows: Any, cells: Any, lengths: Any, entries: Any, out: Any) -> None:
-    """Write the loss of the entries of R rows into `out`, as in `solve.cells_loss`.
+@_compiled
+def measure_rows(
+    rows: Any, starts: Any, entries: Entries, objective: Objective, offset: Any, out: Any
+) -> None:
+    """Write the loss of the entries of R rows into `out`, as in `xla.solve.cells_loss`.
 
+    `objective` has the offset 0, so that w is the absolute confidence; `offset` is the actual one.
     Sums are float64. Each entry is computed as a square, because sums of (w t - 2 v) t and of
     constants would nearly cancel.
     """
-    held, ids, values, alpha, offset, ahead = entries
-    address, row_bytes = held.ctypes.data, rows.shape[1] * held.itemsize
-    zero, one = rows.dtype.type(0), rows.dtype.type(1)
+    source, ids, values, ahead = entries
+    cells, lengths = starts
+    address, row_bytes = source.ctypes.data, rows.shape[1] * source.itemsize
+    kind = rows.dtype.type
+    zero, one = kind(0), kind(1)
     for row in range(len(lengths)):
         total = np.float64(0)
         for at in range(cells[row], cells[row] + lengths[row]):
             if ahead and at + ahead < len(ids):
                 for byte in range(0, row_bytes, 64):
-                    prefetch(address + ids[at + ahead] * row_bytes + byte)
+                    _prefetch(address + ids[at + ahead] * row_bytes + byte)
             t, i = zero, ids[at]
             for k in range(rows.shape[1]):
-                t += held[i, k] * rows[row, k]
-            c = alpha * values[at] if len(values) else alpha
-            liked, disliked = max(c, zero), max(-c, zero)
-            total += liked * (one - t) ** 2 + disliked * (one + t * t)
+                t += source[i, k] * rows[row, k]
+            w, v = _confidence(objective, values[at] if len(values) else one)
+            liked = kind(v)
+            total += liked * (one - t) ** 2 + (kind(w) - liked) * (one + t * t)
             total -= offset * t * t
         out[row] = total
-
-
-def _hint() -> Any:
-    """The compiled form of `prefetch`: LLVM's intrinsic, because Python has none."""
-    from llvmlite import ir
-    from numba import types
-    from numba.extending import intrinsic
-
-    number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-    read, nearest, data = number(0), number(3), number(1)
-
-    def emit(context: Any, builder: Any, _: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-        word = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
-        builder.call(word, [builder.inttoptr(args[0], pointer), read, nearest, data])
-        return context.get_dummy_value()
-
-    return intrinsic(lambda _, __: (types.void(types.uintp), emit))
-
-
-def compiled(njit: Any, cached: bool) -> tuple[Any, Any]:
-    """`solve_rows` and `measure_rows` by `numba.njit`, which compiles them when they are called.
-
-    Parameters
-    ----------
-    njit : callable
-        That decorator.
-    cached : bool
-        Whether to read and write numba's cache, which is valid for the content of this file only.
-    """
-    # Sums may be reordered, to vectorise them; infinity and NaN are preserved.
-    math = {"reassoc", "contract", "arcp", "nsz"}
-    options = {"nogil": True, "error_model": "numpy", "fastmath": math, "cache": cached}
-    made = {each.__name__: njit(**options)(each) for each in _PLAIN}
-    globals().update(made, prefetch=_hint())  # the loops call each other by these names
-    return made["solve_rows"], made["measure_rows"]
-
-
-_PLAIN = (_pass, _long_pass, _scaled, solve_rows, measure_rows)

@@ -20,12 +20,14 @@ from jax import Array
 from scipy import sparse
 
 from tpu_als.engine import cells, layout
-from tpu_als.engine.als import typed
+from tpu_als.engine.data import DTYPES, AlsParams
 from tpu_als.engine.layout import Plan, Rung
+from tpu_als.engine.objective import Objective, typed
 from tpu_als.engine.xla import solve, sweep
+from tpu_als.engine.xla.data import shape_of
 from tpu_als.engine.xla.mesh import Workplace, precision
-from tpu_als.engine.xla.placing import DTYPES, AlsParams, backend_kind, chunk_sizes
-from tpu_als.engine.xla.solve import Basis, Objective
+from tpu_als.engine.xla.placing import backend_kind, chunk_sizes
+from tpu_als.engine.xla.solve import Basis
 from tpu_als.engine.xla.sweep import Shape
 from tpu_als.validation import structure
 
@@ -46,6 +48,8 @@ class Source:
         That basis.
     n_rows : int
         N.
+    params : AlsParams
+        The solver; with "cholesky" the rows are solved exactly.
     place : Workplace
         The first of its devices does the work, with all its threads.
     """
@@ -54,7 +58,19 @@ class Source:
     rotated: Array
     basis: Basis
     n_rows: int
+    params: AlsParams
     place: Workplace
+
+    def solve(
+        self,
+        rows: sparse.csr_matrix,
+        objective: Objective,
+        *,
+        start: np.ndarray | None = None,
+        gram: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """See `solve_rows`."""
+        return solve_rows(rows, self, objective, start=start, gramian=gram)
 
 
 def source(table: np.ndarray, params: AlsParams, place: Workplace) -> Source:
@@ -66,7 +82,7 @@ def source(table: np.ndarray, params: AlsParams, place: Workplace) -> Source:
         placed = jax.device_put(padded, place.devices[0])
         count = np.dtype(params.compute_dtype).type(n_rows)
         rotated, basis = _rotated(placed, None, count, params.compute_dtype)
-        return Source(placed, rotated, basis, n_rows, place)
+        return Source(placed, rotated, basis, n_rows, params, place)
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -80,7 +96,6 @@ def solve_rows(
     rows: sparse.csr_matrix,
     source: Source,
     objective: Objective,
-    params: AlsParams,
     *,
     start: np.ndarray | None = None,
     gramian: np.ndarray | None = None,
@@ -98,8 +113,6 @@ def solve_rows(
         The fixed table.
     objective : Objective
         Equations (1)-(2).
-    params : AlsParams
-        With "cholesky" the rows are solved exactly.
     start : array (M, K), optional
         Start of the iterative solvers; zero by default.
     gramian : array (K, K), optional
@@ -110,6 +123,7 @@ def solve_rows(
     array (M, K)
         float32 or float64. A row that could not be solved is NaN.
     """
+    params = source.params
     structure.check_compressed(rows, "rows")
     if rows.shape[1] > source.n_rows + 1:
         raise ValueError(f"rows have {rows.shape[1]} columns for a table of {source.n_rows} rows")
@@ -123,7 +137,7 @@ def solve_rows(
     counts = layout.to_slots(lengths.astype(np.int32), where, one)[0]
     begin = np.zeros((rows.shape[0], params.factors), dtype) if start is None else start
     table = layout.to_slots(begin.astype(dtype), where, one)[0]
-    objective = typed(objective, params)
+    objective = typed(objective, params.compute_dtype)
     held, basis = source.rotated, source.basis
     with precision(params.dtype):
         if gramian is not None:
@@ -132,7 +146,7 @@ def solve_rows(
             )
 
     def shape(rung: Rung) -> Shape:
-        return params.shape(rung.rows, rung.length)
+        return shape_of(params, rung.rows, rung.length)
 
     def args(rung: Rung, number: int) -> tuple[slice, tuple[Any, ...]]:
         at = slice(rung.first_slot + number * rung.rows, rung.first_slot + (number + 1) * rung.rows)

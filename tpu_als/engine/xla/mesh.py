@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from tpu_als.engine.xla import programs
 from tpu_als.engine.xla.programs import AXIS, Together, precision
-from tpu_als.host import cores, memory_bytes, threads
+from tpu_als.host import cores, memory_bytes, thread_count, threads
 from tpu_als.parameters import LAYOUTS
 
 __all__ = ["AXIS", "LAYOUTS", "Shards", "Together", "Workplace", "precision", "workplace"]
@@ -33,7 +33,6 @@ Shards = Any
 
 log = logging.getLogger("tpu_als")
 _REPLICATED_SHARE = 1 / 8  # of a device's memory that a copy of the source table may take
-_FEW_THREADS = 16  # up to this number, as many threads as requested, also on fewer cores
 _started_in: int | None = None  # the process that has started JAX
 _PIECE_BYTES = 1 << 26  # of a table fetched at once from several processes
 
@@ -288,11 +287,7 @@ def workplace(
         )
     if len(chosen) > 1:
         return Workplace(chosen, len(chosen), table_layout)
-    n_threads = 1
-    if chosen[0].platform == "cpu":
-        n_threads = cores()
-        if num_threads > 0:
-            n_threads = min(num_threads, max(n_threads, _FEW_THREADS))
+    n_threads = thread_count(num_threads) if chosen[0].platform == "cpu" else 1
     return Workplace(chosen, n_threads, table_layout, n_threads)
 
 

@@ -11,39 +11,31 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from jax import Array
 from scipy import sparse
 
 from tpu_als.engine import cells, layout
 from tpu_als.engine.cells import Entries, InMemory, Long
-from tpu_als.engine.cpu import native
-from tpu_als.engine.data import DTYPES, AlsParams, Data, Side
+from tpu_als.engine.data import DTYPES, AlsParams
 from tpu_als.engine.digests import EntriesDigest
 from tpu_als.engine.layout import Plan, RowMap
+from tpu_als.engine.reading import (
+    SIDES,
+    Totals,
+    as_entries,
+    cheapest_solver,
+    check_digests,
+    kept_as,
+    require_tables,
+)
 from tpu_als.engine.xla import exchange, table_checksums
+from tpu_als.engine.xla.data import XlaData, XlaSide
 from tpu_als.engine.xla.exchange import Route
 from tpu_als.engine.xla.mesh import Together, Workplace, precision
 from tpu_als.engine.xla.sweep import Own
 from tpu_als.host import give_back_memory, require_memory
 from tpu_als.validation import structure
-
-__all__ = [
-    "DTYPES",
-    "AlsParams",
-    "Data",
-    "Side",
-    "backend_kind",
-    "cheapest_solver",
-    "chunk_sizes",
-    "long_block",
-    "make_plan",
-    "place",
-    "place_rows",
-    "turning",
-]
-
 
 # Bytes of a gathered chunk; a core's own cache on CPU.
 _SCRATCH = {"cpu": 1 << 20, "other": 1 << 26}
@@ -54,13 +46,9 @@ _SHORTEST_BLOCK = 128  # cells of a block of a long row, of which each shard has
 # Factors times cells that take as long, over a fit or a few, as compiling one more rung.
 _RUNG_CELLS = {"cpu": 4e6, "other": 1e8}
 _GATHERED = 1 << 20  # row lengths of each process gathered at once
-# Bytes of unused slots that sharing programs between the sides may cost, few where `native` solves.
-_SHARED_WASTE = {False: 1 << 26, True: 1 << 22}
-# Bytes a second that gathered entries are re-read with, and flops of batched products and solves.
-_SPEEDS = {"cpu": (1e11, 4e10), "other": (2e12, 2e13)}
-_CHECKED = 1 << 20  # values looked at at once
+# Bytes of unused slots that sharing programs between the sides may cost.
+_SHARED_WASTE = 1 << 26
 _MANY = 1 << 20  # entries whose temporaries are worth the milliseconds of giving them back
-_SIDES = ("user", "item")
 
 
 def make_plan(lengths: np.ndarray, params: AlsParams, place: Workplace) -> Plan:
@@ -99,39 +87,14 @@ def chunk_sizes(params: AlsParams, place: Workplace) -> tuple[int, int]:
     return 1 << (chunk.bit_length() - 1), most_rows
 
 
-def cheapest_solver(
-    lengths: tuple[np.ndarray, np.ndarray], params: AlsParams, place: Workplace
-) -> str:
-    """Name the solver with the least predicted time for one iteration.
-
-    "cg" and "subspace" read each gathered entry a few times, at the speed of memory; "cholesky" and
-    "subspace" multiply, at the speed of the matrix units. The two speeds of a CPU are of the order
-    measured in docs/performance.md, those of accelerators of the order that their makers state.
-    Where weights may be large ("implicit"), an iteration of "subspace" gets less far, and is left
-    out.
-    """
-    entries, rows = (float(sum(f(each) for each in lengths)) for f in (np.sum, len))
-    read, multiply = _SPEEDS[backend_kind(place)]
-    factors, block = params.factors, min(params.block_size, params.factors)
-    passes = 2 * (params.cg_steps + 1)
-    seconds = {
-        "cg": entries * factors * 4 * passes / read,
-        "cholesky": (2 * entries * factors**2 + rows * factors**3 / 3) / multiply,
-        "subspace": entries * factors * 4 * 3 / read
-        + (2 * entries * factors * block + rows * factors * block**2 / 3) / multiply,
-    }
-    if not params.positive:
-        del seconds["subspace"]
-    return min(seconds, key=lambda name: seconds[name])
-
-
-def place(
+def lay_out(
     user_items: sparse.csr_matrix | Entries,
     params: AlsParams,
     place: Workplace,
+    backend: Any,
     *,
     with_digest: bool = False,
-) -> Data:
+) -> XlaData:
     """Lay out a matrix in both orientations and put it on the devices.
 
     Parameters
@@ -143,6 +106,8 @@ def place(
         Decides chunk sizes and dtype.
     place : Workplace
         The devices to place it on.
+    backend : XlaBackend
+        The backend that the data are for.
     with_digest : bool, default=False
         Whether to compute the digest of a matrix in memory, which checkpoints need. The digest of
         `Entries` on disk is always computed.
@@ -154,33 +119,25 @@ def place(
     ValueError
         If processes passed different matrices, or the sides of `Entries` differ.
     """
-    _require_tables(user_items.shape, params, place)
+    if place.platform == "cpu":  # devices of other kinds report when they are full
+        require_tables(user_items.shape, params, len(place.processes))
+    entries = as_entries(user_items)
     if isinstance(user_items, sparse.csr_matrix):
-        structure.check_compressed(user_items)
         _check_same(user_items, place)
-        entries: Entries = InMemory.turned(user_items)
-    else:
-        entries = user_items
-    lengths, owners = zip(*(_lengths(entries, side, place) for side in _SIDES), strict=True)
+    lengths, owners = zip(*(_lengths(entries, side, place) for side in SIDES), strict=True)
     if params.linear_solver == "auto":
-        params = replace(params, linear_solver=cheapest_solver(lengths, params, place))
-    is_native = params.native and native.serves(place, params.dtype, params.linear_solver)
-    params = replace(params, native=is_native)
+        solver = cheapest_solver(lengths, params, backend_kind(place))
+        params = replace(params, linear_solver=solver)
     row_bytes = params.factors * np.dtype(DTYPES[params.dtype]).itemsize
-    if is_native:
-        native.begin_loading(params.dtype)
-        plan, place = Plan((), 0, 0, 1), place.as_threads
-        users, items = map(layout.in_order, lengths)
-    else:
-        place = place.with_layout(max(entries.shape) * row_bytes)
-        plan = make_plan(np.concatenate(lengths), params, place)
-        pairs = zip(lengths, owners, strict=True)
-        users, items = (layout.map_rows(n, plan, own) for n, own in pairs)
-    users, items = layout.share_shapes(users, items, _SHARED_WASTE[is_native] // row_bytes)
+    place = place.with_layout(max(entries.shape) * row_bytes)
+    plan = make_plan(np.concatenate(lengths), params, place)
+    pairs = zip(lengths, owners, strict=True)
+    users, items = (layout.map_rows(n, plan, own) for n, own in pairs)
+    users, items = layout.share_shapes(users, items, _SHARED_WASTE // row_bytes)
     if not place.together.sharded:  # else the sides' messages differ, and so do their programs
         users, items = layout.share_rungs(users, items)
     with_digest = with_digest or not isinstance(entries, InMemory)
-    dtype, is_divided = _kept_as(entries, params), owners[0] is not None
+    dtype, is_divided = kept_as(entries, params), owners[0] is not None
     fill = _Filling(plan, params, place, dtype, is_divided, with_digest)
     # Items first: then the matrix turned for them makes room for the users' cells.
     item_side = fill.side("item", entries, items, users, lengths[1])
@@ -189,16 +146,17 @@ def place(
     user_side = fill.side("user", entries, users, items, lengths[0])
     if entries.nnz > _MANY:
         give_back_memory()
-    return Data(
-        user_side,
-        item_side,
-        plan,
-        params,
-        place,
-        entries.nnz,
-        fill.absolute_sum,
-        fill.magnitudes,
+    return XlaData(
+        users=user_side,
+        items=item_side,
+        params=params,
+        backend=backend,
+        n_entries=entries.nnz,
+        absolute_sum=fill.totals.absolute_sum,
+        magnitudes=fill.totals.magnitudes,
         digest=_agreed_digest(fill.digests, entries, place),
+        plan=plan,
+        place=place,
     )
 
 
@@ -208,32 +166,9 @@ def _agreed_digest(
     """Digest of all entries; raise ValueError if the two sides of files have different ones."""
     if isinstance(entries, InMemory):
         return digests["user"].total if digests else None
-    users, items = (table_checksums.total(digests[side].total, place) for side in _SIDES)
-    if users != items:
-        raise ValueError(
-            f"{getattr(entries, 'path', entries)}: the files by user and the files by item hold "
-            "different entries or values, but must hold the same ones; write both again"
-        )
+    users, items = (table_checksums.total(digests[side].total, place) for side in SIDES)
+    check_digests(users, items, entries)
     return users
-
-
-def _require_tables(shape: tuple[int, int], params: AlsParams, place: Workplace) -> None:
-    """Raise MemoryError if the tables of a fit, and arrays computed from them, cannot fit.
-
-    On a CPU a half-epoch needs at least both tables and a copy of the larger one.
-    """
-    if place.platform != "cpu":  # tables are on devices, which report when they are full
-        return
-    factors, size = int(params.factors), np.dtype(DTYPES[params.dtype]).itemsize
-    users, items = (int(n) * factors * size // len(place.processes) for n in shape)
-    square = factors**2 * np.dtype(params.compute_dtype).itemsize
-    parts = {
-        "user table": users,
-        "item table": items,
-        "copy of the larger table": max(users, items),
-        "gramian and eigenbasis": 2 * square,
-    }
-    require_memory(parts, f"fit with fewer factors than {factors}, or with a smaller dtype")
 
 
 def _check_same(matrix: sparse.csr_matrix, place: Workplace) -> None:
@@ -252,7 +187,7 @@ def _check_same(matrix: sparse.csr_matrix, place: Workplace) -> None:
 
 def place_rows(
     rows: sparse.csr_matrix, source: RowMap, params: AlsParams, place: Workplace
-) -> Data:
+) -> XlaData:
     """Lay out the rows of a matrix to be solved against an item table that is there already.
 
     Parameters
@@ -268,22 +203,24 @@ def place_rows(
     """
     structure.check_compressed(rows, "rows")
     entries, lengths = InMemory(rows, None), np.diff(rows.indptr).astype(np.int64)
-    params = replace(params, native=False)
     # The rungs depend only on the longest row, so that batches of rows share programs.
     longest = int(lengths.max(initial=0))
     rungs = layout.doubling(longest, _longest_rung(params, place), growth=4)
     plan = _plan_of(rungs, params, place)
-    items = Side(source, None, None, None, np.zeros(0, np.int64))
+    items = XlaSide(rows=source, lengths=np.zeros(0, np.int64))
     # Values as they come, so that one program serves all calls.
     fill = _Filling(plan, params, place, np.dtype(params.compute_dtype), False)
     columns = replace(source, slots=np.append(source.slots, source.pad_slot))
     users = fill.side("user", entries, layout.map_rows(lengths, plan), columns, lengths)
-    return Data(users, items, plan, params, place, rows.nnz, fill.absolute_sum)
+    return XlaData(
+        users=users, items=items, params=params, backend=None, n_entries=rows.nnz,
+        absolute_sum=fill.totals.absolute_sum, plan=plan, place=place,
+    )  # fmt: skip
 
 
 def _lengths(entries: Entries, side: str, place: Workplace) -> tuple[np.ndarray, np.ndarray | None]:
     """Entries (M,) of all rows of a side and, if each process has its part, whose they are."""
-    n_rows = entries.shape[_SIDES.index(side)]
+    n_rows = entries.shape[SIDES.index(side)]
     if not isinstance(entries, InMemory):
         require_memory(
             {f"lengths and places of {n_rows} rows by {side}": 40 * n_rows},
@@ -313,20 +250,6 @@ def _lengths(entries: Entries, side: str, place: Workplace) -> tuple[np.ndarray,
     return lengths, owners
 
 
-def _kept_as(entries: Entries, params: AlsParams) -> Any:
-    """What dtype values are kept in: None at all where all are 1, bfloat16 where it holds them."""
-    if not entries.has_values:
-        return None
-    narrow = np.dtype(ml_dtypes.bfloat16)
-    if isinstance(entries, InMemory):
-        data = entries.user_items.data
-        parts = (data[low : low + _CHECKED] for low in range(0, len(data), _CHECKED))
-        with np.errstate(over="ignore"):  # values that are too large become infinite and differ
-            if all(np.array_equal(part.astype(narrow).astype(part.dtype), part) for part in parts):
-                return narrow
-    return np.dtype(params.compute_dtype)
-
-
 class _Filling:
     """Fills and places one side after the other, with values of a dtype, or None of them."""
 
@@ -342,25 +265,27 @@ class _Filling:
         self._plan, self._params, self._place = plan, params, place
         self._with_digest, self.digests = with_digest, dict[str, EntriesDigest]()
         self._dtype, self._divided = dtype, divided
-        self.absolute_sum, self.magnitudes = 0.0, (np.inf, -np.inf)
+        self.totals = Totals()
 
     def side(
         self, name: str, entries: Entries, rows: RowMap, source: RowMap, lengths: np.ndarray
-    ) -> Side:
+    ) -> XlaSide:
         """Lay out and place one side."""
         place, local = self._place, self._place.local
         blocks = self._blocks(name, entries)
         if name == "user":
-            blocks = self._summed(blocks)
+            blocks = self.totals.passing(blocks)
         # The other side of a matrix in memory is made from the first.
         if self._with_digest and (name == "user" or not isinstance(entries, InMemory)):
             self.digests[name] = EntriesDigest(name, len(source.slots))
             blocks = self.digests[name].passing(iter(blocks))
         ids, values = cells.fill(blocks, rows, source.slots, source.pad_slot, local, self._dtype)
         if name == "user" and self._divided:
-            found = np.array([self.absolute_sum, *self.magnitudes])
+            totals = self.totals
+            found = np.array([totals.absolute_sum, *totals.magnitudes])
             sums, least, most = place.gather_processes(found).T
-            self.absolute_sum, self.magnitudes = float(sums.sum()), (least.min(), most.max())
+            totals.absolute_sum = float(sums.sum())
+            totals.magnitudes = least.min(), most.max()
         routes, sends = None, np.zeros((len(local), 0), np.int32)
         if place.together.sharded:
             routes, sends = exchange.plan(
@@ -368,32 +293,23 @@ class _Filling:
             )
         with precision(self._params.dtype):
             counts = layout.to_slots(lengths.astype(np.int32), rows, local)
-            # The loops read the entries in place; XLA would copy them.
-            put: Any = list if self._params.native else place.put
-            own = Own(*jax.tree.map(put, (ids, values)), *map(place.put, (counts, sends)))
+            own = Own(*jax.tree.map(place.put, (ids, values, counts, sends)))
             if routes is not None:
                 _, _, sends = turning(rows, routes, place)(own.sends, None)
                 own = own._replace(sends=sends)
             del ids, values
             long = self._long(name, entries, rows, source, lengths) if len(rows.long) else None
-        return Side(rows, own, long, routes, lengths)
+        return XlaSide(rows=rows, own=own, long=long, routes=routes, lengths=lengths)
 
     def _blocks(self, name: str, entries: Entries) -> cells.Blocks:
         return entries.blocks(name, self._place.process, len(self._place.processes))
-
-    def _summed(self, blocks: cells.Blocks) -> cells.Blocks:
-        for rows, block in blocks:
-            sizes, (least, most) = np.abs(block.data), self.magnitudes
-            self.absolute_sum += float(sizes.sum(dtype=np.float64))
-            self.magnitudes = sizes.min(initial=least), sizes.max(initial=most)
-            yield rows, block
 
     def _long(
         self, name: str, entries: Entries, rows: RowMap, source: RowMap, lengths: np.ndarray
     ) -> Long:
         """Entries of long rows: with their row on a single device, else with their source row."""
         place = self._place
-        other = _SIDES[name == "user"]
+        other = SIDES[name == "user"]
         # A process that has read only its own rows finds them in those of the other side.
         blocks = self._blocks(other if self._divided else name, entries)
         found = cells.long_entries(blocks, rows, self._divided, self._dtype)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +16,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from tpu_als.engine import compilation_cache
 from tpu_als.host import give_back_memory
-from tpu_als.storage.private import private_directory
 
 AXIS = "shards"  # name of the mesh axis
 _PIECE_ROWS = 1 << 13  # rows of a table that `join` changes at once
 _compiled: set[Any] = set()  # compiled programs with the shapes of their arguments
 _jitted: list[Any] = []  # what `whole` and `each` have made
 MOST_PROGRAMS = 200  # counted with their shapes, of about 4 MB each; a fit has up to 40
-compilation_cache: str | None = None  # the directory that `enable_compilation_cache` was given
+
+
+compilation_cache.apply_to_jax()
 
 
 @dataclass(frozen=True)
@@ -194,30 +195,3 @@ def _compiler_options(platform: str) -> dict[str, Any] | None:
 def precision(dtype: str) -> contextlib.AbstractContextManager[Any]:
     """Context that enables this dtype: 64-bit types are disabled in JAX by default."""
     return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
-
-
-def enable_compilation_cache(path: str | os.PathLike[str]) -> None:
-    """Keep compiled programs in a directory, so that later processes need not compile them again.
-
-    This sets JAX's options for the whole process, and so for all JAX code in it; the package never
-    does this by itself. Call it before the first fit. A file is reused only by the same version of
-    JAX on the same kind of device. Programs compiled by numba are kept in the same directory.
-
-    Parameters
-    ----------
-    path : path-like
-        The directory. If it does not exist, it is created with mode 700. Its content is run as
-        code, so nobody else may be able to write there.
-
-    Raises
-    ------
-    PermissionError
-        On POSIX, if the directory or anything in it belongs to another user or is writable by
-        others, or if all users can replace one of its parents. No option is set then.
-    """
-    global compilation_cache
-    compilation_cache = os.fspath(private_directory(path))
-    jax.config.update("jax_compilation_cache_dir", compilation_cache)
-    # The package has many small programs; by default JAX keeps only slow and large ones.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

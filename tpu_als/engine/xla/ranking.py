@@ -8,11 +8,7 @@ Axis letters: B queries of a batch, N items, K factors, W work shards, S slots o
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -22,19 +18,18 @@ from jax import Array, lax
 from scipy import sparse
 
 from tpu_als.engine import layout
+from tpu_als.engine.cpu.ranking import empty, keep
 from tpu_als.engine.layout import RowMap
-from tpu_als.engine.xla import topk
 from tpu_als.engine.xla.mesh import Shards, Together, Workplace, precision
 
 # Bytes of scores kept at once: by a thread of a CPU, by another device.
 _BATCH_BYTES = {"cpu": 1 << 26, "other": 1 << 28}
-_KEPT = 2  # blocks of memory of each size that a catalog on a CPU keeps between calls
 SEEN = 1 << 12  # least length that lists of seen items are padded to, so that shapes are few
+_BLOCKS = (32, 8)  # columns of a block; see `engine.cpu.ranking`
 _SHORTEST = 1e-10  # replaces the length of a zero row, to allow division
 # Rows, lengths and whether they are shown: of all parts, and of one.
 _Own = tuple[Shards, Shards | None, Shards]
 _Part = tuple[Array, Array | None, Array]
-_Find = Callable[[np.ndarray, "Seen"], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -57,8 +52,6 @@ class Catalog:
         Where they are.
     dtype : {"float32", "float64"}
         Of queries and scores; the table may be kept in bfloat16.
-    scratch : SimpleQueue
-        Memory for scores, which calls on a CPU leave to the next ones.
     """
 
     rows: Shards
@@ -68,7 +61,69 @@ class Catalog:
     ids: np.ndarray
     place: Workplace
     dtype: str
-    scratch: SimpleQueue[Array] = field(default_factory=SimpleQueue, repr=False, compare=False)
+
+    def top_k(
+        self,
+        queries: np.ndarray,
+        k: int,
+        *,
+        seen: sparse.csr_matrix | None = None,
+        excluded: np.ndarray | None = None,
+        approximate_recall: float | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Best k items of each query by inner product, exactly; best first.
+
+        With several processes every one passes the same arguments and gets the whole result.
+
+        Parameters
+        ----------
+        queries : array (B, K)
+            In the catalog's dtype.
+        k : int
+            Items wanted.
+        seen : CSR matrix (B, N), optional
+            Items to leave out of each query's result.
+        excluded : int array, optional
+            Items to leave out of every result.
+        approximate_recall : float, optional
+            Accept that this share of the k best is found in expectation, for a faster search on
+            TPUs (Chern et al. 2022, arXiv 2206.14286). Other devices search exactly all the same.
+
+        Returns
+        -------
+        ids : int32 array (B, k)
+            -1 at the tail where fewer than k items were left.
+        scores : array (B, k)
+            Inner products, over the catalog's lengths if it has any; -FLT_MAX where the id is -1.
+
+        Raises
+        ------
+        ValueError
+            For an `approximate_recall` that is not between 0 and 1.
+        """
+        if approximate_recall is not None and not 0 < approximate_recall < 1:
+            raise ValueError(
+                f"approximate_recall must be a number between 0 and 1, or None for an exact "
+                f"search, got {approximate_recall!r}"
+            )
+        ids, scores = empty(len(queries), k, np.dtype(self.dtype))
+        width = min(k, len(self.slots))
+        if width == 0 or len(queries) == 0:
+            return ids, scores
+        batch = batch_size(len(queries), self)
+        program, own = ranking(self, width, approximate_recall), _placed(self, excluded)
+        # One after the other: programs that communicate must start in the same order everywhere.
+        for low in range(0, len(queries), batch):
+            at = slice(low, low + batch)
+            count = len(queries[at])
+            asked = np.zeros((batch, queries.shape[1]), self.dtype)
+            asked[:count] = queries[at]
+            hidden = _seen(seen[at] if seen is not None else None, self)
+            with precision(self.dtype):
+                best, shard, slot = (np.asarray(part) for part in program(own, (asked, hidden))[0])
+            found, best = self.ids[shard, slot][:count, :width], best[:count, :width]
+            keep(ids[at, :width], scores[at, :width], found, best)
+        return ids, scores
 
 
 class Seen(NamedTuple):
@@ -179,94 +234,6 @@ def _lengths(dtype: str, _: Together, rows: Shards, __: None) -> tuple[None, Non
     return None, None, jax.tree.map(part, rows)
 
 
-def top_k(
-    queries: np.ndarray,
-    catalog: Catalog,
-    k: int,
-    *,
-    seen: sparse.csr_matrix | None = None,
-    excluded: np.ndarray | None = None,
-    approximate_recall: float | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Best k items of each query by inner product, exactly; best first.
-
-    With several processes every one passes the same arguments and gets the whole result.
-
-    Parameters
-    ----------
-    queries : array (B, K)
-        In the catalog's dtype.
-    catalog : Catalog
-        The items.
-    k : int
-        Items wanted.
-    seen : CSR matrix (B, N), optional
-        Items to leave out of each query's result.
-    excluded : int array, optional
-        Items to leave out of every result.
-    approximate_recall : float, optional
-        Accept that this share of the k best is found in expectation, for a faster search on TPUs
-        (Chern et al. 2022, arXiv 2206.14286). Other backends search exactly all the same.
-
-    Returns
-    -------
-    ids : int32 array (B, k)
-        -1 at the tail where fewer than k items were left.
-    scores : array (B, k)
-        Inner products, over the catalog's lengths if it has any; -FLT_MAX where the id is -1.
-
-    Raises
-    ------
-    ValueError
-        For an `approximate_recall` that is not between 0 and 1.
-    """
-    check_recall(approximate_recall)
-    ids, scores = topk.empty(len(queries), k, np.dtype(catalog.dtype))
-    width = min(k, len(catalog.slots))
-    if width == 0 or len(queries) == 0:
-        return ids, scores
-    batch, on_host = batch_size(len(queries), catalog), _sorts_on_host(catalog)
-    if on_host:
-        find = _by_host(catalog, excluded, width)
-    else:
-        find = _by_devices(catalog, excluded, width, approximate_recall)
-
-    def work(low: int) -> None:
-        at = slice(low, low + batch)
-        count = len(queries[at])
-        asked = np.zeros((batch, queries.shape[1]), catalog.dtype)
-        asked[:count] = queries[at]
-        hidden = _seen(seen[at] if seen is not None else None, catalog)
-        with precision(catalog.dtype):
-            found, best = find(asked, hidden)
-        part = slice(count), slice(width)
-        topk.keep_finite(ids[at, :width], scores[at, :width], found[part], best[part])
-
-    jobs = range(0, len(queries), batch)
-    if on_host:
-        catalog.place.threads(work, jobs)
-        while catalog.scratch.qsize() > _KEPT:
-            catalog.scratch.get()
-    else:  # programs that talk must start in the same order everywhere
-        for low in jobs:
-            work(low)
-    return ids, scores
-
-
-def check_recall(approximate_recall: float | None) -> None:
-    """Raise ValueError for a share that is not between 0 and 1."""
-    if approximate_recall is not None and not 0 < approximate_recall < 1:
-        raise ValueError(
-            f"approximate_recall must be a number between 0 and 1, or None for an exact search, "
-            f"got {approximate_recall!r}"
-        )
-
-
-def _sorts_on_host(catalog: Catalog) -> bool:
-    place = catalog.place
-    return place.platform == "cpu" and place.mesh is None and len(catalog.ids) == 1
-
-
 def _shown(catalog: Catalog, excluded: np.ndarray | None) -> np.ndarray:
     """Which slots of this process (its shards, S) have a row that is not excluded."""
     own = _local(len(catalog.ids), catalog.place)
@@ -283,45 +250,6 @@ def _placed(catalog: Catalog, excluded: np.ndarray | None) -> _Own:
         with precision(catalog.dtype):
             shown = catalog.place.put(_shown(catalog, excluded))
     return catalog.rows, catalog.lengths, shown
-
-
-def _by_devices(
-    catalog: Catalog, excluded: np.ndarray | None, k: int, recall: float | None
-) -> _Find:
-    """Find ids and scores with the devices' own search."""
-    program, own = ranking(catalog, k, recall), _placed(catalog, excluded)
-
-    def find(queries: np.ndarray, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
-        best, shard, slot = (np.asarray(part) for part in program(own, (queries, seen))[0])
-        return catalog.ids[shard, slot], best
-
-    return find
-
-
-def _by_host(catalog: Catalog, excluded: np.ndarray | None, k: int) -> _Find:
-    """Find ids and scores on a single CPU device: XLA multiplies, and NumPy sorts, faster than it.
-
-    Scores are written into the same memory again and again: new pages would cost as much time.
-    """
-    shown, device = _shown(catalog, excluded)[0], catalog.place.devices[0]
-    (part,) = _parts(Together(), _placed(catalog, excluded))
-
-    def find(queries: np.ndarray, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
-        shape, scratch = (len(queries), len(shown)), None
-        with contextlib.suppress(Empty):
-            scratch = catalog.scratch.get_nowait()
-        if scratch is None or scratch.shape != shape:
-            scratch = jnp.zeros(shape, catalog.dtype, device=device)
-        out, maxima = _score(scratch, queries, part, seen, _wide(k))
-        # A view that lets go of the memory, which np.asarray would not.
-        scores = np.from_dlpack(out)
-        of_blocks = None if maxima is None else np.asarray(maxima)
-        best, slot = topk.largest_of_blocks(scores, of_blocks, shown, k)
-        del scores
-        catalog.scratch.put(out)
-        return catalog.ids[0, slot], best
-
-    return find
 
 
 def ranking(catalog: Catalog, k: int, approximate_recall: float | None = None) -> Any:
@@ -372,7 +300,7 @@ def _rank(
         slot = jnp.where(seen.shard == shard, seen.slot, part[0].shape[0])
         scores = _scores(queries, part, seen.query, slot, dtype)
         scores = jnp.where(part[2][None, :], scores, -jnp.inf)
-        found.append(topk.largest(scores, min(k, scores.shape[1]), recall))
+        found.append(largest(scores, min(k, scores.shape[1]), recall))
     best, slots = (jnp.stack(each) for each in zip(*found, strict=True))
     if together.axis is not None:
         best, slots = (lax.all_gather(e, together.axis, tiled=True) for e in (best, slots))
@@ -381,16 +309,6 @@ def _rank(
     best, at = lax.top_k(jnp.moveaxis(best, 0, 1).reshape(flat), min(k, flat[1]))
     slots = jnp.take_along_axis(jnp.moveaxis(slots, 0, 1).reshape(flat), at, axis=1)
     return (best, at // width, slots), None, None
-
-
-@functools.partial(jax.jit, static_argnums=4, donate_argnums=0, keep_unused=True)
-def _score(
-    scratch: Array, queries: Array, part: _Part, seen: Seen, k: int
-) -> tuple[Array, Array | None]:
-    """Scores (B, S), seen items hidden, and maxima of their blocks; of a single part."""
-    slot = jnp.where(seen.shard == 0, seen.slot, len(part[0]))
-    scores = _scores(queries, part, seen.query, slot, scratch.dtype.name)
-    return scores, topk.maxima(scores, part[2], k)
 
 
 def _parts(together: Together, own: _Own) -> list[_Part]:
@@ -408,3 +326,26 @@ def _scores(queries: Array, part: _Part, query: Array, slot: Array, dtype: str) 
     if lengths is not None:
         scores = scores / lengths[None, :]
     return scores.at[query, slot].set(-jnp.inf, mode="drop")
+
+
+def largest(scores: Array, k: int, recall: float | None = None) -> tuple[Array, Array]:
+    """Top k values (B, k) and columns of scores (B, n) on the device; traced.
+
+    `recall`, where given, lets a TPU find this share of them in expectation, in one pass.
+    """
+    if recall is not None:
+        best, columns = lax.approx_max_k(scores, k, recall_target=recall)
+        return best, columns
+    n_queries, n_columns = scores.shape
+    for size in _BLOCKS:
+        n_blocks = n_columns // size
+        if n_columns % size == 0 and n_blocks >= 4 * k:
+            break
+    else:
+        best, columns = lax.top_k(scores, k)
+        return best, columns
+    members = scores.reshape(n_queries, size, n_blocks)
+    _, blocks = lax.top_k(members.max(axis=1), k)
+    inside = jnp.take_along_axis(members, blocks[:, None, :], axis=2, mode="promise_in_bounds")
+    best, at = largest(inside.reshape(n_queries, -1), k)
+    return best, at // k * n_blocks + jnp.take_along_axis(blocks, at % k, axis=1)

@@ -14,13 +14,12 @@ import numpy as np
 from jax import Array
 from scipy import sparse
 
-from tpu_als.engine import als, layout
-from tpu_als.engine.als import AlsState
+from tpu_als.engine import layout
+from tpu_als.engine.data import DTYPES, AlsParams
 from tpu_als.engine.layout import RowMap
-from tpu_als.engine.xla import placing
+from tpu_als.engine.objective import Objective
+from tpu_als.engine.xla import half_epoch, placing, ranking
 from tpu_als.engine.xla.mesh import Shards, Together, Workplace, precision
-from tpu_als.engine.xla.placing import AlsParams, Data
-from tpu_als.engine.xla.solve import Objective
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,13 @@ class Table:
         """Compute the Euclidean length (M,) of each row."""
         return np.sqrt(self._summarised()[1])
 
+    def catalog(self, lengths: np.ndarray | None = None) -> ranking.Catalog:
+        """The table where it is, to rank its rows by product, divided by `lengths` if given."""
+        return ranking.catalog_of(self.shards, self.rows, self.place, lengths=lengths)
+
     def _summarised(self) -> tuple[np.ndarray, np.ndarray]:
         with precision(self.params.dtype):
-            program = self.place.whole(als.gramian_and_squares, self.params.compute_dtype)
+            program = self.place.whole(half_epoch.gramian_and_squares, self.params.compute_dtype)
             gramian, _, squares = program(self.shards, None)
             return np.array(gramian), self.place.get(squares).ravel()[self.rows.slots]
 
@@ -94,10 +97,8 @@ class Table:
         params = replace(self.params, linear_solver="cholesky")
         data = placing.place_rows(rows, self.rows, params, self.place)
         with precision(params.dtype):
-            zero = self.place.zeros(
-                (data.users.rows.n_slots, params.factors), placing.DTYPES[params.dtype]
-            )
-        solved = als.half_epoch(zero, self.shards, data, objective, target="users")
+            zero = self.place.zeros((data.users.rows.n_slots, params.factors), DTYPES[params.dtype])
+        solved = half_epoch.half_epoch(zero, self.shards, data, objective, 1.0, target="users")
         return Table(solved, data.users.rows, params, self.place).fetch()
 
 
@@ -113,12 +114,3 @@ def _take(
     parts = jax.tree.map(part, *own)
     mine = sum(parts[1:], parts[0]) if isinstance(parts, list) else parts
     return together.total(mine), None, None
-
-
-def tables(state: AlsState, data: Data) -> dict[str, Table]:
-    """Both tables of a state, by side, without the matrix."""
-    sides = {"user": (state.users, data.users), "item": (state.items, data.items)}
-    return {
-        name: Table(shards, side.rows, data.params, data.place)
-        for name, (shards, side) in sides.items()
-    }

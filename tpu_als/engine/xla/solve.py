@@ -11,87 +11,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from tpu_als.engine.objective import DOMINANT, Objective, confidence, ridge
 from tpu_als.engine.xla.cholesky import direct
-from tpu_als.parameters import OBJECTIVES
 
 # Full float32 products: accelerators would otherwise round the operands to bfloat16 or tf32.
 PRECISION = lax.Precision.HIGHEST
-SOLVERS = ("cg", "cholesky", "subspace")
-DOMINANT = 1e3  # CG starts at zero if the diagonal is this many times what the entries can add
 _SMALL = 1e-3  # a diagonal of the scaled equation below this is far below the weights
 _BLOCK = 1 << 12  # rows, or entries of a row, that a program sums one after the other
 _GRAMIANS = 1 << 24  # numbers in the blocks' gramians that are in memory together
-
-
-class Objective(NamedTuple):
-    """The numbers of equations (1)-(2). They are traced, so new values need no compilation."""
-
-    regularization: Any
-    alpha: Any
-    unobserved_weight: Any
-    exponent: Any
-    offset: Any
-
-
-def objective(
-    name: str,
-    regularization: float,
-    alpha: float,
-    unobserved_weight: float = 1.0,
-    exponent: float | None = None,
-) -> Objective:
-    """Return the numbers that make equations (1)-(2) the named objective.
-
-    Parameters
-    ----------
-    name : {"implicit", "ials"}
-        Hu, Koren, Volinsky (2008) in implicit's convention, or Rendle et al. (2022).
-    regularization, alpha, unobserved_weight : float
-        lam, alpha and a0.
-    exponent : float, optional
-        nu of equation (2). None means 0 for "implicit" and 1 for "ials".
-
-    Raises
-    ------
-    ValueError
-        For an unknown name.
-    """
-    if name not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {OBJECTIVES}, got {name!r}")
-    implicit = name == "implicit"
-    if exponent is None:
-        exponent = 0.0 if implicit else 1.0
-    # The total weight of an observed cell of "implicit" is |c|; the gramian contributes a0 of it.
-    offset = unobserved_weight if implicit else 0.0
-    return Objective(regularization, alpha, unobserved_weight, exponent, offset)
-
-
-def solver_for(name: str, objective: Objective) -> str:
-    """The solver to use when `name` is requested: "cholesky" for "cg" if the diagonal is too small.
-
-    CG is preconditioned by a0 s + lam. If a0 and lam are both below the rounding error of alpha, a
-    few steps are not enough, and only a direct solve finds the least-norm solution of singular
-    systems.
-    """
-    least = float(jnp.finfo(jnp.float32).eps) * objective.alpha
-    is_bare = max(objective.regularization, objective.unobserved_weight) <= least
-    return "cholesky" if is_bare and name in ("cg", "auto") else name
-
-
-def confidence(objective: Objective, values: Any) -> tuple[Any, Any]:
-    """Weights w and v of equation (1) for stored values; works on NumPy and JAX arrays.
-
-    A negative value is a disliked item: its target is 0 and its weight |alpha x|.
-    """
-    c = objective.alpha * values
-    size = abs(c)
-    return size - objective.offset, (size + c) / 2
-
-
-def ridge(objective: Objective, n_entries: Any, n_source: Any) -> Any:
-    """Ridge lam_u of equation (2) for rows of `n_entries`; works on NumPy and JAX arrays."""
-    scale = n_entries + objective.unobserved_weight * n_source
-    return objective.regularization * scale**objective.exponent
 
 
 class Basis(NamedTuple):

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from tpu_als.engine.cells import LONG_ROWS, Long
+from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import exchange, solve
 from tpu_als.engine.xla.exchange import Route
 from tpu_als.engine.xla.mesh import Together
-from tpu_als.engine.xla.solve import Basis, Block, Objective
+from tpu_als.engine.xla.solve import Basis, Block
 
 
 class Own(NamedTuple):

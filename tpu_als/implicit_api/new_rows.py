@@ -9,28 +9,19 @@ import numpy as np
 from scipy import linalg, sparse
 from sklearn.utils import check_array
 
-from tpu_als import parameters
-from tpu_als._tables import FactorTables
-from tpu_als.engine.xla import fold_in, mesh, placing, solve
+from tpu_als import engine_options
+from tpu_als.engine.cpu import exact
+from tpu_als.engine.objective import confidence
 from tpu_als.host import require_memory
-from tpu_als.serving.fitted import FactorTable
+from tpu_als.serving import fold_in
+from tpu_als.serving.fitted import FactorTable, FittedModel
 from tpu_als.validation import arguments, matrices
 
-# Up to these numbers of rows and entries, solving on the host is faster than a dispatch.
-_HOST_ROWS, _HOST_ENTRIES = 4, 1 << 14
 
-
-class FoldIn(FactorTables):
+class NewRows:
     """Methods for new rows. Every fold-in is exact, whichever solver `fit` uses."""
 
-    regularization: float
-    alpha: float
-    unobserved_weight: float
-    regularization_exponent: float | None
-    use_cg: bool
-    linear_solver: str | None
-    cg_steps: int
-    block_size: int
+    _fitted: FittedModel
 
     def recalculate_user(self, userid: Any, user_items: Any) -> np.ndarray:
         """Compute factors of users from their items, without storing them.
@@ -45,8 +36,8 @@ class FoldIn(FactorTables):
         Returns
         -------
         ndarray of shape (factors,), or (n, factors) for several users
-            Up to 4 rows are solved on the host in float64, more rows on the devices. The results
-            agree within rounding, not bit for bit; docs/math.md states the bound.
+            Exact up to rounding. On a CPU each row is solved in float64 and rounded, whatever else
+            is in the batch; docs/math.md states what holds on other devices.
 
         Raises
         ------
@@ -54,7 +45,8 @@ class FoldIn(FactorTables):
             If the numbers of rows and users differ, or an entry lies beyond the items.
         """
         arguments.warn_if_converted(user_items)
-        return self._recalculate(self._complete("item").item, userid, user_items, "user")
+        table = self._fitted.require(self, "item").item
+        return recalculated(self, table, userid, user_items, "user")
 
     def recalculate_item(self, itemid: Any, item_users: Any) -> np.ndarray:
         """Compute factors of items from their users, without storing them.
@@ -77,7 +69,8 @@ class FoldIn(FactorTables):
             If the numbers of rows and items differ, or an entry lies beyond the users.
         """
         arguments.warn_if_converted(item_users)
-        return self._recalculate(self._complete("user").user, itemid, item_users, "item")
+        table = self._fitted.require(self, "user").user
+        return recalculated(self, table, itemid, item_users, "item")
 
     def partial_fit_users(self, userids: Any, user_items: Any) -> None:
         """Recompute and store the factors of some users; new ids grow the table.
@@ -166,20 +159,22 @@ class FoldIn(FactorTables):
         ValueError
             If an entry lies beyond the items.
         """
-        n, table = arguments.result_count(N), self._complete("item").item
+        n, table = arguments.result_count(N), self._fitted.require(self, "item").item
         n_items = table.shape[0]
         arguments.warn_if_converted(user_items)
         user = arguments.one_id(userid, None, "userid")
         item = arguments.one_id(itemid, n_items, "itemid")
         row = matrices.explained_row(user_items, user, n_items)
-        objective = self._objective()
-        w, v = solve.confidence(objective, row.data.astype(np.float64))
+        objective = engine_options.objective_of(self)
+        v = confidence(objective, row.data.astype(np.float64))[1]
         liked = table.rows(row.indices)
         if user_weights is not None:
             user_weights = arguments.user_weights(user_weights, table.shape[1])
         else:
-            system = _system(table, liked.astype(np.float64), w, row.nnz, objective)
-            factor, lower = _factorize(system)
+            gram = table.gramian().astype(np.float64)
+            at = np.arange(row.nnz)
+            matrix, _ = exact.system(liked, at, row.data, gram, objective, n_source=n_items)
+            factor, lower = exact.factorize(matrix)
             user_weights = factor, bool(lower)  # some versions of SciPy return an array
         wanted = table.rows(np.array([item]))[0].astype(np.float64)
         scores = (liked @ linalg.cho_solve(user_weights, wanted)) * v
@@ -200,7 +195,9 @@ class FoldIn(FactorTables):
         ndarray of shape (n_rows, n_items)
             A dense array: mind the memory, and use `recommend` for the best items.
         """
-        table = self._complete("item").item.read()
+        items = self._fitted.require(self, "item").item
+        items.require_finite()
+        table = items.read()
         factors = check_array(X, dtype=[np.float64, np.float32], ensure_min_samples=0)
         if factors.shape[1] != table.shape[1]:
             raise ValueError(
@@ -229,53 +226,23 @@ class FoldIn(FactorTables):
         num_threads: int | None = 0,
     ) -> None:
         arguments.solver_arguments(X, Y, regularization, num_threads)
+        Y = np.asarray(Y)
         rows = arguments.rows_for(Cui, len(X), len(Y), "Cui", strict=False)
-        objective = self._objective()._replace(alpha=1.0, regularization=regularization)
-        linear_solver = solve.solver_for(self._own_solver(), objective)
-        params = self._params_of(Y.shape[1], Y.dtype, linear_solver)
-        parameters.check(self, parameters.PLACE)
+        own = engine_options.objective_of(self)
+        objective = own._replace(alpha=1.0, regularization=regularization)
+        linear_solver = engine_options.linear_solver_of(self, objective)
+        params = engine_options.params_against(self, Y, linear_solver)
         # The caller's tables change from call to call, so nothing is cached.
-        place = mesh.workplace(
-            self.devices, num_threads or self.num_threads, self.use_gpu, self.table_layout
-        )
-        source = fold_in.source(np.asarray(Y), params, place)
-        solved = fold_in.solve_rows(rows, source, objective, params, start=np.asarray(X))
+        backend = engine_options.backend_of(self, params, num_threads).alone
+        solved = backend.source(Y, params).solve(rows, objective, start=X)
         X[...] = arguments.finite_rows(solved, "X, which stays as it was")
-
-    def _recalculate(self, table: FactorTable, ids: Any, matrix: Any, side: str) -> np.ndarray:
-        """Solve rows of a side against the table of the other side."""
-        name = "user_items" if side == "user" else "item_users"
-        ids, is_scalar, mask = arguments.ids_of(ids, None, f"{side}id")
-        rows = arguments.rows_for(matrix, len(ids), table.shape[0], name, strict=False, mask=mask)
-        solved = self._fold_in_fast(table, rows)
-        return solved[0] if is_scalar else solved
-
-    def _fold_in(self, table: FactorTable, rows: sparse.csr_matrix) -> np.ndarray:
-        """Solve equation (1) exactly for canonical rows against a table."""
-        params = self._params(table, "cholesky")
-        objective = self._objective()
-        solved = table.solve(rows, objective, params, self._own_place())
-        failed = np.flatnonzero(~np.isfinite(solved).all(axis=1))
-        if failed.size and np.isfinite(table.gramian()).all():
-            # Weights beyond float32: solve in float64, as for small batches.
-            solved = np.array(solved)
-            solved[failed] = _solved_here(table, rows[failed], objective)
-        return arguments.finite_rows(solved, "the given rows")
-
-    def _fold_in_fast(self, table: FactorTable, rows: sparse.csr_matrix) -> np.ndarray:
-        """`_fold_in`, but a few rows are solved on the host; the same except for rounding."""
-        objective = self._objective()  # checked, whatever the rows hold
-        few = rows.shape[0] <= _HOST_ROWS and rows.nnz <= _HOST_ENTRIES
-        if table.resident is not None or not few:
-            return self._fold_in(table, rows)
-        return arguments.finite_rows(_solved_here(table, rows, objective), "the given rows")
 
     def _partial_fit(self, side: str, given: Any, matrix: Any) -> None:
         """Solve rows of a side against the other one, and store them; all is checked first."""
         name = "user_items" if side == "user" else "item_users"
         stored = False
         while not stored:
-            fitted = self._complete()
+            fitted = self._fitted.require(self)
             source = fitted.item if side == "user" else fitted.user
             n_rows, width = fitted.table(side).shape
             arguments.same_width(width, source.shape[1])
@@ -284,89 +251,29 @@ class FoldIn(FactorTables):
                 matrix, len(ids), source.shape[0], name,
                 strict=False, mask=mask, allow_unknown=True,
             )  # fmt: skip
-            solved = self._fold_in_fast(source, rows)
+            solved = folded_in(self, source, rows)
             with fitted.lock:
                 # If a fit or an assignment came in between, the rows belong to the previous model.
                 stored = self._fitted.origin is fitted.origin
                 if stored:
                     self._fitted = self._fitted.with_rows(side, ids, solved)
 
-    def _objective(self) -> solve.Objective:
-        parameters.check(self, parameters.OBJECTIVE)
-        return solve.objective(
-            self.objective,
-            self.regularization,
-            self.alpha,
-            self.unobserved_weight,
-            self.regularization_exponent,
-        )
 
-    def _linear_solver(self) -> str:
-        return solve.solver_for(self._own_solver(), self._objective())
-
-    def _own_solver(self) -> str:
-        parameters.check(self, ("linear_solver", "use_cg"))
-        return self.linear_solver or ("cg" if self.use_cg else "cholesky")
-
-    def _params(self, table: FactorTable, linear_solver: str) -> placing.AlsParams:
-        """Engine parameters for solves against a table, with its width and dtype."""
-        return self._params_of(table.shape[1], table.dtype, linear_solver)
-
-    def _params_of(self, factors: int, dtype: Any, linear_solver: str) -> placing.AlsParams:
-        parameters.check(self, ("cg_steps", "block_size"))
-        # bfloat16 is how tables are stored in `fit`; a fold-in does not round its results to it.
-        return placing.AlsParams(
-            factors=factors,
-            dtype="float64" if dtype == np.float64 else "float32",
-            linear_solver="cg" if linear_solver == "auto" else linear_solver,
-            cg_steps=self.cg_steps,
-            block_size=self.block_size,
-            positive=self.objective == "ials",
-        )
-
-
-def _solved_here(
-    table: FactorTable, rows: sparse.csr_matrix, objective: solve.Objective
+def recalculated(
+    estimator: Any, table: FactorTable, ids: Any, matrix: Any, side: str
 ) -> np.ndarray:
-    """Solutions (R, K) on the host, in float64; NaN for rows where that fails."""
-    solved = np.zeros((rows.shape[0], table.shape[1]), table.dtype)
-    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for what is not finite
-        for row in np.flatnonzero(np.diff(rows.indptr)):
-            ids, values, count = matrices.known_entries(rows, row, table.shape[0])
-            w, v = solve.confidence(objective, values.astype(np.float64))
-            source = table.rows(ids).astype(np.float64)
-            solved[row] = _solve(_system(table, source, w, count, objective), v @ source)
-    return solved
+    """Factors of rows of a side, solved against the table of the other side."""
+    name = "user_items" if side == "user" else "item_users"
+    ids, is_scalar, mask = arguments.ids_of(ids, None, f"{side}id")
+    rows = arguments.rows_for(matrix, len(ids), table.shape[0], name, strict=False, mask=mask)
+    solved = folded_in(estimator, table, rows)
+    return solved[0] if is_scalar else solved
 
 
-def _system(
-    table: FactorTable, rows: np.ndarray, w: np.ndarray, count: int, objective: solve.Objective
-) -> np.ndarray:
-    """The matrix of equation (1) for one row's entries, in float64; n_u of (2) is `count`."""
-    gramian = table.gramian().astype(np.float64)
-    matrix = objective.unobserved_weight * gramian + (rows.T * w) @ rows
-    lam = solve.ridge(objective, float(count), float(table.shape[0]))
-    matrix.flat[:: len(matrix) + 1] += lam
-    return matrix
-
-
-def _factorize(matrix: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Cholesky factor of a system (K, K), as `scipy.linalg.cho_factor` gives it."""
-    try:
-        return linalg.cho_factor(matrix, check_finite=False)
-    except linalg.LinAlgError:
-        # Rank-deficient and no ridge: a few rounding errors of the gramian, as in `fit`.
-        # One without any entry or weight is zero, and so is its right side, whatever is added.
-        jitter = 4 * np.finfo(np.float32).eps * np.trace(matrix) or 1.0
-        return linalg.cho_factor(matrix + jitter * np.eye(len(matrix)), check_finite=False)
-
-
-def _solve(matrix: np.ndarray, rhs: np.ndarray) -> np.ndarray:
-    """Solution (K,) of a system; NaN if it is not positive definite up to rounding."""
-    _, solution, failed = linalg.lapack.dposv(matrix, rhs)
-    if not failed:
-        return solution
-    try:
-        return linalg.cho_solve(_factorize(matrix), rhs, check_finite=False)
-    except linalg.LinAlgError:
-        return np.full_like(rhs, np.nan)
+def folded_in(estimator: Any, table: FactorTable, rows: sparse.csr_matrix) -> np.ndarray:
+    """Exact factors (m, factors) of canonical rows (m, n), by an estimator's parameters."""
+    params = engine_options.params_against(estimator, table)
+    objective = engine_options.objective_of(estimator)
+    return fold_in.solve(
+        table, rows, objective, params, lambda: engine_options.backend_of(estimator).alone
+    )

@@ -6,21 +6,19 @@ import warnings
 from typing import Any
 
 import numpy as np
-from scipy import sparse
 
-from tpu_als import parameters
-from tpu_als._foldin import FoldIn
-from tpu_als.engine.xla import ranking, topk
-from tpu_als.serving.fitted import FactorTable, norms
+from tpu_als import engine_options, parameters
+from tpu_als.implicit_api.new_rows import folded_in, recalculated
+from tpu_als.serving.fitted import FactorTable, FittedModel, norms
+from tpu_als.serving.ranking import How, Limits, rank
 from tpu_als.validation import arguments
-
-_FEW = 4  # whitelists of at most 1 / _FEW of the table are ranked by themselves, on the host
-NO_ID = -1  # id that pads short results, as in implicit's batches
+from tpu_als.validation.refusals import require_matrix
 
 
-class Serving(FoldIn):
+class Ranking:
     """implicit's ranking methods."""
 
+    _fitted: FittedModel
     approximate_recall: float | None
 
     def recommend(
@@ -76,7 +74,7 @@ class Serving(FoldIn):
             filter_already_liked_items=filter_already_liked_items,
             recalculate_user=recalculate_user,
         )
-        fitted = self._complete("item", *(() if recalculate_user else ("user",)))
+        fitted = self._fitted.require(self, "item", *(() if recalculate_user else ("user",)))
         n_items = fitted.item.shape[0]
         n_users = None if recalculate_user else fitted.user.shape[0]
         ids, is_scalar, mask = arguments.ids_of(userid, n_users)
@@ -86,11 +84,11 @@ class Serving(FoldIn):
         names = ("items", "filter_items")
         chosen, excluded = arguments.selection(items, filter_items, n_items, names)
         if recalculate_user:
-            queries = self._fold_in_fast(fitted.item, rows)
+            queries = folded_in(self, fitted.item, rows)
         else:
             queries = fitted.user.rows(ids)
-        seen = rows if filter_already_liked_items else None
-        found = self._rank(queries, fitted.item, n, seen=seen, chosen=chosen, excluded=excluded)
+        limits = Limits(rows if filter_already_liked_items else None, chosen, excluded)
+        found = rank(fitted.item, queries, n, limits, self._how())
         return _unwrapped(found, is_scalar)
 
     def similar_items(
@@ -128,10 +126,10 @@ class Serving(FoldIn):
         """
         n, factors = arguments.result_count(N), None
         arguments.flags(recalculate_item=recalculate_item)
-        fitted = self._complete("item", *(("user",) if recalculate_item else ()))
+        fitted = self._fitted.require(self, "item", *(("user",) if recalculate_item else ()))
         if recalculate_item:
             arguments.warn_if_converted(item_users)
-            factors = self._recalculate(fitted.user, itemid, item_users, "item")
+            factors = recalculated(self, fitted.user, itemid, item_users, "item")
         chosen = arguments.selection(
             items, filter_items, fitted.item.shape[0], ("items", "filter_items")
         )
@@ -160,7 +158,7 @@ class Serving(FoldIn):
         scores : ndarray of the factors' dtype and the same shape
             Cosines.
         """
-        n, table = arguments.result_count(N), self._complete("user").user
+        n, table = arguments.result_count(N), self._fitted.require(self, "user").user
         chosen = arguments.selection(users, filter_users, table.shape[0], ("users", "filter_users"))
         return self._similar(table, "userid", userid, n, None, chosen)
 
@@ -177,7 +175,7 @@ class Serving(FoldIn):
         ndarray of the factors' dtype and shape (n,)
             Inner products, the scores that `recommend` ranks by; 0-d for two single ids.
         """
-        fitted = self._complete()
+        fitted = self._fitted.require(self)
         users_at, one_user, _ = arguments.ids_of(userids, fitted.user.shape[0], "userids")
         items_at, one_item, _ = arguments.ids_of(itemids, fitted.item.shape[0], "itemids")
         if len(users_at) != len(items_at) and not (one_user or one_item):
@@ -210,6 +208,10 @@ class Serving(FoldIn):
             DeprecationWarning,
             stacklevel=2,
         )
+        require_matrix(user_items, "user_items")
+        if not hasattr(user_items, "shape"):
+            got = type(user_items).__name__
+            raise TypeError(f"user_items must be a CSR matrix of users by items, got {got}")
         return self.recommend(
             np.arange(user_items.shape[0]) + users_items_offset,
             user_items,
@@ -236,24 +238,30 @@ class Serving(FoldIn):
             filter_already_liked_items=False,
         )
 
+    def _how(self) -> How:
+        parameters.check(self, ("approximate_recall",))
+        return How(lambda: engine_options.backend_of(self).alone, self.approximate_recall)
+
     # implicit's approximate-neighbour wrappers call these methods. They normalise the result in
     # place, so it must be a copy.
     def _user_factor(
         self, userid: Any, user_items: Any, recalculate_user: bool = False
     ) -> np.ndarray:
         if recalculate_user:
-            return self.recalculate_user(userid, user_items)
+            table = self._fitted.require(self, "item").item
+            return recalculated(self, table, userid, user_items, "user")
         return self._rows_of("user", userid)
 
     def _item_factor(
         self, itemid: Any, item_users: Any, recalculate_item: bool = False
     ) -> np.ndarray:
         if recalculate_item:
-            return self.recalculate_item(itemid, item_users)
+            table = self._fitted.require(self, "user").user
+            return recalculated(self, table, itemid, item_users, "item")
         return self._rows_of("item", itemid)
 
     def _rows_of(self, side: str, ids: Any) -> np.ndarray:
-        table = self._complete(side).table(side)
+        table = self._fitted.require(self, side).table(side)
         at, is_scalar, _ = arguments.ids_of(ids, table.shape[0], f"{side}id")
         rows = table.rows(at)
         return rows[0] if is_scalar else rows
@@ -268,93 +276,16 @@ class Serving(FoldIn):
         selection: tuple[np.ndarray | None, np.ndarray | None],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Neighbours of some rows of a table, or of `factors` if given."""
-        lengths, (chosen, excluded) = table.norms(), selection
+        lengths = table.norms()
         if factors is None:
             at, is_scalar, _ = arguments.ids_of(ids, len(lengths), name)
             queries = table.rows(at) / lengths[at, None]
         else:
             is_scalar = factors.ndim == 1
             queries = np.atleast_2d(factors / norms(factors)[..., None])
-        found = self._rank(queries, table, n, chosen=chosen, excluded=excluded, lengths=lengths)
+        limits = Limits(None, *selection)
+        found = rank(table, queries, n, limits, self._how()._replace(cosine=True))
         return _unwrapped(found, is_scalar)
-
-    def _rank(
-        self,
-        queries: np.ndarray,
-        table: FactorTable,
-        n: int,
-        *,
-        seen: sparse.csr_matrix | None = None,
-        chosen: np.ndarray | None = None,
-        excluded: np.ndarray | None = None,
-        lengths: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The n best rows of a table for each query, by product, divided by `lengths` if given."""
-        parameters.check(self, ("approximate_recall",))
-        (n_rows, width), hidden = table.shape, excluded
-        arguments.same_width(queries.shape[-1], width)
-        if chosen is not None:
-            n = min(n, len(chosen))
-        arguments.require_results(len(queries), n, queries.dtype)
-        if chosen is not None and len(chosen) <= n_rows // _FEW:
-            rows = table.rows(chosen)
-            own = None if lengths is None else lengths[chosen]
-            queries = queries.astype(rows.dtype, copy=False)
-            found = topk.top_k_of_chosen(queries, rows, chosen, n, lengths=own, seen=seen)
-        else:
-            if chosen is not None:
-                hidden = np.setdiff1d(np.arange(n_rows), chosen, assume_unique=True)
-            found = self._rank_all(queries, table, n, seen, hidden, lengths)
-        if n and n_rows:
-            _fill(found[0][:, :n_rows], seen, excluded, chosen)
-        return found
-
-    def _rank_all(
-        self,
-        queries: np.ndarray,
-        table: FactorTable,
-        n: int,
-        seen: sparse.csr_matrix | None,
-        excluded: np.ndarray | None,
-        lengths: np.ndarray | None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """`_rank` over a whole table: a few queries on the host, else on the devices."""
-        if table.resident is None and len(queries) <= topk.HOST_QUERIES:
-            rows = table.read()
-            queries = queries.astype(rows.dtype, copy=False)
-            found = topk.top_k_on_host(
-                queries, rows, n, lengths=lengths, seen=seen, excluded=excluded
-            )
-            if not np.isfinite(found[1]).all():  # NaN ranks first
-                table.require_finite()
-            return found
-        catalog = table.catalog(lengths, self._own_place())
-        return ranking.top_k(
-            queries.astype(catalog.dtype, copy=False), catalog, n,
-            seen=seen, excluded=excluded, approximate_recall=self.approximate_recall,
-        )  # fmt: skip
-
-
-def _fill(
-    ids: np.ndarray,
-    seen: sparse.csr_matrix | None,
-    excluded: np.ndarray | None,
-    chosen: np.ndarray | None,
-) -> None:
-    """Pad short results with the excluded ids, larger ids first as in implicit.
-
-    Callers of implicit expect that all ids of a whitelist are returned, filtered items last.
-    """
-    for row in (ids[:, -1] == NO_ID).nonzero()[0]:
-        out = np.empty(0, np.int64) if excluded is None else excluded
-        if seen is not None:
-            liked = seen.indices[seen.indptr[row] : seen.indptr[row + 1]]
-            out = np.union1d(out, liked)
-        if chosen is not None:
-            out = np.intersect1d(out, chosen)
-        places = np.flatnonzero(ids[row] == NO_ID)
-        tail = out[::-1][: len(places)]
-        ids[row, places[: len(tail)]] = tail
 
 
 def _unwrapped(

@@ -1,17 +1,19 @@
-"""Half-epochs by compiled loops: what XLA's programs give, for every kind of row and value."""
+"""The CPU backend: it gives what XLA's programs give, for every kind of row and value."""
 
 from __future__ import annotations
 
-import dataclasses
 import gc
+import importlib
 import itertools
 import logging
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import oracle
 import pytest
@@ -19,16 +21,16 @@ import threadpoolctl
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import TPUAlternatingLeastSquares, host
-from tpu_als.engine import als
-from tpu_als.engine.cpu import native
-from tpu_als.engine.xla import placing, programs, solve
+from tpu_als import DataWarning, ModelFitError, TPUAlternatingLeastSquares, host
+from tpu_als.engine import als, backends
+from tpu_als.engine.cpu import compiled, half_epoch, loops, memory
+from tpu_als.engine.cpu.backend import CpuBackend
+from tpu_als.engine.data import AlsParams, Data
+from tpu_als.engine.objective import Objective
+from tpu_als.engine.xla import backend, mesh
+from tpu_als.engine.xla.backend import XlaBackend
 from tpu_als.engine.xla.mesh import Workplace, workplace
-from tpu_als.engine.xla.placing import AlsParams
 from tpu_als.shards import write_shards
-from tpu_als.validation.arguments import ModelFitError
-
-numba = pytest.importorskip("numba")
 
 COUNTS = random_counts(90, 60, density=0.3, negatives=True, seed=2)
 COUNTS.data[::17] = 0  # stored zeros
@@ -45,15 +47,17 @@ def _matrix(values: str) -> sparse.csr_matrix:
 
 
 def _epochs(
-    matrix: sparse.csr_matrix, params: AlsParams, objective: solve.Objective, relaxation: float
+    data: Data, objective: Objective, relaxation: float
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Tables after two epochs on two threads, and the loss of them."""
-    data = placing.place(matrix, params, workplace(1, num_threads=2))
-    assert data.params.native == params.native
-    if data.params.native:
-        assert len(data.items.in_order.parts(2, params.factors)) == 2 * native._PARTS
+    """Tables after two epochs, and the loss of them."""
     rng = np.random.default_rng(1)
-    state = als.start(data, *(rng.normal(size=(n, params.factors)) for n in matrix.shape))
+    state = als.start(
+        data,
+        *(
+            rng.normal(size=(n, data.params.factors))
+            for n in (data.users.n_rows, data.items.n_rows)
+        ),
+    )
     for _ in range(2):
         state, failed = als.epoch(state, data, objective, relaxation)
         assert failed == (0, 0)
@@ -64,8 +68,8 @@ def _epochs(
 @pytest.fixture(autouse=True)
 def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small matrices fall into several parts, and products into one for each thread."""
-    monkeypatch.setattr(native, "_LEAST_PART", 64)
-    monkeypatch.setattr(native, "_LEAST_PRODUCT", 64)
+    monkeypatch.setattr(half_epoch, "_LEAST_PART", 64)
+    monkeypatch.setattr(half_epoch, "_LEAST_PRODUCT", 64)
 
 
 @pytest.fixture
@@ -84,15 +88,15 @@ def no_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize(("kind", "relaxation"), [("implicit", 1.0), ("ials", 1.4)])
 def test_tables_and_losses_are_those_of_xla(
-    values: str, dtype: str, kind: str, relaxation: float, monkeypatch: pytest.MonkeyPatch
+    values: str, dtype: str, kind: str, relaxation: float
 ) -> None:
-    matrix, objective = _matrix(values), solve.objective(kind, 0.3, 2.0, 0.7, 0.5)
+    matrix, objective = _matrix(values), Objective.of(kind, 0.3, 2.0, 0.7, 0.5)
     params = AlsParams(5, dtype, cg_steps=STEPS)
-    *theirs, their_loss = _epochs(matrix, params, objective, relaxation)
-    with monkeypatch.context() as patch:
-        patch.setattr(Workplace, "run", None)
-        params = dataclasses.replace(params, native=True)
-        *ours, our_loss = _epochs(matrix, params, objective, relaxation)
+    by_xla = backend.place(matrix, params, workplace(1, num_threads=2))
+    *theirs, their_loss = _epochs(by_xla, objective, relaxation)
+    data = CpuBackend(2).place(matrix, params)
+    assert len(data.items.entries.parts(2, params.factors)) == 2 * half_epoch._PARTS
+    *ours, our_loss = _epochs(data, objective, relaxation)
     for own, other in zip(ours, theirs, strict=True):
         assert own.dtype == dtype and own.flags.writeable
         atol = (1e-11 if dtype == "float64" else 2e-4) * np.abs(other).max()
@@ -105,12 +109,10 @@ def test_tables_and_losses_are_those_of_xla(
 def test_a_pass_is_enough_where_weights_vanish(weight: float, no_programs: None) -> None:
     """Though a single step of CG, which would not be exact, is asked for."""
     matrix, rng = _matrix("ones"), np.random.default_rng(3)
-    data = placing.place(
-        matrix, AlsParams(12, cg_steps=1, native=True), workplace(1, num_threads=2)
-    )
+    data = CpuBackend(2).place(matrix, AlsParams(12, cg_steps=1))
     tables = [0.5 * rng.normal(size=(n, 12)).astype(np.float32) for n in matrix.shape]
     state, exact = als.start(data, *tables), oracle.Objective("implicit", 0.5, weight, weight)
-    found = als.half_epoch(*state, data, solve.objective(*exact), target="users")
+    found = als.half_epoch(*state, data, Objective.of(*exact), target="users")
     users = als.user_factors(als.AlsState(found, state.items), data)
     expected = oracle.half_epoch(matrix, tables[1].astype(np.float64), exact)
     np.testing.assert_allclose(users, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
@@ -122,9 +124,9 @@ def test_a_pass_is_enough_where_weights_vanish(weight: float, no_programs: None)
 def test_threads_change_nothing(threads: int, no_programs: None) -> None:
     found = []
     for number in (2, threads):
-        data = placing.place(COUNTS, AlsParams(7, native=True), workplace(1, num_threads=number))
+        data = CpuBackend(number).place(COUNTS, AlsParams(7))
         state = als.draw(data, 0, 0.1, normal=True)
-        state, _ = als.epoch(state, data, solve.objective("implicit", 0.1, 3.0))
+        state, _ = als.epoch(state, data, Objective.of("implicit", 0.1, 3.0))
         found.append(als.item_factors(state, data))
     np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-5)
 
@@ -136,12 +138,12 @@ def test_rows_fetched_ahead_change_nothing(
     """Nor does it matter that there are fewer entries than would be fetched."""
     found = []
     for large in (1 << 40, 0):
-        monkeypatch.setattr(native, "_LARGE", large)
-        assert (native._ahead(np.zeros((9, factors), np.float32)) == 0) == bool(large)
-        data = placing.place(COUNTS, AlsParams(factors, native=True), workplace(1, num_threads=2))
+        monkeypatch.setattr(half_epoch, "_LARGE", large)
+        assert (half_epoch._ahead(np.zeros((9, factors), np.float32)) == 0) == bool(large)
+        data = CpuBackend(2).place(COUNTS, AlsParams(factors))
         state, objective = (
             als.draw(data, 0, 0.1, normal=True),
-            solve.objective("implicit", 0.1, 3.0),
+            Objective.of("implicit", 0.1, 3.0),
         )
         state, _ = als.epoch(state, data, objective)
         found.append((als.item_factors(state, data), als.loss(state, data, objective)))
@@ -152,12 +154,12 @@ def test_rows_fetched_ahead_change_nothing(
 @pytest.mark.slow
 def test_memory_of_tables_is_used_again(monkeypatch: pytest.MonkeyPatch, no_programs: None) -> None:
     """After two epochs, whose tables take turns with two more, nothing new is allocated."""
-    data = placing.place(COUNTS, AlsParams(7, native=True), workplace(1, num_threads=2))
-    state, objective = als.draw(data, 0, 0.1, normal=True), solve.objective("implicit", 0.1, 3.0)
+    data = CpuBackend(2).place(COUNTS, AlsParams(7))
+    state, objective = als.draw(data, 0, 0.1, normal=True), Objective.of("implicit", 0.1, 3.0)
     allocated, empty = [], np.empty
     spy = types.SimpleNamespace(**vars(np))
     spy.empty = lambda *args: allocated.append(args) or empty(*args)
-    monkeypatch.setattr(host, "np", spy)
+    monkeypatch.setattr(memory, "np", spy)
     counts = []
     for _ in range(6):
         state, _ = als.epoch(state, data, objective)
@@ -204,25 +206,46 @@ def test_starts_warm(no_programs: None) -> None:
 
 
 def test_where_it_serves() -> None:
-    one = workplace(1)
-    assert native.serves(one, "float32", "cg") and native.serves(one, "float64", "cg")
-    assert not native.serves(one, "bfloat16", "cg")
-    assert not any(native.serves(one, "float32", name) for name in ("cholesky", "subspace"))
-    assert native.serves(workplace(2), "float32", "cg")
+    def kind(linear_solver: str = "cg", dtype: str = "float32", **wishes: Any) -> type:
+        return type(backends.choose(backends.Wishes(**wishes), linear_solver, dtype))
+
+    assert kind() is kind("cg", "float64") is kind(devices=1) is kind(devices=2) is CpuBackend
+    assert kind("cg", "bfloat16") is kind("subspace") is XlaBackend
+    assert kind(use_native=False) is XlaBackend
     for layout in ("replicated", "sharded"):
-        assert not native.serves(workplace(2, table_layout=layout), "float32", "cg")
+        assert kind(devices=2, table_layout=layout) is XlaBackend
 
 
 def test_several_cpu_devices_are_threads() -> None:
-    data = placing.place(COUNTS, AlsParams(4, native=True), workplace(3))
-    assert data.params.native and data.place.mesh is None
-    assert (data.place.n_shards, data.place.n_threads) == (1, 3)
-    assert data.place.devices == workplace(3).devices[:1]
+    assert backends.choose(backends.Wishes(devices=3, num_threads=1)) == CpuBackend(3)
+
+
+@pytest.mark.parametrize(
+    ("platforms", "expected"), [("cpu", False), ("cuda,cpu", True), ("tpu", True)]
+)
+def test_an_accelerator_is_asked_for_where_one_may_be(
+    platforms: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jax", None)  # as if it were not imported
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert backends.may_have_accelerator() == expected
+
+
+def test_a_plugin_of_jax_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not backends._has_plugin.__wrapped__()
+    (tmp_path / "libtpu").mkdir()  # a folder of that name is no package
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not backends._has_plugin.__wrapped__()
+    (tmp_path / "jax_plugins" / "xla_cuda13").mkdir(parents=True)
+    importlib.invalidate_caches()
+    assert backends._has_plugin.__wrapped__()
 
 
 def test_the_estimator_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, solve_side = [], native.solve_side
-    monkeypatch.setattr(native, "solve_side", lambda *args: calls.append(args) or solve_side(*args))
+    calls, solve_side = [], half_epoch.solve_side
+    monkeypatch.setattr(
+        half_epoch, "solve_side", lambda *args: calls.append(args) or solve_side(*args)
+    )
     settings = dict(factors=4, iterations=3, devices=1, random_state=0)
     by_loops = TPUAlternatingLeastSquares(**settings).fit(COUNTS, show_progress=False)
     assert len(calls) == 6
@@ -235,32 +258,28 @@ def test_the_estimator_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def numba_anew() -> Iterator[None]:
     """Whether numba loads is asked again, before and after."""
-    native._numba.cache_clear()
+    compiled.is_available.cache_clear()
     yield
-    native._numba.cache_clear()
+    compiled.is_available.cache_clear()
 
 
 @pytest.mark.parametrize("text", [None, "raise ImportError('numba needs another NumPy')"])
 def test_works_without_numba(
-    text: str | None,
-    numba_anew: None,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    tmp_path: Path,
+    text: str | None, numba_anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Where it is not installed, and where it does not load, which is told once."""
+    """Where it is not installed, and where it does not load, there is one warning."""
     if text is None:
         monkeypatch.setitem(sys.modules, "numba", None)
     else:
         (tmp_path / "numba.py").write_text(text, encoding="utf-8")
         monkeypatch.delitem(sys.modules, "numba", raising=False)
         monkeypatch.syspath_prepend(tmp_path)
-    with caplog.at_level(logging.INFO, logger="tpu_als"):
-        for _ in range(2):
-            model = TPUAlternatingLeastSquares(factors=4, iterations=1, devices=1)
-            model.fit(COUNTS, show_progress=False)
-    said = 'pip install "tpu-als[native]"' if text is None else "numba needs another NumPy"
-    assert caplog.text.count(said) == 1
+    model = TPUAlternatingLeastSquares(factors=4, iterations=1, devices=1)
+    with pytest.warns(DataWarning, match=f"numba does not load.*{'needs' if text else ''}"):
+        model.fit(COUNTS, show_progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        model.fit(COUNTS, show_progress=False)
 
 
 @pytest.mark.usefixtures("numba_anew")
@@ -268,33 +287,26 @@ def test_leaves_the_work_to_xla_where_numba_must_not_compile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
-    assert not native.serves(workplace(1), "float32", "cg")
+    assert isinstance(backends.choose(backends.Wishes()), XlaBackend)
 
 
-@pytest.mark.slow
 def test_works_where_nothing_can_be_kept(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, no_programs: None
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A cache that cannot be written is told, and the loops are compiled all the same."""
+    """If the cache cannot be written, there is a warning and functions are compiled anyway."""
     made, njit = [], numba.njit
 
     def refuse(**options: Any) -> Any:
-        made.append(options["cache"])
-        if options["cache"]:
+        made.append(options.get("cache", False))
+        if made[-1]:
             raise RuntimeError("cannot cache function: no locator available")
         return njit(**options)
 
     monkeypatch.setattr(numba, "njit", refuse)
-    monkeypatch.setattr(programs, "compilation_cache", "/proc/nowhere")
-    before = numba.config.CACHE_DIR
-    native._loaded.cache_clear()
-    native._compiled.cache_clear()
     with caplog.at_level(logging.WARNING, logger="tpu_als"):
-        model = TPUAlternatingLeastSquares(factors=4, iterations=1, devices=1)
-        model.fit(COUNTS, show_progress=False)
-    assert made[0] and not any(made[1:])
+        double = loops._compiled(lambda number: 2 * number)
+    assert double(3) == 6 and made == [True, False]
     assert "no locator available" in caplog.text
-    assert before == numba.config.CACHE_DIR
 
 
 @pytest.mark.slow
@@ -326,11 +338,11 @@ def test_parts_have_every_row_once_and_share_the_entries(
     lengths = np.random.default_rng(0).integers(0, 40, 500)
     lengths[7] = 4000
     ids = np.zeros(lengths.sum(), np.uint32)
-    rows = native.Rows(np.cumsum(lengths) - lengths, lengths, ids, None)
-    monkeypatch.setattr(native, "_PARTS", count)
-    monkeypatch.setattr(native, "_LEAST_PART", least := 1 << 14)
+    rows = half_epoch.Rows(np.cumsum(lengths) - lengths, lengths, ids, None)
+    monkeypatch.setattr(half_epoch, "_PARTS", count)
+    monkeypatch.setattr(half_epoch, "_LEAST_PART", least := 1 << 14)
     parts = rows.parts(n_threads=1, factors=8)
-    costs = lengths + native._ROW_ENTRIES
+    costs = lengths + half_epoch._ROW_ENTRIES
     most = min(count, 1 + costs.sum() * 8 // least)
     assert most // 2 < len(parts) <= most
     np.testing.assert_array_equal(np.concatenate([np.arange(500)[at] for at in parts]), range(500))
@@ -355,19 +367,22 @@ def test_scopes_of_one_blas_thread_may_overlap() -> None:
         assert _blas_threads() == {2}
 
 
-@pytest.mark.parametrize("native_", [False, True])
+@pytest.mark.parametrize("by_xla", [False, True])
 def test_a_half_epoch_keeps_blas_to_one_thread(
-    native_: bool, monkeypatch: pytest.MonkeyPatch
+    by_xla: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = placing.place(COUNTS, AlsParams(4, native=native_), workplace(1, num_threads=2))
-    state, seen, threads = als.draw(data, 0, 0.1, normal=True), [], Workplace.threads
+    if by_xla:
+        data: Any = backend.place(COUNTS, AlsParams(4), workplace(1, num_threads=2))
+    else:
+        data = CpuBackend(2).place(COUNTS, AlsParams(4))
+    state, seen, threads = als.draw(data, 0, 0.1, normal=True), [], host.threads
 
     def spy(*args: Any) -> Any:
         seen.append(_blas_threads())
         return threads(*args)
 
-    monkeypatch.setattr(Workplace, "threads", spy)
+    monkeypatch.setattr(mesh if by_xla else half_epoch, "threads", spy)
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
-        als.half_epoch(*state, data, solve.objective("implicit", 0.1, 3.0), target="users")
+        als.half_epoch(*state, data, Objective.of("implicit", 0.1, 3.0), target="users")
         assert _blas_threads() == {2}
     assert seen and all(each == {1} for each in seen)

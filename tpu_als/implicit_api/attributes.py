@@ -1,4 +1,4 @@
-"""Base of the estimator: its fitted model, and the properties that read and assign parts of it.
+"""The attributes of the estimator that read and assign parts of its fitted model.
 
 An estimator's `__dict__` holds parameters and one `FittedModel`, so that it pickles, copies and
 compares plainly. Every call takes that model once, at its start; every writer replaces it whole.
@@ -11,42 +11,29 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from numbers import Integral
 from typing import Any
 
 import numpy as np
-from sklearn.exceptions import NotFittedError
 
-from tpu_als import parameters, subclasses
-from tpu_als.engine import als
-from tpu_als.engine.xla import mesh, placing
+from tpu_als import subclasses
 from tpu_als.serving.fitted import FactorTable, FittedModel
-from tpu_als.training import initial
 from tpu_als.validation import arguments
 
 _FIRST = threading.RLock()  # of writers whose estimators have no model yet
 
 
-class FactorTables:
-    """The tables of an estimator; base class of the classes that rank and fold in."""
+class Attributes:
+    """The fitted model of an estimator, and properties with implicit's and scikit-learn's names."""
 
     # A class attribute, because a scikit-learn constructor may set parameters only.
     _fitted: FittedModel = FittedModel()
 
-    factors: int
-    dtype: Any
-    random_state: Any
-    objective: str
-    warm_start: bool
     devices: Any
-    num_threads: int
-    use_gpu: bool | None
-    table_layout: str
 
     @property
     def user_factors(self) -> np.ndarray | None:
         """User table, ndarray of shape (n_users, factors); None before fit. Assignable."""
-        return self._fitted.user.expose()
+        return self._fitted.user.read()
 
     @user_factors.setter
     def user_factors(self, table: Any) -> None:
@@ -55,7 +42,7 @@ class FactorTables:
     @property
     def item_factors(self) -> np.ndarray | None:
         """Item table, ndarray of shape (n_items, factors); None before fit. Assignable."""
-        return self._fitted.item.expose()
+        return self._fitted.item.read()
 
     @item_factors.setter
     def item_factors(self, table: Any) -> None:
@@ -64,22 +51,22 @@ class FactorTables:
     @property
     def YtY(self) -> np.ndarray:
         """Gramian of the item table, ndarray of shape (factors, factors), no regularization."""
-        return self._complete("item").item.gramian()
+        return self._fitted.require(self, "item").item.gramian()
 
     @property
     def XtX(self) -> np.ndarray:
         """Gramian of the user table, ndarray of shape (factors, factors), no regularization."""
-        return self._complete("user").user.gramian()
+        return self._fitted.require(self, "user").user.gramian()
 
     @property
     def user_norms(self) -> np.ndarray:
         """Lengths of the user vectors, ndarray of shape (n_users,); 1e-10 in place of 0."""
-        return self._complete("user").user.norms()
+        return self._fitted.require(self, "user").user.norms()
 
     @property
     def item_norms(self) -> np.ndarray:
         """Lengths of the item vectors, ndarray of shape (n_items,); 1e-10 in place of 0."""
-        return self._complete("item").item.norms()
+        return self._fitted.require(self, "item").item.norms()
 
     # Assignable as in implicit; None means "compute".
     @property
@@ -177,7 +164,7 @@ class FactorTables:
         # jax devices cannot be deep-copied, as scikit-learn's clone would.
         twin = copy.copy(self)
         twin.devices = None
-        twin = super(FactorTables, twin).__sklearn_clone__()  # type: ignore[misc]
+        twin = super(Attributes, twin).__sklearn_clone__()  # type: ignore[misc]
         twin.devices = self.devices
         subclasses.copy_unnamed(self, twin)
         return twin
@@ -187,17 +174,6 @@ class FactorTables:
         if value is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return value
-
-    def _complete(self, *sides: str) -> FittedModel:
-        """The fitted model for a call; raise NotFittedError if a table that it needs is absent."""
-        fitted = self._fitted
-        for side in sides or ("user", "item"):
-            if fitted.table(side).is_absent:
-                raise NotFittedError(
-                    f"This {type(self).__name__} has no {side} factors yet. Call 'fit', or assign "
-                    f"'{side}_factors', before using it"
-                )
-        return fitted
 
     def _change(self, make: Callable[[FittedModel], FittedModel]) -> None:
         """Replace the fitted model by one made from it, under the writers' lock."""
@@ -236,36 +212,6 @@ class FactorTables:
         """The lock of this estimator's models; where it has no model, one that all such share."""
         fitted = vars(self).get("_fitted")
         return _FIRST if fitted is None else fitted.lock
-
-    def _given_tables(self, fitted: FittedModel) -> list[np.ndarray | None]:
-        """User and item table to start from; None for a table to be drawn."""
-        return [
-            fitted.table(side).read() if self.warm_start or side in fitted.assigned else None
-            for side in ("user", "item")
-        ]
-
-    def _start(self, fitted: FittedModel, data: placing.Data, on_devices: bool) -> als.AlsState:
-        """Place the initial tables: assigned or, with `warm_start`, current ones; else drawn."""
-        random_state, place, normal = self.random_state, data.place, self.objective == "ials"
-        if len(place.processes) > 1 and not isinstance(random_state, Integral):
-            # All processes must draw the same numbers.
-            random_state = place.agree(parameters.random_seed(random_state))
-        given = self._given_tables(fitted)
-        if on_devices and all(table is None for table in given):
-            scale = initial.deviation(self.factors, normal)
-            return als.draw(data, parameters.random_seed(random_state), scale, normal=normal)
-        shapes = [(side.n_rows, int(self.factors)) for side in (data.users, data.items)]
-        dtype = data.params.compute_dtype
-        return als.start(data, *initial.tables(given, shapes, random_state, dtype, normal))
-
-    def _place(self) -> mesh.Workplace:
-        """The devices for `fit`, including those of other processes."""
-        parameters.check(self, parameters.PLACE)
-        return mesh.workplace(self.devices, self.num_threads, self.use_gpu, self.table_layout)
-
-    def _own_place(self) -> mesh.Workplace:
-        """The devices for tables on the host: those of this process only."""
-        return self._place().alone
 
 
 def _device_count(devices: Any) -> Any:

@@ -1,0 +1,214 @@
+"""Which backend does the work: the loops of a CPU without JAX, or XLA on JAX's devices.
+
+`choose` decides once for each fit or call. It brings JAX in only if an argument asks for what JAX
+has, or if a plugin for an accelerator is installed; JAX then says which devices there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from scipy import sparse
+
+from tpu_als.engine.cells import Entries
+from tpu_als.engine.cpu import compiled
+from tpu_als.engine.cpu.backend import CpuBackend
+from tpu_als.engine.data import AlsParams, LossParts
+from tpu_als.engine.objective import Objective
+from tpu_als.host import thread_count
+from tpu_als.parameters import LAYOUTS
+
+
+class Catalog(Protocol):
+    """A table whose rows can be ranked."""
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of queries and scores."""
+
+    def top_k(
+        self,
+        queries: np.ndarray,
+        k: int,
+        *,
+        seen: sparse.csr_matrix | None = None,
+        excluded: np.ndarray | None = None,
+        approximate_recall: float | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and scores (B, k) of the best rows for each query (B, K)."""
+
+
+class Source(Protocol):
+    """A table that rows can be solved against."""
+
+    def solve(
+        self,
+        rows: sparse.csr_matrix,
+        objective: Objective,
+        *,
+        start: np.ndarray | None = None,
+        gram: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Solutions (M, K) of equation (1)."""
+
+
+class Backend(Protocol):
+    """What `als`, training and serving ask of a backend. Tables are in the backend's own form."""
+
+    @property
+    def process(self) -> int:
+        """Number of this process among those that work together."""
+
+    @property
+    def n_processes(self) -> int:
+        """Number of those processes."""
+
+    @property
+    def alone(self) -> Backend:
+        """The backend on this process's devices only."""
+
+    def agree(self, number: int) -> int:
+        """Return the largest of a number over all processes."""
+
+    def watched(self) -> contextlib.AbstractContextManager[None]:
+        """Context in which failures of other processes become a RuntimeError."""
+
+    def place(
+        self,
+        user_items: sparse.csr_matrix | Entries,
+        params: AlsParams,
+        *,
+        with_digest: bool = False,
+    ) -> Any:
+        """Lay out a matrix in both orientations: `engine.data.Data`."""
+
+    def put(self, table: np.ndarray, side: Any, data: Any) -> Any:
+        """Place a table (M, K) in the caller's order."""
+
+    def draw(self, data: Any, seed: int, scale: float, normal: bool) -> Any:
+        """See `als.draw`."""
+
+    def half_epoch(
+        self,
+        target_table: Any,
+        source_table: Any,
+        data: Any,
+        objective: Objective,
+        relaxation: float,
+        *,
+        target: str,
+    ) -> Any:
+        """See `als.half_epoch`."""
+
+    def count_failed(self, table: Any, side: Any, data: Any) -> int:
+        """Number of rows of a table that are not finite."""
+
+    def loss_parts(self, state: Any, data: Any, objective: Objective) -> LossParts:
+        """What `als.loss` adds up."""
+
+    def table(self, table: Any, side: Any, data: Any) -> Any:
+        """A table of a state, without the matrix; `fetch` copies it to the caller's order."""
+
+    def source(self, table: np.ndarray, params: AlsParams) -> Source:
+        """A fixed table (N, K), to solve rows against."""
+
+    def catalog(self, table: np.ndarray, lengths: np.ndarray | None = None) -> Catalog:
+        """A table (N, K), to rank its rows by product, divided by `lengths` if given."""
+
+    def release(self, data: Any) -> None:
+        """Free memory that is kept between half-epochs."""
+
+    def describe_for_checkpoint(self, data: Any) -> Any:
+        """The data in the form that checkpoints have."""
+
+    def to_checkpoint(self, state: Any, data: Any) -> Any:
+        """A state in that form."""
+
+    def from_checkpoint(self, state: Any, data: Any) -> Any:
+        """A state in this backend's form, from that form."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a caller wants of a backend; the attributes are the estimator's parameters."""
+
+    devices: Any = None
+    num_threads: int = 0
+    use_gpu: bool | None = None
+    table_layout: str = "auto"
+    use_native: bool = True
+
+
+def choose(wishes: Wishes, linear_solver: str = "cg", dtype: str = "float32") -> Backend:
+    """Choose a backend.
+
+    Parameters
+    ----------
+    wishes : Wishes
+        Devices and threads.
+    linear_solver : str, default="cg"
+        How rows are solved in `fit`. The CPU backend has "cg"; its fold-in is always exact.
+    dtype : str, default="float32"
+        Dtype of the tables. The CPU backend has float32 and float64.
+
+    Raises
+    ------
+    ValueError
+        For an unknown layout, or devices that do not exist, repeat or are of another type.
+    RuntimeError
+        If `use_gpu` is True and JAX has no GPU, and in a process that was forked from one in which
+        XLA has started.
+    """
+    if wishes.table_layout not in LAYOUTS:
+        raise ValueError(f"table_layout must be one of {LAYOUTS}, got {wishes.table_layout!r}")
+    fits = wishes.use_native and linear_solver == "cg" and dtype in ("float32", "float64")
+    fits = fits and wishes.table_layout == "auto" and compiled.is_available()
+    is_plain = wishes.devices is None or (wishes.devices == 1 and wishes.devices is not True)
+    if fits and is_plain and not wishes.use_gpu and not may_have_accelerator():
+        return CpuBackend(thread_count(wishes.num_threads))
+    from tpu_als.engine.xla.backend import XlaBackend
+    from tpu_als.engine.xla.mesh import workplace
+
+    place = workplace(wishes.devices, wishes.num_threads, wishes.use_gpu, wishes.table_layout)
+    if fits and place.platform == "cpu" and len(place.processes) == 1:
+        return CpuBackend(place.as_threads.n_threads)
+    return XlaBackend(place)
+
+
+def may_have_accelerator() -> bool:
+    """Whether JAX may have other devices than this machine's CPU, or other processes.
+
+    JAX need not be imported to know: plugins for GPUs and TPUs are packages of their own. The
+    environment variable JAX_PLATFORMS, and JAX's option of that name if JAX is imported already,
+    can rule them out.
+    """
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        return True
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if jax is not None:
+        platforms = jax.config.jax_platforms or platforms
+    if platforms:
+        return platforms.split(",")[0].strip() != "cpu"
+    return _has_plugin()
+
+
+@functools.cache
+def _has_plugin() -> bool:
+    """Whether a plugin for JAX is installed: a package in ``jax_plugins``, or ``libtpu``."""
+    libtpu = importlib.util.find_spec("libtpu")
+    if libtpu is not None and libtpu.origin is not None:  # else a folder of that name
+        return True
+    plugins = importlib.util.find_spec("jax_plugins")
+    folders = () if plugins is None else plugins.submodule_search_locations or ()
+    if any(name != "__pycache__" for folder in folders for name in os.listdir(folder)):
+        return True
+    return bool(importlib.metadata.entry_points(group="jax_plugins"))

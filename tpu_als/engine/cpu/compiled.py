@@ -1,0 +1,104 @@
+"""Loads and compiles the loops, which takes a second or more, when they are needed."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import os
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tpu_als.engine import compilation_cache, objective
+from tpu_als.engine.objective import Objective
+from tpu_als.exceptions import DataWarning
+
+_loading = threading.Lock()
+
+
+@functools.cache
+def is_available() -> bool:
+    """Whether numba loads and compiles; if it does not, warn once."""
+    try:
+        import numba
+    except (ImportError, OSError) as error:
+        warnings.warn(
+            f"numba does not load, so fits on this CPU run by XLA and take about twice as long: "
+            f"{error}",
+            DataWarning,
+            stacklevel=2,
+        )
+        return False
+    config: Any = numba.config
+    return not config.DISABLE_JIT
+
+
+@functools.cache
+def loops() -> Any:
+    """The module `engine.cpu.loops`, whose functions numba compiles when they are called.
+
+    Compiled code is kept between processes, like Python's own: beside the source or, if that is
+    not writable, where numba keeps it. numba notices changes of the file that a function is in, but
+    not of `objective`, so the directory is named after the content of both.
+    """
+    import numba
+
+    config: Any = numba.config
+    before = config.CACHE_DIR
+    folder = _cache_folder(compilation_cache.directory or before)
+    if folder:
+        config.CACHE_DIR = folder
+    try:
+        return importlib.import_module("tpu_als.engine.cpu.loops")
+    finally:
+        config.CACHE_DIR = before
+
+
+def _cache_folder(given: str) -> str:
+    """The directory for compiled code; empty if numba is to choose."""
+    here = Path(__file__).parent
+    sources = here / "loops.py", Path(objective.__file__)
+    try:
+        name = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    except OSError:  # the package is in an archive
+        return ""
+    base = Path(given) if given else here / "__pycache__"
+    if not given and not os.access(base if base.is_dir() else here, os.W_OK):
+        return ""
+    return os.fspath(base / f"loops-{name}")
+
+
+def begin_loading(dtype: str) -> None:
+    """Compile the loops for a dtype in the background."""
+    threading.Thread(target=ready, args=(dtype,)).start()
+
+
+def ready(dtype: str) -> Any:
+    """The loops, with the one that solves rows compiled for a dtype."""
+    with _loading:
+        return _ready(dtype)
+
+
+@functools.cache
+def _ready(dtype: str) -> Any:
+    found, kind = loops(), np.dtype(dtype).type
+    number, table = np.zeros(1, np.int64), np.zeros((1, 1), dtype)
+    entries = found.Entries(
+        read_only(table), read_only(number.astype(np.uint32)), read_only(np.empty(0, dtype)), 0
+    )
+    objective = Objective(*map(kind, (1, 1, 1, 1, 1)))
+    diagonal = found.Diagonal(read_only(table[0]), *map(kind, (1,) * 6))
+    starts = read_only(number), read_only(number)
+    found.solve_rows(table, starts, entries, objective, diagonal, kind(1), 1)
+    return found
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    """A read-only view. numba compiles for each type anew, and such views have one type."""
+    view = array.view()
+    view.flags.writeable = False
+    return view

@@ -1,0 +1,187 @@
+"""Exact solutions of equation (1) on a CPU: fold-in, and the callable `solver`.
+
+Each row's system is built and solved in float64 by BLAS and LAPACK, so that a row's result depends
+on that row alone, bit for bit. Axis letters: M rows to solve, N source rows, K factors, E entries.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import linalg, sparse
+
+from tpu_als.engine.cpu.half_epoch import Rows, Settings, gramian, solve_side
+from tpu_als.engine.cpu.memory import Memory
+from tpu_als.engine.data import AlsParams
+from tpu_als.engine.objective import Objective, confidence, largest_weight, ridge, typed
+from tpu_als.host import single_blas_thread, threads
+from tpu_als.validation import structure
+
+_BLOCK = 1 << 14  # entries of a row gathered at once
+_PARTS = 8  # for each thread, so that threads end together
+_LEAST = 1 << 22  # least multiplications of a part for which a thread pays
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table (N, K) to solve rows against.
+
+    Attributes
+    ----------
+    table : array (N, K)
+        float32 or float64; read when rows are solved.
+    params : AlsParams
+        The solver: "cholesky", or "cg", which starts from given rows.
+    n_threads : int
+        Number of threads.
+    """
+
+    table: np.ndarray
+    params: AlsParams
+    n_threads: int
+
+    def solve(
+        self,
+        rows: sparse.csr_matrix,
+        objective: Objective,
+        *,
+        start: np.ndarray | None = None,
+        gram: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Solve equation (1) for the rows of a matrix.
+
+        Parameters
+        ----------
+        rows : CSR matrix (M, N) or (M, N + 1)
+            Stored entries of each row. Column N stands for a row of zeros: entries there count in
+            (2) and change nothing else.
+        objective : Objective
+            Equations (1)-(2).
+        start : array (M, K), optional
+            Start of "cg"; zero by default.
+        gram : array (K, K), optional
+            Used in place of the table's own.
+
+        Returns
+        -------
+        array (M, K)
+            In the table's dtype. A row that could not be solved is not finite.
+        """
+        structure.check_compressed(rows, "rows")
+        n_source = len(self.table)
+        if rows.shape[1] > n_source + 1:
+            raise ValueError(f"rows have {rows.shape[1]} columns for a table of {n_source} rows")
+        if self.params.linear_solver == "cg":
+            return self._by_cg(rows, objective, start)
+        with single_blas_thread():
+            if gram is None:
+                gram = gramian(self.table, self.n_threads)
+            return self._exactly(rows, objective, gram.astype(np.float64))
+
+    def _by_cg(
+        self, rows: sparse.csr_matrix, objective: Objective, start: np.ndarray | None
+    ) -> np.ndarray:
+        dtype, lengths = self.table.dtype, np.diff(rows.indptr).astype(np.int64)
+        shape = rows.shape[0], self.table.shape[1]
+        begin = np.zeros(shape, dtype) if start is None else np.asarray(start, dtype)
+        sizes = np.abs(rows.data)
+        magnitudes = sizes.min(initial=np.inf), sizes.max(initial=0)
+        settings = Settings(
+            typed(objective, dtype),
+            1.0,
+            self.params.cg_steps,
+            largest_weight(objective, magnitudes, dtype),
+        )
+        given = Rows(
+            rows.indptr[:-1].astype(np.int64),
+            lengths,
+            rows.indices.astype(np.uint32),
+            rows.data.astype(dtype),
+        )
+        with single_blas_thread():
+            return solve_side(begin, self.table, given, settings, Memory(), self.n_threads)
+
+    def _exactly(
+        self, rows: sparse.csr_matrix, objective: Objective, gram: np.ndarray
+    ) -> np.ndarray:
+        factors = self.table.shape[1]
+        out = np.zeros((rows.shape[0], factors), self.table.dtype)
+        ends = np.cumsum((np.diff(rows.indptr) + factors / 3) * factors**2)
+        total = float(ends[-1]) if len(ends) else 0.0
+        count = min(self.n_threads * _PARTS, 1 + int(total / _LEAST))
+        bounds = np.searchsorted(ends, np.linspace(0, total, count + 1)[1:-1]) + 1
+        bounds = np.unique([0, *bounds[bounds < len(ends)], len(ends)])
+
+        def work(at: tuple[int, int]) -> None:
+            with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for non-finite
+                for row in range(*at):
+                    low, high = rows.indptr[row], rows.indptr[row + 1]
+                    if low < high:
+                        ids, values = rows.indices[low:high], rows.data[low:high]
+                        parts = system(self.table, ids, values, gram, objective, len(self.table))
+                        out[row] = solution(*parts)
+
+        threads(work, list(itertools.pairwise(bounds.tolist())), self.n_threads)
+        return out
+
+
+def system(
+    table: np.ndarray,
+    ids: np.ndarray,
+    values: np.ndarray,
+    gram: np.ndarray,
+    objective: Objective,
+    n_source: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Matrix (K, K) and right side (K,) of equation (1) for one row, in float64.
+
+    Parameters
+    ----------
+    table : array (N, K)
+        Source rows.
+    ids, values : array (E,)
+        The row's entries, ids ascending. The id N stands for a row of zeros.
+    gram : float64 array (K, K)
+        Gramian of the source rows.
+    objective : Objective
+        Equations (1)-(2).
+    n_source : int
+        Number N of source rows.
+    """
+    n_entries = len(ids)
+    matrix, rhs = objective.unobserved_weight * gram, np.zeros(len(gram))
+    matrix.flat[:: len(matrix) + 1] += ridge(objective, float(n_entries), float(n_source))
+    if n_entries and ids[-1] == n_source:
+        known = ids < n_source
+        ids, values = ids[known], values[known]
+    for low in range(0, len(ids), _BLOCK):
+        at = slice(low, low + _BLOCK)
+        w, v = confidence(objective, values[at].astype(np.float64))
+        rows = table[ids[at]].astype(np.float64)
+        matrix += (rows.T * w) @ rows
+        rhs += v @ rows
+    return matrix, rhs
+
+
+def factorize(matrix: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Cholesky factor of a system (K, K), as `scipy.linalg.cho_factor` gives it."""
+    try:
+        return linalg.cho_factor(matrix, check_finite=False)
+    except linalg.LinAlgError:
+        # Rank-deficient and no ridge: a few rounding errors of the gramian, as in `fit`.
+        # One without any entry or weight is zero, and so is its right side, whatever is added.
+        jitter = 4 * np.finfo(np.float32).eps * np.trace(matrix) or 1.0
+        return linalg.cho_factor(matrix + jitter * np.eye(len(matrix)), check_finite=False)
+
+
+def solution(matrix: np.ndarray, rhs: np.ndarray) -> np.ndarray:
+    """Solution (K,) of a system; NaN if it is not positive definite up to rounding."""
+    _, found, failed = linalg.lapack.dposv(matrix, rhs)
+    if not failed:
+        return found
+    try:
+        return linalg.cho_solve(factorize(matrix), rhs, check_finite=False)
+    except linalg.LinAlgError:
+        return np.full_like(rhs, np.nan)

@@ -1,0 +1,240 @@
+"""Half-epochs of "cg" and losses on a CPU, by the compiled `loops`.
+
+The source table is rotated into the eigenbasis of its gramian; parts of the target table are
+rotated, solved and rotated back by the threads that solve them.
+
+Axis letters: R rows of a part, M target rows, N source rows, K factors, P of them and what fills up
+a cache line.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import linalg
+
+from tpu_als.engine.cpu import compiled
+from tpu_als.engine.cpu.compiled import read_only
+from tpu_als.engine.cpu.memory import LINE, Memory
+from tpu_als.engine.objective import DOMINANT, Objective
+from tpu_als.host import threads
+
+_PARTS = 16  # for each thread; many, so that threads end together and scratch is small
+_LEAST_PART = 1 << 19  # least entries times factors of a part, a fifth of a millisecond of work
+_LEAST_PRODUCT = 1 << 22  # least multiplications for which a thread pays
+_GRAMIAN_ROWS = 1 << 13  # rows of a table that one product of BLAS sums over
+_ROW_ENTRIES = 4  # cost of a row in addition to its entries, in entries; that of its rotations
+_LARGE = 1 << 23  # bytes of a source table that does not fit into a core's cache
+_AHEAD = 1 << 13  # bytes of such a table to prefetch
+
+
+class Rows(NamedTuple):
+    """The rows of a side, with the entries of consecutive rows stored one after the other.
+
+    Attributes
+    ----------
+    cells, lengths : int array (M,)
+        First entry and number of entries of each row.
+    ids : uint32 array
+        Source row of each entry; unsigned, since numba asks whether others count from the end.
+    values : array or None
+        Value of each, of any dtype; None where all are 1.
+    """
+
+    cells: np.ndarray
+    lengths: np.ndarray
+    ids: np.ndarray
+    values: np.ndarray | None
+
+    def part(self, at: slice, dtype: Any) -> Rows:
+        """Some rows, with values of this dtype; an empty array of values if all are 1."""
+        cells, lengths, ids, values = self.cells[at], self.lengths[at], self.ids, self.values
+        if values is None:
+            values = np.empty(0, dtype)
+        elif values.dtype != dtype:
+            low, high = int(cells[0]), int(cells[-1] + lengths[-1])
+            cells, ids, values = cells - low, ids[low:high], values[low:high].astype(dtype)
+        return Rows(*map(read_only, (cells, lengths, ids, values)))
+
+    def parts(self, n_threads: int, factors: int) -> list[slice]:
+        """Split the rows into parts of about equal cost, if there is enough work."""
+        ends = np.cumsum(self.lengths + _ROW_ENTRIES, dtype=np.int64)
+        if not len(ends):
+            return []
+        count = min(_PARTS * n_threads, 1 + int(ends[-1]) * factors // _LEAST_PART)
+        bounds = np.searchsorted(ends, np.linspace(0, ends[-1], count + 1)[1:-1]) + 1
+        bounds = np.unique([0, *bounds[bounds < len(ends)], len(ends)])
+        return [slice(low, high) for low, high in itertools.pairwise(bounds)]
+
+
+def _ahead(source: np.ndarray) -> int:
+    """How many entries ahead rows are prefetched; 0 for a table that may fit into a cache."""
+    return max(_AHEAD // source[0].nbytes, 4) if source.nbytes >= _LARGE else 0
+
+
+class Settings(NamedTuple):
+    """What a half-epoch needs besides the tables and the rows.
+
+    Attributes
+    ----------
+    objective : Objective
+        Equations (1)-(2), in the dtype of the tables.
+    relaxation : float
+        As in `xla.solve.relax`.
+    steps : int
+        Steps of CG; 0 where every weight w is 0.
+    weight : float
+        Bound on the weights w.
+    """
+
+    objective: Objective
+    relaxation: float
+    steps: int
+    weight: float
+
+
+def solve_side(
+    target: np.ndarray,
+    source: np.ndarray,
+    rows: Rows,
+    settings: Settings,
+    memory: Memory,
+    n_threads: int,
+) -> np.ndarray:
+    """Solve all rows of a side.
+
+    Parameters
+    ----------
+    target : array (M, K)
+        The side's table; stays valid.
+    source : array (N, K)
+        The other one.
+    rows : Rows
+        The rows and their entries.
+    settings : Settings
+        The equations, and how to solve them.
+    memory : Memory
+        Memory for tables; that of unused tables is reused.
+    n_threads : int
+        Number of threads.
+
+    Returns
+    -------
+    array (M, K)
+        The new table.
+    """
+    dtype, factors = source.dtype, target.shape[1]
+    rotation, spectrum = _eigenbasis(source, n_threads)
+    width, largest = len(spectrum), max(len(source), len(target))
+    rotated_source = memory.empty((len(source), width), dtype, largest * width)
+    _rotate(source, rotation, n_threads, rotated_source)
+    loops = compiled.ready(dtype.name)
+    diagonal = _diagonal(loops, spectrum, len(source), factors, settings)
+    objective, relaxation = settings.objective, dtype.type(settings.relaxation)
+    fixed, ahead = read_only(rotated_source), _ahead(rotated_source)
+    parts = rows.parts(n_threads, factors)
+    out = memory.empty(target.shape, dtype, largest * width)
+    most = max((at.stop - at.start for at in parts), default=0)
+    scratch = deque(memory.empty((most, width), dtype) for _ in range(min(n_threads, len(parts))))
+
+    def work(at: slice) -> None:
+        own = scratch.pop()
+        part, rotated = rows.part(at, dtype), own[: at.stop - at.start]
+        np.matmul(target[at], rotation, out=rotated)
+        loops.solve_rows(
+            rotated, (part.cells, part.lengths),
+            loops.Entries(fixed, part.ids, part.values, ahead),
+            objective, diagonal, relaxation, settings.steps,
+        )  # fmt: skip
+        np.matmul(rotated, rotation.T, out=out[at])
+        scratch.append(own)
+
+    threads(work, parts, n_threads)
+    return out
+
+
+def _diagonal(
+    loops: Any, spectrum: np.ndarray, n_source: int, factors: int, settings: Settings
+) -> Any:
+    """`loops.Diagonal` for a spectrum (P,), in its dtype; no sum of two numbers overflows."""
+    kind, limits = spectrum.dtype.type, np.finfo(spectrum.dtype)
+    most, wide = limits.max / 4, spectrum.astype(np.float64)
+
+    def bounded(number: Any) -> Any:
+        return np.minimum(number, most).astype(spectrum.dtype)
+
+    scaled = bounded(np.float64(settings.objective.unobserved_weight) * wide)
+    reach = bounded(np.float64(DOMINANT * settings.weight) * wide[factors - 1])
+    return loops.Diagonal(
+        read_only(scaled), scaled[factors - 1], kind(n_source),
+        bounded(np.float64(settings.weight)), reach, kind(limits.tiny), kind(most),
+    )  # fmt: skip
+
+
+def measure_side(
+    target: np.ndarray, source: np.ndarray, rows: Rows, objective: Objective, n_threads: int
+) -> float:
+    """Contribution of the rows' entries to the loss, as `xla.solve.cells_loss`, in float64."""
+    dtype, out = source.dtype, np.empty(len(rows.lengths))
+    loops, fixed = compiled.ready(dtype.name), read_only(source)
+    offset, without_offset = objective.offset, objective._replace(offset=dtype.type(0))
+    ahead = _ahead(source) if len(source) else 0
+
+    def work(at: slice) -> None:
+        part = rows.part(at, dtype)
+        entries = loops.Entries(fixed, part.ids, part.values, ahead)
+        starts = part.cells, part.lengths
+        loops.measure_rows(read_only(target[at]), starts, entries, without_offset, offset, out[at])
+
+    threads(work, rows.parts(n_threads, target.shape[1]), n_threads)
+    return float(out.sum())
+
+
+def _eigenbasis(table: np.ndarray, n_threads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rotation (K, P) into the eigenbasis of a table's gramian, and its spectrum (P,).
+
+    Columns beyond K, which pad a row to whole cache lines, are zero; their spectrum is one. If the
+    gramian is not finite, nor is the result.
+    """
+    gram, limits = gramian(table, n_threads), np.finfo(table.dtype)
+    try:
+        spectrum, rotation = linalg.eigh(gram, driver="evd")
+    except (linalg.LinAlgError, ValueError):  # not finite
+        spectrum, rotation = gram[0] * np.nan, gram * np.nan
+    # Rounding may make eigenvalues zero or negative, which would make the systems singular.
+    spectrum = np.maximum(spectrum, limits.eps * spectrum[-1] + limits.tiny)
+    pads = 0, -table.shape[1] % (LINE // table.itemsize)
+    return np.pad(rotation, ((0, 0), pads)), np.pad(spectrum, pads, constant_values=1)
+
+
+def gramian(table: np.ndarray, n_threads: int) -> np.ndarray:
+    """Y^T Y of a table (N, K): products of blocks of rows, summed in float64."""
+
+    def work(at: slice) -> np.ndarray:
+        total = np.zeros((table.shape[1],) * 2)
+        for low in range(at.start, at.stop, _GRAMIAN_ROWS):
+            rows = table[low : min(low + _GRAMIAN_ROWS, at.stop)]
+            total += rows.T @ rows
+        return total
+
+    parts = threads(work, _even(table, n_threads), n_threads)
+    return np.asarray(sum(parts[1:], parts[0]).astype(table.dtype))
+
+
+def _rotate(table: np.ndarray, rotation: np.ndarray, n_threads: int, out: np.ndarray) -> None:
+    """Write the product of a table (N, K) and a rotation, which may have pads, to `out`."""
+
+    def work(at: slice) -> None:
+        np.matmul(table[at], rotation, out=out[at])
+
+    threads(work, _even(table, n_threads), n_threads)
+
+
+def _even(table: np.ndarray, n_threads: int) -> list[slice]:
+    """Consecutive rows for each thread, if their product with a (K, K) matrix is large enough."""
+    count = min(n_threads, 1 + table.size * table.shape[1] // _LEAST_PRODUCT)
+    bounds = np.linspace(0, len(table), count + 1).astype(int)
+    return [slice(low, high) for low, high in itertools.pairwise(bounds)]

@@ -1,0 +1,136 @@
+"""The XLA backend: `engine.backends.Backend` over devices that JAX drives."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+from tpu_als.engine import layout
+from tpu_als.engine.als import AlsState
+from tpu_als.engine.cells import Entries
+from tpu_als.engine.data import AlsParams, LossParts
+from tpu_als.engine.objective import Objective
+from tpu_als.engine.xla import fold_in, half_epoch, placing, ranking
+from tpu_als.engine.xla.data import XlaData, XlaSide
+from tpu_als.engine.xla.mesh import Shards, Workplace, precision
+from tpu_als.engine.xla.resident import Table
+
+
+@dataclass(frozen=True)
+class XlaBackend:
+    """Runs compiled programs on the devices of a workplace.
+
+    Attributes
+    ----------
+    devices : Workplace
+        The devices, and how arrays are divided among them.
+    """
+
+    devices: Workplace
+
+    @property
+    def process(self) -> int:
+        """Number of this process among those of the devices."""
+        return self.devices.process
+
+    @property
+    def n_processes(self) -> int:
+        """Number of processes whose devices these are."""
+        return len(self.devices.processes)
+
+    @property
+    def alone(self) -> XlaBackend:
+        """The backend on this process's devices only."""
+        return XlaBackend(self.devices.alone)
+
+    def agree(self, number: int) -> int:
+        """Return the largest of a number over all processes."""
+        return self.devices.agree(number)
+
+    def watched(self) -> contextlib.AbstractContextManager[None]:
+        """Context in which collective failures become a RuntimeError."""
+        return self.devices.watched()
+
+    def place(
+        self,
+        user_items: sparse.csr_matrix | Entries,
+        params: AlsParams,
+        *,
+        with_digest: bool = False,
+    ) -> XlaData:
+        """Lay out a matrix in both orientations, and put it on the devices."""
+        return placing.lay_out(user_items, params, self.devices, self, with_digest=with_digest)
+
+    def put(self, table: np.ndarray, side: XlaSide, data: XlaData) -> Shards:
+        """Put a table (M, K) in the caller's order on the devices, in slot order."""
+        slots = layout.to_slots(table, side.rows, data.place.local)
+        with precision(data.params.dtype):
+            return data.place.put(slots)
+
+    def draw(self, data: XlaData, seed: int, scale: float, normal: bool) -> list[Shards]:
+        """See `als.draw`."""
+        return half_epoch.draw(data, seed, scale, normal)
+
+    def half_epoch(
+        self,
+        target_table: Shards,
+        source_table: Shards,
+        data: XlaData,
+        objective: Objective,
+        relaxation: float,
+        *,
+        target: str,
+    ) -> Shards:
+        """See `als.half_epoch`."""
+        return half_epoch.half_epoch(
+            target_table, source_table, data, objective, relaxation, target=target
+        )
+
+    def count_failed(self, table: Shards, side: XlaSide, data: XlaData) -> int:
+        """Number of rows of a table that are not finite."""
+        return half_epoch.count_failed(table, side, data)
+
+    def loss_parts(self, state: AlsState, data: XlaData, objective: Objective) -> LossParts:
+        """What `als.loss` adds up."""
+        return half_epoch.loss_parts(state, data, objective)
+
+    def table(self, table: Shards, side: XlaSide, data: XlaData) -> Table:
+        """A table of a state, without the matrix; it stays on the devices until it is fetched."""
+        return Table(table, side.rows, data.params, data.place)
+
+    def source(self, table: np.ndarray, params: AlsParams) -> fold_in.Source:
+        """Place a fixed table (N, K), to solve rows against."""
+        return fold_in.source(table, params, self.devices)
+
+    def catalog(self, table: np.ndarray, lengths: np.ndarray | None = None) -> ranking.Catalog:
+        """Place a table (N, K), to rank its rows by product, divided by `lengths` if given."""
+        return ranking.catalog(table, self.devices, lengths=lengths)
+
+    def release(self, data: XlaData) -> None:
+        """Free memory that is kept between half-epochs; there is none."""
+
+    def describe_for_checkpoint(self, data: XlaData) -> XlaData:
+        """The data in the form that checkpoints have, which is that of this backend."""
+        return data
+
+    def to_checkpoint(self, state: AlsState, data: XlaData) -> AlsState:
+        """A state in that form."""
+        return state
+
+    def from_checkpoint(self, state: AlsState, data: XlaData) -> AlsState:
+        """A state in this backend's form, from that form."""
+        return state
+
+
+def place(
+    user_items: sparse.csr_matrix | Entries,
+    params: AlsParams,
+    devices: Workplace,
+    *,
+    with_digest: bool = False,
+) -> XlaData:
+    """Lay out a matrix on the devices of a workplace; see `placing.lay_out`."""
+    return XlaBackend(devices).place(user_items, params, with_digest=with_digest)

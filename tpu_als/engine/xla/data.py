@@ -1,0 +1,78 @@
+"""What the XLA backend lays out for a fit. Axis letters: M rows of a side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tpu_als.engine.cells import Long
+from tpu_als.engine.data import AlsParams, Data, Side
+from tpu_als.engine.layout import Plan, RowMap
+from tpu_als.engine.xla import exchange
+from tpu_als.engine.xla.exchange import Route
+from tpu_als.engine.xla.mesh import Workplace
+from tpu_als.engine.xla.sweep import Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class XlaSide(Side):
+    """One orientation: the map of its rows and its placed cells.
+
+    Attributes
+    ----------
+    rows : RowMap
+        The slot of each row.
+    own : Own or None
+        The entries, without long rows; None for a side that is only read.
+    long : Long or None
+        The entries of long rows, if any.
+    routes : tuple of Route or None
+        How source rows are received for each rung; None if every device has all of them.
+    """
+
+    rows: RowMap
+    own: Any = None
+    long: Long | None = None
+    routes: tuple[Route, ...] | None = None
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows of the table, without unused slots."""
+        return len(self.rows.slots)
+
+    @property
+    def received_rows(self) -> int:
+        """Source rows that a device receives from others for the chunks of a half-epoch."""
+        if self.routes is None:
+            return 0
+        return exchange.received_rows(self.routes, self.rows.rungs, self.rows.n_shards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class XlaData(Data):
+    """Both orientations of a matrix, placed on devices.
+
+    Attributes
+    ----------
+    plan : Plan
+        Shapes of chunks.
+    place : Workplace
+        The devices.
+    """
+
+    plan: Plan
+    place: Workplace
+
+
+def shape_of(params: AlsParams, rows: int, length: int) -> Shape:
+    """The static part of the program of a rung with chunks of `rows` rows of this length."""
+    is_diagonal = params.linear_solver == "diagonal"
+    return Shape(
+        params.linear_solver,
+        0 if is_diagonal else params.cg_steps,
+        0 if is_diagonal else params.block_size,
+        params.compute_dtype,
+        rows,
+        length,
+        params.positive and params.linear_solver == "cholesky",
+    )

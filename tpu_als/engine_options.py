@@ -1,0 +1,80 @@
+"""The estimator's parameters in the engine's terms. Each function checks what it reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tpu_als import parameters
+from tpu_als.engine import backends
+from tpu_als.engine.backends import Backend
+from tpu_als.engine.data import AlsParams
+from tpu_als.engine.objective import Objective, solver_for
+
+
+def objective_of(estimator: Any) -> Objective:
+    """Equations (1)-(2) for an estimator's parameters."""
+    parameters.check(estimator, parameters.OBJECTIVE)
+    return Objective.of(
+        estimator.objective,
+        estimator.regularization,
+        estimator.alpha,
+        estimator.unobserved_weight,
+        estimator.regularization_exponent,
+    )
+
+
+def linear_solver_of(estimator: Any, objective: Objective) -> str:
+    """The linear solver for an objective: "auto", "cg", "cholesky" or "subspace"."""
+    parameters.check(estimator, ("linear_solver", "use_cg"))
+    requested = estimator.linear_solver or ("cg" if estimator.use_cg else "cholesky")
+    return solver_for(requested, objective)
+
+
+def training_params(estimator: Any) -> AlsParams:
+    """Parameters of a fit; all parameters of the estimator are checked."""
+    parameters.check(estimator)
+    return AlsParams(
+        factors=int(estimator.factors),
+        dtype=parameters.storage_dtype(estimator.dtype),
+        linear_solver=linear_solver_of(estimator, objective_of(estimator)),
+        cg_steps=int(estimator.cg_steps),
+        block_size=int(estimator.block_size),
+        positive=estimator.objective == "ials",
+    )
+
+
+def params_against(estimator: Any, table: Any, linear_solver: str = "cholesky") -> AlsParams:
+    """Parameters of solves against a table, with its width and dtype; exact by default."""
+    parameters.check(estimator, ("cg_steps", "block_size"))
+    # bfloat16 is how tables are stored in `fit`; a fold-in does not round its results to it.
+    return AlsParams(
+        factors=table.shape[1],
+        dtype="float64" if table.dtype == np.float64 else "float32",
+        linear_solver="cg" if linear_solver == "auto" else linear_solver,
+        cg_steps=estimator.cg_steps,
+        block_size=estimator.block_size,
+        positive=estimator.objective == "ials",
+    )
+
+
+def backend_of(
+    estimator: Any, params: AlsParams | None = None, num_threads: int | None = None
+) -> Backend:
+    """The backend for a fit or a solve with these parameters; by default, for tables on the host.
+
+    A fit on devices of several processes works with all of them; everything else takes
+    `Backend.alone`.
+    """
+    parameters.check(estimator, parameters.PLACE)
+    wishes = backends.Wishes(
+        estimator.devices,
+        num_threads or estimator.num_threads,
+        estimator.use_gpu,
+        estimator.table_layout,
+        bool(estimator.use_native),
+    )
+    if params is None:
+        return backends.choose(wishes)
+    return backends.choose(wishes, params.linear_solver, params.dtype)

@@ -1,0 +1,1 @@
+"""implicit's interface: methods and attributes that the estimator is composed of."""
