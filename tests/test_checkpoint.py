@@ -25,7 +25,7 @@ import processes
 import pytest
 from matrices import random_counts
 
-from tpu_als.engine import als, layout
+from tpu_als.engine import als, digests, layout
 from tpu_als.engine.als import AlsState
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective
@@ -34,7 +34,6 @@ from tpu_als.engine.xla.data import XlaData
 from tpu_als.engine.xla.mesh import Workplace, workplace
 from tpu_als.exceptions import DataWarning
 from tpu_als.training.checkpoint import FOLDER, FORMAT, Checkpoints, Resumed
-from tpu_als.training.checkpoint_reader import checksum_of
 
 pytest.importorskip("orbax.checkpoint")
 
@@ -400,7 +399,7 @@ def _meta(**changes: Any) -> Callable[[Path], None]:
     def change(step: Path) -> None:
         file = step / "meta" / "metadata"
         meta = json.loads(file.read_text()) | changes
-        meta["checksum"] = checksum_of(meta)
+        meta["checksum"] = digests.fields(meta)
         file.write_text(json.dumps(meta))
 
     return change

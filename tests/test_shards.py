@@ -134,6 +134,7 @@ class TestRoundTrip:
         written = write_shards(matrix, tmp_path, 4)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["item", "totals.json", "user"]
         totals = json.loads((tmp_path / "totals.json").read_text())
+        assert totals.pop("checksum") == digests.fields(totals)
         for key, summary in totals["files"].items():
             content = (tmp_path / key).read_bytes()
             length = int.from_bytes(content[-8:-4], "little") + 8

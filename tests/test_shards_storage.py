@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -37,8 +38,9 @@ def assert_same(found: ShardedMatrix, expected: sparse.csr_matrix = COUNTS) -> N
 
 
 def change_totals(folder: Path, **changes: Any) -> None:
+    """Change fields, or remove those that are "absent"; remove the checksum, as other writers."""
     file = folder / "totals.json"
-    totals = json.loads(file.read_text()) | changes
+    totals = json.loads(file.read_text()) | {"checksum": "absent"} | changes
     file.write_text(json.dumps({k: v for k, v in totals.items() if v != "absent"}))
 
 
@@ -313,6 +315,53 @@ class TestDamage:
         record_property("flips noticed, of", [noticed, count])
         assert noticed > count // 2
 
+    def test_no_flipped_bit_of_the_totals_passes(
+        self, tmp_path: Path, record_property: Callable[[str, Any], None]
+    ) -> None:
+        expected = write_shards(COUNTS, tmp_path / "plays", 1)
+        file = tmp_path / "plays" / "totals.json"
+        sound, refused = file.read_bytes(), 0
+        for at, bit in itertools.product(range(len(sound)), range(8)):
+            content = bytearray(sound)
+            content[at] ^= 1 << bit
+            file.write_bytes(content)
+            found, message = None, ""
+            try:
+                found = open_shards(tmp_path / "plays")
+            except ValueError as error:
+                message = str(error)
+            refused += found is None
+            assert found == expected or str(file) in message, content
+        record_property("flips refused, of", [refused, 8 * len(sound)])
+        assert refused > 7 * len(sound)
+
+    @pytest.mark.parametrize("change", [{"n_items": 26}, {"n_users": 61}, {"more": 1}], ids=str)
+    def test_the_totals_have_a_checksum(self, folder: Path, change: dict[str, int]) -> None:
+        file = folder / "totals.json"
+        totals = json.loads(file.read_text())
+        file.write_text(json.dumps(totals | change))
+        with pytest.raises(ValueError, match=f"{file} does not have the checksum .* it is damaged"):
+            open_shards(folder)
+        file.write_text(json.dumps(dict(reversed(totals.items()))))
+        assert_same(open_shards(folder))
+        file.write_text(json.dumps(totals | {"checksum": 3}))
+        with pytest.raises(ValueError, match="does not have the checksum"):
+            open_shards(folder)
+
+    def test_totals_nested_almost_too_deeply(self, folder: Path) -> None:
+        """Whatever depth JSON is read at, the checksum of it raises nothing else."""
+        sound = (folder / "totals.json").read_text().rstrip("}")
+        for depth in range(600, 1000, 3):
+            more = f', "more": {"[" * depth}{"]" * depth}}}'
+            (folder / "totals.json").write_text(sound + more)
+            with pytest.raises(ValueError, match="checksum|RecursionError"):
+                open_shards(folder)
+
+    def test_totals_without_a_checksum_are_read(self, folder: Path) -> None:
+        change_totals(folder)
+        assert "checksum" not in json.loads((folder / "totals.json").read_text())
+        assert_same(open_shards(folder))
+
     def test_pages_have_checksums(self, folder: Path) -> None:
         """The page's own checksum tells, before anything is decompressed."""
         file = folder / "user" / "part-00000.parquet"
@@ -326,7 +375,5 @@ class TestDamage:
     def test_files_without_checksums_are_read(self, folder: Path) -> None:
         for file in folder.rglob("*.parquet"):
             rewrite(file, write_page_checksum=False)
-        totals = json.loads((folder / "totals.json").read_text())
-        del totals["files"]  # other writers do not know of it
-        (folder / "totals.json").write_text(json.dumps(totals))
+        change_totals(folder, files="absent")  # other writers do not know of it
         assert_same(open_shards(folder))

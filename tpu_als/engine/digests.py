@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -164,3 +166,9 @@ def array(values: np.ndarray) -> str:
 def text(content: str) -> str:
     """Digest of a text."""
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def fields(record: dict[str, Any]) -> str:
+    """Digest of a JSON object without its field "checksum", which stores this digest."""
+    rest = {name: value for name, value in record.items() if name != "checksum"}
+    return text(json.dumps(rest, sort_keys=True))

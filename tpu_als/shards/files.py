@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tpu_als.engine import digests
+
 TOTALS = "totals.json"
 _TAIL = 1 << 16  # bytes to read at the end of a file; most footers are shorter
 _TOTALS_BYTES = 1 << 28  # largest size of a totals.json
@@ -185,7 +187,19 @@ def checked_totals(totals: Any, file: str, version: int) -> dict[str, Any]:
             f"{file}: files must give for each file [rows, entries, digest, bytes, CRC-32 of the "
             "footer], where the digest is a text and all else an integer of at least 0"
         )
+    if "checksum" in totals and not _has_its_checksum(totals):
+        raise ValueError(
+            f"{file} does not have the checksum that it was written with: it is damaged, so "
+            "restore it from a copy; if you edited it, remove its field checksum"
+        )
     return totals
+
+
+def _has_its_checksum(totals: dict[str, Any]) -> bool:
+    try:
+        return totals["checksum"] == digests.fields(totals)
+    except RecursionError:  # a further field is nested deeply
+        return False
 
 
 def _is_summary(value: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from tpu_als.engine.digests import EntriesDigest
+from tpu_als.engine import digests
 from tpu_als.shards.files import footer, is_count, parquet_library
 from tpu_als.shards.reader import cut_rows
 from tpu_als.shards.transpose import ExternalTranspose, index_dtype
@@ -159,7 +159,7 @@ class PartWriter(contextlib.AbstractContextManager):
         self._n_held = [0] * n_shards
         folder.mkdir()
         self._folder = folder
-        self._digests = [EntriesDigest(folder.name, n_columns) for _ in range(n_shards)]
+        self._digests = [digests.EntriesDigest(folder.name, n_columns) for _ in range(n_shards)]
         self._counts = [[0, 0] for _ in range(n_shards)]
         with contextlib.ExitStack() as files:
             self._writers = [
@@ -326,6 +326,7 @@ def new_directory(folder: Path, names: Iterable[str]) -> Iterator[Path]:
 
 
 def write_totals(file: Path, totals: dict[str, Any]) -> None:
-    """Write a JSON file atomically."""
+    """Write a JSON file atomically, with a checksum of its fields."""
     with replacing(file) as stream:
-        stream.write(json.dumps(totals, indent=1).encode())
+        checked = {**totals, "checksum": digests.fields(totals)}
+        stream.write(json.dumps(checked, indent=1).encode())

@@ -38,7 +38,6 @@ from tpu_als.training.checkpoint_reader import (
     LaterFormatError,
     Reader,
     Resumed,
-    checksum_of,
 )
 from tpu_als.training.runs import RunFolder
 
@@ -236,7 +235,7 @@ class Checkpoints:
             "checksums": checksums,
             "extra": {name: digests.array(values) for name, values in arrays.items()},
         }
-        items["meta"] = args.JsonSave({**meta, "checksum": checksum_of(meta)})
+        items["meta"] = args.JsonSave({**meta, "checksum": digests.fields(meta)})
         with precision(data.params.dtype), self._blamed_on_writing():
             manager.save(iteration, args=args.Composite(**items), force=True)
         return True

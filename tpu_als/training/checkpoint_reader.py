@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -97,7 +96,7 @@ class Reader:
                 f"reads formats up to {FORMAT}: it was written by a later tpu_als; upgrade to read "
                 "it"
             )
-        if meta["checksum"] != checksum_of(meta):
+        if meta["checksum"] != digests.fields(meta):
             raise DamagedError("its content does not have the checksum that it was saved with")
         if (meta["run"], meta["iteration"]) != (self._folder.name, step):
             raise DamagedError(f"it is of iteration {meta['iteration']} of the run {meta['run']}")
@@ -165,12 +164,6 @@ class Reader:
             if digests.array(values) != wanted[name]:
                 raise DamagedError(f"{name} does not have the checksum that it was saved with")
         return arrays
-
-
-def checksum_of(meta: dict[str, Any]) -> str:
-    """Checksum of the metadata of a checkpoint, without the entry "checksum"."""
-    rest = {name: value for name, value in meta.items() if name != "checksum"}
-    return digests.text(json.dumps(rest, sort_keys=True))
 
 
 def _agreed(read: Callable[[], _Found], path: Any, place: Workplace) -> _Found:
