@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import io
 import json
 import pickle
 import sys
@@ -14,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import shards
-from tpu_als.datasets import power_law
+from tpu_als import TPUAlternatingLeastSquares, shards
+from tpu_als.datasets import interactions_from_frame, power_law
 from tpu_als.engine import digests
 from tpu_als.shards import ShardedMatrix, open_shards, transpose, write_shards
 from tpu_als.shards.transpose import ExternalTranspose
@@ -650,6 +652,80 @@ class TestWriting:
     def test_data(self, tmp_path: Path, data: Any, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             write_shards(data, tmp_path / "shards")
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            (
+                "/tmp/x",
+                r"a path or text \('/tmp/x'\): read the file first, with scipy.sparse.load_",
+            ),
+            (Path("x"), "a path or text"),
+            (b"x", "a path or text"),
+            (io.StringIO("x"), "an object of StringIO: pass a sparse matrix or blocks of one"),
+            ({}, "an object of dict: pass a sparse matrix or blocks of one"),
+            ({0: sparse.eye(3)}, "an object of dict: pass a sparse matrix or blocks of one"),
+            (TPUAlternatingLeastSquares, "the class TPUAlternatingLeastSquares: pass a sparse"),
+            (
+                TPUAlternatingLeastSquares(),
+                "an object of TPUAlternatingLeastSquares: pass a sparse",
+            ),
+            (
+                pd.DataFrame({"user": [1], "item": [2]}),
+                r"a frame of events: .*interactions_from_frame\(data, user, item\).matrix",
+            ),
+            (
+                pa.table({"user": [1], "item": [2]}),
+                r"a pyarrow table: .*interactions_from_frame\(data.to_pandas\(\), user, item\)",
+            ),
+            (
+                interactions_from_frame(pd.DataFrame({"user": [1], "item": [2]}), "user", "item"),
+                r"an Interactions: pass data.matrix$",
+            ),
+            (
+                ShardedMatrix(Path("x"), (2, 3), 3, 1, True),
+                r"a ShardedMatrix: copy its directory, data.path, or pass data.to_csr\(\)$",
+            ),
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    @pytest.mark.parametrize("options", [{}, {"held_out": random_counts(2, 3)}], ids=["", "both"])
+    def test_data_for_another_function(
+        self, tmp_path: Path, data: Any, message: str, options: dict[str, Any]
+    ) -> None:
+        with pytest.raises(
+            TypeError, match="^data must be a matrix of users by items, got " + message
+        ):
+            write_shards(data, tmp_path / "shards", **options)
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            (pd.DataFrame(np.eye(3)), r"DataFrame: if its rows are events, .* scipy.sparse.csr_m"),
+            (pd.Series(np.ones(3)), r"Series: pass scipy.sparse.csr_matrix\(data\)$"),
+            (np.eye(3), r"ndarray: pass scipy.sparse.csr_matrix\(data\)$"),
+            (range(3), "range$"),
+            (bytearray(b"x"), "bytearray$"),
+        ],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_data_that_are_no_blocks(self, tmp_path: Path, data: Any, message: str) -> None:
+        expected = "^data must be a CSR matrix or an iterable of CSR matrices, got "
+        with pytest.raises(ValueError, match=expected + message):
+            write_shards(data, tmp_path / "shards")
+        assert not list(tmp_path.iterdir())
+
+    def test_any_iterable_of_blocks(self, tmp_path: Path) -> None:
+        matrix = random_counts(6, 4)
+        blocks = {"first": matrix[:2], "last": matrix[2:]}.values()
+        for number, data in enumerate((blocks, iter(blocks), tuple(blocks), list(blocks))):
+            assert_same(write_shards(data, tmp_path / str(number), 1).to_csr(), matrix)
+
+    def test_entries_held_out_for_another_function(self, tmp_path: Path) -> None:
+        with pytest.raises(TypeError, match="^held_out must be a matrix .* got a path or text"):
+            write_shards(random_counts(2, 3), tmp_path / "shards", held_out="x.npz")
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(

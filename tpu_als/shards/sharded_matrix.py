@@ -24,6 +24,7 @@ from tpu_als.shards.writer import (
     write_test,
     write_totals,
 )
+from tpu_als.validation.refusals import refuse_misplaced
 
 FORMAT = 1
 Side = Literal["user", "item"]
@@ -352,6 +353,9 @@ def write_shards(
     ------
     FileExistsError
         If `path` is a file, or a directory that is not empty.
+    TypeError
+        For data meant for another function, such as a table of events, an `Interactions`, a
+        ShardedMatrix or a path.
     ValueError
         For data of another type, blocks of different widths, values that are not finite, a shape
         that is too small, no block and no shape, `held_out` that does not match the data, or
@@ -374,6 +378,7 @@ def write_shards(
             raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
     if compression not in _COMPRESSIONS:
         raise ValueError(f"compression must be one of {_COMPRESSIONS}, got {compression!r}")
+    refuse_misplaced(data, "data", takes_blocks=True)
     if held_out is not None:
         held_out = fitting(held_out, data)
     blocks, sizes, has_values = prepared(data, shape)

@@ -21,6 +21,7 @@ from tpu_als.shards.reader import cut_rows
 from tpu_als.shards.transpose import ExternalTranspose, index_dtype
 from tpu_als.storage.atomic import replacing
 from tpu_als.validation.arguments import canonical_csr
+from tpu_als.validation.refusals import IF_EVENTS, refuse_misplaced
 
 _ROW_GROUP_ENTRIES = 1 << 20
 _UNKNOWN_ROWS = 1 << 40
@@ -254,11 +255,13 @@ def canonical_blocks(
 ) -> Iterator[sparse.csr_matrix]:
     """Yield canonical blocks; ValueError if one is not a matrix or does not match the others."""
     if not isinstance(blocks, Iterable) or isinstance(blocks, np.ndarray):
-        raise ValueError(
-            f"data must be a CSR matrix or an iterable of CSR matrices, got {type(blocks).__name__}"
-        )
+        raise _not_blocks(blocks)
+    # Of other iterables, such as a frame, the first element (a column name) is no help in an error.
+    is_plain = isinstance(blocks, (list, tuple, Iterator))
     n_rows, width = 0, None
     for number, block in enumerate(blocks):
+        if not (sparse.issparse(block) or is_plain):
+            raise _not_blocks(blocks)
         if not sparse.issparse(block) or block.ndim != 2:
             raise ValueError(
                 f"block {number} of the data must be a CSR matrix, got {type(block).__name__}"
@@ -277,8 +280,22 @@ def canonical_blocks(
         yield canonical_csr(block)
 
 
+def _not_blocks(data: Any) -> ValueError:
+    """The error for data that are neither a sparse matrix nor blocks of one."""
+    advice = ""
+    if hasattr(data, "columns"):
+        advice = f": {IF_EVENTS}; if they are users, pass scipy.sparse.csr_matrix(data)"
+    elif hasattr(data, "__array__"):
+        advice = ": pass scipy.sparse.csr_matrix(data)"
+    return ValueError(
+        "data must be a CSR matrix or an iterable of CSR matrices, got "
+        f"{type(data).__name__}{advice}"
+    )
+
+
 def fitting(held_out: Any, data: Any) -> sparse.csr_matrix:
     """The held-out entries, canonical; ValueError if they do not match the data."""
+    refuse_misplaced(held_out, "held_out")
     if not sparse.issparse(data):
         raise ValueError("with held_out the data must be one CSR matrix, not blocks")
     if not sparse.issparse(held_out) or held_out.shape != data.shape:

@@ -31,7 +31,9 @@ IF_EVENTS = (
 _NUMERIC_IN_POLARS = re.compile("U?Int|Float|Decimal|Boolean")
 
 
-def refuse_misplaced(X: Any, name: str = "X", *, takes_shards: bool = False) -> None:
+def refuse_misplaced(
+    X: Any, name: str = "X", *, takes_shards: bool = False, takes_blocks: bool = False
+) -> None:
     """Raise TypeError for an object meant for another function, and name that function.
 
     Parameters
@@ -42,6 +44,8 @@ def refuse_misplaced(X: Any, name: str = "X", *, takes_shards: bool = False) -> 
         The argument's name, for messages.
     takes_shards : bool, default=False
         Whether a ShardedMatrix is accepted.
+    takes_blocks : bool, default=False
+        Whether lists, tuples and iterators of matrices are accepted.
 
     Raises
     ------
@@ -53,7 +57,9 @@ def refuse_misplaced(X: Any, name: str = "X", *, takes_shards: bool = False) -> 
         return
     # Types are compared by name, so that pandas, polars and pyarrow need not be imported.
     kinds = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(X).__mro__}
-    problem = _own_problem(X, kinds, name, takes_shards) or _table_problem(X, kinds, name)
+    problem = None if takes_shards else _sharded_problem(kinds, name, takes_blocks)
+    problem = problem or _own_problem(X, kinds, name, takes_blocks)
+    problem = problem or _table_problem(X, kinds, name)
     if problem is not None:
         sides = "items by users" if name == "item_users" else "users by items"
         raise TypeError(f"{name} must be a matrix of {sides}, got {problem}")
@@ -116,15 +122,22 @@ def require_finite(rows: Any, values: np.ndarray, name: str = "X") -> None:
     )
 
 
-def _own_problem(X: Any, kinds: set[str], name: str, takes_shards: bool) -> str | None:
-    """What is wrong with an object of this package, a path, or several matrices."""
+def _sharded_problem(kinds: set[str], name: str, takes_blocks: bool) -> str | None:
+    """What is wrong with a ShardedMatrix."""
+    if "tpu_als.ShardedMatrix" not in kinds:
+        return None
+    if takes_blocks:  # but not {name}.blocks('user'), whose rows may be in any order
+        return f"a ShardedMatrix: copy its directory, {name}.path, or pass {name}.to_csr()"
+    return (
+        f"a ShardedMatrix, which only `fit` takes: pass rows in memory, {name}.to_csr() or those "
+        f"of {name}.blocks('user')"
+    )
+
+
+def _own_problem(X: Any, kinds: set[str], name: str, takes_blocks: bool) -> str | None:
+    """What is wrong with an Interactions, a path, or several matrices."""
     if "tpu_als.Interactions" in kinds:
         return f"an Interactions: pass {name}.matrix"
-    if "tpu_als.ShardedMatrix" in kinds and not takes_shards:
-        return (
-            f"a ShardedMatrix, which only `fit` takes: pass rows in memory, {name}.to_csr() or "
-            f"those of {name}.blocks('user')"
-        )
     if isinstance(X, (str, bytes, os.PathLike)):
         return (
             f"a path or text ({X!r:.60}): read the file first, with scipy.sparse.load_npz, or, for "
@@ -132,11 +145,15 @@ def _own_problem(X: Any, kinds: set[str], name: str, takes_shards: bool) -> str 
         )
     if isinstance(X, np.ma.MaskedArray) and np.ma.is_masked(X):
         return f"an array with masked values: pass {name}.filled(0), in which they are no entries"
+    # An open file is an iterator too, of its lines.
+    if takes_blocks and isinstance(X, (tuple, list, Iterator)) and not hasattr(X, "read"):
+        return None
     if isinstance(X, (dict, set, Iterator, type)) or hasattr(X, "get_params"):
         what = (
             f"the class {X.__name__}" if isinstance(X, type) else f"an object of {type(X).__name__}"
         )
-        return f"{what}: pass a sparse matrix or an array"
+        wanted = "blocks of one" if takes_blocks else "an array"
+        return f"{what}: pass a sparse matrix or {wanted}"
     if isinstance(X, (tuple, list)) and any(map(sparse.issparse, X)):
         return f"a {type(X).__name__} of {len(X)} matrices: pass one of them"
     return None
