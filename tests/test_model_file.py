@@ -237,6 +237,14 @@ class TestDamagedAndForeignFiles:
             ({"item_factors": np.ones((4, 2), int)}, "item_factors must be a 2-D array of float"),
             ({"item_factors": np.array([["a", "b"]])}, "item_factors must be a 2-D array"),
             ({"factors": 5}, "as many columns as the parameter factors=5, got shape"),
+            ({"factors": None}, "key 'factors' is missing, which every file has that `save` wrote"),
+            ({"tpu_als_item_popularity_": np.array([1, 0, -3, 2])}, "must be at least 0, got -3"),
+            ({"tpu_als_item_popularity_": np.ones(4)}, "popularity_ must be a 1-D array of signed"),
+            ({"tpu_als_item_popularity_": np.ones(4, bool)}, "popularity_ must be a 1-D array"),
+            ({"tpu_als_item_popularity_": np.ones(4, np.uint64)}, "popularity_ must be a 1-D arr"),
+            ({"tpu_als_item_popularity_": np.array(list("1234"))}, "popularity_ must be a 1-D arr"),
+            ({"tpu_als_item_popularity_": np.ones((4, 1), int)}, "popularity_ must be a 1-D array"),
+            ({"tpu_als_item_popularity_": np.ones(3, int)}, "a count for each item, got 3"),
             ({"factors": 2.5}, "factors must be an integer of at least 1, got 2.5"),
             ({"factors": "many"}, "factors must be an integer of at least 1, got 'many'"),
             ({"factors": np.ones(2)}, "factors must be a number or text, got an array of shape"),
@@ -265,6 +273,19 @@ class TestDamagedAndForeignFiles:
         with pytest.raises(ModelFileError, match=message) as raised:
             load(archive(**changes))
         assert "the model file: " in str(raised.value)
+
+    @pytest.mark.parametrize("dtype", [np.int8, np.int32, ">i8"])
+    def test_popularity_becomes_int64(self, dtype: Any) -> None:
+        counts = np.array([1, 0, 3, 2], dtype)
+        model = load(archive(tpu_als_item_popularity_=counts))
+        assert model.item_popularity_.dtype == np.int64
+        np.testing.assert_array_equal(model.item_popularity_, counts)
+
+    def test_a_file_of_implicits_without_a_format(self) -> None:
+        theirs = {"iterations": 3, "regularization": 0.1, "use_cg": True, "tpu_als_format": None}
+        assert load(archive(**theirs)).factors == 2
+        with pytest.raises(ModelFileError, match="'tpu_als_format' is missing, and so is factors"):
+            load(archive(**theirs, factors=None))
 
     def test_other_files(self, tmp_path: Path) -> None:
         path = tmp_path / "model.npz"

@@ -161,7 +161,9 @@ def _fitted(values: dict[str, Any]) -> dict[str, Any]:
         counts = values["item_popularity_"]
         if "item_factors" not in found or len(counts) != len(found["item_factors"]):
             raise ValueError(f"item_popularity_ must have a count for each item, got {len(counts)}")
-        found["item_popularity_"] = counts
+        if counts.min(initial=0) < 0:
+            raise ValueError(f"item_popularity_ must be at least 0, got {counts.min()}")
+        found["item_popularity_"] = counts.astype(np.int64)
     if "assigned" in values:
         found["assigned"] = tuple(values["assigned"].split(","))
         if not {f"{side}_factors" for side in found["assigned"]} <= found.keys():
@@ -332,6 +334,11 @@ def _check_origin(found: NpzFile, name: str) -> None:
             f"{name}: the file has format {version}, but this version reads formats up to "
             f"{FORMAT}: it was written by a later tpu_als; upgrade to read it"
         )
+    if "factors" not in found.headers:  # the default would contradict the tables
+        raise ModelFileError(
+            f"{name}: key 'factors' is missing, which every file has that `save` wrote; save the "
+            "model again, or restore the file from a copy"
+        )
 
 
 def _check_header(key: str, header: Header) -> None:
@@ -342,7 +349,7 @@ def _check_header(key: str, header: Header) -> None:
     elif key == "feature_names_in_":
         n_axes, kinds, expected = 1, "U", "a 1-D array of text"
     elif key == "item_popularity_":
-        n_axes, kinds, expected = 1, "iu", "a 1-D array of integers"
+        n_axes, kinds, expected = 1, "i", "a 1-D array of signed integers"
     elif key == "assigned":
         kinds, expected = "U", "text"
     elif key.startswith(_SERIES):
