@@ -199,6 +199,23 @@ def test_the_latest_few_are_kept(placed: Any, tmp_path: Path) -> None:
     assert _steps(tmp_path) == ["6"]
 
 
+def test_resuming_logs_no_warning_and_changes_no_file(
+    placed: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = placed("four")
+    with caplog.at_level(logging.WARNING):
+        _save(tmp_path, data)
+        run = _run(tmp_path)
+        (run / "notes.txt").touch()
+        for name in ("007", "x1", "1x"):
+            (run / name).mkdir()
+        before = {path: path.stat().st_mtime_ns for path in (run, *run.rglob("*"))}
+        found = _restore(tmp_path, data)
+    assert found is not None and found.iteration == 1
+    assert [record.getMessage() for record in caplog.records] == []
+    assert {path: path.stat().st_mtime_ns for path in (run, *run.rglob("*"))} == before
+
+
 def test_nothing_to_resume_from(placed: Any, tmp_path: Path) -> None:
     assert _restore(tmp_path / "new" / "folder", placed("one")) is None
 

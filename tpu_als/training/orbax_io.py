@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
+
+_ITERATION = re.compile("0|[1-9][0-9]*")
 
 
 def load() -> ModuleType:
@@ -50,12 +53,13 @@ def manager(root: Any, keep: int, processes: tuple[int, ...]) -> Any:
         # opening of the directory cleans up meanwhile. On local paths `_runs` cleans up instead.
         cleanup_tmp_directories="://" in str(root),
         multiprocessing_options=together,
+        step_name_format=_IterationFolders(),
     )
     return ocp.CheckpointManager(root, options=options)
 
 
 def reader(root: Any, process: int) -> Any:
-    """Open a directory for reading by this process alone.
+    """Open a directory for this process alone, which must only read.
 
     If a read fails in one process, the others then do not wait for it.
     """
@@ -65,10 +69,40 @@ def reader(root: Any, process: int) -> Any:
         active_processes={process},
         barrier_sync_key_prefix=f"tpu_als_reader_{process}",
     )
+    # Orbax logs two warnings for each manager with `read_only`. One that is never asked to save or
+    # delete does not write either.
     options = ocp.CheckpointManagerOptions(
-        create=False, read_only=True, multiprocessing_options=alone
+        create=False, multiprocessing_options=alone, step_name_format=_IterationFolders()
     )
     return ocp.CheckpointManager(root, options=options)
+
+
+class _IterationFolders:
+    """Finds the checkpoints among the entries of a run's folder; orbax's protocol NameFormat.
+
+    Before version 0.12, orbax's own format logs a warning for each other entry, such as run.json.
+    """
+
+    def __init__(self) -> None:
+        self._standard = load().path.step.standard_name_format()
+
+    def build_name(self, step: int) -> str:
+        """Name of the folder of an iteration."""
+        return self._standard.build_name(step)
+
+    def find_step(self, base_path: Any, step: int) -> Any:
+        """Orbax's description of a checkpoint; ValueError if it is absent or incomplete."""
+        return self._standard.find_step(base_path, step)
+
+    def find_all(self, base_path: Any) -> Iterator[Any]:
+        """Orbax's descriptions of all checkpoints, except incomplete ones."""
+        for folder in base_path.glob("*"):
+            if _ITERATION.fullmatch(folder.name):
+                found = None
+                with contextlib.suppress(ValueError):
+                    found = self.find_step(base_path, int(folder.name))
+                if found is not None:
+                    yield found
 
 
 @contextlib.contextmanager
