@@ -76,7 +76,26 @@ def test_serving_a_loaded_model_does_not_import_numba(tmp_path: Path) -> None:
 import sys
 from tpu_als import TPUAlternatingLeastSquares
 TPUAlternatingLeastSquares.load({str(path)!r}).recommend(3, None, filter_already_liked_items=False)
-print([name for name in ("jax", "numba", "tqdm") if name in sys.modules])
+print([name for name in ("jax", "numba") if name in sys.modules])
+"""
+    assert run(code).strip() == "[]"
+
+
+def test_a_served_model_imports_neither_scikit_learn_nor_numba(tmp_path: Path) -> None:
+    path = tmp_path / "model.npz"
+    run(f"{WORK}model.save({str(path)!r})")
+    code = f"""
+import sys
+import numpy as np
+from scipy import sparse
+from tpu_als import ServedModel
+model, one = ServedModel.load({str(path)!r}), sparse.csr_matrix(np.ones((9, 40), np.float32))
+model.recommend(3, one[0], N=5)
+model.recommend(np.arange(9), one, N=5, recalculate_user=True)
+model.similar_items(np.arange(9))
+model.partial_fit_users([3, 61], one[:2])
+names = ("jax", "numba", "sklearn", "pandas")
+print([name for name in names if name in sys.modules])
 """
     assert run(code).strip() == "[]"
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tpu_als.engine.compilation_cache import enable_compilation_cache
     from tpu_als.estimator import TPUAlternatingLeastSquares
     from tpu_als.exceptions import DataWarning, ModelFileError, ModelFitError, ParameterWarning
+    from tpu_als.served_model import ServedModel
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "ModelFileError",
     "ModelFitError",
     "ParameterWarning",
+    "ServedModel",
     "TPUAlternatingLeastSquares",
     "__version__",
     "compat",
@@ -40,6 +42,7 @@ _SUBMODULES = (
     "compat", "datasets", "engine", "evaluation", "exceptions", "shards", "weighting",
 )  # fmt: skip
 _HOME = {
+    "ServedModel": "tpu_als.served_model",
     "TPUAlternatingLeastSquares": "tpu_als.estimator",
     "enable_compilation_cache": "tpu_als.engine.compilation_cache",
     **dict.fromkeys(

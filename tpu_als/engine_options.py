@@ -76,5 +76,5 @@ def backend_of(
         bool(estimator.use_native),
     )
     if params is None:
-        return backends.choose(wishes)
+        return backends.choose(wishes, None)
     return backends.choose(wishes, params.linear_solver, params.dtype)

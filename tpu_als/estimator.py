@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 from scipy import sparse
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.utils import metadata_routing
+from sklearn.utils import check_array, metadata_routing
 from sklearn.utils.validation import validate_data
 
 from tpu_als import engine_options, parameters
@@ -23,6 +23,7 @@ from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams
 from tpu_als.evaluation import holdout
 from tpu_als.evaluation.metrics import popularity_of
+from tpu_als.host import require_memory
 from tpu_als.implicit_api.attributes import Attributes
 from tpu_als.implicit_api.new_rows import NewRows, folded_in
 from tpu_als.implicit_api.ranking import Ranking
@@ -347,6 +348,32 @@ class TPUAlternatingLeastSquares(
         """
         fitted = self._fitted.require(self)
         return folded_in(self, fitted.item, self._validated(X, fitted))
+
+    def inverse_transform(self, X: Any) -> np.ndarray:
+        """Score all items for given factors.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_rows, factors)
+            Factors, such as `transform` gives.
+
+        Returns
+        -------
+        ndarray of shape (n_rows, n_items)
+            A dense array: mind the memory, and use `recommend` for the best items.
+        """
+        items = self._fitted.require(self, "item").item
+        items.require_finite()
+        table = items.read()
+        factors = check_array(X, dtype=[np.float64, np.float32], ensure_min_samples=0)
+        if factors.shape[1] != table.shape[1]:
+            raise ValueError(
+                f"X has {factors.shape[1]} columns, expected {table.shape[1]} factors: "
+                "inverse_transform takes what transform returns"
+            )
+        size = len(factors) * len(table) * table.itemsize
+        require_memory({"scores": size}, "pass fewer rows, or use recommend for the best items")
+        return factors.astype(table.dtype, copy=False) @ table.T
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean NDCG@10 of hidden items; the rows need not have been in the data of `fit`.

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import joblib
 import psutil
 from threadpoolctl import ThreadpoolController
 
@@ -33,6 +32,8 @@ def cores() -> int:
 @functools.lru_cache(maxsize=8)
 def _cores(affinity: frozenset[int] | None, limit: str | None) -> int:
     # joblib reads the control group's files in each call, which takes as long as a query.
+    import joblib
+
     del affinity, limit
     return int(joblib.cpu_count())
 

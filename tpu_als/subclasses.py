@@ -8,8 +8,6 @@ import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from sklearn.base import clone
-
 from tpu_als import parameters
 from tpu_als.exceptions import DataWarning, ModelFileError
 
@@ -103,6 +101,8 @@ def construct(cls: type[Estimator], ours: dict[str, Any], own: dict[str, Any]) -
 
 def copy_unnamed(source: Any, target: Any) -> None:
     """Give a clone the parameters that its class's constructor passes on by ``**kwargs``."""
+    from sklearn.base import clone  # late: a service does not need scikit-learn
+
     named = parameters.named(type(source).__init__)
     for name in (*parameters.RULES, *own_parameters(type(source))):
         if name in vars(source) and name not in named:

@@ -147,15 +147,16 @@ class Wishes:
     use_native: bool = True
 
 
-def choose(wishes: Wishes, linear_solver: str = "cg", dtype: str = "float32") -> Backend:
+def choose(wishes: Wishes, linear_solver: str | None = "cg", dtype: str = "float32") -> Backend:
     """Choose a backend.
 
     Parameters
     ----------
     wishes : Wishes
         Devices and threads.
-    linear_solver : str, default="cg"
-        How rows are solved in `fit`. The CPU backend has "cg"; its fold-in is always exact.
+    linear_solver : str or None, default="cg"
+        How rows are solved in `fit`; the CPU backend has "cg" only, and needs numba for it. None
+        means that tables are only ranked, and rows solved exactly.
     dtype : str, default="float32"
         Dtype of the tables. The CPU backend has float32 and float64.
 
@@ -169,8 +170,10 @@ def choose(wishes: Wishes, linear_solver: str = "cg", dtype: str = "float32") ->
     """
     if wishes.table_layout not in LAYOUTS:
         raise ValueError(f"table_layout must be one of {LAYOUTS}, got {wishes.table_layout!r}")
-    fits = wishes.use_native and linear_solver == "cg" and dtype in ("float32", "float64")
-    fits = fits and wishes.table_layout == "auto" and compiled.is_available()
+    fits = wishes.use_native and dtype in ("float32", "float64")
+    fits = fits and wishes.table_layout == "auto"
+    if linear_solver is not None:
+        fits = fits and linear_solver == "cg" and compiled.is_available()
     is_plain = wishes.devices is None or (wishes.devices == 1 and wishes.devices is not True)
     if fits and is_plain and not wishes.use_gpu and not may_have_accelerator():
         return CpuBackend(thread_count(wishes.num_threads))

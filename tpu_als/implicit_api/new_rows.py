@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 from scipy import linalg, sparse
-from sklearn.utils import check_array
 
 from tpu_als import engine_options
 from tpu_als.engine.cpu import exact
 from tpu_als.engine.objective import confidence
-from tpu_als.host import require_memory
 from tpu_als.serving import fold_in
 from tpu_als.serving.fitted import FactorTable, FittedModel
 from tpu_als.validation import arguments, matrices
@@ -182,32 +180,6 @@ class NewRows:
         top = [(int(row.indices[i]), float(scores[i])) for i in order]
         return np.float64(scores.sum()), top, user_weights
 
-    def inverse_transform(self, X: Any) -> np.ndarray:
-        """Score all items for given factors.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_rows, factors)
-            Factors, such as `transform` gives.
-
-        Returns
-        -------
-        ndarray of shape (n_rows, n_items)
-            A dense array: mind the memory, and use `recommend` for the best items.
-        """
-        items = self._fitted.require(self, "item").item
-        items.require_finite()
-        table = items.read()
-        factors = check_array(X, dtype=[np.float64, np.float32], ensure_min_samples=0)
-        if factors.shape[1] != table.shape[1]:
-            raise ValueError(
-                f"X has {factors.shape[1]} columns, expected {table.shape[1]} factors: "
-                "inverse_transform takes what transform returns"
-            )
-        size = len(factors) * len(table) * table.itemsize
-        require_memory({"scores": size}, "pass fewer rows, or use recommend for the best items")
-        return factors.astype(table.dtype, copy=False) @ table.T
-
     @property
     def solver(self) -> Callable[..., None]:
         """Callable `(Cui, X, Y, regularization, num_threads=0)` that solves X in place, given Y.
@@ -233,7 +205,9 @@ class NewRows:
         linear_solver = engine_options.linear_solver_of(self, objective)
         params = engine_options.params_against(self, Y, linear_solver)
         # The caller's tables change from call to call, so nothing is cached.
-        backend = engine_options.backend_of(self, params, num_threads).alone
+        is_exact = linear_solver == "cholesky"
+        chosen = engine_options.backend_of(self, None if is_exact else params, num_threads)
+        backend = chosen.alone
         solved = backend.source(Y, params).solve(rows, objective, start=X)
         X[...] = arguments.finite_rows(solved, "X, which stays as it was")
 

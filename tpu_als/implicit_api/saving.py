@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import replace
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 from tpu_als import parameters, subclasses
 from tpu_als.serving.fitted import SIDES, FactorTable, FittedModel
@@ -82,15 +82,7 @@ class Saving:
         model = subclasses.construct(cls, found, own)
         if not fitted:
             return model
-        loaded = FittedModel(n_iter=fitted.get("n_iter_"), history=fitted.get("history_"))
-        for side in SIDES:
-            loaded = loaded.with_table(side, FactorTable(fitted.get(f"{side}_factors")))
-        model._fitted = replace(
-            loaded,
-            feature_names=fitted.get("feature_names_in_"),
-            popularity=fitted.get("item_popularity_"),
-            assigned=fitted.get("assigned", ()),
-        )
+        model._fitted = fitted_model(fitted)
         return model
 
     def to_gpu(self) -> Self:
@@ -98,3 +90,16 @@ class Saving:
         twin = copy.deepcopy(self)
         twin.use_gpu = True
         return twin
+
+
+def fitted_model(values: dict[str, Any]) -> FittedModel:
+    """The fitted model of the values that `model_file.load_model` returns."""
+    loaded = FittedModel(n_iter=values.get("n_iter_"), history=values.get("history_"))
+    for side in SIDES:
+        loaded = loaded.with_table(side, FactorTable(values.get(f"{side}_factors")))
+    return replace(
+        loaded,
+        feature_names=values.get("feature_names_in_"),
+        popularity=values.get("item_popularity_"),
+        assigned=values.get("assigned", ()),
+    )

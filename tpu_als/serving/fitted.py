@@ -14,7 +14,6 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 from scipy import sparse
-from sklearn.exceptions import NotFittedError
 
 from tpu_als.engine.als import AlsState
 from tpu_als.engine.backends import Backend, Catalog
@@ -240,6 +239,8 @@ class FittedModel:
         """Return the model; raise NotFittedError if a table that a call needs is absent."""
         for side in sides or SIDES:
             if self.table(side).is_absent:
+                from sklearn.exceptions import NotFittedError  # late: it takes a second
+
                 raise NotFittedError(
                     f"This {type(estimator).__name__} has no {side} factors yet. Call 'fit', or "
                     f"assign '{side}_factors', before using it"
