@@ -25,7 +25,9 @@ from scipy import sparse
 ML1M = "ml1m_rand80_train.npz"
 ML20M_SHAPE = (138_493, 26_744, 20_000_263)
 QUICK_SHAPE = (943, 1_682, 20_000)
-_PACKAGES = ("tpu-als", "jax", "jaxlib", "numpy", "scipy", "scikit-learn", "implicit", "irspack")
+_PACKAGES = (
+    "tpu-als", "jax", "jaxlib", "numba", "numpy", "scipy", "scikit-learn", "implicit", "irspack",
+)  # fmt: skip
 
 
 def parser(description: str | None, datasets: tuple[str, ...] = ()) -> argparse.ArgumentParser:

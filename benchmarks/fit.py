@@ -5,7 +5,7 @@ initial tables, and measures the loss of each after every iteration with implici
 The target is 1.001 times the loss of `--reference`, an exact solver, after `--iterations`.
 
 "relaxed" has `over_relaxation=1.6`, "relaxed-4" 1.5 and 4 steps of CG, and "relaxed-xla" 1.6 and
-`use_native=False`, as where numba is not installed.
+`use_native=False`, which runs XLA's programs.
 """
 
 from __future__ import annotations

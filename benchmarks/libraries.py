@@ -10,17 +10,18 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 from scipy import sparse
 
-from tpu_als.engine import als
-from tpu_als.engine.data import AlsParams
+from tpu_als.engine import als, reading
+from tpu_als.engine.backends import Backend, Wishes, choose
+from tpu_als.engine.cpu.backend import CpuBackend
+from tpu_als.engine.data import AlsParams, Side
 from tpu_als.engine.objective import Objective
-from tpu_als.engine.xla import backend, mesh
-from tpu_als.engine.xla.data import XlaSide as Side
+from tpu_als.engine.xla.data import XlaSide
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,25 @@ class Library(Protocol):
 
 
 class Ours:
-    """The engine, as `fit` calls it."""
+    """The engine on the backend that `fit` would choose; with `native=False`, on XLA's.
+
+    Further options are `devices`, `num_threads` and those of `AlsParams`.
+    """
 
     def __init__(
-        self, problem: Problem, solver: str = "cg", over_relaxation: float = 1.0, **options: Any
+        self,
+        problem: Problem,
+        solver: str = "cg",
+        over_relaxation: float = 1.0,
+        *,
+        native: bool = True,
+        **options: Any,
     ) -> None:
-        chosen = {key: options.pop(key) for key in ("devices", "num_threads") if key in options}
         self.problem, self.over_relaxation = problem, over_relaxation
-        options = {"native": True, **options}  # as the estimator asks for it
+        places = {key: options.pop(key) for key in ("devices", "num_threads") if key in options}
         params = AlsParams(problem.factors, linear_solver=solver, **options)
-        self.data = backend.place(problem.matrix, params, mesh.workplace(**chosen))
+        backend, params = chosen(problem.matrix, params, Wishes(use_native=native, **places))
+        self.data = backend.place(problem.matrix, params)
         self.objective = Objective.of("implicit", problem.regularization, problem.alpha)
         self.reset()
 
@@ -85,6 +95,16 @@ class Ours:
 
     def tables(self) -> tuple[np.ndarray, np.ndarray]:
         return als.user_factors(self.state, self.data), als.item_factors(self.state, self.data)
+
+
+def chosen(
+    matrix: sparse.csr_matrix, params: AlsParams, wishes: Wishes
+) -> tuple[Backend, AlsParams]:
+    """The backend that `fit` would choose, and the parameters that it would pass to it."""
+    is_auto = params.linear_solver == "auto"
+    if is_auto and isinstance(choose(wishes, "cg", params.dtype), CpuBackend):
+        params = replace(params, linear_solver=reading.cheapest_for(matrix, params))
+    return choose(wishes, params.linear_solver, params.dtype), params
 
 
 class Implicit:
@@ -201,8 +221,8 @@ BUILDERS: dict[str, Callable[[Problem], Library]] = {
 
 
 def padded_cells(side: Side) -> int:
-    """Padded cells of a side, those of long rows included; without rungs none is padded."""
-    if not side.rows.rungs and side.long is None:
+    """Padded cells of a side, those of long rows included; the CPU backend pads nothing."""
+    if not isinstance(side, XlaSide):
         return int(side.lengths.sum())
     size = sum(rung.n_chunks * rung.rows * rung.length for rung in side.rows.rungs)
     size *= side.rows.n_shards

@@ -1,7 +1,7 @@
 """How much memory does a fit need at its peak, beside implicit's, and what does the layout cost?
 
 The peak is the highest resident size during `fit`, sampled in a fresh process, less what the
-process held before. The layout's share is the time of `placing.place` over that of the whole
+process held before. The layout's share is the time of `Backend.place` over that of the whole
 fit, warm.
 """
 
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import common
-from libraries import Ours, Problem
+from libraries import Ours, Problem, padded_cells
 from scipy import sparse
 
 
@@ -48,11 +48,11 @@ def layout_share(
         found = common.in_turns(
             {"place": functools.partial(Ours, problem), "step": model.step}, repeats
         )
-        rows = [(side.rows, matrix.nnz) for side in (model.data.users, model.data.items)]
+        sides = model.data.users, model.data.items
         common.emit(
             **about, what="layout", factors=k, layout_s=found["place"], iteration_s=found["step"],
             share_of_15_iterations=found["place"] / (found["place"] + 15 * found["step"]),
-            cells_per_entry=[rows.n_shards * rows.n_cells / nnz for rows, nnz in rows],
+            cells_per_entry=[padded_cells(side) / matrix.nnz for side in sides],
         )  # fmt: skip
 
 

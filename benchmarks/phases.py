@@ -20,9 +20,10 @@ from libraries import Ours, Problem, padded_cells
 
 from tpu_als import host
 from tpu_als.engine import als
-from tpu_als.engine.cpu import native
-from tpu_als.engine.xla import backend, half_epoch, mesh
-from tpu_als.engine.xla.data import XlaData as Data
+from tpu_als.engine.cpu import half_epoch as cpu_half_epoch
+from tpu_als.engine.data import Data
+from tpu_als.engine.xla import half_epoch as xla_half_epoch
+from tpu_als.engine.xla.data import XlaData
 
 
 def speeds(n_cores: int, repeats: int) -> dict[str, float]:
@@ -48,13 +49,16 @@ def floors(data: Data, rate: dict[str, float]) -> dict[str, dict[str, float]]:
     """Bytes, flops and the seconds that they take at least, by phase; both sides together."""
     factors, sides = data.params.factors, (data.users, data.items)
     row, stored = 4.0 * factors, sum(padded_cells(side) for side in sides)
-    # XLA's programs work on unused slots as well.
-    by_xla = not data.params.native
-    rows = sum(s.rows.n_slots * s.rows.n_shards if by_xla else s.n_rows for s in sides)
     products = 2 * data.params.cg_steps + 1
-    # One pass does both products of a step, or each is one, and a chunk is written before.
-    reads = data.params.cg_steps + 1 if data.params.native else 1 + products
-    held = sum(leaf.nbytes for side in sides for leaf in jax.tree.leaves((side.own, side.long)))
+    if isinstance(data, XlaData):
+        # Unused slots are worked on as well. A chunk is written, then read for each product.
+        rows, reads = sum(s.rows.n_slots * s.rows.n_shards for s in sides), 1 + products
+        kept = [(side.own, side.long) for side in sides]
+    else:
+        # One pass over the entries does both products of a step.
+        rows, reads = sum(s.n_rows for s in sides), data.params.cg_steps + 1
+        kept = [side.entries for side in sides]
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
     found = {
         # The matrix is read for either side and turned; cells are written.
         "layout": (4 * 8.0 * data.n_entries + held, 0.0, "memory_bytes"),
@@ -74,31 +78,23 @@ def floors(data: Data, rate: dict[str, float]) -> dict[str, dict[str, float]]:
 
 
 def by_loops(model: Ours, repeats: int) -> dict[str, float]:
-    """Median seconds of the phases of an iteration of `native`; solving is what remains."""
-    data, place = model.data, model.data.place
-    sides = zip(model.state, (data.users, data.items), strict=True)
-    tables = [np.asarray(table[0])[: side.n_rows] for table, side in sides]
+    """Median seconds of the phases of the CPU backend's iteration; solving is what remains."""
+    tables, n_threads = model.state, model.data.backend.n_threads
 
-    def basis() -> list[Any]:
-        sums = [native.gramian(table, place) for table in tables]
-        with mesh.precision(data.params.dtype):
-            return jax.block_until_ready(
-                [
-                    native.basis(gram, np.float32(len(t)))
-                    for gram, t in zip(sums, tables, strict=True)
-                ]
-            )
+    def bases() -> list[tuple[np.ndarray, np.ndarray]]:
+        return [cpu_half_epoch.eigenbasis(table, n_threads) for table in tables]
 
-    rotations, turned = [np.asarray(each.rotation) for each in basis()], [t.copy() for t in tables]
+    rotations = [rotation for rotation, _ in bases()]
+    rotated = [t @ rotation for t, rotation in zip(tables, rotations, strict=True)]
 
     def rotate() -> None:
-        for table, rotation, out in zip(tables, rotations, turned, strict=True):
+        for table, rotation, out in zip(tables, rotations, rotated, strict=True):
             for _ in range(3):
-                native.rotated(table, rotation, place, out)
+                cpu_half_epoch.rotate(table, rotation, n_threads, out)
 
     with host.single_blas_thread():
         found = common.in_turns(
-            {"gramian, eigenbasis": basis, "rotations": rotate, "iteration": model.step}, repeats
+            {"gramian, eigenbasis": bases, "rotations": rotate, "iteration": model.step}, repeats
         )
     found["solve"] = found["iteration"] - found["gramian, eigenbasis"] - found["rotations"]
     return found
@@ -108,12 +104,15 @@ def by_xla(model: Ours, repeats: int) -> dict[str, float]:
     """The same of XLA's programs; those that solve also rotate the rows back."""
     data, place = model.data, model.data.place
     users, items = model.state
-    sides = ((data.users, users, items), (data.items, items, users))
+    sides = (
+        (data.users, users, items, data.items.n_rows),
+        (data.items, items, users, data.users.n_rows),
+    )
 
     def prepared() -> list[Any]:
         return [
-            half_epoch.preparing(data)((source, target, side.own.lengths), np.int32(len(source)))
-            for side, target, source in sides
+            xla_half_epoch.preparing(data)((source, target, side.own.lengths), np.int32(n_source))
+            for side, target, source, n_source in sides
         ]
 
     ready, solves = prepared(), []
@@ -122,8 +121,8 @@ def by_xla(model: Ours, repeats: int) -> dict[str, float]:
         for (side, *_), (basis, held, begin) in zip(sides, ready, strict=True):
             # Copies, as what they start from is written over.
             start = jax.tree.map(lambda part: part.copy(), begin)
-            programs = half_epoch.passes(side, data, basis, model.objective)
-            run = functools.partial(place.run, programs, start, held, data.params.dtype)
+            passes = xla_half_epoch.passes(side, data, basis, model.objective)
+            run = functools.partial(place.run, passes, start, held, data.params.dtype)
             total += common.seconds(lambda run=run: jax.block_until_ready(run()))  # type: ignore[misc]
         solves.append(total)
     calls = {
@@ -133,14 +132,14 @@ def by_xla(model: Ours, repeats: int) -> dict[str, float]:
     return {**common.in_turns(calls, repeats), "solve": statistics.median(solves)}
 
 
-def measured(problem: Problem, by_native: bool, repeats: int) -> tuple[Data, dict[str, float]]:
+def measured(problem: Problem, native: bool, repeats: int) -> tuple[Data, dict[str, float]]:
     """The placed data, and median seconds of each phase."""
-    model = Ours(problem, native=by_native)
+    model = Ours(problem, native=native)
     data = model.data
     first = common.seconds(model.step)
-    found = (by_loops if data.params.native else by_xla)(model, repeats)
+    found = (by_xla if isinstance(data, XlaData) else by_loops)(model, repeats)
     calls = {
-        "layout": lambda: backend.place(problem.matrix, data.params, data.place),
+        "layout": lambda: data.backend.place(problem.matrix, data.params),
         "one product (the loss)": lambda: als.loss(model.state, data, model.objective),
     }
     once = {"compile": first - found["iteration"]}
@@ -151,7 +150,7 @@ def main() -> None:
     """A table for each number of factors."""
     parser = common.parser(__doc__, ("ml1m", "power-law"))
     parser.add_argument("--factors", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--xla", action="store_true", help="as where numba is not installed")
+    parser.add_argument("--xla", action="store_true", help="measure the XLA backend")
     args = parser.parse_args()
     if args.quick:
         args.factors, args.repeats = [16], 1
@@ -167,8 +166,8 @@ def main() -> None:
         for phase, seconds in taken.items():
             floor = least.get(phase, {})
             common.emit(
-                benchmark="phases", dataset=name, factors=factors, native=data.params.native,
-                phase=phase, seconds=seconds, **floor,
+                benchmark="phases", dataset=name, factors=factors,
+                backend=type(data.backend).__name__, phase=phase, seconds=seconds, **floor,
                 over_floor=seconds / floor["floor_s"] if floor else None,
             )  # fmt: skip
 

@@ -30,8 +30,6 @@ def models(n_users: int, n_items: int, factors: int) -> dict[str, Any]:
 
         made["implicit"] = AlternatingLeastSquares(factors)
     for model in made.values():
-        # copies that nobody else holds, as after a fit: ours looks at tables again that others may
-        # write into
         model.user_factors, model.item_factors = users.copy(), items.copy()
     return made
 

@@ -73,10 +73,9 @@ def by_rows_and_factors(entries: int, factors: list[int], rows: list[float], rep
 
 def by_workers(case: Problem, repeats: int) -> None:
     """One worker against two and more: threads of one device, and devices of a mesh, in turns."""
-    one = jax.devices()[:1]
     counts = [n for n in (1, 2, 4, 8) if n <= common.machine()["cores"]]
-    # A single device of a CPU would work with a thread for each core; with numba several are but
-    # threads, so they are measured without it too.
+    # By default a single CPU device uses a thread for each core. The CPU backend uses several
+    # devices as threads, so devices are measured on the XLA backend too.
     kinds: dict[str, dict[int, Ours]] = {
         name: {
             n: Ours(case, devices=n, num_threads=1, native=native)
@@ -85,8 +84,8 @@ def by_workers(case: Problem, repeats: int) -> None:
         }
         for name, native in (("devices", True), ("devices by XLA", False))
     }
-    if one[0].platform == "cpu":
-        kinds["threads"] = {n: Ours(case, devices=one, num_threads=n) for n in counts}
+    if jax.default_backend() == "cpu":
+        kinds["threads"] = {n: Ours(case, devices=1, num_threads=n) for n in counts}
     for kind, models in kinds.items():
         taken = common.in_turns({str(n): model.step for n, model in models.items()}, repeats)
         common.emit(

@@ -37,10 +37,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tpu_als.engine.data import DTYPES, AlsParams
 from tpu_als.engine.objective import Objective
-from tpu_als.engine.xla import half_epoch, placing, ranking, solve
+from tpu_als.engine.xla import half_epoch, placing, ranking
 from tpu_als.engine.xla.data import XlaData as Data
 from tpu_als.engine.xla.data import XlaSide as Side
 from tpu_als.engine.xla.mesh import Workplace
+from tpu_als.parameters import LINEAR_SOLVERS
 
 _ALL_TO_ALL = re.compile(r"= (\w+\[[\d,]+\])\S* all-to-all\(")
 OBJECTIVE = Objective.of("ials", 1e-3, 1.0, 1e-3)
@@ -219,7 +220,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--values", choices=("float32", "bfloat16"), help="of the entries, unless all are 1"
     )
-    parser.add_argument("--linear-solver", choices=(*solve.SOLVERS, "auto"), default="cg")
+    parser.add_argument("--linear-solver", choices=LINEAR_SOLVERS, default="cg")
     parser.add_argument("--deviation", type=float, default=1.1, help="of the log of rows' lengths")
     parser.add_argument(
         "--exponent", type=float, default=0.88,

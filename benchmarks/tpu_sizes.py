@@ -115,18 +115,18 @@ class Problem:
 
 
 def solver(problem: Problem, place: Workplace) -> AlsParams:
-    """The parameters, with "auto" replaced as `placing.place` does."""
+    """The parameters, with "auto" replaced as `placing.lay_out` does."""
     params = problem.params
     if params.linear_solver != "auto":
         return params
     # The choice rests on entries a row alone, so a sample will do.
     lengths = (problem.users.sample(), problem.items.sample())
-    name = reading.cheapest_solver(lengths, params, place)
+    name = reading.cheapest_solver(lengths, params, placing.backend_kind(place))
     return AlsParams(params.factors, params.dtype, name, params.cg_steps, params.block_size)
 
 
 def data(problem: Problem, place: Workplace, shape: Callable[..., Any] | None = None) -> Data:
-    """What `placing.place` would return, with shapes in place of arrays.
+    """What `placing.lay_out` would return, with shapes in place of arrays.
 
     `shape` makes an abstract array of the shape of a shard and a dtype; by default one that is
     sharded over the workplace's mesh.
@@ -140,7 +140,10 @@ def data(problem: Problem, place: Workplace, shape: Callable[..., Any] | None = 
         _side(own, other, plan, place, shape, problem.values)
         for own, other in zip(sides, sides[::-1], strict=True)
     )
-    return Data(users, items, plan, params, place, int(problem.users.n_entries), 0.0)
+    return Data(
+        users=users, items=items, params=params, backend=None,
+        n_entries=int(problem.users.n_entries), absolute_sum=0.0, plan=plan, place=place,
+    )  # fmt: skip
 
 
 def sharded(place: Workplace) -> Callable[..., Any]:
@@ -181,7 +184,10 @@ def _side(
         shape((n_slots,), np.int32), shape((sends,), np.int32),
     )  # fmt: skip
     blocks = _long(long, plan, place, values, shape) if len(row_map.long) else None
-    return Side(row_map, entries, blocks, routes, np.broadcast_to(np.int64(0), round(own.n_rows)))
+    return Side(
+        lengths=np.broadcast_to(np.int64(0), round(own.n_rows)),
+        rows=row_map, own=entries, long=blocks, routes=routes,
+    )  # fmt: skip
 
 
 def _route(rung: Rung, source: Lengths, n_devices: int) -> Route:

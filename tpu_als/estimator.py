@@ -68,8 +68,8 @@ class TPUAlternatingLeastSquares(
         float32.
     use_native : bool, default=True
         Whether "cg" on a CPU uses loops compiled by numba, which give the same result in less time.
-        This needs the extra ``native``, a single process and float32 or float64. Several CPU
-        devices then become threads, unless `table_layout` is set.
+        This needs a single process and float32 or float64. Several CPU devices then become
+        threads, unless `table_layout` is set.
     use_cg : bool, default=True
         Whether `linear_solver=None` means "cg" rather than "cholesky".
     iterations : int, default=15

@@ -127,10 +127,10 @@ def solve_side(
         The new table.
     """
     dtype, factors = source.dtype, target.shape[1]
-    rotation, spectrum = _eigenbasis(source, n_threads)
+    rotation, spectrum = eigenbasis(source, n_threads)
     width, largest = len(spectrum), max(len(source), len(target))
     rotated_source = memory.empty((len(source), width), dtype, largest * width)
-    _rotate(source, rotation, n_threads, rotated_source)
+    rotate(source, rotation, n_threads, rotated_source)
     loops = compiled.ready(dtype.name)
     diagonal = _diagonal(loops, spectrum, len(source), factors, settings)
     objective, relaxation = settings.objective, dtype.type(settings.relaxation)
@@ -193,7 +193,7 @@ def measure_side(
     return float(out.sum())
 
 
-def _eigenbasis(table: np.ndarray, n_threads: int) -> tuple[np.ndarray, np.ndarray]:
+def eigenbasis(table: np.ndarray, n_threads: int) -> tuple[np.ndarray, np.ndarray]:
     """Rotation (K, P) into the eigenbasis of a table's gramian, and its spectrum (P,).
 
     Columns beyond K, which pad a row to whole cache lines, are zero; their spectrum is one. If the
@@ -224,7 +224,7 @@ def gramian(table: np.ndarray, n_threads: int) -> np.ndarray:
     return np.asarray(sum(parts[1:], parts[0]).astype(table.dtype))
 
 
-def _rotate(table: np.ndarray, rotation: np.ndarray, n_threads: int, out: np.ndarray) -> None:
+def rotate(table: np.ndarray, rotation: np.ndarray, n_threads: int, out: np.ndarray) -> None:
     """Write the product of a table (N, K) and a rotation, which may have pads, to `out`."""
 
     def work(at: slice) -> None:
