@@ -10,6 +10,7 @@ from matrices import random_counts
 from scipy import sparse
 
 from tpu_als import ModelFitError, TPUAlternatingLeastSquares
+from tpu_als.engine.xla import fold_in as by_xla
 from tpu_als.serving import fold_in, ranking
 
 COUNTS = random_counts(60, 90, seed=2).astype(np.float32)
@@ -102,6 +103,25 @@ def test_a_row_that_cannot_be_solved_is_an_error() -> None:
     model = _model().set_params(alpha=1e308)
     with pytest.raises(ModelFitError, match="NaN encountered in factors: 1 of 1 rows"):
         model.recalculate_user(0, 10 * COUNTS[0])
+
+
+@pytest.mark.parametrize("use_native", [False, True])
+@pytest.mark.parametrize("n_rows", [2, 20])
+def test_confidences_beyond_float32_are_solved_in_batches_of_any_size(
+    n_rows: int, use_native: bool
+) -> None:
+    model = _model().set_params(alpha=1e39, use_native=use_native)
+    found = model.recalculate_user(np.arange(n_rows), COUNTS[:n_rows])
+    np.testing.assert_allclose(found[1], model.recalculate_user(1, COUNTS[1]), rtol=1e-5)
+    assert np.isfinite(found).all()
+
+
+def test_a_source_on_devices_is_rotated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls, rotate = _model(use_native=False), [], by_xla._rotated
+    monkeypatch.setattr(by_xla, "_rotated", lambda *args: calls.append(args) or rotate(*args))
+    for _ in range(3):
+        model.transform(COUNTS)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("users", [[0], np.arange(30)])

@@ -67,9 +67,10 @@ class TPUAlternatingLeastSquares(
         Dtype of the tables in `fit`. With "bfloat16", sums and the factors that you read are
         float32.
     use_native : bool, default=True
-        Whether "cg" on a CPU uses loops compiled by numba, which give the same result in less time.
-        This needs a single process and float32 or float64. Several CPU devices then become
-        threads, unless `table_layout` is set.
+        Whether a CPU runs loops compiled by numba, without JAX, instead of XLA's programs. They
+        give the same result up to rounding, in less time. In `fit` they need "cg", a single process
+        and float32 or float64. Several CPU devices then become threads, unless `table_layout` is
+        set. Where numba does not load, one DataWarning says so and XLA does the work.
     use_cg : bool, default=True
         Whether `linear_solver=None` means "cg" rather than "cholesky".
     iterations : int, default=15
@@ -78,9 +79,10 @@ class TPUAlternatingLeastSquares(
         Compute the loss of each iteration, for `history_`, the callback, the progress bar and the
         log.
     num_threads : int, default=0
-        Threads on a single CPU device; 0 means all cores that the process may use, by its affinity,
-        its control group and LOKY_MAX_CPU_COUNT. The number is limited to 16 or the number of
-        cores, whichever is larger, as more threads do not help.
+        Threads on a CPU; 0 means all cores that the process may use, by its affinity, its control
+        group and LOKY_MAX_CPU_COUNT. The number is limited to 16 or the number of cores, whichever
+        is larger, as more threads do not help. If JAX has several CPU devices and they are used,
+        each is one thread.
     random_state : int, RandomState, Generator or None, default=None
         Seed of the initial tables; an integer gives the same ones as in implicit.
     objective : {"implicit", "ials"}, default="implicit"
@@ -92,11 +94,16 @@ class TPUAlternatingLeastSquares(
         The ridge of a row with n entries is ``regularization * (n + unobserved_weight *
         n_columns) ** regularization_exponent``. None means 0 for "implicit" and 1 for "ials".
     linear_solver : {None, "auto", "cg", "cholesky", "subspace"}, default=None
-        How the rows' systems are solved in `fit`. Fold-in is always exact.
+        How the rows' systems are solved in `fit`. Fold-in is always exact. None means "cg", unless
+        `use_cg` is False. "auto" chooses "cg" or "cholesky", whichever a cost model predicts to
+        be faster. "cholesky" and "subspace" import JAX. If `regularization` and
+        `unobserved_weight` are negligible beside `alpha`, "cg" and "auto" mean "cholesky".
     cg_steps : int, default=3
         Steps of "cg".
     devices : None, int, list of jax.Device or jax.sharding.Mesh, default=None
-        None uses all devices of JAX's default backend; a number n uses the first n of them.
+        None uses all devices of JAX's default backend if JAX may have an accelerator or other
+        processes (see Notes), and otherwise the CPU without JAX; so does 1, with one device. A
+        number n uses the first n devices.
     table_layout : {"auto", "replicated", "sharded"}, default="auto"
         How several devices store the table that is fixed in a half-epoch. "replicated": each has a
         copy. "sharded": each has a part, and rows are sent where they are needed. "auto" chooses by
@@ -107,7 +114,7 @@ class TPUAlternatingLeastSquares(
     warm_start : bool, default=False
         Start `fit` from the current tables, as implicit always does.
     use_gpu : bool, default=None
-        True requires that JAX runs on a GPU; with None and False JAX chooses.
+        True requires that JAX runs on a GPU. None and False do not choose: `devices` does.
     block_size : int, default=64
         Number of factors that "subspace" solves at once.
     early_stopping : bool, default=False
@@ -125,7 +132,7 @@ class TPUAlternatingLeastSquares(
         Directory or bucket to save checkpoints in. A fit with the same parameters and data resumes
         from it, also on other devices. Fits with other parameters or data may share the directory:
         each has its own folder, and three of them are kept besides that of the current fit. Needs
-        the extra ``checkpoint``.
+        the extra ``checkpoint``, and imports JAX.
     checkpoint_every : int, default=1
         Iterations between checkpoints. The last iteration is always saved; the latest three
         checkpoints are kept.
@@ -154,6 +161,17 @@ class TPUAlternatingLeastSquares(
 
     Notes
     -----
+    On a CPU, fit, fold-in, ranking, `save` and `load` do not import JAX, so the process may be
+    forked. JAX is imported for `devices` other than None and 1, ``use_gpu=True``,
+    ``use_native=False`` and a `table_layout` other than "auto"; in `fit` also for "cholesky",
+    "subspace", "bfloat16", `checkpoint_dir` and a `ShardedMatrix` whose tables are drawn; after
+    ``jax.distributed.initialize()``; and if a JAX plugin for an accelerator is installed, unless
+    the environment has ``JAX_PLATFORMS=cpu``.
+
+    `YtY`, `XtX`, the norms and copies of tables on an accelerator are computed once. They are
+    computed again after a table is fitted or assigned, but not after writing into it: assign it
+    again, as in ``model.item_factors = model.item_factors``.
+
     The cost of a progress bar or callback is negligible: tables leave the devices only when read.
     A subclass may have further parameters. Parameters listed here that it does not set have their
     defaults.
@@ -344,7 +362,8 @@ class TPUAlternatingLeastSquares(
         Returns
         -------
         ndarray of shape (n_rows, factors)
-            Each row depends only on that row of X, bit for bit if the table is on one device.
+            On a CPU each row depends only on that row of X, bit for bit. docs/math.md states what
+            holds on other devices.
         """
         fitted = self._fitted.require(self)
         return folded_in(self, fitted.item, self._validated(X, fitted))

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from scipy import sparse
@@ -47,7 +47,16 @@ class Catalog(Protocol):
 
 
 class Source(Protocol):
-    """A table that rows can be solved against."""
+    """A table that rows can be solved against.
+
+    Attributes
+    ----------
+    wants_gramian : bool
+        Whether `solve` is faster if it is given the table's gramian. Otherwise the gramian is given
+        only to be used in place of the table's own.
+    """
+
+    wants_gramian: ClassVar[bool]
 
     def solve(
         self,

@@ -13,7 +13,7 @@ chunk is written as one slice and nothing is scattered::
 Rows longer than the last rung are *long*: `cells` lays their entries out in blocks of their own.
 The last slot of the last shard is never a row's: its table row is zero, and pad cells point at it.
 
-Compiled loops (`native`) need none of this: for them rows and cells stay as they come (`in_order`).
+The CPU backend needs none of this: its rows and cells stay as they come (`in_order`).
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def _check_addressable(n_slots: int, n_cells: int) -> None:
 def in_order(lengths: np.ndarray) -> RowMap:
     """Rows (M,) of these lengths as they come on one shard, their cells without padding or rungs.
 
-    For loops that need no chunks of one shape (`native`).
+    For the CPU backend, which needs no chunks of one shape.
     """
     ends = np.cumsum(lengths, dtype=np.int64)
     none, n_rows = np.empty(0, np.int64), len(lengths)

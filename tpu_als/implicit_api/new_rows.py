@@ -10,7 +10,7 @@ from scipy import linalg, sparse
 
 from tpu_als import engine_options
 from tpu_als.engine.cpu import exact
-from tpu_als.engine.objective import confidence
+from tpu_als.engine.objective import confidence, ridge
 from tpu_als.serving import fold_in
 from tpu_als.serving.fitted import FactorTable, FittedModel
 from tpu_als.validation import arguments, matrices
@@ -170,8 +170,8 @@ class NewRows:
             user_weights = arguments.user_weights(user_weights, table.shape[1])
         else:
             gram = table.gramian().astype(np.float64)
-            at = np.arange(row.nnz)
-            matrix, _ = exact.system(liked, at, row.data, gram, objective, n_source=n_items)
+            at, lam = np.arange(row.nnz), ridge(objective, float(row.nnz), float(n_items))
+            matrix, _ = exact.system(liked, at, row.data, gram, objective, lam)
             factor, lower = exact.factorize(matrix)
             user_weights = factor, bool(lower)  # some versions of SciPy return an array
         wanted = table.rows(np.array([item]))[0].astype(np.float64)

@@ -17,8 +17,10 @@ from scipy import sparse
 
 from tpu_als.engine.als import AlsState
 from tpu_als.engine.backends import Backend, Catalog
+from tpu_als.engine.cpu import half_epoch
 from tpu_als.engine.data import AlsParams, Data
 from tpu_als.engine.objective import Objective
+from tpu_als.host import single_blas_thread
 from tpu_als.validation import arguments
 
 Kept = TypeVar("Kept")
@@ -166,7 +168,9 @@ class FactorTable:
             return table.solve(rows, objective)
         name = f"source for {type(backend).__name__}"
         source = self._once(name, (params, backend), lambda: backend.source(self.read(), params))
-        return source.solve(rows, objective, gram=self.gramian()).astype(self.dtype, copy=False)
+        is_given = source.wants_gramian or self.given_gramian is not None
+        gram = self.gramian() if is_given else None
+        return source.solve(rows, objective, gram=gram).astype(self.dtype, copy=False)
 
     def catalog(self, backend: Backend, *, cosine: bool) -> Catalog:
         """The table in a backend's form, to rank its rows by product or by cosine."""
@@ -331,8 +335,9 @@ def norms(table: np.ndarray) -> np.ndarray:
 
 
 def _gramian(table: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for non-finite results
-        return np.asarray(table.T @ table)
+    # On one thread, so that the last bits do not depend on the number of threads.
+    with single_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
+        return half_epoch.gramian(table, n_threads=1)
 
 
 def _divisible(lengths: np.ndarray) -> np.ndarray:

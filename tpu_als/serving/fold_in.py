@@ -8,11 +8,12 @@ import numpy as np
 from scipy import sparse
 
 from tpu_als.engine.backends import Backend
+from tpu_als.engine.cpu import exact
 from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams
-from tpu_als.engine.objective import Objective
+from tpu_als.engine.objective import Objective, ridge
 from tpu_als.serving.fitted import FactorTable
-from tpu_als.validation import arguments
+from tpu_als.validation import arguments, matrices
 
 # Up to these numbers of rows and entries, a dispatch to a device takes longer than the work.
 _FEW_ROWS, _FEW_ENTRIES = 4, 1 << 14
@@ -34,6 +35,23 @@ def solve(
     """
     is_few = rows.shape[0] <= _FEW_ROWS and rows.nnz <= _FEW_ENTRIES
     solved = table.solve(rows, objective, params, CpuBackend(1) if is_few else backend())
-    if not np.isfinite(solved).all():
+    failed = np.flatnonzero(~np.isfinite(solved).all(axis=1))
+    if len(failed):
         table.require_finite()
+        solved = np.array(solved)
+        solved[failed] = _in_float64(table, rows[failed], objective)
     return arguments.finite_rows(solved, "the given rows")
+
+
+def _in_float64(table: FactorTable, rows: sparse.csr_matrix, objective: Objective) -> np.ndarray:
+    """`solve` for rows whose confidences are beyond the dtype of a device."""
+    solved = np.zeros((rows.shape[0], table.shape[1]), table.dtype)
+    gram, n_source = table.gramian().astype(np.float64), table.shape[0]
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for non-finite rows
+        for row in np.flatnonzero(np.diff(rows.indptr)):
+            ids, values, n_entries = matrices.known_entries(rows, row, n_source)
+            lam = ridge(objective, float(n_entries), float(n_source))
+            source, at = table.rows(ids), np.arange(len(ids))
+            parts = exact.system(source, at, values, gram, objective, lam)
+            solved[row] = exact.solution(*parts)
+    return solved

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from scipy import linalg, sparse
@@ -41,6 +42,7 @@ class Source:
     table: np.ndarray
     params: AlsParams
     n_threads: int
+    wants_gramian: ClassVar[bool] = True
 
     def solve(
         self,
@@ -106,7 +108,7 @@ class Source:
     def _exactly(
         self, rows: sparse.csr_matrix, objective: Objective, gram: np.ndarray
     ) -> np.ndarray:
-        factors = self.table.shape[1]
+        n_source, factors = self.table.shape
         out = np.zeros((rows.shape[0], factors), self.table.dtype)
         ends = np.cumsum((np.diff(rows.indptr) + factors / 3) * factors**2)
         total = float(ends[-1]) if len(ends) else 0.0
@@ -117,11 +119,15 @@ class Source:
         def work(at: tuple[int, int]) -> None:
             with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for non-finite
                 for row in range(*at):
-                    low, high = rows.indptr[row], rows.indptr[row + 1]
-                    if low < high:
-                        ids, values = rows.indices[low:high], rows.data[low:high]
-                        parts = system(self.table, ids, values, gram, objective, len(self.table))
-                        out[row] = solution(*parts)
+                    own = slice(rows.indptr[row], rows.indptr[row + 1])
+                    ids, values = rows.indices[own], rows.data[own]
+                    if not len(ids):
+                        continue
+                    lam = ridge(objective, float(len(ids)), float(n_source))
+                    if ids[-1] == n_source:  # ids ascend
+                        known = ids < n_source
+                        ids, values = ids[known], values[known]
+                    out[row] = solution(*system(self.table, ids, values, gram, objective, lam))
 
         threads(work, list(itertools.pairwise(bounds.tolist())), self.n_threads)
         return out
@@ -133,7 +139,7 @@ def system(
     values: np.ndarray,
     gram: np.ndarray,
     objective: Objective,
-    n_source: int,
+    lam: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Matrix (K, K) and right side (K,) of equation (1) for one row, in float64.
 
@@ -142,20 +148,16 @@ def system(
     table : array (N, K)
         Source rows.
     ids, values : array (E,)
-        The row's entries, ids ascending. The id N stands for a row of zeros.
+        The row's entries.
     gram : float64 array (K, K)
         Gramian of the source rows.
     objective : Objective
         Equations (1)-(2).
-    n_source : int
-        Number N of source rows.
+    lam : float
+        The ridge of equation (2).
     """
-    n_entries = len(ids)
     matrix, rhs = objective.unobserved_weight * gram, np.zeros(len(gram))
-    matrix.flat[:: len(matrix) + 1] += ridge(objective, float(n_entries), float(n_source))
-    if n_entries and ids[-1] == n_source:
-        known = ids < n_source
-        ids, values = ids[known], values[known]
+    matrix.flat[:: len(matrix) + 1] += lam
     for low in range(0, len(ids), _BLOCK):
         at = slice(low, low + _BLOCK)
         w, v = confidence(objective, values[at].astype(np.float64))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ class Source:
     n_rows: int
     params: AlsParams
     place: Workplace
+    wants_gramian: ClassVar[bool] = False
 
     def solve(
         self,

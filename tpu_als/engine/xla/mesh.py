@@ -3,7 +3,7 @@
 A *work shard* is an equal part of a table and of its cells. On a mesh each device has one, and
 programs run under `shard_map`. On a single device the shards are worked on by a thread pool that
 calls the same compiled program: a CPU device runs a loop on one core only, so this is what brings
-all cores in without any global JAX setting. Where `native` does the work, a table is one shard.
+all cores in without any global JAX setting.
 """
 
 from __future__ import annotations
@@ -300,8 +300,8 @@ def _refuse_after_fork() -> None:
         raise RuntimeError(
             "this process was forked from one that had started JAX, whose threads it lacks, so "
             "that work on devices would never end. Start processes by "
-            "multiprocessing.get_context('spawn'), or fork before the first fit. Calls for single "
-            "users or items work here"
+            "multiprocessing.get_context('spawn'), or fork before JAX is used. Calls for single "
+            "users or items work here, and so do calls on a CPU that do not need JAX"
         )
 
 
