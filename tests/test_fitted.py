@@ -19,11 +19,19 @@ from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.engine.cpu import exact, ranking
 from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.serving import fitted
-from tpu_als.training import training
+from tpu_als.training import loop
 
 COUNTS = random_counts(30, 20)
 USERS = np.arange(30)
-FILES = {"estimator.py", "training.py", "attributes.py", "fitted.py", "als.py", "backend.py"}
+FILES = {
+    "estimator.py",
+    "fitting.py",
+    "loop.py",
+    "attributes.py",
+    "fitted.py",
+    "als.py",
+    "backend.py",
+}
 
 
 def _model(**changes: Any) -> TPUAlternatingLeastSquares:
@@ -132,14 +140,14 @@ def test_readers_during_a_fit_see_the_model_before() -> None:
     before = model.item_factors.copy()
     original = model._fitted.item
 
-    step = training.Training.step
+    step = loop.Training.step
 
     def watched(training: Any) -> Any:
         seen.append(model._fitted.item is original)
         return step(training)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Training, "step", watched)
+        patch.setattr(loop.Training, "step", watched)
         model.fit(random_counts(40, 50, seed=3), show_progress=False)
     assert seen == [True] * 4
     assert model.item_factors.shape == (50, 4) and before.shape == (20, 4)
@@ -153,7 +161,7 @@ def test_a_fit_that_fails_keeps_what_was_assigned_meanwhile() -> None:
         raise MemoryError("no memory left")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.Training, "step", assign_and_fail)
+        patch.setattr(loop.Training, "step", assign_and_fail)
         with pytest.raises(MemoryError, match="no memory left"):
             model.fit(COUNTS, show_progress=False)
     np.testing.assert_array_equal(model.item_factors, table)

@@ -16,11 +16,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.utils import check_array, metadata_routing
 from sklearn.utils.validation import validate_data
 
-from tpu_als import engine_options, parameters
-from tpu_als.engine import digests, reading
-from tpu_als.engine.backends import Backend
-from tpu_als.engine.cpu.backend import CpuBackend
-from tpu_als.engine.data import AlsParams
+from tpu_als import engine_options, fitting, parameters
 from tpu_als.evaluation import holdout
 from tpu_als.evaluation.metrics import popularity_of
 from tpu_als.host import require_memory
@@ -28,12 +24,10 @@ from tpu_als.implicit_api.attributes import Attributes
 from tpu_als.implicit_api.new_rows import NewRows, folded_in
 from tpu_als.implicit_api.ranking import Ranking
 from tpu_als.implicit_api.saving import Saving
-from tpu_als.serving.fitted import FactorTable, FittedModel, tables_of
+from tpu_als.serving.fitted import FittedModel
 from tpu_als.serving.ranking import How, Limits, rank
 from tpu_als.shards import ShardedMatrix
 from tpu_als.training import initial, progress
-from tpu_als.training.early_stopping import EarlyStopping
-from tpu_als.training.training import Training, settings_of
 from tpu_als.validation import arguments, structure
 from tpu_als.validation.refusals import require_matrix
 
@@ -307,49 +301,14 @@ class TPUAlternatingLeastSquares(
         arguments.warn_if_converted(user_items)
         with contextlib.ExitStack() as at_end:
             at_end.callback(lambda: self._fitted.settle())
-            training, fitted = self._training(user_items, at_end)
-            # Before tables are copied.
-            at_end.callback(training.data.backend.release, training.data)
-            is_other = training.data.backend.process != 0
-            hides = is_other or progress.is_disabled(show_progress, self.verbose)
+            params = engine_options.training_params(self)
+            rows, fitted = self._interactions(user_items)
+            training = fitting.prepare(self, rows, fitted, params, at_end)
+            hides = training.hides_progress or progress.is_disabled(show_progress, self.verbose)
             with progress.bar(self.iterations, training.done, hides) as bar:
-                self._train(training, fitted, callback, bar)
+                fitting.run(self, training, fitted, callback, bar)
             self._fitted_to = training.fitted_to
         return self
-
-    def _train(
-        self,
-        training: Training,
-        fitted: FittedModel,
-        callback: Callable[[int, float, float | None], Any] | None,
-        bar: Any,
-    ) -> None:
-        """Run the iterations, and publish the model as a whole.
-
-        After an error the estimator has its model from before `fit`. After an interruption, or an
-        error in the callback, it has the model of the last complete iteration.
-        """
-        before, has_published, is_calling = vars(self).get("_fitted"), False, False
-        try:
-            fitted = _after(training, fitted)
-            while not training.is_over:
-                with training.data.backend.watched():
-                    report = training.step()
-                fitted = _after(training, fitted)
-                progress.advance(bar, report)
-                log.debug("iteration %d: %s", training.done - 1, report)
-                if callback:
-                    self._publish(fitted)
-                    has_published = is_calling = True
-                    callback(training.done - 1, report["seconds"], report.get("loss"))
-                    is_calling = False
-            self._publish(self._finished(training, fitted))
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) and fitted.n_iter:
-                self._publish(fitted)
-            elif has_published and not is_calling:
-                self._publish(before)
-            raise
 
     def transform(self, X: Any) -> np.ndarray:
         """Compute exact factors of new or known rows (fold-in).
@@ -458,80 +417,6 @@ class TPUAlternatingLeastSquares(
                 "its held_out() in a callback"
             )
         return user_items, replace(view._fitted, n_features=user_items.shape[1])
-
-    def _training(
-        self, user_items: Any, at_end: contextlib.ExitStack
-    ) -> tuple[Training, FittedModel]:
-        """Check everything, lay out the data, and initialise or resume the training."""
-        params, objective = engine_options.training_params(self), engine_options.objective_of(self)
-        before, checkpoints, monitor = self._fitted, None, None
-        if self.checkpoint_dir is not None:
-            from tpu_als.training.checkpoint import Checkpoints  # brings JAX in
-
-            checkpoints = Checkpoints(self.checkpoint_dir, self.checkpoint_every)
-            at_end.callback(checkpoints.close)
-        rows, fitted = self._interactions(user_items)
-        identity, settings = initial.identity(rows), {}
-        given = before.tables_to_start_from(self.warm_start)
-        if given[1] is not None:
-            initial.check_columns(before.feature_names, fitted.feature_names)
-        if checkpoints is not None:
-            on_devices = isinstance(rows, ShardedMatrix)
-            settings = settings_of(self, objective, params.linear_solver, given, on_devices)
-        fitted_to = identity, initial.warn_if_restarted(self, identity)
-        if self.early_stopping:
-            rows, hidden = holdout.hide(rows, self.validation_fraction)
-            fraction = float(self.validation_fraction)
-            monitor = EarlyStopping(rows, hidden, self.n_iter_no_change, self.tol, fraction)
-            if checkpoints is not None:
-                settings["held out (digest)"] = f"{digests.entries(hidden):016x}"
-        params, backend = self._chosen(rows, params)
-        with backend.watched():
-            training = Training(
-                backend.place(rows, params, with_digest=checkpoints is not None),
-                objective,
-                iterations=int(self.iterations),
-                over_relaxation=float(self.over_relaxation),
-                with_loss=bool(self.calculate_training_loss),
-                monitor=monitor,
-                checkpoints=checkpoints,
-                settings=settings,
-                fitted_to=fitted_to,
-            )
-            is_resumed = training.resume()
-            draws = isinstance(self.random_state, (np.random.RandomState, np.random.Generator))
-            if not is_resumed or draws:  # a generator ends where it does without a checkpoint
-                on_devices = isinstance(rows, ShardedMatrix)
-                start = initial.state(training.data, given, self, on_devices)
-                training.state = training.state if is_resumed else start
-        return training, fitted
-
-    def _chosen(self, rows: Any, params: AlsParams) -> tuple[AlsParams, Backend]:
-        """The backend for a fit, and the parameters with a solver in place of "auto"."""
-        if params.linear_solver == "auto":
-            backend = engine_options.backend_of(self, replace(params, linear_solver="cg"))
-            if isinstance(backend, CpuBackend):
-                params = replace(params, linear_solver=reading.cheapest_for(rows, params))
-        return params, engine_options.backend_of(self, params)
-
-    def _finished(self, training: Training, fitted: FittedModel) -> FittedModel:
-        """The model at the end of a fit; with early stopping, the best one."""
-        if training.monitor is not None and training.monitor.best is not None:
-            users, items = (
-                FactorTable(table) if isinstance(table, np.ndarray) else FactorTable(None, table)
-                for table in training.monitor.best
-            )
-            fitted = replace(fitted, user=users, item=items)
-        losses = training.history.get("loss")
-        if losses:
-            log.info("final training loss %.4f", losses[-1])
-        return fitted
-
-
-def _after(training: Training, fitted: FittedModel) -> FittedModel:
-    """The model after the iterations run so far."""
-    tables = tables_of(training.state, training.data)
-    return fitted.trained(tables, training.done, training.history)
 
 
 def _checked(estimator: TPUAlternatingLeastSquares, X: Any, reset: bool) -> sparse.csr_matrix:

@@ -67,6 +67,11 @@ class Training:
     history: dict[str, list[float]] = field(default_factory=lambda: {"seconds": []})
 
     @property
+    def hides_progress(self) -> bool:
+        """Whether another process of the job shows the progress."""
+        return bool(self.data.backend.process != 0)
+
+    @property
     def is_over(self) -> bool:
         """Whether all iterations are done, or early stopping ended the fit."""
         is_stale = self.monitor is not None and self.monitor.is_over

@@ -1,0 +1,154 @@
+"""One fit of the estimator: lay out the data, start or resume, iterate, publish the model."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from tpu_als import engine_options
+from tpu_als.engine import digests, reading
+from tpu_als.engine.backends import Backend
+from tpu_als.engine.cpu.backend import CpuBackend
+from tpu_als.engine.data import AlsParams
+from tpu_als.evaluation import holdout
+from tpu_als.serving.fitted import FactorTable, FittedModel, tables_of
+from tpu_als.shards import ShardedMatrix
+from tpu_als.training import initial, progress
+from tpu_als.training.early_stopping import EarlyStopping
+from tpu_als.training.loop import Training, settings_of
+
+log = logging.getLogger("tpu_als")
+
+
+def prepare(
+    estimator: Any,
+    rows: sparse.csr_matrix | ShardedMatrix,
+    fitted: FittedModel,
+    params: AlsParams,
+    at_end: contextlib.ExitStack,
+) -> Training:
+    """Choose the backend, lay out the data, and initialise or resume the training.
+
+    Parameters
+    ----------
+    estimator : TPUAlternatingLeastSquares
+        Its parameters must be valid.
+    rows : csr_matrix or ShardedMatrix
+        The data, canonical.
+    fitted : FittedModel
+        The new model, without tables.
+    params : AlsParams
+        The parameters in the engine's terms.
+    at_end : ExitStack
+        Receives what must be closed after the fit.
+    """
+    before, checkpoints, monitor = estimator._fitted, None, None
+    objective, on_devices = engine_options.objective_of(estimator), isinstance(rows, ShardedMatrix)
+    given = before.tables_to_start_from(estimator.warm_start)
+    if given[1] is not None:
+        initial.check_columns(before.feature_names, fitted.feature_names)
+    identity, settings = initial.identity(rows), {}
+    if estimator.checkpoint_dir is not None:
+        from tpu_als.training.checkpoint import Checkpoints  # brings JAX in
+
+        checkpoints = Checkpoints(estimator.checkpoint_dir, estimator.checkpoint_every)
+        at_end.callback(checkpoints.close)
+        settings = settings_of(estimator, objective, params.linear_solver, given, on_devices)
+    fitted_to = identity, initial.warn_if_restarted(estimator, identity)
+    if estimator.early_stopping:
+        fraction = float(estimator.validation_fraction)
+        rows, hidden = holdout.hide(rows, estimator.validation_fraction)
+        monitor = EarlyStopping(rows, hidden, estimator.n_iter_no_change, estimator.tol, fraction)
+        if checkpoints is not None:
+            settings["held out (digest)"] = f"{digests.entries(hidden):016x}"
+    params, backend = _chosen(estimator, rows, params)
+    with backend.watched():
+        data = backend.place(rows, params, with_digest=checkpoints is not None)
+        at_end.callback(backend.release, data)  # before tables are copied
+        training = Training(
+            data,
+            objective,
+            iterations=int(estimator.iterations),
+            over_relaxation=float(estimator.over_relaxation),
+            with_loss=bool(estimator.calculate_training_loss),
+            monitor=monitor,
+            checkpoints=checkpoints,
+            settings=settings,
+            fitted_to=fitted_to,
+        )
+        is_resumed = training.resume()
+        draws = isinstance(estimator.random_state, (np.random.RandomState, np.random.Generator))
+        if not is_resumed or draws:  # a generator ends where it does without a checkpoint
+            start = initial.state(data, given, estimator, on_devices)
+            training.state = training.state if is_resumed else start
+    return training
+
+
+def run(
+    estimator: Any,
+    training: Training,
+    fitted: FittedModel,
+    callback: Callable[[int, float, float | None], Any] | None,
+    bar: Any,
+) -> None:
+    """Run the iterations, and publish the model as a whole.
+
+    After an error the estimator has its model from before `fit`. After an interruption, or an error
+    in the callback, it has the model of the last complete iteration.
+    """
+    before, has_published, is_calling = vars(estimator).get("_fitted"), False, False
+    try:
+        fitted = _after(training, fitted)
+        while not training.is_over:
+            with training.data.backend.watched():
+                report = training.step()
+            fitted = _after(training, fitted)
+            progress.advance(bar, report)
+            log.debug("iteration %d: %s", training.done - 1, report)
+            if callback:
+                estimator._publish(fitted)
+                has_published = is_calling = True
+                callback(training.done - 1, report["seconds"], report.get("loss"))
+                is_calling = False
+        estimator._publish(_finished(training, fitted))
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and fitted.n_iter:
+            estimator._publish(fitted)
+        elif has_published and not is_calling:
+            estimator._publish(before)
+        raise
+
+
+def _chosen(estimator: Any, rows: Any, params: AlsParams) -> tuple[AlsParams, Backend]:
+    """The backend for a fit, and the parameters with a solver in place of "auto"."""
+    if params.linear_solver == "auto":
+        backend = engine_options.backend_of(estimator, replace(params, linear_solver="cg"))
+        if isinstance(backend, CpuBackend):
+            params = replace(params, linear_solver=reading.cheapest_for(rows, params))
+    return params, engine_options.backend_of(estimator, params)
+
+
+def _finished(training: Training, fitted: FittedModel) -> FittedModel:
+    """The model at the end of a fit; with early stopping, the best one."""
+    if training.monitor is not None and training.monitor.best is not None:
+        users, items = (
+            FactorTable(table) if isinstance(table, np.ndarray) else FactorTable(None, table)
+            for table in training.monitor.best
+        )
+        fitted = replace(fitted, user=users, item=items)
+    losses = training.history.get("loss")
+    if losses:
+        log.info("final training loss %.4f", losses[-1])
+    return fitted
+
+
+def _after(training: Training, fitted: FittedModel) -> FittedModel:
+    """The model after the iterations run so far."""
+    tables = tables_of(training.state, training.data)
+    return fitted.trained(tables, training.done, training.history)
