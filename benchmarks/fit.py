@@ -23,7 +23,7 @@ from libraries import Problem, Run, available, race
 REFERENCE = "implicit cholesky"
 DEFAULT = [
     "tpu_als cg", "tpu_als relaxed", "tpu_als relaxed-4", "tpu_als relaxed-xla",
-    "tpu_als cholesky", "tpu_als subspace", "tpu_als auto",
+    "tpu_als cholesky", "tpu_als auto",
     "implicit cg", REFERENCE, "irspack cg", "irspack cholesky", "irspack ialspp",
 ]  # fmt: skip
 SETTINGS = [(40.0, 10.0), (1.0, 0.01)]

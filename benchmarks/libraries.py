@@ -209,7 +209,6 @@ BUILDERS: dict[str, Callable[[Problem], Library]] = {
     "tpu_als relaxed-4": lambda problem: Ours(problem, "cg", over_relaxation=1.5, cg_steps=4),
     "tpu_als relaxed-xla": lambda problem: Ours(problem, "cg", over_relaxation=1.6, native=False),
     "tpu_als cholesky": lambda problem: Ours(problem, "cholesky"),
-    "tpu_als subspace": lambda problem: Ours(problem, "subspace"),
     "tpu_als auto": lambda problem: Ours(problem, "auto"),
     "implicit cg": lambda problem: Implicit(problem, use_cg=True),
     "implicit cholesky": lambda problem: Implicit(problem, use_cg=False),

@@ -21,7 +21,7 @@ mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "tpu_als", "font.si
 COLOURS = {"tpu_als": "tab:red", "implicit": "tab:blue", "irspack": "tab:green"}
 STYLES: dict[str, Any] = {
     "relaxed": "-", "relaxed-4": (0, (9, 1)), "relaxed-xla": (0, (1, 1)), "cg": "--",
-    "cholesky": ":", "subspace": "-.", "ialspp": "-.",
+    "cholesky": ":", "ialspp": "-.",
 }  # fmt: skip
 
 

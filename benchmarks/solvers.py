@@ -17,7 +17,7 @@ from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares
 
-SOLVERS = ("cholesky", "subspace", "cg")
+SOLVERS = ("cholesky", "cg")
 
 
 def main() -> None:

@@ -205,12 +205,11 @@ def _solve(side: Side, params: AlsParams) -> Work:
     if params.linear_solver == "cg":
         work.vector_flops = n_cells * 2 * factors * reads
         return work
-    block = factors if params.linear_solver == "cholesky" else params.block_size
-    systems = sum(n * rows for n, rows, _ in chunks) * -(-factors // block)
-    work.flops = FLOAT32_PASSES * n_cells * 2 * factors * block
-    work.vector_flops = n_cells * 4 * factors + systems * (block**3 / 3 + 2 * block**2)
+    systems = sum(n * rows for n, rows, _ in chunks)
+    work.flops = FLOAT32_PASSES * n_cells * 2 * factors**2
+    work.vector_flops = n_cells * 4 * factors + systems * (factors**3 / 3 + 2 * factors**2)
     # A system is written, factorised, and read again for its two substitutions.
-    work.memory += systems * 4 * block**2 * 5
+    work.memory += systems * 4 * factors**2 * 5
     return work
 
 

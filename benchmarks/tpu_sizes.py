@@ -122,7 +122,7 @@ def solver(problem: Problem, place: Workplace) -> AlsParams:
     # The choice rests on entries a row alone, so a sample will do.
     lengths = (problem.users.sample(), problem.items.sample())
     name = reading.cheapest_solver(lengths, params, placing.backend_kind(place))
-    return AlsParams(params.factors, params.dtype, name, params.cg_steps, params.block_size)
+    return AlsParams(params.factors, params.dtype, name, params.cg_steps)
 
 
 def data(problem: Problem, place: Workplace, shape: Callable[..., Any] | None = None) -> Data:

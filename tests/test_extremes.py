@@ -156,7 +156,6 @@ def test_the_solver_is_direct_only_where_the_diagonal_is_nothing() -> None:
         (Objective.of("ials", 0.0, 40.0, 1e-3), "cg"),
     ):
         assert solver_for("cg", objective) == expected
-        assert solver_for("subspace", objective) == "subspace"
 
 
 @pytest.mark.parametrize("value", [1e30, 3e38])

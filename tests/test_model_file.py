@@ -485,3 +485,17 @@ def test_a_grown_model_has_a_popularity_for_each_item(tmp_path: Path) -> None:
     model.save(tmp_path / "model.npz")
     loaded = TPUAlternatingLeastSquares.load(tmp_path / "model.npz")
     np.testing.assert_array_equal(loaded.item_popularity_, model.item_popularity_)
+
+
+def test_a_file_with_the_removed_solver_loads(tmp_path: Path) -> None:
+    model = TPUAlternatingLeastSquares(3, iterations=1, linear_solver="cholesky")
+    model.fit(random_counts(9, 8), show_progress=False).save(tmp_path / "model.npz")
+    with np.load(tmp_path / "model.npz") as file:
+        values = dict(file)
+    names = [name for name in values if name.endswith("linear_solver")]
+    values.update(dict.fromkeys(names, np.array("subspace")), tpu_als_block_size=np.array(64))
+    np.savez(tmp_path / "old.npz", **values)
+    with pytest.warns(DataWarning, match="old.npz: linear_solver 'subspace' was removed"):
+        loaded = TPUAlternatingLeastSquares.load(tmp_path / "old.npz")
+    assert loaded.linear_solver == "cg"
+    np.testing.assert_array_equal(loaded.item_factors, model.item_factors)

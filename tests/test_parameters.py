@@ -32,7 +32,6 @@ class TestParameters:
             ("linear_solver", "gauss"),
             ("linear_solver", ["cg"]),
             ("cg_steps", 0),
-            ("block_size", 0),
             ("validation_fraction", 1.0),
             ("validation_fraction", 0),
             ("n_iter_no_change", 0),
@@ -153,7 +152,6 @@ OTHERS = {
     "linear_solver": FOLDS["solver"],
     "use_cg": FOLDS["solver"],
     "cg_steps": FOLDS["solver"],
-    "block_size": FOLDS["transform"],
 }
 
 

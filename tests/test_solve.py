@@ -1,4 +1,4 @@
-"""One block of rows against dense float64 NumPy: objectives, CG, direct and subspace solves."""
+"""One block of rows against dense float64 NumPy: objectives, CG and direct solves."""
 
 from __future__ import annotations
 
@@ -80,13 +80,8 @@ def _dual(block: Block, d: Any, _: Any) -> Any:
     return solve.rows_dual(block, d)
 
 
-@jax.jit
-def _one_block(block: Block, d: Any, z: Any) -> Any:
-    return solve.rows_subspace(block, d, z, 2 * K)
-
-
 @DTYPES
-@pytest.mark.parametrize("solver", [_cg, _direct, _dual, _one_block])
+@pytest.mark.parametrize("solver", [_cg, _direct, _dual])
 @given(seed=SEEDS)
 def test_exact_solvers_equal_dense_numpy(solver: Callable[..., Any], dtype: str, seed: int) -> None:
     block, d = _block(seed, dtype)
@@ -148,29 +143,6 @@ def test_cg_stays_where_it_starts_exact() -> None:
     z = _exact(block, d)
     with precision("float64"):
         _close(_cg(block, d, z), z, "float64")
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-@given(seed=SEEDS)
-def test_a_subspace_sweep_solves_the_blocks_in_turn(size: int, seed: int) -> None:
-    block, d = _block(seed, "float64")
-    start = np.random.default_rng(seed).normal(size=(R, K))
-    matrix, rhs = _dense(block, d)
-    z = start.copy()
-    for low in range(0, K, size):
-        own = slice(low, min(low + size, K))
-        r = (rhs - np.einsum("rkj,rj->rk", matrix, z))[:, own]
-        z[:, own] += np.linalg.solve(matrix[:, own, own], r[..., None])[..., 0]
-    with precision("float64"):
-        ours = _SWEEPS[size](block, d, start)
-        _close(ours, z, "float64")
-    assert np.all(_value(block, d, z) <= _value(block, d, start) + 1e-9)
-
-
-_SWEEPS = {
-    size: jax.jit(lambda block, d, z, size=size: solve.rows_subspace(block, d, z, size))
-    for size in (1, 2, 3)
-}
 
 
 @DTYPES

@@ -26,7 +26,7 @@ def objective_of(estimator: Any) -> Objective:
 
 
 def linear_solver_of(estimator: Any, objective: Objective) -> str:
-    """The linear solver for an objective: "auto", "cg", "cholesky" or "subspace"."""
+    """The linear solver for an objective: "auto", "cg" or "cholesky"."""
     parameters.check(estimator, ("linear_solver", "use_cg"))
     requested = estimator.linear_solver or ("cg" if estimator.use_cg else "cholesky")
     return solver_for(requested, objective)
@@ -40,21 +40,19 @@ def training_params(estimator: Any) -> AlsParams:
         dtype=parameters.storage_dtype(estimator.dtype),
         linear_solver=linear_solver_of(estimator, objective_of(estimator)),
         cg_steps=int(estimator.cg_steps),
-        block_size=int(estimator.block_size),
         positive=estimator.objective == "ials",
     )
 
 
 def params_against(estimator: Any, table: Any, linear_solver: str = "cholesky") -> AlsParams:
     """Parameters of solves against a table, with its width and dtype; exact by default."""
-    parameters.check(estimator, ("cg_steps", "block_size"))
+    parameters.check(estimator, ("cg_steps",))
     # bfloat16 is how tables are stored in `fit`; a fold-in does not round its results to it.
     return AlsParams(
         factors=table.shape[1],
         dtype="float64" if table.dtype == np.float64 else "float32",
         linear_solver="cg" if linear_solver == "auto" else linear_solver,
         cg_steps=estimator.cg_steps,
-        block_size=estimator.block_size,
         positive=estimator.objective == "ials",
     )
 

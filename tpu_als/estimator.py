@@ -87,10 +87,10 @@ class TPUAlternatingLeastSquares(
     regularization_exponent : float, default=None
         The ridge of a row with n entries is ``regularization * (n + unobserved_weight *
         n_columns) ** regularization_exponent``. None means 0 for "implicit" and 1 for "ials".
-    linear_solver : {None, "auto", "cg", "cholesky", "subspace"}, default=None
+    linear_solver : {None, "auto", "cg", "cholesky"}, default=None
         How the rows' systems are solved in `fit`. Fold-in is always exact. None means "cg", unless
         `use_cg` is False. "auto" chooses "cg" or "cholesky", whichever a cost model predicts to
-        be faster. "cholesky" and "subspace" import JAX. If `regularization` and
+        be faster. "cholesky" imports JAX. If `regularization` and
         `unobserved_weight` are negligible beside `alpha`, "cg" and "auto" mean "cholesky".
     cg_steps : int, default=3
         Steps of "cg".
@@ -109,8 +109,6 @@ class TPUAlternatingLeastSquares(
         Start `fit` from the current tables, as implicit always does.
     use_gpu : bool, default=None
         True requires that JAX runs on a GPU. None and False do not choose: `devices` does.
-    block_size : int, default=64
-        Number of factors that "subspace" solves at once.
     early_stopping : bool, default=False
         Stop when NDCG@10 on held-out entries no longer rises, and keep the best tables.
     validation_fraction : float, default=0.1
@@ -158,7 +156,7 @@ class TPUAlternatingLeastSquares(
     On a CPU, fit, fold-in, ranking, `save` and `load` do not import JAX, so the process may be
     forked. JAX is imported for `devices` other than None and 1, ``use_gpu=True``,
     ``use_native=False`` and a `table_layout` other than "auto"; in `fit` also for "cholesky",
-    "subspace", "bfloat16", `checkpoint_dir` and a `ShardedMatrix` whose tables are drawn; after
+    "bfloat16", `checkpoint_dir` and a `ShardedMatrix` whose tables are drawn; after
     ``jax.distributed.initialize()``; and if a JAX plugin for an accelerator is installed, unless
     the environment has ``JAX_PLATFORMS=cpu``.
 
@@ -218,7 +216,6 @@ class TPUAlternatingLeastSquares(
         over_relaxation: float = 1.0,
         warm_start: bool = False,
         use_gpu: bool | None = None,
-        block_size: int = 64,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 3,
@@ -248,7 +245,6 @@ class TPUAlternatingLeastSquares(
         self.over_relaxation = over_relaxation
         self.warm_start = warm_start
         self.use_gpu = use_gpu
-        self.block_size = block_size
         self.early_stopping = early_stopping
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change

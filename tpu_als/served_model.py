@@ -17,7 +17,6 @@ _DEFAULTS: dict[str, Any] = {
     "objective": "implicit",
     "unobserved_weight": 1.0,
     "cg_steps": 3,
-    "block_size": 64,
     "num_threads": 0,
     "table_layout": "auto",
     "use_native": True,

@@ -24,13 +24,11 @@ class AlsParams:
         K.
     dtype : {"float32", "float64", "bfloat16"}
         Dtype of the tables. Sums are float32, or float64 with "float64".
-    linear_solver : {"cg", "cholesky", "subspace", "auto"}
+    linear_solver : {"cg", "cholesky", "auto"}
         How the rows' systems (1) are solved; "auto" uses `cheapest_solver`. If every w is 0, the
         systems are diagonal, and are solved by division ("diagonal").
     cg_steps : int
         Steps of "cg".
-    block_size : int
-        Factors solved at once by "subspace".
     positive : bool
         Whether all weights w are nonnegative, as with the objective "ials". "cholesky" can then
         solve short rows through a system of their own length.
@@ -40,7 +38,6 @@ class AlsParams:
     dtype: str = "float32"
     linear_solver: str = "cg"
     cg_steps: int = 3
-    block_size: int = 64
     positive: bool = False
 
     @property

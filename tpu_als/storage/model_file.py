@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tpu_als import parameters as rules
-from tpu_als.exceptions import ModelFileError
+from tpu_als.exceptions import DataWarning, ModelFileError
 from tpu_als.storage.atomic import replacing
 from tpu_als.storage.npz import Header, NpzFile
 from tpu_als.validation.arguments import factor_table, same_width
@@ -139,6 +140,13 @@ def load_model(
         )
         wanted = [key for key in parameter_names if key in values and key not in _NEVER_LOADED]
         parameters = {key: values[key] for key in wanted}
+        if parameters.get("linear_solver") == "subspace":  # removed; earlier files may have it
+            warnings.warn(
+                f"{name}: linear_solver 'subspace' was removed, so that fits use 'cg'",
+                DataWarning,
+                stacklevel=3,
+            )
+            parameters["linear_solver"] = "cg"
         rules.check_parameters(parameters)
         parameters.update(_unpacked(values, own_names))
         fitted = _fitted(values)

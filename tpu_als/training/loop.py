@@ -183,7 +183,7 @@ def settings_of(
         **{name: float(value) for name, value in objective._asdict().items()},
         "linear_solver": linear_solver,
         "random_state": parameters.seed_identity(estimator.random_state),
-        **{name: int(getattr(estimator, name)) for name in ("cg_steps", "block_size")},
+        "cg_steps": int(estimator.cg_steps),
         **{name: float(getattr(estimator, name)) for name in ("over_relaxation", *watching)},
         "early_stopping": is_watched,
         "objective": estimator.objective,

@@ -70,7 +70,6 @@ def shape_of(params: AlsParams, rows: int, length: int) -> Shape:
     return Shape(
         params.linear_solver,
         0 if is_diagonal else params.cg_steps,
-        0 if is_diagonal else params.block_size,
         params.compute_dtype,
         rows,
         length,

@@ -81,7 +81,7 @@ def chunk_sizes(params: AlsParams, place: Workplace) -> tuple[int, int]:
     """Cells of a chunk, a power of two, and the most rows that its scratch allows."""
     kind, size = backend_kind(place), np.dtype(params.compute_dtype).itemsize
     chunk = max(_SCRATCH[kind] // (params.factors * size), 256)
-    system = {"cg": 0, "cholesky": params.factors, "subspace": params.block_size}
+    system = {"cg": 0, "cholesky": params.factors}
     system_bytes = system[params.linear_solver] ** 2 * size
     most_rows = max(_SYSTEMS[kind] // system_bytes, 1) if system_bytes else 1 << 30
     return 1 << (chunk.bit_length() - 1), most_rows

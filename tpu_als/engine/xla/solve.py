@@ -299,38 +299,6 @@ def rows_exact(block: Block, d: Array, positive: bool) -> Array:
     return rows_direct(accumulate(block), d)
 
 
-def rows_subspace(block: Block, d: Array, z: Array, block_size: int) -> Array:
-    """One sweep of iALS++ over blocks of factors, each solved exactly with the others fixed.
-
-    Predictions of the stored cells are kept and corrected, not recomputed. In the eigenbasis the
-    unobserved cells add the diagonal d alone, so a block costs no product with the gramian.
-
-    References
-    ----------
-    Rendle, Krichene, Zhang, Koren (2021), arXiv 2110.14044, algorithm 2.
-    """
-    n_factors = z.shape[1]
-    size = min(block_size, n_factors)
-    spare = -n_factors % size
-    rows = jnp.pad(block.rows, ((0, 0), (0, 0), (0, spare)))
-    d = jnp.pad(d, ((0, 0), (0, spare)), constant_values=1)
-    z = jnp.pad(z, ((0, 0), (0, spare)))
-
-    def body(step: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        z, t = carry
-        own, own_d, own_z = (
-            lax.dynamic_slice_in_dim(a, step * size, size, -1) for a in (rows, d, z)
-        )
-        part = Block(own, block.w, block.v - block.w * t)
-        matrix, rhs = accumulate(part)
-        change = rows_direct((matrix, rhs - own_d * own_z), own_d)
-        z = lax.dynamic_update_slice_in_dim(z, own_z + change, step * size, 1)
-        return z, t + predict(part, change)
-
-    start = (z, predict(Block(rows, block.w, block.v), z))
-    return lax.fori_loop(0, z.shape[1] // size, body, start)[0][:, :n_factors]
-
-
 def cells_loss(block: Block, z: Array, live: Array, offset: Any) -> Array:
     """Contribution of stored cells to the loss beyond the unobserved term: (R,).
 

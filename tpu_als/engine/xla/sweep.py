@@ -66,7 +66,6 @@ class Shape(NamedTuple):
 
     solver: str
     steps: int
-    block_size: int
     dtype: str
     rows: int
     length: int
@@ -143,8 +142,6 @@ def solve_block(
         z = solve.rows_diagonal(solve.project(block, block.v), d)
     elif shape.solver == "cholesky":
         z = solve.rows_exact(block, d, shape.positive)
-    elif shape.solver == "subspace":
-        z = solve.rows_subspace(block, d, z, shape.block_size)
     else:
         z = solve.rows_cg(
             lambda p: solve.normal(block, p),
@@ -254,8 +251,6 @@ def solve_long(shape: Shape, out: Array, long: Long, held: Array, shared: Shared
         elif shape.solver == "cholesky":
             zero = jnp.zeros((rows, z.shape[1], z.shape[1]), shape.dtype)
             z = solve.rows_direct(over(lambda b, _: solve.accumulate(b), (zero, vector)), d)
-        elif shape.solver == "subspace":
-            z = _long_subspace(over, of, d, z, shape.block_size)
         else:
             r = over(lambda b, row: solve.residual(b, of(z, row)), vector)
             z = solve.rows_cg(
@@ -267,42 +262,6 @@ def solve_long(shape: Shape, out: Array, long: Long, held: Array, shared: Shared
         return out.at[slots].set(solve.rounded(z, out.dtype), mode="drop")
 
     return lax.fori_loop(0, shared.spans[0].count, body, out)
-
-
-def _long_subspace(
-    over: Callable[[Callable[[Block, Any], Any], Any], Any],
-    of: Callable[[Array, Any], Array],
-    d: Array,
-    z: Array,
-    block_size: int,
-) -> Array:
-    """Do the sweep of `solve.rows_subspace` for rows whose entries are in many blocks.
-
-    Predictions are recomputed for each block of factors, because those of a very long row would not
-    fit into memory. ``over(part, zero)`` sums ``part(block, row)`` over all blocks of each row, and
-    ``of(rows, row)`` takes a row, with its leading axis, out of (R, K).
-    """
-    n_factors = z.shape[1]
-    size = min(block_size, n_factors)
-    spare = -n_factors % size
-    d = jnp.pad(d, ((0, 0), (0, spare)), constant_values=1)
-    z = jnp.pad(z, ((0, 0), (0, spare)))
-    zero = jnp.zeros((len(z), size, size), z.dtype), jnp.zeros((len(z), size), z.dtype)
-
-    def body(step: Any, z: Array) -> Array:
-        def own(a: Array) -> Array:
-            return lax.dynamic_slice_in_dim(a, step * size, size, -1)
-
-        def part(block: Block, row: Any) -> tuple[Array, Array]:
-            t = solve.predict(block, of(z, row)[:, :n_factors])
-            rows = own(jnp.pad(block.rows, ((0, 0), (0, 0), (0, spare))))
-            return solve.accumulate(Block(rows, block.w, block.v - block.w * t))
-
-        matrix, rhs = over(part, zero)
-        change = solve.rows_direct((matrix, rhs - own(d) * own(z)), own(d))
-        return lax.dynamic_update_slice_in_dim(z, own(z) + change, step * size, 1)
-
-    return lax.fori_loop(0, z.shape[1] // size, body, z)[:, :n_factors]
 
 
 class Measured(NamedTuple):
