@@ -70,7 +70,7 @@ def prepare(
     params, backend = _chosen(estimator, rows, params)
     with backend.watched():
         data = backend.place(rows, params, with_digest=checkpoints is not None)
-        at_end.callback(backend.release, data)  # before tables are copied
+        at_end.callback(backend.release, data)  # runs before the model's tables are fetched
         training = Training(
             data,
             objective,
@@ -84,7 +84,8 @@ def prepare(
         )
         is_resumed = training.resume()
         draws = isinstance(estimator.random_state, (np.random.RandomState, np.random.Generator))
-        if not is_resumed or draws:  # a generator ends where it does without a checkpoint
+        # Draw after a resume too, so that a generator ends in the same state in both cases.
+        if not is_resumed or draws:
             start = initial.state(data, given, estimator, on_devices)
             training.state = training.state if is_resumed else start
     return training
@@ -99,8 +100,8 @@ def run(
 ) -> None:
     """Run the iterations, and publish the model as a whole.
 
-    After an error the estimator has its model from before `fit`. After an interruption, or an error
-    in the callback, it has the model of the last complete iteration.
+    After an error the estimator has its model from before `fit`. After a KeyboardInterrupt, or an
+    error in the callback, it has the model of the last complete iteration, if there is one.
     """
     before, has_published, is_calling = vars(estimator).get("_fitted"), False, False
     try:
@@ -126,7 +127,11 @@ def run(
 
 
 def _chosen(estimator: Any, rows: Any, params: AlsParams) -> tuple[AlsParams, Backend]:
-    """The backend for a fit, and the parameters with a solver in place of "auto"."""
+    """The parameters and the backend for a fit.
+
+    On a CPU the solver "auto" is replaced by "cg" or "cholesky"; the XLA backend replaces it when
+    it lays out the data.
+    """
     if params.linear_solver == "auto":
         backend = engine_options.backend_of(estimator, replace(params, linear_solver="cg"))
         if isinstance(backend, CpuBackend):

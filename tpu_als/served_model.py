@@ -12,7 +12,7 @@ from tpu_als.implicit_api.ranking import Ranking
 from tpu_als.implicit_api.saving import fitted_model
 from tpu_als.storage import model_file
 
-# Parameters that files of implicit do not have, as in the estimator.
+# The estimator's defaults, for parameters that a file of implicit may lack.
 _DEFAULTS: dict[str, Any] = {
     "objective": "implicit",
     "unobserved_weight": 1.0,
@@ -27,9 +27,9 @@ _DEFAULTS: dict[str, Any] = {
 class ServedModel(Ranking, NewRows, Attributes):
     """A model read from a file, to recommend and to fold in.
 
-    It has the methods of `TPUAlternatingLeastSquares` that implicit has, except `fit` and `save`,
-    and its parameters as attributes. A process that loads it starts in half the time and with half
-    the memory, because scikit-learn is not imported.
+    It has those methods of `TPUAlternatingLeastSquares` that implicit has too, except `fit` and
+    `save`. The estimator's parameters are attributes. A process that loads a `ServedModel` starts
+    in half the time and with half the memory, because scikit-learn is not imported.
 
     Examples
     --------

@@ -1,7 +1,7 @@
 """Which backend does the work: the loops of a CPU without JAX, or XLA on JAX's devices.
 
-`choose` decides once for each fit or call. It brings JAX in only if an argument asks for what JAX
-has, or if a plugin for an accelerator is installed; JAX then says which devices there are.
+`choose` imports JAX only if an argument needs it, if numba is needed and not available, or if JAX
+may have an accelerator or other processes. JAX then reports its devices.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Source(Protocol):
     Attributes
     ----------
     wants_gramian : bool
-        Whether `solve` is faster if it is given the table's gramian. Otherwise the gramian is given
-        only to be used in place of the table's own.
+        Whether `solve` is faster if the caller passes the table's gramian as `gram`. If False,
+        callers pass `gram` only to replace the table's own gramian.
     """
 
     wants_gramian: ClassVar[bool]
@@ -85,7 +85,7 @@ class Backend(Protocol):
         """The backend on this process's devices only."""
 
     def agree(self, number: int) -> int:
-        """Return the largest of a number over all processes."""
+        """Return the maximum of `number` over all processes."""
 
     def watched(self) -> contextlib.AbstractContextManager[None]:
         """Context in which failures of other processes become a RuntimeError."""
@@ -124,7 +124,10 @@ class Backend(Protocol):
         """What `als.loss` adds up."""
 
     def table(self, table: Any, side: Any, data: Any) -> Any:
-        """A table of a state, without the matrix; `fetch` copies it to the caller's order."""
+        """A table of a state that does not keep the matrix in memory.
+
+        Its method `fetch` returns a copy in the caller's order.
+        """
 
     def source(self, table: np.ndarray, params: AlsParams) -> Source:
         """A fixed table (N, K), to solve rows against."""
@@ -139,10 +142,10 @@ class Backend(Protocol):
         """The data in the form that checkpoints have."""
 
     def to_checkpoint(self, state: Any, data: Any) -> Any:
-        """A state in that form."""
+        """Convert a state from this backend's form to the form that checkpoints have."""
 
     def from_checkpoint(self, state: Any, data: Any) -> Any:
-        """A state in this backend's form, from that form."""
+        """Convert a state from the form that checkpoints have to this backend's form."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +167,8 @@ def choose(wishes: Wishes, linear_solver: str | None = "cg", dtype: str = "float
     wishes : Wishes
         Devices and threads.
     linear_solver : str or None, default="cg"
-        How rows are solved in `fit`; the CPU backend has "cg" only, and needs numba for it. None
-        means that tables are only ranked, and rows solved exactly.
+        How `fit` solves rows; for a fit, the CPU backend has "cg" only, and needs numba. None means
+        that the backend is not for a fit, but to rank tables and to solve rows exactly.
     dtype : str, default="float32"
         Dtype of the tables. The CPU backend has float32 and float64.
 

@@ -1,4 +1,4 @@
-"""Where every row of a table lives, planned from row lengths alone. NumPy only.
+"""The slot and the cells of every row of a table, planned from row lengths alone. NumPy only.
 
 Axis letters: W work shards, S slots of one shard's table, R rows of a chunk, L padded length.
 
@@ -10,10 +10,10 @@ chunk is written as one slice and nothing is scattered::
     one shard's table      | rung 0: chunk, chunk, ... | rung 1: ... | long rows | unused, zero |
     one shard's cells      | rung 0: R x L, R x L, ... | rung 1: ... | unused       |
 
-Rows longer than the last rung are *long*: `cells` lays their entries out in blocks of their own.
-The last slot of the last shard is never a row's: its table row is zero, and pad cells point at it.
+Rows longer than the last rung are *long*: `cells.fill_long` puts their entries in other blocks.
+The last slot of the last shard has no row: it is always zero, and pad cells point at it.
 
-The CPU backend needs none of this: its rows and cells stay as they come (`in_order`).
+The CPU backend has no rungs, chunks or pads: rows and entries keep their order (`in_order`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Plan:
     n_shards : int
         Work shards W.
     n_owners : int, default=1
-        Owners, in case rows have owners; each has an equal run of the shards.
+        Number of processes that own rows; each has an equal number of consecutive shards.
     """
 
     lengths: tuple[int, ...]
@@ -107,10 +107,10 @@ def ladder(lengths: np.ndarray, rung_cells: float, longest: int = LONGEST) -> tu
     """Choose the rungs' lengths for given row lengths, at a low total cost.
 
     Each row is padded to the next rung, and a rung itself costs as much as `rung_cells` cells,
-    since each is a program to compile. Rungs are powers of two, chosen by dynamic programming, and
-    lengths half-way between two of them, each of which must save more than it costs. The result
-    depends on the arguments only. A finer grid pads no less at the same cost, and its best choice
-    changes with every few rows: each fold of a matrix would then have to compile other programs.
+    since each is a program to compile. First, powers of two are chosen by dynamic programming. Then
+    a length of about 0.7 times a chosen rung is added if it saves more than it costs. The result
+    depends on the arguments only. At the same cost a finer grid does not pad less, and its best
+    choice changes with a few rows: then each fold of a matrix would need other programs.
 
     Parameters
     ----------
@@ -140,7 +140,7 @@ def ladder(lengths: np.ndarray, rung_cells: float, longest: int = LONGEST) -> tu
 
 
 def doubling(longest: int, bound: int = LONGEST, growth: int = 2) -> tuple[int, ...]:
-    """Lengths of rungs, each `growth` times the one before, until they hold the longest row."""
+    """Lengths of rungs, each `growth` times the one before, up to the longest row or `bound`."""
     rungs = [SHORTEST]
     while rungs[-1] < min(longest, bound):
         rungs.append(rungs[-1] * growth)
@@ -254,7 +254,10 @@ def in_order(lengths: np.ndarray) -> RowMap:
 
 
 def stack(rows: Sequence[int], plan: Plan) -> tuple[tuple[Rung, ...], int, int]:
-    """Rungs, slots and cells of a shard, given the most rows of each rung and long ones on it."""
+    """Rungs, slots and cells of a shard.
+
+    `rows` has the largest number of rows on any shard, for each rung and, last, for long rows.
+    """
     rungs, slot, cell = [], 0, 0
     for length, count in zip(plan.lengths, rows[:-1], strict=True):
         if count:
@@ -269,9 +272,10 @@ def stack(rows: Sequence[int], plan: Plan) -> tuple[tuple[Rung, ...], int, int]:
 def _deal(
     members: np.ndarray, plan: Plan, owners: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Shard of each row, and the how-manieth of that shard's it is; there and back.
+    """The shard of each row, and its position among the rows that are dealt to that shard.
 
-    Members come sorted by length, so dealing there and back keeps the shards' sums close.
+    Members are sorted by length. Every second round goes through the shards backwards, so that all
+    shards get about the same total length.
     """
     count = len(members)
     each, at, first = plan.n_shards, np.arange(count), 0
@@ -302,7 +306,7 @@ def share_shapes(first: RowMap, second: RowMap, most_waste: int) -> tuple[RowMap
 def share_rungs(first: RowMap, second: RowMap) -> tuple[RowMap, RowMap]:
     """Give maps of one size each other's rungs as well, without chunks where they have no rows.
 
-    A program does a few rungs in turn, and so is the same for both sides only where all those are.
+    One program processes several rungs. Both sides can use it only if all these rungs are equal.
     """
     if (first.n_slots, first.n_cells) != (second.n_slots, second.n_cells):
         return first, second

@@ -1,4 +1,4 @@
-"""Entries on their way into a backend's layout: what both backends check, keep and count."""
+"""Steps of `place` that both backends share: checks, dtype of values, totals, "auto"."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tpu_als.host import require_memory
 from tpu_als.validation import structure
 
 SIDES = ("user", "item")
-_CHECKED = 1 << 20  # values looked at at once
-# Bytes a second that gathered entries are re-read with, and flops of batched products and solves.
+_CHECKED = 1 << 20  # values checked at a time
+# Bytes per second of reading gathered source rows, and flop per second of products and solves.
 _SPEEDS = {"cpu": (1e11, 4e10), "other": (2e12, 2e13)}
 
 
@@ -47,7 +47,11 @@ def require_tables(shape: tuple[int, int], params: AlsParams, n_processes: int =
 
 
 def kept_as(entries: Entries, params: AlsParams) -> Any:
-    """What dtype values are kept in: None at all where all are 1, bfloat16 where it holds them."""
+    """Dtype in which values are stored: None if all values are 1, because none is stored then.
+
+    bfloat16 if the matrix is in memory and bfloat16 represents all its values; else the dtype of
+    sums.
+    """
     if not entries.has_values:
         return None
     narrow = np.dtype(ml_dtypes.bfloat16)
@@ -75,7 +79,7 @@ class Totals:
         self.absolute_sum, self.magnitudes = 0.0, (np.inf, -np.inf)
 
     def passing(self, blocks: cells.Blocks) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
-        """Hand blocks of rows on, and count their values."""
+        """Yield the blocks of rows unchanged, and include their values in the totals."""
         for rows, block in blocks:
             sizes, (least, most) = np.abs(block.data), self.magnitudes
             self.absolute_sum += float(sizes.sum(dtype=np.float64))

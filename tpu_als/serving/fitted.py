@@ -34,8 +34,8 @@ class FactorTable:
 
     As in implicit, derived values are computed once. They are computed again after the table is
     fitted or assigned, or after the value is set to None, but not after someone has written into
-    the array. The CPU backend ranks and solves with the array itself; a copy on an accelerator is a
-    derived value.
+    the array. The CPU backend ranks and solves with the array itself. The XLA backend uses a copy
+    on JAX's devices, which is a derived value.
 
     Parameters
     ----------
@@ -211,9 +211,10 @@ class FittedModel:
     popularity : ndarray of int and shape (n_items,), or None
         For each item, the number of users with a positive entry in the matrix of the last fit.
     origin : object
-        An identity shared by models that differ only in folded-in rows.
+        An identity shared by models that differ only in folded-in rows, assigned gramians or
+        assigned norms.
     lock : Lock
-        A writer holds it while it replaces an estimator's model by one derived from it.
+        A writer holds this lock while it assigns a model derived from this one to the estimator.
     """
 
     user: FactorTable = field(default_factory=FactorTable)

@@ -28,7 +28,7 @@ from tpu_als.engine.reading import (
 )
 from tpu_als.host import give_back_memory, require_memory, single_blas_thread
 
-_MANY = 1 << 20  # entries whose temporaries are worth the milliseconds of giving them back
+_MANY = 1 << 20  # with more entries, freed memory is returned to the system; it takes milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class CpuBackend:
         return self
 
     def agree(self, number: int) -> int:
-        """Return the largest of a number over all processes."""
+        """Return `number`: there is only one process."""
         return number
 
     def watched(self) -> contextlib.AbstractContextManager[None]:
@@ -134,7 +134,7 @@ class CpuBackend:
         Raises
         ------
         MemoryError
-            If the tables cannot fit into memory; raised before any work.
+            If the tables, or the row lengths of `Entries` on disk, do not fit into memory.
         ValueError
             If the two sides of `Entries` differ.
         """
@@ -145,7 +145,7 @@ class CpuBackend:
         with_digest = with_digest or not isinstance(entries, InMemory)
         digests: dict[str, EntriesDigest] = {}
         sides = {}
-        # Items first: then the matrix turned for them makes room for the users' entries.
+        # Items first: the transposed matrix is freed before the users' entries are laid out.
         for name in reversed(SIDES):
             blocks = entries.blocks(name)
             if name == "user":

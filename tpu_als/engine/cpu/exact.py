@@ -1,7 +1,9 @@
-"""Exact solutions of equation (1) on a CPU: fold-in, and the callable `solver`.
+"""Solutions of equation (1) against a fixed table on a CPU: fold-in, and the callable `solver`.
 
-Each row's system is built and solved in float64 by BLAS and LAPACK, so that a row's result depends
-on that row alone, bit for bit. Axis letters: M rows to solve, N source rows, K factors, E entries.
+With "cholesky" each row's system is built and solved in float64 by BLAS and LAPACK. So a row's
+result does not depend on the other rows, bit for bit. With "cg" the compiled loops solve the rows.
+
+Axis letters: M rows to solve, N source rows, K factors, E entries.
 """
 
 from __future__ import annotations
@@ -56,15 +58,15 @@ class Source:
 
         Parameters
         ----------
-        rows : CSR matrix (M, N) or (M, N + 1)
-            Stored entries of each row. Column N stands for a row of zeros: entries there count in
-            (2) and change nothing else.
+        rows : CSR matrix (M, N) or, for "cholesky" only, (M, N + 1)
+            Stored entries of each row. Column N stands for a source row of zeros: its entries are
+            counted in n_u of (2) and change nothing else.
         objective : Objective
             Equations (1)-(2).
         start : array (M, K), optional
             Start of "cg"; zero by default.
         gram : array (K, K), optional
-            Used in place of the table's own.
+            Used in place of the table's own gramian. "cg" ignores it.
 
         Returns
         -------
@@ -72,10 +74,12 @@ class Source:
             In the table's dtype. A row that could not be solved is not finite.
         """
         structure.check_compressed(rows, "rows")
-        n_source = len(self.table)
-        if rows.shape[1] > n_source + 1:
+        n_source, by_cg = len(self.table), self.params.linear_solver == "cg"
+        if rows.shape[1] > n_source + (not by_cg):
             raise ValueError(f"rows have {rows.shape[1]} columns for a table of {n_source} rows")
-        if self.params.linear_solver == "cg":
+        if by_cg:
+            if gram is not None:
+                raise ValueError('"cg" uses the gramian of the table, and takes no other one')
             return self._by_cg(rows, objective, start)
         with single_blas_thread():
             if gram is None:
@@ -172,8 +176,8 @@ def factorize(matrix: np.ndarray) -> tuple[np.ndarray, bool]:
     try:
         return linalg.cho_factor(matrix, check_finite=False)
     except linalg.LinAlgError:
-        # Rank-deficient and no ridge: a few rounding errors of the gramian, as in `fit`.
-        # One without any entry or weight is zero, and so is its right side, whatever is added.
+        # Rank-deficient and without a ridge: add a few rounding errors of the trace, as in `fit`.
+        # If all weights are 0, the matrix and the right side are zero: any number may be added.
         jitter = 4 * np.finfo(np.float32).eps * np.trace(matrix) or 1.0
         return linalg.cho_factor(matrix + jitter * np.eye(len(matrix)), check_finite=False)
 

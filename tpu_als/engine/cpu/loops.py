@@ -1,11 +1,12 @@
-"""Conjugate gradients and losses of rows as they come, compiled by numba. Imported late.
+"""Loops that solve rows by conjugate gradients and compute losses, compiled by numba.
 
-Each row is worked on by itself, without padding, and one pass over its entries does both products
-of a CG step. docs/math.md has the algebra, which is that of `engine.xla.solve`.
+`compiled.loops` imports this module when it is needed. Each row is processed by itself, without
+padding. One pass over its entries computes both products of a CG step. The algebra is in
+docs/math.md; `engine.xla.solve` has the same.
 
 Source rows are accessed by index and never sliced: numba would count the references to a slice, in
-memory that all threads share. Statements are unrolled by hand: loops or functions would take half
-as long again.
+memory that all threads share. Statements are unrolled by hand: inner loops or functions would make
+the work take 1.5 times as long.
 
 Axis letters: R rows, E entries, N source rows, K factors including pads to whole cache lines.
 """
@@ -65,7 +66,8 @@ class Diagonal(NamedTuple):
     weight : number
         Bound on the weights w.
     reach : number
-        The diagonal above which CG starts at zero (`objective.DOMINANT`).
+        CG starts at zero if the least element of the diagonal is above this number
+        (`objective.DOMINANT`).
     tiny, most : number
         The least divisor, and the largest number.
     """
@@ -97,7 +99,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 def _inner(function: Callable[..., Any]) -> Any:
-    """The same for a function that only compiled functions call, which saves its wrappers."""
+    """Compile a function that only compiled functions call, without wrappers for other callers."""
     wrappers: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
     return numba.njit(**_OPTIONS, **wrappers)(function)
 
@@ -127,7 +129,7 @@ _ridge = _inner(equations.ridge)
 def _add_products(
     entries: Entries, objective: Objective, first: Any, n: Any, scales: Any, p: Any, out: Any
 ) -> None:
-    """Add E^T t of n entries to `out`, with t = scales[0] v + scales[1] W E p.
+    """Add E^T s of n entries to `out`, with s = scales[0] v + scales[1] W t and t = E p.
 
     Four entries are handled at a time, so that their rows are still in the nearest cache for the
     second of two products.
@@ -219,7 +221,7 @@ def _curvature(
 def _scaled(
     objective: Objective, diagonal: Diagonal, n: Any, steps: Any, d: Any, inverse: Any
 ) -> Any:
-    """Write the diagonal part of a row's equation, scaled, and the inverse of its preconditioner.
+    """Write a row's scaled diagonal part D to `d`, and a multiple of D^-1 to `inverse`.
 
     Returns the scale (`solve.scale`), and whether CG starts at zero (`solve.begin`).
     """
@@ -347,8 +349,8 @@ def measure_rows(
     """Write the loss of the entries of R rows into `out`, as in `xla.solve.cells_loss`.
 
     `objective` has the offset 0, so that w is the absolute confidence; `offset` is the actual one.
-    Sums are float64. Each entry is computed as a square, because sums of (w t - 2 v) t and of
-    constants would nearly cancel.
+    Predictions t are in the dtype of the tables; their losses are summed in float64. The loss of an
+    entry is computed from squares, because sums of (w t - 2 v) t and of constants nearly cancel.
     """
     source, ids, values, ahead = entries
     cells, lengths = starts

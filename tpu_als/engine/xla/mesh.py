@@ -1,9 +1,11 @@
-"""Devices, meshes, work shards; host to device and back. The only file that knows of processes.
+"""Devices, meshes, work shards; copies between host and devices.
+
+Only this file calls JAX's functions for several processes.
 
 A *work shard* is an equal part of a table and of its cells. On a mesh each device has one, and
 programs run under `shard_map`. On a single device the shards are worked on by a thread pool that
-calls the same compiled program: a CPU device runs a loop on one core only, so this is what brings
-all cores in without any global JAX setting.
+calls the same compiled program. A CPU device runs a loop on one core only; the thread pool uses all
+cores, without a global JAX setting.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ Shards = Any
 
 log = logging.getLogger("tpu_als")
 _REPLICATED_SHARE = 1 / 8  # of a device's memory that a copy of the source table may take
-_started_in: int | None = None  # the process that has started JAX
+_started_in: int | None = None  # id of the process that first called `workplace`
 _PIECE_BYTES = 1 << 26  # of a table fetched at once from several processes
 
 
@@ -48,8 +50,8 @@ class Workplace:
     n_shards : int
         Work shards W.
     table_layout : {"auto", "replicated", "sharded"}
-        Whether each device holds the whole source table for a half-epoch, or its part and what
-        the chunks at hand need.
+        Whether each device holds the whole source table for a half-epoch, or its own part and the
+        rows that the current chunks need.
     n_threads : int
         Threads that work on a single CPU device.
     """
@@ -61,7 +63,7 @@ class Workplace:
 
     @property
     def platform(self) -> str:
-        """The backend: "cpu", "gpu" or "tpu"."""
+        """JAX's platform: "cpu", "gpu" or "tpu"."""
         return self.devices[0].platform
 
     @functools.cached_property
@@ -107,7 +109,7 @@ class Workplace:
 
     @property
     def as_threads(self) -> Workplace:
-        """One CPU device that has all rows, with as many threads as there are devices."""
+        """One CPU device that has all rows, with at least as many threads as there are devices."""
         n_threads = max(self.n_threads, len(self.devices))
         return replace(self, devices=self.devices[:1], n_shards=1, n_threads=n_threads)
 
@@ -186,7 +188,7 @@ class Workplace:
             raise RuntimeError(message) from error
 
     def agree(self, number: int) -> int:
-        """Return the largest of a number over all processes."""
+        """Return the maximum of `number` over all processes."""
         return int(self.gather_processes(np.array(number, np.int64)).max())
 
     def whole(self, fn: Callable[..., Any], static: Any) -> Callable[..., Any]:
@@ -278,7 +280,7 @@ def workplace(
     if table_layout not in LAYOUTS:
         raise ValueError(f"table_layout must be one of {LAYOUTS}, got {table_layout!r}")
     _refuse_after_fork()
-    # Each process's shards in one run; stable, so otherwise as given.
+    # Sort, so that the shards of a process are consecutive. Otherwise the given order is kept.
     chosen = tuple(sorted(_devices(devices), key=lambda device: device.process_index))
     if use_gpu and chosen[0].platform not in ("gpu", "cuda", "rocm"):
         raise RuntimeError(
@@ -348,5 +350,5 @@ def _check_usable(devices: tuple[jax.Device, ...]) -> None:
     if all(device.process_index != process for device in devices):
         raise ValueError(
             f"devices must include one of this process, number {process}, got {list(devices)}: "
-            "each process that takes part passes the same devices, and the others do not fit"
+            "every process passes the same devices, and one that has none of them cannot take part"
         )

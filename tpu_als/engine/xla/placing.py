@@ -139,7 +139,7 @@ def lay_out(
     with_digest = with_digest or not isinstance(entries, InMemory)
     dtype, is_divided = kept_as(entries, params), owners[0] is not None
     fill = _Filling(plan, params, place, dtype, is_divided, with_digest)
-    # Items first: then the matrix turned for them makes room for the users' cells.
+    # Items first: the transposed matrix is freed before the users' cells are filled.
     item_side = fill.side("item", entries, items, users, lengths[1])
     if isinstance(entries, InMemory):
         entries = replace(entries, item_users=None)

@@ -23,7 +23,8 @@ AXIS = "shards"  # name of the mesh axis
 _PIECE_ROWS = 1 << 13  # rows of a table that `join` changes at once
 _compiled: set[Any] = set()  # compiled programs with the shapes of their arguments
 _jitted: list[Any] = []  # what `whole` and `each` have made
-MOST_PROGRAMS = 200  # counted with their shapes, of about 4 MB each; a fit has up to 40
+# Bound on compiled programs, one for each set of shapes. Each has about 4 MB; a fit has up to 40.
+MOST_PROGRAMS = 200
 
 
 compilation_cache.apply_to_jax()
@@ -78,7 +79,7 @@ def _write(
     rows: jax.Array, part: jax.Array, low: int, change: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
     """Change a part piece by piece, and write it into `rows`, starting at row `low`."""
-    # `layout.round_up` makes sure that sizes have such a divisor.
+    # The largest power of two that divides the length. `layout.round_up` makes sure it is large.
     size = min(len(part) & -len(part), _PIECE_ROWS)
 
     def piece(step: Any, rows: jax.Array) -> jax.Array:

@@ -337,7 +337,7 @@ def test_every_process_gets_the_whole_answer() -> None:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     code = textwrap.dedent(_PROCESS)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     running = [
         subprocess.Popen(
             [sys.executable, "-c", code, address, str(number)],

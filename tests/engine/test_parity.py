@@ -15,7 +15,7 @@ from sklearn.model_selection import GridSearchCV, PredefinedSplit
 
 from tpu_als import TPUAlternatingLeastSquares
 
-DATA = Path(os.environ.get("TPU_ALS_DATA") or Path(__file__).parents[2] / "shared" / "data")
+DATA = Path(os.environ.get("TPU_ALS_DATA") or Path(__file__).parents[3] / "shared" / "data")
 ML1M = DATA / "ml1m_rand80_train.npz"
 
 

@@ -122,7 +122,7 @@ SETTINGS = [("cg", True, 1), *((name, False, count) for name in SOLVERS for coun
 @pytest.mark.slow
 def test_a_fit_does_not_depend_on_the_fits_before_it() -> None:
     """The same tables, bit for bit, in a fresh process and after a fit of a smaller matrix."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[2]
     path = os.pathsep.join([str(here.parent), str(here)])
     running = [
         subprocess.Popen(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "tpu_plan.py"
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "tpu_plan.py"
 ROWS, COLS, FACTORS = 20_000, 10_000, 32
 # Lengths that are all the same: one rung a side.
 SMALL = f"--rows {ROWS} --cols {COLS} --entries 3e5 --factors {FACTORS} --k 10 --queries 64 "

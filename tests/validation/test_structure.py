@@ -20,7 +20,7 @@ from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.shards import write_shards
 from tpu_als.validation import matrices, structure
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 FORMATS = ("csr", "csc", "coo", "bsr", "dia", "lil", "dok")
 
 

@@ -165,7 +165,9 @@ def test_a_path_is_not_kept(tmp_path: Path) -> None:
 
 def test_a_file_of_format_1_stays_loadable() -> None:
     # Written by the first version that had a format; never to be replaced by a newer file.
-    model = TPUAlternatingLeastSquares.load(Path(__file__).parent / "data" / "model-format-1.npz")
+    model = TPUAlternatingLeastSquares.load(
+        Path(__file__).parents[1] / "data" / "model-format-1.npz"
+    )
     given = {name: value for name, value in model.get_params().items() if name in OF_FORMAT_1}
     assert given == OF_FORMAT_1
     assert model.checkpoint_dir is None  # the file names one

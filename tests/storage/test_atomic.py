@@ -91,7 +91,7 @@ class TestReplacing:
 @posix
 @pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.nightly)])
 def test_kills_leave_one_state_or_the_other(tmp_path: Path, kills: int) -> None:
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, str(here / "saving_worker.py"), str(tmp_path), str(kills)],
         env={**os.environ, "PYTHONPATH": str(here.parent), "JAX_PLATFORMS": "cpu"},
