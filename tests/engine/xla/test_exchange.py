@@ -16,7 +16,7 @@ from tpu_als.engine import als, layout
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.layout import Plan, RowMap
 from tpu_als.engine.objective import Objective
-from tpu_als.engine.xla import backend, exchange, placing
+from tpu_als.engine.xla import backend, exchange, half_epoch, placing
 from tpu_als.engine.xla.data import XlaData
 from tpu_als.engine.xla.mesh import workplace
 
@@ -113,7 +113,7 @@ def test_no_device_holds_a_full_table(monkeypatch: pytest.MonkeyPatch) -> None:
     state, failed = als.epoch(state, data, objective)
     als.loss(state, data, objective)
     assert failed == (0, 0) and len(texts) >= 3
-    whole = data.place.whole(als._prepare, "float32")
+    whole = data.place.whole(half_epoch._prepare, "float32")
     args = (state.items, state.users, data.users.own.lengths), np.int32(matrix.shape[1])
     texts.append(whole.lower(*args).compile().as_text())
     part, full = data.items.rows.n_slots, 4 * data.items.rows.n_slots
