@@ -246,11 +246,17 @@ def test_ways_to_solve_a_row_differ_by_rounding_only(
     """The bound that docs/math.md states: (8 + K) eps cond(A) |z|, A being the matrix of (1)."""
     matrix = random_counts(30, 20)
     model = _fitted(matrix, factors=8, dtype=dtype, **parameters)
-    batch = model.recalculate_user(np.arange(30), matrix)
-    parts = (slice(low, low + 3) for low in range(0, 30, 3))
-    few = np.vstack([model.recalculate_user(np.arange(3), matrix[at]) for at in parts])
-    np.testing.assert_array_equal(model.transform(matrix), batch)
+    parts = [slice(low, low + 3) for low in range(0, 30, 3)]
+    found = {}
+    for use_native in (False, True):
+        model.set_params(use_native=use_native)
+        batch = model.recalculate_user(np.arange(30), matrix)
+        few = np.vstack([model.recalculate_user(np.arange(3), matrix[at]) for at in parts])
+        np.testing.assert_array_equal(model.transform(matrix), batch)
+        found[use_native] = few, batch
+    np.testing.assert_array_equal(*found[True])  # the CPU backend: bit for bit
     np.testing.assert_array_equal(np.vstack([model.transform(row) for row in matrix]), batch)
+    few, batch = found[False]
     conditions = np.linalg.cond(oracle.systems(matrix, model.item_factors, _objective(model)))
     bounds = (8 + 8) * np.finfo(dtype).eps * conditions * np.linalg.norm(batch, axis=1)
     assert (np.linalg.norm(few - batch, axis=1) <= bounds).all()
