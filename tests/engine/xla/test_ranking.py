@@ -304,8 +304,9 @@ _PROCESS = """
     from scipy import sparse
     jax.config.update("jax_num_cpu_devices", 4)
     jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
-    from tpu_als import layout, ranking
-    from tpu_als.mesh import workplace
+    from tpu_als.engine import layout
+    from tpu_als.engine.xla import ranking
+    from tpu_als.engine.xla.mesh import workplace
 
     place = workplace()
     assert len(place.devices) == 8 and len(place.processes) == 2
