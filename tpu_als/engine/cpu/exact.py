@@ -114,11 +114,6 @@ class Source:
     ) -> np.ndarray:
         n_source, factors = self.table.shape
         out = np.zeros((rows.shape[0], factors), self.table.dtype)
-        ends = np.cumsum((np.diff(rows.indptr) + factors / 3) * factors**2)
-        total = float(ends[-1]) if len(ends) else 0.0
-        count = min(self.n_threads * _PARTS, 1 + int(total / _LEAST))
-        bounds = np.searchsorted(ends, np.linspace(0, total, count + 1)[1:-1]) + 1
-        bounds = np.unique([0, *bounds[bounds < len(ends)], len(ends)])
 
         def work(at: tuple[int, int]) -> None:
             with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for non-finite
@@ -133,6 +128,14 @@ class Source:
                         ids, values = ids[known], values[known]
                     out[row] = solution(*system(self.table, ids, values, gram, objective, lam))
 
+        if self.n_threads == 1:  # a few rows, for which a plan takes longer than the work
+            work((0, rows.shape[0]))
+            return out
+        ends = np.cumsum((np.diff(rows.indptr) + factors / 3) * factors**2)
+        total = float(ends[-1]) if len(ends) else 0.0
+        count = min(self.n_threads * _PARTS, 1 + int(total / _LEAST))
+        bounds = np.searchsorted(ends, np.linspace(0, total, count + 1)[1:-1]) + 1
+        bounds = np.unique([0, *bounds[bounds < len(ends)], len(ends)])
         threads(work, list(itertools.pairwise(bounds.tolist())), self.n_threads)
         return out
 
