@@ -368,7 +368,7 @@ def _flipped(file: Path, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize(
-    "count", [20, pytest.param(500, marks=pytest.mark.nightly)], ids=["few", "many"]
+    "count", [40, pytest.param(500, marks=pytest.mark.nightly)], ids=["few", "many"]
 )
 def test_no_flipped_bit_passes(
     count: int, placed: Any, tmp_path: Path, record_property: Callable[[str, Any], None]
@@ -380,8 +380,10 @@ def test_no_flipped_bit_passes(
         with Checkpoints(tmp_path) as checkpoints:
             checkpoints.save(step, state, data, SETTINGS, HISTORY, {"best": best + step})
     run = _run(tmp_path)
+    # By folder and size, because orbax names data files at random.
     files = sorted(
-        path for path in (run / "2").rglob("*") if path.stat().st_size and path.is_file()
+        (path for path in (run / "2").rglob("*") if path.stat().st_size and path.is_file()),
+        key=lambda path: (path.parent, path.stat().st_size),
     )
     weights = np.sqrt([path.stat().st_size for path in files])
     saved = {step: _rows(_start(data, step), data) for step in (1, 2)}
@@ -403,7 +405,7 @@ def test_no_flipped_bit_passes(
         for ours, expected in zip(_rows(found.state, data), saved[step], strict=True):
             np.testing.assert_array_equal(ours, expected)
     record_property("flips noticed, without effect", seen)
-    assert seen[1]  # how many is left to chance: the files have random names
+    assert seen[1] > count // 4
 
 
 def _nested(file: Path) -> None:

@@ -290,6 +290,14 @@ def test_leaves_the_work_to_xla_where_numba_must_not_compile(
     assert isinstance(backends.choose(backends.Wishes()), XlaBackend)
 
 
+def test_loading_leaves_numbas_options_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    assert compiled.loops.__wrapped__() is loops
+    assert str(tmp_path) == numba.config.CACHE_DIR
+
+
 def test_works_where_nothing_can_be_kept(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -302,8 +310,8 @@ def test_works_where_nothing_can_be_kept(
             raise RuntimeError("cannot cache function: no locator available")
         return njit(**options)
 
-    monkeypatch.setattr(numba, "njit", refuse)
-    with caplog.at_level(logging.WARNING, logger="tpu_als"):
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="tpu_als"):
+        patch.setattr(numba, "njit", refuse)  # numba decorates its own functions when it compiles
         double = loops._compiled(lambda number: 2 * number)
     assert double(3) == 6 and made == [True, False]
     assert "no locator available" in caplog.text
