@@ -651,7 +651,7 @@ def _train(directory: Path, last: int, result: Path, team: tuple[int, int]) -> d
     """Tables after so many iterations by a team of processes and devices of each."""
     arguments = [str(directory), str(last), str(result)]
     running = processes.start(arguments, *team, script="checkpoint_worker.py")
-    output = processes.finish(running, 120)
+    output = processes.finish(running, 600)
     assert all(process.returncode == 0 for process in running), "\n".join(output)
     return dict(np.load(result))
 
