@@ -15,6 +15,7 @@ from tpu_als.serving.fitted import FactorTable
 from tpu_als.validation import arguments
 
 NO_ID = -1  # id that pads short results, as in implicit's batches
+_FOR_FEW = CpuBackend(1)
 _FEW = 4  # whitelists of at most 1 / _FEW of the table are ranked by themselves, on the host
 
 
@@ -84,7 +85,7 @@ def rank(
             hidden = np.setdiff1d(np.arange(n_rows), chosen, assume_unique=True)
         # For a few queries a dispatch to a device takes longer than the product.
         is_few = len(queries) <= ranking.FEW
-        catalog = table.catalog(CpuBackend(1) if is_few else how.backend(), cosine=how.cosine)
+        catalog = table.catalog(_FOR_FEW if is_few else how.backend(), cosine=how.cosine)
         found = catalog.top_k(
             queries.astype(catalog.dtype, copy=False), n,
             seen=seen, excluded=hidden, approximate_recall=how.approximate_recall,
@@ -102,6 +103,8 @@ def _fill(ids: np.ndarray, limits: Limits) -> None:
     Callers of implicit expect that all ids of a whitelist are returned, filtered items last.
     """
     seen, chosen, excluded = limits
+    if ids.item(-1) != NO_ID and len(ids) == 1:
+        return
     for row in (ids[:, -1] == NO_ID).nonzero()[0]:
         out = np.empty(0, np.int64) if excluded is None else excluded
         if seen is not None:

@@ -17,6 +17,7 @@ from tpu_als.validation.matrices import rows_for as rows_for
 from tpu_als.validation.matrices import warn_if_converted as warn_if_converted
 
 GROWTH = 1_000_000  # rows that a partial fit may add to any table, in addition to doubling it
+_FEW = 1 << 13  # numbers of an array that need no blocks
 _ROWS_AT_ONCE = 1 << 16  # rows of a table that are checked for NaN at once
 
 
@@ -318,6 +319,8 @@ def _check_finite(array: np.ndarray, name: str) -> None:
 
 def first_not_finite(array: np.ndarray) -> int | None:
     """The first row of an array (n, K) that holds NaN or infinity; None if there is none."""
+    if array.size <= _FEW and np.isfinite(array).all():
+        return None
     for low in range(0, len(array), _ROWS_AT_ONCE):
         with np.errstate(all="ignore"):
             sums = array[low : low + _ROWS_AT_ONCE].sum(axis=-1)

@@ -17,7 +17,8 @@ from tpu_als.engine import compilation_cache, objective
 from tpu_als.engine.objective import Objective
 from tpu_als.exceptions import DataWarning
 
-_loading = threading.Lock()
+_SOURCES = "jit.py", "loops.py", "selection.py"
+_loading, _importing = threading.Lock(), threading.Lock()
 
 
 @functools.cache
@@ -39,29 +40,41 @@ def is_available() -> bool:
 
 @functools.cache
 def loops() -> Any:
-    """The module `engine.cpu.loops`, whose functions numba compiles when they are called.
+    """The module `engine.cpu.loops`, whose functions numba compiles when they are called."""
+    return _load("loops")
+
+
+@functools.cache
+def selection() -> Any:
+    """The module `engine.cpu.selection`, whose functions numba compiles when they are called."""
+    return _load("selection")
+
+
+def _load(name: str) -> Any:
+    """Import a module of compiled functions.
 
     Compiled code is kept between processes, like Python's own: beside the source or, if that is
     not writable, where numba keeps it. numba notices changes of the file that a function is in, but
-    not of `objective`, so the directory is named after the content of both.
+    not of other files, so the directory is named after the content of all of them.
     """
     import numba
 
     config: Any = numba.config
-    before = config.CACHE_DIR
-    folder = _cache_folder(compilation_cache.directory or before)
-    if folder:
-        config.CACHE_DIR = folder
-    try:
-        return importlib.import_module("tpu_als.engine.cpu.loops")
-    finally:
-        config.CACHE_DIR = before
+    with _importing:
+        before = config.CACHE_DIR
+        folder = _cache_folder(compilation_cache.directory or before)
+        if folder:
+            config.CACHE_DIR = folder
+        try:
+            return importlib.import_module(f"tpu_als.engine.cpu.{name}")
+        finally:
+            config.CACHE_DIR = before
 
 
 def _cache_folder(given: str) -> str:
     """The directory for compiled code; empty if numba is to choose."""
     here = Path(__file__).parent
-    sources = here / "loops.py", Path(objective.__file__)
+    sources = *(here / name for name in _SOURCES), Path(objective.__file__)
     try:
         name = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     except OSError:  # the package is in an archive

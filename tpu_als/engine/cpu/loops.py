@@ -13,8 +13,6 @@ Axis letters: R rows, E entries, N source rows, K factors including pads to whol
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numba
@@ -23,12 +21,12 @@ from llvmlite import ir
 from numba.extending import intrinsic
 
 from tpu_als.engine import objective as equations
+from tpu_als.engine.cpu.jit import compiled, inner
 from tpu_als.engine.objective import Objective
 
 # Number of entries that are summed in the tables' dtype, before a float64 total adds the sum.
 # A multiple of four. It bounds the rounding error of a row's sums, whatever the row's length.
 BLOCK = 1024
-log = logging.getLogger("tpu_als")
 
 
 class Entries(NamedTuple):
@@ -81,29 +79,6 @@ class Diagonal(NamedTuple):
     most: Any
 
 
-# Sums may be reordered, to vectorise them; infinity and NaN are preserved.
-_OPTIONS: Any = {
-    "nogil": True,
-    "error_model": "numpy",
-    "fastmath": {"reassoc", "contract", "arcp", "nsz"},
-}
-
-
-def _compiled(function: Callable[..., Any]) -> Any:
-    """Compile a function when it is called, and keep the result in numba's cache."""
-    try:
-        return numba.njit(**_OPTIONS, cache=True)(function)
-    except RuntimeError as error:  # numba finds no directory that it can write to
-        log.warning("compiled loops are not kept for later processes: %s", error)
-        return numba.njit(**_OPTIONS)(function)
-
-
-def _inner(function: Callable[..., Any]) -> Any:
-    """Compile a function that only compiled functions call, without wrappers for other callers."""
-    wrappers: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    return numba.njit(**_OPTIONS, **wrappers)(function)
-
-
 def _prefetch_intrinsic(_: Any, __: Any) -> Any:
     """Prefetch the cache line at an address: LLVM's intrinsic, because Python has none."""
     number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
@@ -121,11 +96,11 @@ def _prefetch_intrinsic(_: Any, __: Any) -> Any:
 _prefetch: Any = intrinsic(_prefetch_intrinsic)
 
 
-_confidence = _inner(equations.confidence)
-_ridge = _inner(equations.ridge)
+_confidence = inner(equations.confidence)
+_ridge = inner(equations.ridge)
 
 
-@_inner
+@inner
 def _add_products(
     entries: Entries, objective: Objective, first: Any, n: Any, scales: Any, p: Any, out: Any
 ) -> None:
@@ -179,7 +154,7 @@ def _add_products(
             out[k] += s0 * source[i0, k]
 
 
-@_inner
+@inner
 def _curvature(
     entries: Entries, objective: Objective, first: Any, n: Any, scale: Any, p: Any
 ) -> Any:
@@ -217,7 +192,7 @@ def _curvature(
     return total
 
 
-@_inner
+@inner
 def _scaled(
     objective: Objective, diagonal: Diagonal, n: Any, steps: Any, d: Any, inverse: Any
 ) -> Any:
@@ -238,7 +213,7 @@ def _scaled(
     return scale, steps == 0 or spectrum[0] + lam > reach
 
 
-@_compiled
+@compiled
 def solve_rows(
     rows: Any, starts: Any, entries: Entries, objective: Objective, diagonal: Diagonal,
     relaxation: Any, steps: Any,
@@ -342,7 +317,7 @@ def solve_rows(
                 rows[row, k] = (one - relaxation) * rows[row, k] + relaxation * z[k]
 
 
-@_compiled
+@compiled
 def measure_rows(
     rows: Any, starts: Any, entries: Entries, objective: Objective, offset: Any, out: Any
 ) -> None:

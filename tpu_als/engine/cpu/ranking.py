@@ -1,28 +1,36 @@
-"""The k best of each query on a CPU: BLAS multiplies, NumPy chooses.
+"""The k best of each query on a CPU: BLAS multiplies, and the best scores are selected.
 
-The k best columns of a row are in the k blocks with the largest maxima, so only those blocks are
-sorted. The columns of a block are strided, so that the maxima of all blocks are maxima over
-contiguous runs.
+For a few queries NumPy selects, so that a process that serves single queries does not load numba.
+For more the compiled loops of `selection` do. Of equal scores, the lower ids are kept and come
+first.
 
 Axis letters: B queries, N items, K factors.
 """
 
 from __future__ import annotations
 
+import math
 import threading
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
 
+from tpu_als.engine.cpu import compiled
+from tpu_als.engine.cpu.compiled import read_only
 from tpu_als.host import single_blas_thread, threads
 
 BLOCK = 16  # columns of a block
 FEW = 4  # up to this many queries, products with vectors are faster than a product of matrices
 NO_SCORE = -np.finfo(np.float32).max  # of places without a result, as in implicit
 _KEPT_BYTES = 1 << 22
-_NEAR_BYTES = 1 << 19  # of columns to choose from at once, which a core's cache holds
-_BATCH_BYTES = 1 << 25  # of scores of a thread
+_BATCH_BYTES = 1 << 22  # of a thread's scores, which a core's share of the last cache holds
+_MOST_COLUMNS = 1 << 13  # so that many queries share the cached part of a large table
+_MOST_QUERIES, _LEAST_QUERIES = 256, 16  # of a thread at a time
+_CANDIDATE_BYTES = 1 << 24
+_LEAST_WORK = 1 << 26  # multiplications for which a thread pays
 _memory = threading.local()
 
 
@@ -43,6 +51,10 @@ class Catalog:
     table: np.ndarray
     lengths: np.ndarray | None
     n_threads: int
+    # Memory for scores that no thread uses at the moment: new pages are expensive.
+    unused: deque[np.ndarray] = field(
+        default_factory=lambda: deque(maxlen=16), repr=False, compare=False
+    )
 
     @property
     def dtype(self) -> np.dtype:
@@ -54,7 +66,7 @@ class Catalog:
         queries: np.ndarray,
         k: int,
         *,
-        seen: sparse.csr_matrix | None = None,
+        seen: sparse.csr_matrix | Seen | None = None,
         excluded: np.ndarray | None = None,
         approximate_recall: float | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +81,7 @@ class Catalog:
         seen : CSR matrix (B, N), optional
             Items to leave out of each query's result.
         excluded : int array, optional
-            Items to leave out of every result.
+            Items to leave out of every result; ascending.
         approximate_recall : float, optional
             Ignored: the result is exact.
 
@@ -80,49 +92,121 @@ class Catalog:
         scores : array (B, k)
             `NO_SCORE` where the id is -1; NaN where the product is NaN or infinite.
         """
+        if not (k and len(queries) and len(self.table)):
+            return empty(len(queries), k, self.table.dtype)
         with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for NaN
-            return self._best(queries, k, seen, excluded)
+            if len(queries) <= FEW or not compiled.is_available():
+                return _of_few(self, queries, k, seen, excluded)
+            return self._of_many(queries, k, seen, excluded)
 
-    def _best(
+    def _of_many(
         self,
         queries: np.ndarray,
         k: int,
-        seen: sparse.csr_matrix | None,
+        seen: sparse.csr_matrix | Seen | None,
         excluded: np.ndarray | None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        if len(queries) <= FEW:
-            return _of_few(self, queries, k, seen, excluded)
         ids, scores = empty(len(queries), k, self.table.dtype)
-        width = min(k, len(self.table))
-        if not width:
-            return ids, scores
-        row_bytes = len(self.table) * self.table.itemsize
-        share = -(-len(queries) // self.n_threads)
-        size = min(max(_BATCH_BYTES // row_bytes, 8), share)
-        scratch = threading.local()
+        n_items, factors = self.table.shape
+        width = min(k, n_items)
+        n_threads = min(self.n_threads, 1 + len(queries) * n_items * factors // _LEAST_WORK)
+        n_blocks = -(-n_items // _MOST_COLUMNS)
+        n_columns = -(-n_items // n_blocks)
+        size = _BATCH_BYTES // (n_columns * self.table.itemsize)
+        size = min(max(size, _LEAST_QUERIES), _MOST_QUERIES, -(-len(queries) // n_threads))
+        size = max(min(size, _CANDIDATE_BYTES // (8 * width)), 1)
+        select = _Selection(self, width, excluded, n_columns)
+
+        nothing = np.empty(0, np.int64), np.empty(0, np.int32)
 
         @np.errstate(over="ignore", invalid="ignore")
         def work(low: int) -> None:
             at = slice(low, min(low + size, len(queries)))
-            if not hasattr(scratch, "scores"):
-                scratch.scores = np.empty((size, len(self.table)), self.table.dtype)
-            products = scratch.scores[: at.stop - low]
-            np.matmul(queries[at], self.table.T, out=products)
-            if self.lengths is not None:
-                products /= self.lengths
-            if seen is not None:
-                part = seen[at]
-                products[
-                    np.repeat(np.arange(len(products)), np.diff(part.indptr)), part.indices
-                ] = -np.inf
-            if excluded is not None:
-                products[:, excluded] = -np.inf
-            best, found = largest(products, width)
+            part = nothing if seen is None else (seen.indptr[low : at.stop + 1], seen.indices)
+            found, best = select(queries[at], part)
             keep(ids[at, :width], scores[at, :width], found, best)
 
         with single_blas_thread():
-            threads(work, range(0, len(queries), size), self.n_threads)
+            threads(work, range(0, len(queries), size), n_threads)
         return ids, scores
+
+
+class _Selection:
+    """Selects the best items of some queries, and scores `n_columns` items at a time.
+
+    Parameters
+    ----------
+    catalog : Catalog
+        The table.
+    k : int
+        Items wanted, at most N.
+    excluded : int array or None
+        Items to leave out, ascending.
+    n_columns : int
+        Items to score at a time.
+    """
+
+    def __init__(
+        self, catalog: Catalog, k: int, excluded: np.ndarray | None, n_columns: int
+    ) -> None:
+        dtype = catalog.dtype
+        self._catalog, self._k, self._n_columns = catalog, k, n_columns
+        lengths = np.empty(0, dtype) if catalog.lengths is None else catalog.lengths
+        self._lengths = read_only(np.ascontiguousarray(lengths, dtype))
+        self._excluded = np.asarray(() if excluded is None else excluded, np.int32)
+        # The cost is about that of finding the k-th of the blocks' maxima, and of reading k blocks.
+        best = math.isqrt(4 * n_columns // k)
+        self._width = max(min(best, n_columns // (4 * k)), 1)
+        self._loops = compiled.selection()
+
+    def __call__(
+        self, queries: np.ndarray, seen: tuple[np.ndarray, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and scores (B, k), best first; hidden items have a score of minus infinity."""
+        catalog, k, loops = self._catalog, self._k, self._loops
+        n_queries, n_items, dtype = len(queries), len(catalog.table), catalog.dtype
+        shape = n_queries, min(2 * k + 32, n_items + 1)
+        candidates = loops.Candidates(
+            np.empty(shape, dtype), np.empty(shape, np.int32),
+            np.zeros(n_queries, np.int64), np.full(n_queries, -np.inf, dtype),
+        )  # fmt: skip
+        starts = read_only(seen[0].astype(np.int64, copy=False))
+        seen_ids = read_only(seen[1].astype(np.int32, copy=False))
+        scratch = self._memory(n_queries * self._n_columns)
+        for low in range(0, n_items, self._n_columns):
+            rows = catalog.table[low : low + self._n_columns]
+            products = scratch[: n_queries * len(rows)].reshape(n_queries, len(rows))
+            np.matmul(queries, rows.T, out=products)
+            between = np.searchsorted(self._excluded, (low, low + len(rows)))
+            excluded = read_only(self._excluded[slice(*between)])
+            hidden = loops.Hidden(self._lengths, starts, seen_ids, excluded)
+            loops.select(products, low, hidden, k, self._width, candidates)
+        catalog.unused.append(scratch)
+        scores = candidates.scores[:, :k]
+        order = np.argsort(-scores, axis=1, kind="stable")
+        found = np.take_along_axis(candidates.ids, order, 1)
+        return found, np.take_along_axis(scores, order, 1)
+
+    def _memory(self, size: int) -> np.ndarray:
+        """Memory for so many scores."""
+        try:
+            scratch = self._catalog.unused.pop()
+        except IndexError:
+            scratch = np.empty(0, self._catalog.dtype)
+        return scratch if len(scratch) >= size else np.empty(size, self._catalog.dtype)
+
+
+class Seen(NamedTuple):
+    """Items to leave out of each query's result, as in a CSR matrix without values.
+
+    Attributes
+    ----------
+    indptr, indices : int array (B + 1,), int array
+        Where each query's items begin, and the items.
+    """
+
+    indptr: np.ndarray
+    indices: np.ndarray
 
 
 def top_k_of_chosen(
@@ -138,22 +222,15 @@ def top_k_of_chosen(
 
     `chosen` (n,) are their ids, ascending; `seen` is of the whole table.
     """
-    ids, scores = empty(len(queries), k, rows.dtype)
-    width = min(k, len(chosen))
-    step = max(_KEPT_BYTES // max(rows.dtype.itemsize * len(chosen), 1), 1)
-    for low in range(0, len(queries) if width else 0, step):
-        at = slice(low, low + step)
-        products = queries[at] @ rows.T
-        if lengths is not None:
-            products /= lengths
-        if seen is not None:
-            part = seen[at]
-            place = np.minimum(np.searchsorted(chosen, part.indices), len(chosen) - 1)
-            hit = chosen[place] == part.indices
-            row = np.repeat(np.arange(len(products)), np.diff(part.indptr))
-            products[row[hit], place[hit]] = -np.inf
-        best, found = _sorted(products, width)
-        keep(ids[at, :width], scores[at, :width], chosen[found], best)
+    hidden = None
+    if seen is not None and len(chosen):
+        columns = np.minimum(np.searchsorted(chosen, seen.indices), len(chosen) - 1)
+        is_chosen = chosen[columns] == seen.indices
+        counts = np.concatenate([[0], np.cumsum(is_chosen)])
+        hidden = Seen(counts[seen.indptr], columns[is_chosen])
+    ids, scores = Catalog(rows, lengths, 1).top_k(queries, k, seen=hidden)
+    if len(chosen):
+        ids = np.where(ids < 0, ids, chosen[ids]).astype(np.int32)
     return ids, scores
 
 
@@ -161,90 +238,49 @@ def _of_few(
     catalog: Catalog,
     queries: np.ndarray,
     k: int,
-    seen: sparse.csr_matrix | None,
+    seen: sparse.csr_matrix | Seen | None,
     excluded: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`Catalog.top_k` of a few queries."""
+    # Every call of NumPy counts here: its code is not in a cache after a product with the table.
     table, lengths = catalog.table, catalog.lengths
-    width = min(k, len(table))
-    if not width:
-        return empty(len(queries), k, table.dtype)
-    ids, scores = np.empty((len(queries), k), np.int32), np.empty((len(queries), k), table.dtype)
-    # One product per query: a thin matrix product is much slower than products with vectors.
-    for row, query in enumerate(queries):
-        products = np.matmul(table, query, out=_scratch(len(table), table.dtype))
+    products, width = _scratch(len(table), table.dtype), min(k, len(table))
+    rows = []
+    for row in range(len(queries)):
+        # One product per query: a thin matrix product is much slower than products with vectors.
+        np.dot(table, queries[row], out=products)
         if lengths is not None:
             products /= lengths
         if seen is not None:
             products[seen.indices[seen.indptr[row] : seen.indptr[row + 1]]] = -np.inf
         if excluded is not None:
             products[excluded] = -np.inf
-        best, found = _largest_of_row(products, width)
+        best, found = largest(products, width)
         if np.inf > best[0] and best[-1] > -np.inf and width == k:  # nothing is missing
-            ids[row], scores[row] = found, best
-        else:
-            ids[row], scores[row] = empty(1, k, table.dtype)
-            keep(ids[row, :width], scores[row, :width], found, best)
-    return ids, scores
+            rows.append((found.astype(np.int32), best))
+            continue
+        ids, scores = empty(1, k, table.dtype)
+        keep(ids[0, :width], scores[0, :width], found, best)
+        rows.append((ids[0], scores[0]))
+    if len(rows) == 1:
+        return rows[0][0][None], rows[0][1][None]
+    return np.array([ids for ids, _ in rows]), np.array([scores for _, scores in rows])
 
 
 def largest(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Top k values (B, k), best first, and columns of scores (B, n)."""
-    n_queries, n_columns = scores.shape
-    n_blocks = n_columns // BLOCK
-    if n_blocks < 4 * k:
-        return _sorted(scores, k)
-    step = max(_NEAR_BYTES // (BLOCK * k * np.dtype(np.intp).itemsize), 1)
-    found = [_of_blocks(scores[low : low + step], k) for low in range(0, n_queries, step)]
-    best, columns = map(np.concatenate, zip(*found, strict=True))
-    return best, columns
-
-
-def _of_blocks(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """`largest` for a few rows at a time, so that the columns to choose from stay in a cache."""
-    n_queries, n_columns = scores.shape
-    n_blocks = n_columns // BLOCK
-    # Of slices: a reduction over the middle axis takes several times as long.
-    maxima = scores[:, :n_blocks].copy()
-    for low in range(n_blocks, BLOCK * n_blocks, n_blocks):
-        np.maximum(maxima, scores[:, low : low + n_blocks], out=maxima)
-    blocks = np.argpartition(maxima, -k, axis=1)[:, -k:]
-    blocks.sort(axis=1)  # so that memory is read in its order
-    inside = (blocks[:, None, :] + n_blocks * np.arange(BLOCK)[:, None]).reshape(n_queries, -1)
-    rest = np.arange(BLOCK * n_blocks, n_columns)
-    if len(rest):
-        rest = np.broadcast_to(rest, (n_queries, len(rest)))
-        inside = np.concatenate([inside, rest], axis=1)
-    best, at = _sorted(_take(scores, inside), k)
-    return best, _take(inside, at)
-
-
-def _sorted(values: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    at = np.argpartition(values, -k, axis=1)[:, -k:]
-    best = _take(values, at)
-    order = np.argsort(best, axis=1)[:, ::-1]
-    return _take(best, order), _take(at, order)
-
-
-def _take(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """np.take_along_axis(values, columns, 1), several times as fast."""
-    rows = np.arange(len(values))[:, None] * values.shape[1]
-    return values.reshape(-1).take(columns + rows)
-
-
-def _largest_of_row(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Top k values (k,), best first, and columns of scores (n,) in NumPy."""
+    """Top k values (k,), best first, and columns of scores (n,), in NumPy."""
     # Methods, since numpy's functions around them cost as much as their work here.
     n_blocks = len(scores) // BLOCK
     if n_blocks < 4 * k:
-        columns = scores.argpartition(-k)[-k:]
+        maxima, n_blocks = scores.copy(), len(scores)
     else:
         maxima = np.maximum.reduce(scores[: n_blocks * BLOCK].reshape(BLOCK, n_blocks))
-        maxima.partition(n_blocks - k)
-        # So many columns have at least this, and few more do.
-        columns = (scores >= maxima[n_blocks - k]).nonzero()[0]
+    maxima.partition((n_blocks - k, n_blocks - 1))
+    if math.isnan(maxima[-1]):
+        return largest(np.where(scores < np.inf, scores, np.inf), k)
+    columns = (scores >= maxima[n_blocks - k]).nonzero()[0]  # at least k, and few more
     values = scores.take(columns)
-    order = values.argsort()[: -k - 1 : -1]
+    order = (-values).argsort(kind="stable")[:k]
     return values.take(order), columns.take(order)
 
 

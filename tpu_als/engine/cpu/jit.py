@@ -1,0 +1,42 @@
+"""How numba compiles the functions of this folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numba
+
+log = logging.getLogger("tpu_als")
+
+# Sums may be reordered, to vectorise them; infinity and NaN are preserved.
+_OPTIONS: Any = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract", "arcp", "nsz"},
+}
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile a function when it is called, and keep the result in numba's cache."""
+    try:
+        return numba.njit(**_OPTIONS, cache=True)(function)
+    except RuntimeError as error:  # numba finds no directory that it can write to
+        log.warning("compiled loops are not kept for later processes: %s", error)
+        return numba.njit(**_OPTIONS)(function)
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """Compile a function that only compiled functions call, without wrappers for other callers."""
+    return _inner(function, _OPTIONS)
+
+
+def inner_without_nan(function: Callable[..., Any]) -> Any:
+    """As `inner`, for numbers without NaN: LLVM can then vectorise a maximum."""
+    return _inner(function, {**_OPTIONS, "fastmath": {*_OPTIONS["fastmath"], "nnan"}})
+
+
+def _inner(function: Callable[..., Any], options: Any) -> Any:
+    wrappers: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return numba.njit(**options, **wrappers)(function)

@@ -1,0 +1,192 @@
+"""Loops that select the k largest scores of each row, compiled by numba.
+
+`compiled.selection` imports this module when it is needed. A row is read twice: once for the
+maximum of each block of columns, and once more in the blocks whose maximum is large enough.
+Arrays are accessed by index and never sliced: numba would count the references to a slice, in
+memory that all threads share.
+
+Axis letters: B rows of scores, n columns, C capacity of the lists of candidates.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tpu_als.engine.cpu.jit import compiled, inner, inner_without_nan
+
+
+class Candidates(NamedTuple):
+    """The largest scores so far of each row, in the order of their columns.
+
+    Attributes
+    ----------
+    scores : (B, C)
+        C is above k. Infinity stands for a score that is NaN or infinite.
+    ids : int32 (B, C)
+        Their columns.
+    sizes : int64 (B,)
+        Number of candidates of each row.
+    bounds : (B,)
+        Once a row has k candidates: the least of them. Before that, minus infinity.
+    """
+
+    scores: Any
+    ids: Any
+    sizes: Any
+    bounds: Any
+
+
+class Hidden(NamedTuple):
+    """What becomes of the scores before the selection.
+
+    Attributes
+    ----------
+    lengths : (n,)
+        What they are divided by; empty for 1.
+    starts, seen : int (B + 1,), int32
+        Columns to hide in each row, as in the `indptr` and `indices` of CSR; empty for none.
+        Columns outside the block of scores are ignored.
+    excluded : int
+        Columns to hide in all rows.
+    """
+
+    lengths: Any
+    starts: Any
+    seen: Any
+    excluded: Any
+
+
+@inner
+def _kth(numbers: Any, n: Any, k: Any) -> Any:
+    """The k-th largest of n numbers, which are reordered (Hoare's quickselect)."""
+    low, high, wanted = 0, n - 1, k - 1
+    while low < high:
+        a, b, c = numbers[low], numbers[(low + high) // 2], numbers[high]
+        pivot = max(min(a, b), min(max(a, b), c))
+        i, j = low, high
+        while i <= j:
+            while numbers[i] > pivot:
+                i += 1
+            while numbers[j] < pivot:
+                j -= 1
+            if i <= j:
+                numbers[i], numbers[j] = numbers[j], numbers[i]
+                i += 1
+                j -= 1
+        if wanted <= j:
+            high = j
+        elif wanted >= i:
+            low = i
+        else:
+            break
+    return numbers[wanted]
+
+
+@inner
+def _keep_k(candidates: Candidates, row: Any, n: Any, k: Any, scratch: Any) -> Any:
+    """Keep the k largest of n candidates of a row, the first ones of equals; return the least."""
+    scores, ids, _, _ = candidates
+    for at in range(n):
+        scratch[at] = scores[row, at]
+    least, larger, kept = _kth(scratch, n, k), 0, 0
+    for at in range(n):
+        larger += scores[row, at] > least
+    equals = k - larger
+    for at in range(n):
+        score = scores[row, at]
+        if score > least or (score == least and equals > 0):
+            equals -= score == least
+            scores[row, kept], ids[row, kept] = score, ids[row, at]
+            kept += 1
+    return least
+
+
+@inner
+def _without_nan(products: Any, row: Any) -> None:
+    """Replace NaN by infinity in a row, if it has any."""
+    zero, top = products.dtype.type(0), products.dtype.type(np.inf)
+    total = zero
+    for column in range(products.shape[1]):
+        total += products[row, column] * zero
+    if total != zero:  # NaN, as there is NaN or infinity in the row
+        for column in range(products.shape[1]):
+            if not products[row, column] < top:
+                products[row, column] = top
+
+
+@inner_without_nan
+def _maxima(products: Any, row: Any, width: Any, out: Any) -> None:
+    """Write the maximum of each block of columns of a row."""
+    n = products.shape[1]
+    for block in range((n + width - 1) // width):
+        low = block * width
+        top = products[row, low]
+        for column in range(low, min(low + width, n)):
+            score = products[row, column]
+            top = score if score > top else top
+        out[block] = top
+
+
+@compiled
+def select(
+    products: Any, first: Any, hidden: Hidden, k: Any, width: Any, candidates: Candidates
+) -> None:
+    """Add the scores of a block of columns to the candidates of each row.
+
+    Parameters
+    ----------
+    products : (B, n)
+        Scores, which are overwritten.
+    first : int
+        Column of the first score in the whole table.
+    hidden : Hidden
+        Columns to hide, which count from the first of the whole table.
+    k : int
+        Number of candidates to keep, at least 1.
+    width : int
+        Columns of a block for which a maximum is computed.
+    candidates : Candidates
+        Those of the columns before; overwritten. At most k are left of each row.
+    """
+    scores, ids, sizes, bounds = candidates
+    lengths, starts, seen, excluded = hidden
+    n, capacity, kind = products.shape[1], scores.shape[1], products.dtype.type
+    n_blocks, lowest = (n + width - 1) // width, kind(-np.inf)
+    maxima, scratch = np.empty(n_blocks, kind), np.empty(max(capacity, n_blocks), kind)
+    for row in range(len(products)):
+        if len(lengths):
+            for column in range(n):
+                products[row, column] /= lengths[first + column]
+        _without_nan(products, row)
+        if len(starts):
+            for at in range(starts[row], starts[row + 1]):
+                column = seen[at] - first
+                if 0 <= column < n:
+                    products[row, column] = lowest
+        for at in range(len(excluded)):
+            products[row, excluded[at] - first] = lowest
+        _maxima(products, row, width, maxima)
+        size, bound = sizes[row], bounds[row]
+        is_full = size >= k
+        if not is_full and n_blocks >= k:
+            for block in range(n_blocks):
+                scratch[block] = maxima[block]
+            bound = max(bound, _kth(scratch, n_blocks, k))
+        for block in range(n_blocks):
+            if maxima[block] < bound:
+                continue
+            for column in range(block * width, min(block * width + width, n)):
+                score = products[row, column]
+                # Of equal scores the first columns are kept.
+                if score > bound or (score == bound and not is_full):
+                    scores[row, size], ids[row, size] = score, first + column
+                    size += 1
+                    if size == capacity:
+                        bound, size, is_full = _keep_k(candidates, row, size, k, scratch), k, True
+        if size > k:
+            bound, size, is_full = _keep_k(candidates, row, size, k, scratch), k, True
+        elif size < k:
+            bound = lowest
+        sizes[row], bounds[row] = size, bound
