@@ -23,6 +23,7 @@ from llvmlite import ir
 from numba.extending import intrinsic
 
 from tpu_als.engine import objective as equations
+from tpu_als.engine.cpu.kept_code import KeptCode
 from tpu_als.engine.objective import Objective
 
 # Number of entries that are summed in the tables' dtype, before a float64 total adds the sum.
@@ -92,7 +93,9 @@ _OPTIONS: Any = {
 def _compiled(function: Callable[..., Any]) -> Any:
     """Compile a function when it is called, and keep the result in numba's cache."""
     try:
-        return numba.njit(**_OPTIONS, cache=True)(function)
+        found = numba.njit(**_OPTIONS, cache=True)(function)
+        found._cache = KeptCode(function)
+        return found
     except RuntimeError as error:  # numba finds no directory that it can write to
         log.warning("compiled loops are not kept for later processes: %s", error)
         return numba.njit(**_OPTIONS)(function)
