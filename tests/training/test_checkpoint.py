@@ -655,10 +655,11 @@ def test_trainings_in_threads(placed: Any, tmp_path: Path) -> None:
 
 def test_a_failed_save_holds_up_no_other(placed: Any, tmp_path: Path) -> None:
     data = placed("one")
-    with pytest.raises(OSError), Checkpoints(tmp_path / "a") as checkpoints:
-        assert checkpoints.restore(SETTINGS, data) is None
-        shutil.rmtree(tmp_path / "a" / FOLDER)
-        (tmp_path / "a" / FOLDER).touch()
+    checkpoints = Checkpoints(tmp_path / "a")
+    assert checkpoints.restore(SETTINGS, data) is None
+    shutil.rmtree(tmp_path / "a" / FOLDER)
+    (tmp_path / "a" / FOLDER).touch()
+    with pytest.raises(OSError), checkpoints:
         checkpoints.save(1, _start(data), data, SETTINGS, {})
     with Checkpoints(tmp_path / "b") as checkpoints:
         assert checkpoints.save(1, _start(data), data, SETTINGS, {})
