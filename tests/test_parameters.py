@@ -266,3 +266,9 @@ class TestAssignedTables:
         assert model.recommend(0, groups[0], N=3, recalculate_user=True)[0].shape == (3,)
         model.user_factors = model.user_factors[:, :3].copy()
         assert model.recommend(0, groups[0], N=3)[0].shape == (3,)
+
+
+def test_an_empty_path_is_no_directory() -> None:
+    """As of a variable of the environment that is not set; it meant the current directory."""
+    with pytest.raises(ValueError, match="checkpoint_dir must be None or the path of a directory"):
+        TPUAlternatingLeastSquares(4, checkpoint_dir="").fit(sparse.eye(4, format="csr"))

@@ -65,6 +65,28 @@ def test_has_the_estimators_defaults(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found[0], ours.recommend(3, COUNTS[3], N=5)[0])
 
 
+def test_tables_can_be_assigned() -> None:
+    model = TPUAlternatingLeastSquares(4, iterations=2, random_state=0)
+    model.fit(COUNTS, show_progress=False)
+    served = ServedModel()
+    served.user_factors, served.item_factors = model.user_factors, model.item_factors
+    for call in CALLS.values():
+        for mine, theirs in zip(call(served), call(model), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["alpha", "regularization"])
+def test_a_file_without_a_parameter_of_folding_in(name: str, tmp_path: Path) -> None:
+    model = TPUAlternatingLeastSquares(4, iterations=2, random_state=0)
+    model.fit(COUNTS, show_progress=False).save(tmp_path / "model")
+    with np.load(tmp_path / "model.npz") as file:
+        values = {key: file[key] for key in file.files if key != name}
+    np.savez(tmp_path / "model.npz", **values)
+    twins = [cls.load(tmp_path / "model") for cls in (ServedModel, TPUAlternatingLeastSquares)]
+    rows = [twin.recalculate_user(USERS, COUNTS) for twin in twins]
+    np.testing.assert_array_equal(*rows)
+
+
 def test_errors() -> None:
     from sklearn.exceptions import NotFittedError
 

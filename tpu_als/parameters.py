@@ -142,8 +142,9 @@ RULES: dict[str, Rule] = {
     "tol": _WEIGHT,
     "approximate_recall": (_or_none(_SHARE[0]), "None or a number between 0 and 1"),
     "checkpoint_dir": (
-        lambda v: v is None or isinstance(v, (str, os.PathLike)),
-        "None or the path of a directory",
+        # An empty text, as of an unset variable, would mean the current directory.
+        lambda v: v is None or isinstance(v, os.PathLike) or (isinstance(v, str) and bool(v)),
+        "None or the path of a directory, not an empty one",
     ),
     "checkpoint_every": _COUNT,
     "verbose": (_or_none(is_flag), "None, True or False"),

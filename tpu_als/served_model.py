@@ -14,6 +14,8 @@ from tpu_als.storage import model_file
 
 # The estimator's defaults, for parameters that a file of implicit may lack.
 _DEFAULTS: dict[str, Any] = {
+    "regularization": 0.01,
+    "alpha": 1.0,
     "objective": "implicit",
     "unobserved_weight": 1.0,
     "cg_steps": 3,
@@ -46,6 +48,9 @@ class ServedModel(Ranking, NewRows, Attributes):
     [2, 3]
     """
 
+    def __init__(self) -> None:
+        vars(self).update({**dict.fromkeys(parameters.RULES), **_DEFAULTS})
+
     @classmethod
     def load(cls, fileobj_or_path: str | os.PathLike | BinaryIO) -> Self:
         """Read a model written by the estimator's `save` or by implicit's.
@@ -64,7 +69,7 @@ class ServedModel(Ranking, NewRows, Attributes):
         """
         found, fitted = model_file.load_model(fileobj_or_path, parameters.RULES, {})
         model = cls()
-        vars(model).update({**dict.fromkeys(parameters.RULES), **_DEFAULTS, **found})
+        vars(model).update(found)
         if fitted:
             model._fitted = fitted_model(fitted)
         return model

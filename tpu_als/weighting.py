@@ -10,6 +10,7 @@ from scipy import sparse
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
+from tpu_als.host import require_memory
 from tpu_als.validation import structure
 from tpu_als.validation.refusals import refuse_misplaced, require_finite
 
@@ -276,7 +277,12 @@ class BM25Weighting(_Weighting):
         _check("B", self.B, 0, 1)
 
     def _learn(self, rows: Any) -> None:
-        sums = np.bincount(rows.indices, weights=rows.data, minlength=rows.shape[1])
+        n_items = rows.shape[1]
+        require_memory(
+            {f"sums and lengths of {n_items} items": 24 * n_items},
+            "number the items from 0 on, without gaps",
+        )
+        sums = np.bincount(rows.indices, weights=rows.data, minlength=n_items)
         mean = sums.mean()
         self.length_ = (1.0 - self.B) + self.B * sums / (mean if mean else 1.0)
 

@@ -26,7 +26,7 @@ from tpu_als import TPUAlternatingLeastSquares, evaluation
 from tpu_als.evaluation import holdout
 from tpu_als.exceptions import DataWarning
 from tpu_als.shards import write_shards
-from tpu_als.weighting import LogWeighting
+from tpu_als.weighting import BM25Weighting, LogWeighting
 
 RANX = {
     "precision_at_k": "precision",
@@ -495,3 +495,14 @@ def test_functions_and_their_metrics(name: str, metric: str, fitted_pair: Any) -
     got = getattr(evaluation, name)(*asked, K=5)
     assert got == evaluation.ranking_metrics_at_k(*asked, K=5)[metric]
     assert 0 < got < 1
+
+
+def test_more_items_than_memory_holds() -> None:
+    """As of hashed ids."""
+    ids, indptr = np.array([1, 2**44]), np.array([0, 2])
+    wide = sparse.csr_matrix((np.ones(2), ids, indptr), shape=(1, 2**44 + 1))
+    model = TPUAlternatingLeastSquares(4)
+    for call in (lambda: model.fit(wide), lambda: BM25Weighting().fit(wide)):
+        with pytest.raises(MemoryError, match="17592186044417 items .*number the items from 0 on"):
+            call()
+    assert model.item_factors is None

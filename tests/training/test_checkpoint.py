@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -632,6 +633,36 @@ def test_a_failed_write_is_raised(placed: Any, tmp_path: Path) -> None:
     (tmp_path / FOLDER).touch()
     with pytest.raises(OSError), checkpoints:
         checkpoints.save(1, _start(data), data, SETTINGS, {})
+
+
+def test_trainings_in_threads(placed: Any, tmp_path: Path) -> None:
+    """Orbax mixes up the saves of two managers at a time, also in different directories."""
+    data = placed("one")
+
+    def train(number: int) -> None:
+        settings = {**SETTINGS, "alpha": float(number)}
+        with Checkpoints(tmp_path) as checkpoints:
+            assert checkpoints.restore(settings, data) is None
+            for iteration in range(1, 4):
+                checkpoints.save(iteration, _start(data, number), data, settings, {})
+        with Checkpoints(tmp_path) as checkpoints:
+            found = checkpoints.restore(settings, data)
+            assert found is not None and found.iteration == 3
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(train, range(4)))
+
+
+def test_a_failed_save_holds_up_no_other(placed: Any, tmp_path: Path) -> None:
+    data = placed("one")
+    checkpoints = Checkpoints(tmp_path / "a")
+    assert checkpoints.restore(SETTINGS, data) is None
+    shutil.rmtree(tmp_path / "a" / FOLDER)
+    (tmp_path / "a" / FOLDER).touch()
+    with pytest.raises(OSError), checkpoints:
+        checkpoints.save(1, _start(data), data, SETTINGS, {})
+    with Checkpoints(tmp_path / "b") as checkpoints:
+        assert checkpoints.save(1, _start(data), data, SETTINGS, {})
 
 
 def test_no_traces_are_left(placed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

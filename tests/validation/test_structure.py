@@ -305,3 +305,18 @@ class TestIndexArrays:
             matrices.canonical_csr(given)
         given.prune()
         np.testing.assert_array_equal(matrices.canonical_csr(given).toarray(), expected)
+
+
+@pytest.mark.parametrize("kind", ["coo_matrix", "coo_array", "csc_matrix", "dia_matrix"])
+@pytest.mark.parametrize("function", [matrices.canonical, matrices.canonical_csr])
+def test_more_rows_than_memory_holds(kind: str, function: Any) -> None:
+    """As of hashed ids: a CSR matrix has a number for each row, also for empty ones."""
+    few = sparse.coo_matrix(([1.0, 2.0], ([0, 1], [0, 1])), shape=(2**44, 3))
+    if kind == "csc_matrix":
+        wide = sparse.csc_matrix(([1.0, 2.0], [0, 1], [0, 1, 2, 2]), shape=(2**44, 3))
+    elif kind == "dia_matrix":
+        wide = sparse.dia_matrix((np.array([[1.0, 2.0, 0.0]]), [0]), shape=(2**44, 3))
+    else:
+        wide = getattr(sparse, kind)(few)
+    with pytest.raises(MemoryError, match=r"row pointers of 17592186044416 rows of user_items"):
+        function(wide)

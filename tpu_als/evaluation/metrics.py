@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from tpu_als import host
 from tpu_als.evaluation import holdout, inputs
 from tpu_als.exceptions import DataWarning
 
@@ -113,9 +114,20 @@ def metrics_of_rankings(
 
 
 def popularity_of(user_items: sparse.csr_matrix) -> np.ndarray:
-    """Number of users with a positive entry for each item (n_items,), of a canonical matrix."""
+    """Number of users with a positive entry for each item (n_items,), of a canonical matrix.
+
+    Raises
+    ------
+    MemoryError
+        If a number for each column does not fit into memory, as if hashes are used as column ids.
+    """
+    n_items = user_items.shape[1]
+    host.require_memory(
+        {f"popularity of {n_items} items": 8 * n_items},
+        "number the items from 0 on, without gaps",
+    )
     liked = user_items.indices[user_items.data > 0]
-    return np.bincount(liked, minlength=user_items.shape[1])
+    return np.bincount(liked, minlength=n_items)
 
 
 def _of_hits(hits: np.ndarray, counts: np.ndarray) -> dict[str, float]:

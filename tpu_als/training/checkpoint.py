@@ -237,7 +237,7 @@ class Checkpoints:
         }
         items["meta"] = args.JsonSave({**meta, "checksum": digests.fields(meta)})
         with precision(data.params.dtype), self._blamed_on_writing():
-            manager.save(iteration, args=args.Composite(**items), force=True)
+            orbax_io.save(manager, iteration, args.Composite(**items))
         return True
 
     def close(self) -> None:
@@ -246,7 +246,7 @@ class Checkpoints:
         with self._at_close:
             if manager is not None:
                 with self._blamed_on_writing():
-                    manager.close()
+                    orbax_io.close(manager)
 
     @contextlib.contextmanager
     def _blamed_on_writing(self) -> Iterator[None]:

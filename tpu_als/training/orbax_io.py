@@ -6,11 +6,17 @@ import contextlib
 import logging
 import os
 import re
+import threading
+import time
+import weakref
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 _ITERATION = re.compile("0|[1-9][0-9]*")
+_POLL = 0.005  # seconds between two looks at another manager's save
+_saving = threading.Lock()
+_latest: Any = None  # weak reference to the manager that began the latest save of this process
 
 
 def load() -> ModuleType:
@@ -56,6 +62,34 @@ def manager(root: Any, keep: int, processes: tuple[int, ...]) -> Any:
         step_name_format=_IterationFolders(),
     )
     return ocp.CheckpointManager(root, options=options)
+
+
+def save(manager: Any, iteration: int, args: Any) -> None:
+    """Start to save in the background, after the saves of this process's other managers.
+
+    Orbax numbers the operations of the whole process, so that saves of two managers at a time, as
+    of fits in several threads, take each other's folders for their own.
+    """
+    global _latest
+    manager.wait_until_finished()  # a failed save stays "in progress"; raise it before the lock
+    with _saving:
+        other = None if _latest is None else _latest()
+        # Not by waiting for it to finish: that would take its errors from its own thread.
+        while other is not None and other is not manager and other.is_saving_in_progress():
+            time.sleep(_POLL)
+            other = None if _latest is None else _latest()  # closed meanwhile
+        _latest = weakref.ref(manager)
+        manager.save(iteration, args=args, force=True)
+
+
+def close(manager: Any) -> None:
+    """Wait until everything is written. After an error, other managers may save as well."""
+    global _latest
+    try:
+        manager.close()
+    finally:
+        if _latest is not None and _latest() is manager:
+            _latest = None
 
 
 def reader(root: Any, process: int) -> Any:

@@ -13,6 +13,10 @@ from typing import Any, NoReturn
 import numpy as np
 from scipy import sparse
 
+from tpu_als.host import require_memory
+
+_ROW_BYTES = 16  # of a row in a CSR matrix and in the conversion to it
+
 
 def checked(matrix: Any, name: str = "user_items", *, widen: bool = False) -> Any:
     """Return a matrix that is safe for compiled code; the input is not modified.
@@ -37,6 +41,8 @@ def checked(matrix: Any, name: str = "user_items", *, widen: bool = False) -> An
     ------
     ValueError
         For arrays that contradict each other or the shape, and for values that are not real.
+    MemoryError
+        For formats other than CSR with so many rows that a CSR does not fit into memory.
     """
     if sparse.issparse(matrix):
         return checked_with_order(matrix, name, widen=widen)[0]
@@ -117,6 +123,12 @@ def checked_with_order(matrix: Any, name: str, *, widen: bool) -> tuple[Any, boo
     elif kind == "dia":
         _check_diagonals(matrix, name)
     matrix = _real(matrix, name)
+    if matrix.ndim == 2:
+        n_rows = matrix.shape[0]
+        require_memory(
+            {f"row pointers of {n_rows} rows of {name}": _ROW_BYTES * n_rows},
+            "number the rows from 0 on, without gaps",
+        )
     if widen and matrix.dtype.char not in "fd":
         matrix = matrix.astype(np.float64)
     return matrix, False

@@ -312,7 +312,7 @@ def test_works_where_nothing_can_be_kept(
 
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger="tpu_als"):
         patch.setattr(numba, "njit", refuse)  # numba decorates its own functions when it compiles
-        double = loops._compiled(lambda number: 2 * number)
+        double = jit.compiled(lambda number: 2 * number)
     assert double(3) == 6 and made == [True, False]
     assert "no locator available" in caplog.text
 

@@ -17,7 +17,7 @@ from tpu_als.engine import compilation_cache, objective
 from tpu_als.engine.objective import Objective
 from tpu_als.exceptions import DataWarning
 
-_SOURCES = "jit.py", "loops.py", "selection.py"
+_SOURCES = "jit.py", "kept_code.py", "loops.py", "selection.py"
 _loading, _importing = threading.Lock(), threading.Lock()
 
 
@@ -106,7 +106,7 @@ def _ready(dtype: str) -> Any:
     objective = Objective(*map(kind, (1, 1, 1, 1, 1)))
     diagonal = found.Diagonal(read_only(table[0]), *map(kind, (1,) * 6))
     starts = read_only(number), read_only(number)
-    found.solve_rows(table, starts, entries, objective, diagonal, kind(1), 1)
+    found.solve_rows(table, starts, entries, objective, diagonal, found.Solver(kind(1), 1))
     return found
 
 

@@ -133,7 +133,8 @@ def solve_side(
     rotate(source, rotation, n_threads, rotated_source)
     loops = compiled.ready(dtype.name)
     diagonal = _diagonal(loops, spectrum, len(source), factors, settings)
-    objective, relaxation = settings.objective, dtype.type(settings.relaxation)
+    objective = settings.objective
+    solver = loops.Solver(dtype.type(settings.relaxation), settings.steps)
     fixed, ahead = read_only(rotated_source), _ahead(rotated_source)
     parts = rows.parts(n_threads, factors)
     out = memory.empty(target.shape, dtype, largest * width)
@@ -147,7 +148,7 @@ def solve_side(
         loops.solve_rows(
             rotated, (part.cells, part.lengths),
             loops.Entries(fixed, part.ids, part.values, ahead),
-            objective, diagonal, relaxation, settings.steps,
+            objective, diagonal, solver,
         )  # fmt: skip
         np.matmul(rotated, rotation.T, out=out[at])
         scratch.append(own)

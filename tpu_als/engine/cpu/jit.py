@@ -8,6 +8,11 @@ from typing import Any
 
 import numba
 
+try:
+    from tpu_als.engine.cpu.kept_code import KeptCode
+except ImportError:  # parts of numba that it documents for developers only have changed
+    KeptCode = None  # type: ignore[assignment, misc]
+
 log = logging.getLogger("tpu_als")
 
 # Sums may be reordered, to vectorise them; infinity and NaN are preserved.
@@ -21,7 +26,10 @@ _OPTIONS: Any = {
 def compiled(function: Callable[..., Any]) -> Any:
     """Compile a function when it is called, and keep the result in numba's cache."""
     try:
-        return numba.njit(**_OPTIONS, cache=True)(function)
+        found = numba.njit(**_OPTIONS, cache=True)(function)
+        if KeptCode is not None:
+            found._cache = KeptCode(function)
+        return found
     except RuntimeError as error:  # numba finds no directory that it can write to
         log.warning("compiled loops are not kept for later processes: %s", error)
         return numba.njit(**_OPTIONS)(function)

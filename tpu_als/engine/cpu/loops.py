@@ -13,6 +13,7 @@ Axis letters: R rows, E entries, N source rows, K factors including pads to whol
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numba
@@ -101,16 +102,18 @@ _ridge = inner(equations.ridge)
 
 
 @inner
-def _add_products(
-    entries: Entries, objective: Objective, first: Any, n: Any, scales: Any, p: Any, out: Any
+def add_products(
+    entries: Entries, objective: Objective, span: Any, scales: Any, p: Any, out: Any
 ) -> None:
-    """Add E^T s of n entries to `out`, with s = scales[0] v + scales[1] W t and t = E p.
+    """Add E^T s of some entries to `out`, with s = scales[0] v + scales[1] W t and t = E p.
+
+    `span` has the first entry and the number of entries.
 
     Four entries are handled at a time, so that their rows are still in the nearest cache for the
     second of two products.
     """
     source, ids, values, ahead = entries
-    on_targets, on_predictions = scales
+    (first, n), (on_targets, on_predictions) = span, scales
     kind = p.dtype.type
     address, row_bytes = source.ctypes.data, len(p) * source.itemsize
     zero, one, end = kind(0), kind(1), first + n
@@ -158,7 +161,7 @@ def _add_products(
 def _curvature(
     entries: Entries, objective: Objective, first: Any, n: Any, scale: Any, p: Any
 ) -> Any:
-    """scale p^T E^T W E p of n entries: half the work of `_add_products`."""
+    """scale p^T E^T W E p of n entries: half the work of `add_products`."""
     source, ids, values, ahead = entries
     kind = p.dtype.type
     address, row_bytes = source.ctypes.data, len(p) * source.itemsize
@@ -193,30 +196,51 @@ def _curvature(
 
 
 @inner
-def _scaled(
+def scaled(
     objective: Objective, diagonal: Diagonal, n: Any, steps: Any, d: Any, inverse: Any
 ) -> Any:
     """Write a row's scaled diagonal part D to `d`, and a multiple of D^-1 to `inverse`.
 
-    Returns the scale (`solve.scale`), and whether CG starts at zero (`solve.begin`).
+    Returns the scale (`solve.scale`), the multiple, and whether CG starts at zero (`solve.begin`).
     """
     spectrum, top, n_source, weight, reach, tiny, most = diagonal
     kind = d.dtype.type
     one, lam = kind(1), kind(0)
     if objective.regularization > lam:  # the power may overflow
         lam = min(kind(_ridge(objective, kind(n), n_source)), most)
-    scale = one / min(max(top + lam + weight, tiny), most / kind(64))
+    # A power of two, so that a bound of other rows' weights does not change the last bits.
+    _, exponent = math.frexp(min(max(top + lam + weight, tiny), most / kind(64)))
+    scale = kind(math.ldexp(1.0, -exponent))
     unit = (top + lam) * scale if steps else one
     for k in range(len(d)):
         d[k] = (spectrum[k] + lam) * scale
         inverse[k] = (unit + tiny) / (d[k] + tiny)
-    return scale, steps == 0 or spectrum[0] + lam > reach
+    return scale, unit, steps == 0 or spectrum[0] + lam > reach
+
+
+class Solver(NamedTuple):
+    """How rows are solved.
+
+    Attributes
+    ----------
+    relaxation : number
+        As in `xla.solve.relax`.
+    steps : int
+        Steps of CG; 0 where every weight w is 0.
+    """
+
+    relaxation: Any
+    steps: Any
 
 
 @compiled
 def solve_rows(
-    rows: Any, starts: Any, entries: Entries, objective: Objective, diagonal: Diagonal,
-    relaxation: Any, steps: Any,
+    rows: Any,
+    starts: Any,
+    entries: Entries,
+    objective: Objective,
+    diagonal: Diagonal,
+    solver: Solver,
 ) -> None:  # fmt: skip
     """Solve R rows, as `xla.sweep.solve_block` does in the eigenbasis.
 
@@ -233,12 +257,10 @@ def solve_rows(
         Equations (1)-(2), in the dtype of the rows.
     diagonal : Diagonal
         The diagonal part of equation (3).
-    relaxation : float
-        As in `xla.solve.relax`.
-    steps : int
-        Steps of CG; 0 where every weight w is 0.
+    solver : Solver
+        How to solve them.
     """
-    cells, lengths = starts
+    (cells, lengths), (relaxation, steps) = starts, solver
     vectors, total = np.empty((7, rows.shape[1]), rows.dtype), np.empty(rows.shape[1])
     z, p, r, image, part, d, inverse = (
         vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], vectors[5], vectors[6],
@@ -250,7 +272,7 @@ def solve_rows(
             for k in range(len(z)):
                 rows[row, k] = zero
             continue
-        scale, is_new = _scaled(objective, diagonal, n, steps, d, inverse)
+        scale, _, is_new = scaled(objective, diagonal, n, steps, d, inverse)
         size = bend = zero
         for k in range(len(z)):
             z[k] = zero if is_new else rows[row, k]
@@ -282,7 +304,7 @@ def solve_rows(
                             part[k] = zero
                     count = min(first + n - low, BLOCK)
                     scales = on_targets, on_predictions
-                    _add_products(entries, objective, low, count, scales, given, target)
+                    add_products(entries, objective, (low, count), scales, given, target)
                     if is_long:
                         for k in range(len(z)):
                             total[k] += part[k]

@@ -1,7 +1,7 @@
 """The k best of each query on a CPU: BLAS multiplies, and the best scores are selected.
 
-For a few queries NumPy selects, so that a process that serves single queries does not load numba.
-For more the compiled loops of `selection` do. Of equal scores, the lower ids are kept and come
+For a few queries NumPy selects, so that a process that serves single queries does not load numba;
+for more, the compiled loops of `selection`. Of equal scores, the lower ids are kept and come
 first.
 
 Axis letters: B queries, N items, K factors.
@@ -24,6 +24,7 @@ from tpu_als.host import single_blas_thread, threads
 
 BLOCK = 16  # columns of a block
 FEW = 4  # up to this many queries, products with vectors are faster than a product of matrices
+_FEW_SCORES = 1 << 12  # up to this many scores, NumPy selects
 NO_SCORE = -np.finfo(np.float32).max  # of places without a result, as in implicit
 _KEPT_BYTES = 1 << 22
 _BATCH_BYTES = 1 << 22  # of a thread's scores, which a core's share of the last cache holds
@@ -95,7 +96,8 @@ class Catalog:
         if not (k and len(queries) and len(self.table)):
             return empty(len(queries), k, self.table.dtype)
         with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for NaN
-            if len(queries) <= FEW or not compiled.is_available():
+            is_small = len(queries) <= FEW or len(queries) * len(self.table) <= _FEW_SCORES
+            if is_small or not compiled.is_available():
                 return _of_few(self, queries, k, seen, excluded)
             return self._of_many(queries, k, seen, excluded)
 
