@@ -203,12 +203,12 @@ class TestFrameErrors:
             ([["a"], ["b"], ["c"]], "column 'who' holds ['a'] in row 0 (counted from 0), which"),
             ([{}, {}, {}], "column 'who' holds {} in row 0 (counted from 0), which cannot be"),
             ([1j, object, object], "column 'who' holds values of different types"),
-            ([object(), object(), object()], "column 'who' holds object objects, which do not so"),
+            ([object(), object(), object()], "column 'who' holds object objects, which cannot be"),
             ([1.0, 2.0**53 + 2, 3.0], "column 'who' holds 9007199254740994.0 (float) in row 1"),
             ([1.0, np.inf, 3.0], "column 'who' holds inf (float) in row 1 (counted from 0)"),
             (
                 np.array([1, 2, 2**24 + 2], "f4"),
-                "expected a finite id below 16777216, from which on",
+                "expected a finite id below 16777216, because float32",
             ),
             ([1, None, 3], "column 'who' must have no missing values, got 1, the first in row 1"),
         ],
@@ -225,7 +225,10 @@ class TestFrameErrors:
             (pd.Index(["10", "20"]), "items= holds text (such as '10'), but column 'what' holds n"),
             ([True, False], "items= holds booleans (such as True), but column 'what' holds number"),
             (pd.to_datetime(["2020"]), "items= holds times without a time zone"),
-            ([10, "20"], "items= holds values of different types, which do not compare: numbers"),
+            (
+                [10, "20"],
+                "items= holds values of different types, which cannot be compared: numbers",
+            ),
             ([10, 20, 10, 30], "items= must hold each id once, got 10 more than once (1 repeated"),
             ([10, None, 20], "items= must have no missing values, got 1"),
         ],
@@ -287,7 +290,9 @@ class TestFrameErrors:
 
     def test_sums_beyond_float32(self, frame: pd.DataFrame) -> None:
         frame["paid"] = 3e38
-        message = r"the values of user 'ann' and item 10 sum to 6e\+38, more than float32 holds"
+        message = (
+            r"the values of user 'ann' and item 10 sum to 6e\+38, more than float32 can represent"
+        )
         with pytest.raises(ValueError, match=message):
             interactions_from_frame(frame, "who", "what", "paid")
 
@@ -597,7 +602,7 @@ LARGE = 1234567890123456789
 )
 def test_floats_that_may_be_several_ids_are_refused(users: Any, given: Any) -> None:
     frame = pd.DataFrame({"user": users, "item": [1, 2]})
-    with pytest.raises(ValueError, match=r"expected a finite id below \d+, from which on float"):
+    with pytest.raises(ValueError, match=r"expected a finite id below \d+, because float"):
         interactions_from_frame(frame, "user", "item", users=given)
 
 

@@ -95,7 +95,7 @@ class TestMetrics:
     @pytest.mark.parametrize("n_users", [None, 3])
     def test_popularity_needs_its_users(self, n_users: int | None) -> None:
         ones = sparse.csr_matrix(np.ones((2, 2)))
-        with pytest.raises(ValueError, match=f"n_users must be .* at least 4, got {n_users}"):
+        with pytest.raises(ValueError, match=f"n_users must be .* at least .* 4, got {n_users}"):
             evaluation.metrics_of_rankings(np.zeros((2, 1), int), ones, np.array([4, 1]), n_users)
 
     def test_an_entry_stored_twice_is_one(self) -> None:
