@@ -25,7 +25,7 @@ from scipy import sparse
 from tpu_als import TPUAlternatingLeastSquares, shards
 from tpu_als.datasets import interactions_from_frame, power_law
 from tpu_als.engine import digests
-from tpu_als.shards import ShardedMatrix, open_shards, transpose, write_shards
+from tpu_als.shards import ShardedMatrix, open_shards, transpose, write_shards, writer
 from tpu_als.shards.transpose import ExternalTranspose
 
 pa = pytest.importorskip("pyarrow")
@@ -439,23 +439,23 @@ BAD_FILES = {
     ),
     "no ids": (
         {"rows": [0], "col_ids": [[0]]},
-        "has no column row_id or row_tag, but ['rows', 'col_ids']",
+        "must have a column row_id or row_tag, got ['rows', 'col_ids']",
     ),
     "no columns": (
         {"row_tag": [0], "cols": [[0]]},
-        "has no column col_ids or col_tag",
+        "must have a column col_ids or col_tag, got",
     ),
     "ids are text": (
         {"row_id": ["0"], "col_ids": [[0]]},
-        "column row_id must hold integers, not string",
+        "column row_id must hold integers, got string",
     ),
     "columns are no lists": (
         {"row_id": [0], "col_tag": [0]},
-        "column col_tag must hold lists of integers, not int64",
+        "column col_tag must hold lists of integers, got int64",
     ),
     "columns are fractions": (
         {"row_id": [0], "col_ids": [[0.5]]},
-        "column col_ids must hold lists of integers, not list",
+        "column col_ids must hold lists of integers, got list",
     ),
 }
 BAD_VALUES = {
@@ -463,8 +463,8 @@ BAD_VALUES = {
     "missing": ({"values": [[1.0, None], [1.0]]}, "lists in values have 1 missing entries"),
     "not finite": ({"values": [[1.0, float("nan")], [1.0]]}, "values must be finite"),
     "too large": ({"values": [[1.0, 1e39], [1.0]]}, "values must be finite, and within float32"),
-    "of text": ({"values": [["1", "1"], ["1"]]}, "must hold lists of numbers, not list"),
-    "no column": ({}, "has no column values"),
+    "of text": ({"values": [["1", "1"], ["1"]]}, "must hold lists of numbers, got list"),
+    "no column": ({}, "must have a column values"),
 }
 
 
@@ -501,7 +501,7 @@ class TestBadFiles:
         table = {"row_id": [0, 1], "col_ids": [[0], [1]]}
         got = foreign([table, table])
         for read in (got.to_csr, lambda: got.lengths("item")):
-            with pytest.raises(ValueError, match=r"row 0 occurs more than once, but a row must"):
+            with pytest.raises(ValueError, match=r"row 0 occurs more than once, but all entries"):
                 read()
 
     def test_entries_are_missing(self, foreign: Callable[..., ShardedMatrix]) -> None:
@@ -517,7 +517,7 @@ class TestBadFiles:
 
     def test_nothing_held_out(self, foreign: Callable[..., ShardedMatrix]) -> None:
         got = foreign([{"row_id": [0], "col_ids": [[0, 1]]}])
-        with pytest.raises(ValueError, match="has no column gt_tag, but"):
+        with pytest.raises(ValueError, match="must have a column gt_tag, got"):
             got.held_out()
 
 
@@ -623,6 +623,12 @@ class TestWriting:
             write_shards(random_counts(40, 30), tmp_path / "shards", memory_entries=20)
         assert not list(tmp_path.iterdir())
 
+    def test_offsets_of_a_row_group_are_int32(self) -> None:
+        largest = np.array([0, 2**31 - 1])
+        np.testing.assert_array_equal(writer._list_offsets(largest), largest)
+        with pytest.raises(ValueError, match="at most 2147483647 entries, got 2147483648: lower"):
+            writer._list_offsets(largest + [0, 1])
+
     def test_totals_come_last(self, tmp_path: Path) -> None:
         folder, matrix = tmp_path / "shards", random_counts(6, 4)
 
@@ -639,7 +645,7 @@ class TestWriting:
         [
             (np.eye(3), "CSR matrix or an iterable of CSR matrices, got ndarray"),
             (3, "CSR matrix or an iterable of CSR matrices, got int"),
-            ([], "the data have no block: pass shape="),
+            ([], "the data contain no block: pass shape="),
             ([np.eye(3)], "block 0 of the data must be a CSR matrix, got ndarray"),
             (
                 [random_counts(2, 3), random_counts(2, 4)],

@@ -113,7 +113,7 @@ class TestPlaces:
             memory.rm("/bucket", recursive=True)
 
     def test_what_cannot_be_opened(self, folder: Path) -> None:
-        with pytest.raises(ValueError, match="nowhere://x is no address that pyarrow can open"):
+        with pytest.raises(ValueError, match="pyarrow cannot open the address nowhere://x"):
             open_shards("nowhere://x")
         with pytest.raises(ValueError, match=r"filesystem must be a pyarrow.fs.FileSystem .* int"):
             open_shards(folder, filesystem=3)
@@ -340,7 +340,9 @@ class TestDamage:
         file = folder / "totals.json"
         totals = json.loads(file.read_text())
         file.write_text(json.dumps(totals | change))
-        with pytest.raises(ValueError, match=f"{file} does not have the checksum .* it is damaged"):
+        with pytest.raises(
+            ValueError, match=f"{file} does not match the checksum in it. It is damaged"
+        ):
             open_shards(folder)
         file.write_text(json.dumps(dict(reversed(totals.items()))))
         assert_same(open_shards(folder))
