@@ -340,14 +340,12 @@ class TestDamage:
         file = folder / "totals.json"
         totals = json.loads(file.read_text())
         file.write_text(json.dumps(totals | change))
-        with pytest.raises(
-            ValueError, match=f"{file} does not match the checksum in it. It is damaged"
-        ):
+        with pytest.raises(ValueError, match=f"{file} does not match the checksum in it"):
             open_shards(folder)
         file.write_text(json.dumps(dict(reversed(totals.items()))))
         assert_same(open_shards(folder))
         file.write_text(json.dumps(totals | {"checksum": 3}))
-        with pytest.raises(ValueError, match="does not have the checksum"):
+        with pytest.raises(ValueError, match="does not match the checksum"):
             open_shards(folder)
 
     def test_totals_nested_almost_too_deeply(self, folder: Path) -> None:

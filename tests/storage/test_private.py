@@ -85,6 +85,6 @@ def test_a_file_of_another_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_parents_that_anybody_may_replace(folder: Path) -> None:
     folder.parent.chmod(0o777)
-    refused(folder, "all users can replace it, as .* is writable by all users")
+    refused(folder, "all users can replace it, because .* is writable by all users")
     folder.parent.chmod(0o1777)  # as /tmp is: only owners rename there
     assert private_directory(folder) == folder.resolve()
