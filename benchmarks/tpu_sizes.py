@@ -1,8 +1,8 @@
-"""Shapes of a training run on data too large to be here, from stated distributions of row lengths.
+"""Shapes of a training run on data too large for this machine, from distributions of row lengths.
 
-Rungs, chunks and groups are chosen by the package's own planner, from a sample of the lengths; the
-rows of each rung, the distinct source rows of a group and the blocks of long rows are expected
-counts over all rows. Nothing is placed: every array is a shape, a dtype and a sharding.
+The package's planner chooses rungs, chunks and groups from a sample of the lengths. The rows of
+each rung, the distinct source rows of a group and the blocks of long rows are expected counts over
+all rows. No array is allocated: each is a shape, a dtype and a sharding.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Lengths:
     values : array (B,)
         Entries of a row, ascending.
     counts : array (B,)
-        Rows of that length; a fraction where only an expectation is meant.
+        Expected number of rows of that length, which may be a fraction.
     """
 
     values: np.ndarray
@@ -70,7 +70,7 @@ class Lengths:
 
 
 def activity(n_rows: int, n_entries: float, most: int, deviation: float = 1.1) -> Lengths:
-    """Log-normal lengths, as `datasets.power_law` has them for users."""
+    """Log-normal lengths, as those of the users of `datasets.power_law`."""
     edges = np.linspace(-8, 8, _BUCKETS + 1)
     counts = n_rows * np.diff(special.ndtr(edges))
     values = np.exp(deviation * (edges[1:] + edges[:-1]) / 2)
@@ -78,16 +78,16 @@ def activity(n_rows: int, n_entries: float, most: int, deviation: float = 1.1) -
 
 
 def popularity(n_rows: int, n_entries: float, most: int, exponent: float) -> Lengths:
-    """Lengths that fall as rank ** -exponent, as `datasets.power_law` has them for items."""
+    """Lengths that fall as rank ** -exponent, as those of the items of `datasets.power_law`."""
     edges = np.unique(np.geomspace(1, n_rows + 1, _BUCKETS).astype(np.int64))
     power = 1 - exponent
-    # Mean over the bucket of the continuous curve.
+    # The mean of the continuous curve over each bucket.
     values = np.diff((edges - 0.5) ** power) / (power * np.diff(edges))
     return _scaled(values[::-1], np.diff(edges)[::-1].astype(float), n_entries, most)
 
 
 def _scaled(values: np.ndarray, counts: np.ndarray, n_entries: float, most: int) -> Lengths:
-    """Bring the sum to `n_entries` with no row longer than `most`."""
+    """Scale the lengths to a sum of `n_entries`, with no row longer than `most`."""
     scale = n_entries / (values @ counts)
     for _ in range(100):
         scale *= n_entries / (np.minimum(values * scale, most) @ counts)
@@ -96,16 +96,16 @@ def _scaled(values: np.ndarray, counts: np.ndarray, n_entries: float, most: int)
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be trained.
+    """The training problem.
 
     Attributes
     ----------
     users, items : Lengths
-        The lengths of both sides.
+        Row lengths of both sides.
     params : AlsParams
         The parameters.
     values : dtype or None
-        What values are kept in; None where all are 1.
+        Dtype of the stored values; None if all are 1.
     """
 
     users: Lengths
@@ -119,14 +119,14 @@ def solver(problem: Problem, place: Workplace) -> AlsParams:
     params = problem.params
     if params.linear_solver != "auto":
         return params
-    # The choice rests on entries a row alone, so a sample will do.
+    # The choice depends only on the lengths of rows, so a sample is enough.
     lengths = (problem.users.sample(), problem.items.sample())
     name = reading.cheapest_solver(lengths, params, placing.backend_kind(place))
     return AlsParams(params.factors, params.dtype, name, params.cg_steps)
 
 
 def data(problem: Problem, place: Workplace, shape: Callable[..., Any] | None = None) -> Data:
-    """What `placing.lay_out` would return, with shapes in place of arrays.
+    """Return the result of `placing.lay_out`, with shapes instead of arrays.
 
     `shape` makes an abstract array of the shape of a shard and a dtype; by default one that is
     sharded over the workplace's mesh.
@@ -191,18 +191,18 @@ def _side(
 
 
 def _route(rung: Rung, source: Lengths, n_devices: int) -> Route:
-    """The route that `exchange.plan` would find: rows for the fullest of all messages."""
+    """The route that `exchange.plan` would make, with rows for the longest message."""
     chunks = exchange.group_chunks(rung, n_devices)
     route = Route(chunks, 0)
     mean = distinct(source, chunks * rung.rows * rung.length) / n_devices
     messages = n_devices**2 * route.groups(rung.n_chunks)
-    # The counts of a message are close to Poisson's; this is the largest of so many.
+    # The rows of a message are about Poisson distributed; this is the expected maximum.
     most = mean + math.sqrt(2 * math.log(messages) * mean) + 1
     return Route(chunks, exchange.message_rows(math.ceil(most)))
 
 
 def distinct(source: Lengths, draws: int) -> float:
-    """Expected distinct source rows among so many entries, drawn as often as rows are long."""
+    """Expected distinct source rows among `draws` entries; rows are drawn by their lengths."""
     chance = source.values / source.n_entries
     return float(source.counts @ -np.expm1(-draws * chance))
 
@@ -210,7 +210,7 @@ def distinct(source: Lengths, draws: int) -> float:
 def _long(
     long: Lengths, plan: Plan, place: Workplace, values: Any, shape: Callable[..., Any]
 ) -> Long:
-    """Blocks of long rows; the entries of each are spread over all shards by their source rows."""
+    """Blocks of long rows, whose entries are on the shards of their source rows."""
     length = placing.long_block(plan, place)
     share = long.values / place.n_shards
     full = share / length

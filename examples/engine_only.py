@@ -1,7 +1,7 @@
 """The engine without the estimator: mesh, layout, ALS and ranking as plain functions and values.
 
-Four CPU devices share the work; `table_layout="sharded"` keeps a quarter of each table on each.
-The data are users and items of a few hidden groups, so what should come out is known.
+Four CPU devices share the work. With `table_layout="sharded"` each keeps a quarter of each table.
+The data are users and items of a few groups, so it is known which items should be recommended.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GROUPS, N_USERS, N_ITEMS, PER_USER = 8, 4000, 1600, 30
 
 
 def grouped(rng: np.random.Generator) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:
-    """Users who choose nine of ten items from their own group; the groups of users and items."""
+    """A matrix of users who choose nine of ten items from their group; groups of users and items."""
     users, items = rng.integers(GROUPS, size=N_USERS), np.arange(N_ITEMS) % GROUPS
     own = rng.integers(N_ITEMS // GROUPS, size=(N_USERS, PER_USER)) * GROUPS + users[:, None]
     other = rng.integers(N_ITEMS, size=own.shape)
@@ -67,11 +67,11 @@ def main() -> None:
     hits = item_groups[ids] == user_groups[:1000, None]
     print(f"unseen items recommended from the user's own group: {hits.mean():.1%}")
 
-    someone = sparse.csr_matrix((np.ones(3, np.float32), [3, 11, 19], [0, 3]), shape=(1, N_ITEMS))
+    new_user = sparse.csr_matrix((np.ones(3, np.float32), [3, 11, 19], [0, 3]), shape=(1, N_ITEMS))
     exact = AlsParams(factors=16, linear_solver="cholesky")
-    rows = fold_in.source(items, exact, place).solve(someone, objective)
-    ids, _ = catalog.top_k(rows, 5, seen=someone)
-    print(f"somebody new with three items of group 3 gets items of groups {item_groups[ids[0]]}")
+    rows = fold_in.source(items, exact, place).solve(new_user, objective)
+    ids, _ = catalog.top_k(rows, 5, seen=new_user)
+    print(f"a new user with three items of group 3 gets items of groups {item_groups[ids[0]]}")
 
 
 if __name__ == "__main__":
