@@ -21,7 +21,7 @@ GROUPS, N_USERS, N_ITEMS, PER_USER = 8, 4000, 1600, 30
 
 
 def grouped(rng: np.random.Generator) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:
-    """A matrix of users who choose nine of ten items from their group; groups of users and items."""
+    """A matrix of users who choose mostly items of their group; groups of users and of items."""
     users, items = rng.integers(GROUPS, size=N_USERS), np.arange(N_ITEMS) % GROUPS
     own = rng.integers(N_ITEMS // GROUPS, size=(N_USERS, PER_USER)) * GROUPS + users[:, None]
     other = rng.integers(N_ITEMS, size=own.shape)

@@ -40,7 +40,7 @@ Ranker = Callable[
 
 
 def write_small_graph(folder: Path) -> tuple[Path, Path]:
-    """Write a train and a test directory: a tenth of the nodes, a quarter of their links held out."""
+    """Write a train directory, and a test directory with a tenth of the nodes."""
     graph = web_graph(6_000, 120_000)
     train, known, held_out = strong_generalization_split(graph, 0.1, 0.75, random_state=0)
     write_shards(train, folder / "train", n_shards=4)
