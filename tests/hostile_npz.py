@@ -1,4 +1,4 @@
-"""Damaged, foreign and hostile .npz files: what `load` must refuse, written by the tests."""
+"""Writers of damaged, foreign and hostile .npz files, which `load` must refuse."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def npy(value: Any) -> bytes:
 
 
 def changed(**changes: Any) -> Writer:
-    """A good file with some members replaced; None leaves one out."""
+    """A good file with some members replaced; None removes a member."""
 
     def write(path: Path, good: bytes) -> None:
         arrays = {**members(good), **changes}
@@ -43,7 +43,7 @@ def changed(**changes: Any) -> Writer:
 
 
 def with_members(raw: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Writer:
-    """A good file with members of any content; those of the same name are replaced."""
+    """A good file with members of any content. Members of the same name are replaced."""
 
     def write(path: Path, good: bytes) -> None:
         with zipfile.ZipFile(path, "w", compression) as file:
@@ -57,14 +57,14 @@ def with_members(raw: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -
 
 
 def header(descr: str, shape: str, content: bytes = b"") -> bytes:
-    """A member whose header says what the caller wants it to."""
+    """A member with a given header."""
     text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}"
     text = text.ljust(117) + "\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + content
 
 
 def bomb(name: str) -> Writer:
-    """A member that unpacks to far more than the file; streamed, to take no memory here."""
+    """A member that expands to far more than the file. It is streamed, to need no memory here."""
 
     def write(path: Path, good: bytes) -> None:
         changed(**{name: None})(path, good)
@@ -80,7 +80,7 @@ def bomb(name: str) -> Writer:
     return write
 
 
-def cut(share: float) -> Writer:
+def truncated(share: float) -> Writer:
     """The first part of a good file."""
     return lambda path, good: path.write_bytes(good[: int(len(good) * share)])
 
@@ -131,8 +131,11 @@ FILES: dict[str, Writer] = {
     # damaged
     "empty": lambda path, good: path.write_bytes(b""),
     "one byte": lambda path, good: path.write_bytes(b"P"),
-    **{f"cut at {share:.0%}": cut(share) for share in (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97)},
-    "cut by one byte": lambda path, good: path.write_bytes(good[:-1]),
+    **{
+        f"truncated at {share:.0%}": truncated(share)
+        for share in (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97)
+    },
+    "truncated by one byte": lambda path, good: path.write_bytes(good[:-1]),
     "without its first half": lambda path, good: path.write_bytes(good[len(good) // 2 :]),
     "a bit of the user table": flipped("user_factors"),
     "a bit of the item table": flipped("item_factors"),

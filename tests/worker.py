@@ -22,7 +22,7 @@ USERS = np.array([5, 0, 89])
 
 
 def join() -> None:
-    """Set devices and, with several processes, meet the others; as a user's program would."""
+    """Set devices and connect to the other processes, as a user's program does."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", int(os.environ["DEVICES"]))
     enable_compilation_cache(os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -39,7 +39,7 @@ def join() -> None:
 
 
 def fitted(case: dict[str, Any], folder: Path) -> dict[str, np.ndarray]:
-    """Fit, and use the tables as they stand on the devices before reading them."""
+    """Fit, and use the tables on the devices before they are read."""
     counts = random_counts(90, 60, seed=5)
     data = open_shards(folder / "shards") if case.pop("shards") else counts
     killed = case.pop("kill", None)
@@ -63,7 +63,7 @@ def fitted(case: dict[str, Any], folder: Path) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    """Run all cases, and write what this process found."""
+    """Run all cases, and write the results of this process."""
     folder = Path(sys.argv[1])
     join()
     layout.LONGEST = 16  # so that some rows are long, and the processes have to add up their sums

@@ -1,4 +1,4 @@
-"""What a user of implicit relies on, run on implicit's own class and on ours: the two tables.
+"""Behaviour of implicit that users rely on, tested on its class and on ours: the two tables.
 
 Fold-in, partial fits, explanations, and tables and caches that the caller assigns.
 """
@@ -31,7 +31,9 @@ class TestFoldIn:
         np.testing.assert_allclose(many, expected, atol=1e-3, rtol=1e-3)
         assert fitted.recalculate_item(0, rows[0]).shape == (FACTORS,)
 
-    def test_nothing_is_stored(self, fitted: Any, groups: sparse.csr_matrix) -> None:
+    def test_recalculation_does_not_change_the_tables(
+        self, fitted: Any, groups: sparse.csr_matrix
+    ) -> None:
         before = fitted.user_factors.copy()
         fitted.recalculate_user([3], groups[5])
         np.testing.assert_array_equal(fitted.user_factors, before)
@@ -63,9 +65,7 @@ class TestFoldIn:
         others = np.delete(np.arange(size), 1)
         np.testing.assert_array_equal(table[others], before[others])
 
-    def test_partial_fit_refreshes_what_depends_on_it(
-        self, own: Any, groups: sparse.csr_matrix
-    ) -> None:
+    def test_partial_fit_updates_derived_values(self, own: Any, groups: sparse.csr_matrix) -> None:
         own.recommend(0, groups[0]), own.similar_users(0), own.similar_items(0)
         own.partial_fit_users([24], groups[16])
         _ids, scores = own.similar_users(24, N=2)
@@ -97,7 +97,7 @@ class TestExplain:
         again = fitted.explain(userid, groups, itemid, user_weights=weights, N=2)
         assert again[0] == pytest.approx(total) and len(again[1]) == 2
 
-    def test_disliked_items_are_left_out(
+    def test_disliked_items_are_not_explained(
         self, fitted: Any, signed_counts: sparse.csr_matrix
     ) -> None:
         rows = signed_counts[:24, :18].tocsr()
@@ -127,7 +127,9 @@ class TestTables:
         assert model.item_norms[1] == pytest.approx(1e-10)
         assert np.isfinite(model.similar_items(1, N=3)[1]).all()
 
-    def test_caches_are_recomputed_once_cleared(self, own: Any, groups: sparse.csr_matrix) -> None:
+    def test_derived_values_set_to_none_are_recomputed(
+        self, own: Any, groups: sparse.csr_matrix
+    ) -> None:
         own.similar_items(0)
         _ = own.YtY
         own.item_factors = own.item_factors * np.float32(2)
@@ -140,13 +142,13 @@ class TestTables:
         np.testing.assert_allclose(own.recalculate_user(0, groups[0]), expected, atol=1e-4)
 
     @pytest.mark.parametrize("use_cg", [True, False])
-    def test_solver_changes_its_target_in_place(
+    def test_solver_writes_its_target_in_place(
         self, cls: Any, signed_counts: sparse.csr_matrix, use_cg: bool
     ) -> None:
         users, items = oracle.initial_tables(*signed_counts.shape, FACTORS, seed=5)
         items = items + np.float32(0.1) * np.eye(*items.shape, dtype=np.float32)
         start, plain = users.copy(), oracle.Objective("implicit", 0.3)
-        # the matrix holds confidences: alpha is the caller's business here
+        # the matrix has confidences: the caller multiplies by alpha
         make(cls, use_cg=use_cg, alpha=3.0).solver(signed_counts, users, items, 0.3, 1)
         exact = oracle.half_epoch(signed_counts, items, plain)
         if use_cg:
