@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # implicit asks for it, and is slower without
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # implicit warns, and is slower, without it
 
 import jax
 import numpy as np
@@ -49,7 +49,7 @@ def _data_directory() -> Path | None:
 
 
 def load(args: argparse.Namespace) -> tuple[str, sparse.csr_matrix]:
-    """Name and matrix of the data set that the arguments ask for."""
+    """Name and matrix of the data set that the arguments choose."""
     if args.quick:
         return "power-law-quick", power_law(*QUICK_SHAPE)
     if args.dataset == "power-law":

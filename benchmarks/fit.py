@@ -94,7 +94,7 @@ def report(runs: list[Run], target: float, iterations: int, about: dict[str, Any
 
 
 def main() -> None:
-    """Run all cases that the arguments ask for."""
+    """Run all cases that the arguments choose."""
     parser = common.parser(__doc__, ("ml1m", "power-law"))
     parser.add_argument("--factors", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--iterations", type=int, default=15)

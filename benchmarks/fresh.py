@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # implicit asks for it, and is slower without
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # implicit warns, and is slower, without it
 
 
 def model_class(library: str, cache: str | None = None) -> Any:

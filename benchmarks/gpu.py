@@ -92,7 +92,7 @@ def report(
 
 
 def main() -> None:
-    """Run all cases that the arguments ask for."""
+    """Run all cases that the arguments choose."""
     parser = common.parser(__doc__, ("power-law", "ml1m"))
     parser.add_argument("--factors", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--iterations", type=int, default=15)

@@ -58,9 +58,9 @@ def load(directory: Path | None) -> Split:
 
 def measure(users: np.ndarray, items: np.ndarray, split: Split) -> dict[str, float]:
     """HR@10 and NDCG@10 of the held-out items, each ranked among the user's negatives."""
-    held = np.einsum("uk,uk->u", users, items[split.held_out])
+    targets = np.einsum("uk,uk->u", users, items[split.held_out])
     scores = np.einsum("uk,unk->un", users, items[split.negatives])
-    before = (scores >= held[:, None]) & (split.negatives != split.held_out[:, None])
+    before = (scores >= targets[:, None]) & (split.negatives != split.held_out[:, None])
     rank = before.sum(axis=1)
     hits = rank < 10
     return {"hr": float(hits.mean()), "ndcg": float(np.mean(hits / np.log2(rank + 2.0)))}

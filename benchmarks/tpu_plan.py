@@ -93,12 +93,12 @@ def ranking_program(
     data: Data, k: int, n_queries: int
 ) -> tuple[dict[str, Any], tuple[str, Any, tuple[Any, ...]]]:
     """The program that ranks queries against the sharded item table, and its work."""
-    make, place, rows = tpu_sizes.sharded(data.place), data.place, data.items.rows
+    make, chips, rows = tpu_sizes.sharded(data.place), data.place, data.items.rows
     dtype = np.dtype(DTYPES[data.params.dtype])
-    slots = (place.n_shards, rows.n_slots)
+    slots = (chips.n_shards, rows.n_slots)
     catalog = ranking.Catalog(
         make((rows.n_slots, data.params.factors), dtype), None, make((rows.n_slots,), bool),
-        np.empty(0, np.int64), np.broadcast_to(np.int32(0), slots), place, "float32",
+        np.empty(0, np.int64), np.broadcast_to(np.int32(0), slots), chips, "float32",
     )  # fmt: skip
     batch = ranking.batch_size(n_queries, catalog)
     queries = jax.ShapeDtypeStruct((batch, data.params.factors), np.float32)
@@ -258,8 +258,8 @@ def main() -> None:
         ),
         None if args.values is None else np.dtype(DTYPES[args.values]),
     )
-    place = workplace(args.topology, args.slices)
-    data = tpu_sizes.data(problem, place)
+    chips = workplace(args.topology, args.slices)
+    data = tpu_sizes.data(problem, chips)
     common.emit(
         benchmark="tpu_plan", what="assumptions", topology=args.topology, slices=args.slices,
         n_chips=where.n_chips, shape=[rows, cols], entries=args.entries, factors=args.factors,

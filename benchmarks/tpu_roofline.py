@@ -113,12 +113,12 @@ class Slice:
         It is the largest of three bounds: the links of a chip, the links across the middle of the
         longest axis, and the network between slices.
         """
-        n_chips, own = self.n_chips, int(np.prod(self.axes))
+        n_chips, in_slice = self.n_chips, int(np.prod(self.axes))
         to_each = sent / max(n_chips - 1, 1)
-        across = self._ends() * own / max(self.axes) * self.chip.link
-        bounds = [sent / (self.chip.link * self.chip.links), to_each * (own / 2) ** 2 / across]
+        across = self._ends() * in_slice / max(self.axes) * self.chip.link
+        bounds = [sent / (self.chip.link * self.chip.links), to_each * (in_slice / 2) ** 2 / across]
         if self.slices > 1:
-            bounds.append(to_each * own * (n_chips - own) / self.chip.network)
+            bounds.append(to_each * in_slice * (n_chips - in_slice) / self.chip.network)
         return max(bounds)
 
     def _ends(self) -> int:

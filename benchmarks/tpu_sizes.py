@@ -114,78 +114,78 @@ class Problem:
     values: Any = None
 
 
-def solver(problem: Problem, place: Workplace) -> AlsParams:
+def solver(problem: Problem, workplace: Workplace) -> AlsParams:
     """The parameters, with "auto" replaced as `placing.lay_out` does."""
     params = problem.params
     if params.linear_solver != "auto":
         return params
     # The choice depends only on the lengths of rows, so a sample is enough.
     lengths = (problem.users.sample(), problem.items.sample())
-    name = reading.cheapest_solver(lengths, params, placing.backend_kind(place))
+    name = reading.cheapest_solver(lengths, params, placing.backend_kind(workplace))
     return AlsParams(params.factors, params.dtype, name, params.cg_steps)
 
 
-def data(problem: Problem, place: Workplace, shape: Callable[..., Any] | None = None) -> Data:
+def data(problem: Problem, workplace: Workplace, shape: Callable[..., Any] | None = None) -> Data:
     """Return the result of `placing.lay_out`, with shapes instead of arrays.
 
     `shape` makes an abstract array of the shape of a shard and a dtype; by default one that is
     sharded over the workplace's mesh.
     """
-    params = solver(problem, place)
+    params = solver(problem, workplace)
     samples = problem.users.sample(), problem.items.sample()
-    plan = placing.make_plan(np.concatenate(samples), params, place)
-    shape = shape or sharded(place)
+    plan = placing.make_plan(np.concatenate(samples), params, workplace)
+    shape = shape or sharded(workplace)
     sides = (problem.users, problem.items)
     users, items = (
-        _side(own, other, plan, place, shape, problem.values)
-        for own, other in zip(sides, sides[::-1], strict=True)
+        _side(target, source, plan, workplace, shape, problem.values)
+        for target, source in zip(sides, sides[::-1], strict=True)
     )
     return Data(
         users=users, items=items, params=params, backend=None,
-        n_entries=int(problem.users.n_entries), absolute_sum=0.0, plan=plan, place=place,
+        n_entries=int(problem.users.n_entries), absolute_sum=0.0, plan=plan, place=workplace,
     )  # fmt: skip
 
 
-def sharded(place: Workplace) -> Callable[..., Any]:
+def sharded(workplace: Workplace) -> Callable[..., Any]:
     """Maker of abstract arrays with a leading axis of shards."""
-    assert place.mesh is not None
-    sharding = NamedSharding(place.mesh, PartitionSpec(AXIS))
+    assert workplace.mesh is not None
+    sharding = NamedSharding(workplace.mesh, PartitionSpec(AXIS))
 
     def make(shape: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((place.n_shards, *shape), dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct((workplace.n_shards, *shape), dtype, sharding=sharding)
 
     return make
 
 
 def _side(
-    own: Lengths,
+    target: Lengths,
     source: Lengths,
     plan: Plan,
-    place: Workplace,
+    workplace: Workplace,
     shape: Callable[..., Any],
     values: Any,
 ) -> Side:
-    rung_of = np.searchsorted(plan.lengths, np.rint(own.values))
-    rows = np.bincount(rung_of, own.counts, minlength=len(plan.lengths) + 1)
+    rung_of = np.searchsorted(plan.lengths, np.rint(target.values))
+    rows = np.bincount(rung_of, target.counts, minlength=len(plan.lengths) + 1)
     most = [math.ceil(count / plan.n_shards) for count in rows]
     rungs, n_slots, n_cells = layout.stack(most, plan)
-    routes = tuple(_route(rung, source, place.n_shards) for rung in rungs)
-    long = own.over(plan.lengths[-1])
+    routes = tuple(_route(rung, source, workplace.n_shards) for rung in rungs)
+    long = target.over(plan.lengths[-1])
     row_map = RowMap(
         np.empty(0, np.int64), np.empty(0, np.int64), np.empty(round(long.n_rows), np.int8),
-        rungs, n_slots, n_cells, place.n_shards,
+        rungs, n_slots, n_cells, workplace.n_shards,
     )  # fmt: skip
     sends = sum(
-        route.groups(rung.n_chunks) * route.rows * place.n_shards
+        route.groups(rung.n_chunks) * route.rows * workplace.n_shards
         for route, rung in zip(routes, rungs, strict=True)
     )
     entries = Own(
         shape((n_cells,), np.int32), None if values is None else shape((n_cells,), values),
         shape((n_slots,), np.int32), shape((sends,), np.int32),
     )  # fmt: skip
-    blocks = _long(long, plan, place, values, shape) if len(row_map.long) else None
+    blocks = _long(long, plan, workplace, values, shape) if len(row_map.long) else None
     return Side(
-        lengths=np.broadcast_to(np.int64(0), round(own.n_rows)),
+        lengths=np.broadcast_to(np.int64(0), round(target.n_rows)),
         rows=row_map, own=entries, long=blocks, routes=routes,
     )  # fmt: skip
 
@@ -208,11 +208,11 @@ def distinct(source: Lengths, draws: int) -> float:
 
 
 def _long(
-    long: Lengths, plan: Plan, place: Workplace, values: Any, shape: Callable[..., Any]
+    long: Lengths, plan: Plan, workplace: Workplace, values: Any, shape: Callable[..., Any]
 ) -> Long:
     """Blocks of long rows, whose entries are on the shards of their source rows."""
-    length = placing.long_block(plan, place)
-    share = long.values / place.n_shards
+    length = placing.long_block(plan, workplace)
+    share = long.values / workplace.n_shards
     full = share / length
     blocks = full + 0.5
     few = full < 8

@@ -17,7 +17,7 @@ from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.datasets import Interactions
 from tpu_als.shards import ShardedMatrix
 
-ROWS = planted_groups()  # what the model was fitted to: 24 users by 18 items
+ROWS = planted_groups()  # the data of the fit: 24 users by 18 items
 N_USERS, N_ITEMS = ROWS.shape
 COLUMNS = sparse.csr_matrix(ROWS.T)
 BAD_IDS = (IndexError, ValueError, TypeError)

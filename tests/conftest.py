@@ -145,6 +145,6 @@ def fitted(cls: Any, groups: sparse.csr_matrix) -> Any:
 
 
 @pytest.fixture
-def own(fitted: Any) -> Any:
+def twin(fitted: Any) -> Any:
     """A copy that a test may change."""
     return copy.deepcopy(fitted)

@@ -190,10 +190,10 @@ FILES: dict[str, Writer] = {
     "a bomb in a table": bomb("item_factors"),
     "a bomb in a parameter": bomb("alpha"),
     "a bomb in the names": bomb("tpu_als_feature_names_in_"),
-    "a header that asks for a terabyte": with_members(
+    "a header with the shape of a terabyte": with_members(
         {"item_factors.npy": header("'<f4'", f"({2**36}, 6)", bytes(64))}
     ),
-    "a header that asks for more than there is": with_members(
+    "a header with the shape of more data than the member has": with_members(
         {"item_factors.npy": header("'<f4'", "(18, 6)", bytes(64))}
     ),
     "a header of less than there is": with_members(

@@ -73,7 +73,7 @@ many_reads = pytest.mark.parametrize(
 @pytest.fixture
 def count(request: pytest.FixtureRequest, record_property: Any) -> None:
     n_reads = request.getfixturevalue("n_reads")
-    record_property("proof: reads beside updates, none torn", n_reads)
+    record_property("proof: concurrent reads and updates, each read of one state", n_reads)
 
 
 @many_reads

@@ -102,4 +102,4 @@ def test_a_killed_writer_leaves_a_complete_file(tmp_path: Path, kills: int) -> N
     assert done.returncode == 0, done.stderr
     good, most, left = map(int, done.stdout.split())
     assert good == kills and left == 1
-    assert most <= 2  # the file, and what the last writer left
+    assert most <= 2  # the file, and a leftover of the last writer

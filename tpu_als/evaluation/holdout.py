@@ -28,7 +28,7 @@ def hide(
     at_least: int = 0,
     rng: np.random.Generator | None = None,
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Split the entries of each row into kept and hidden ones, by default alike in every call.
+    """Split the entries of each row into kept and hidden ones, by default in the same way.
 
     Parameters
     ----------

@@ -288,7 +288,7 @@ def open_shards(path: str | os.PathLike, filesystem: Any = None) -> ShardedMatri
     Raises
     ------
     FileNotFoundError
-        If there is no totals.json: another directory, or one whose writing was interrupted.
+        If there is no totals.json. `write_shards` writes it last.
     ValueError
         If the totals are not as described, have a later format, or contradict the files; if a file
         is not a Parquet file.
