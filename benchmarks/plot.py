@@ -54,7 +54,7 @@ def fits(lines: list[dict[str, Any]], folder: Path) -> None:
 def _race(panel: Any, runs: list[dict[str, Any]]) -> None:
     for run in runs:
         library, solver = run["library"].split()
-        if solver == "auto":  # the same as one of the others
+        if solver == "auto":  # "auto" runs one of the other solvers
             continue
         seconds = run["setup_s"] + np.cumsum(run["steps_s"])
         above = np.maximum(1.001 * np.array(run["losses"]) / run["target"] - 1, 1e-4)

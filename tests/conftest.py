@@ -18,7 +18,7 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the processes that tests start
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process; the others inherit it
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the main process; workers inherit the directory
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tpu_als-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -33,10 +33,10 @@ from matrices import planted_groups, random_counts
 from models import load_class, make
 from scipy import sparse
 
-# implicit warns, and runs slowly, otherwise; a plugin may have loaded NumPy before this file
+# Otherwise implicit warns and is slow. A plugin may have loaded NumPy before this file.
 threadpoolctl.threadpool_limits(1, user_api="blas")
 jax.config.update("jax_num_cpu_devices", 4)
-# global, not by context manager: those are local to a thread, and the engine may use several
+# Global options: those of context managers apply to one thread, and the engine may use several.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -162,14 +162,14 @@ def main(group: str) -> None:
     for name, call in _calls(group).items():
         for damage in DAMAGES:
             count += 1
-            report(f"{name}: {damage} ")  # the last words before a crash
+            report(f"{name}: {damage} ")  # printed before the call, which may crash the process
             try:
                 call(damaged(damage))
             except ValueError as error:
                 known = "is a damaged csr_matrix" in str(error) or "outside its shape" in str(error)
-                report("refused\n" if known else f"OTHERWISE: {error}\n")
+                report("refused\n" if known else f"OTHER ERROR: {error}\n")
             else:
-                report("TAKEN\n")
+                report("ACCEPTED\n")
     report(f"done {count}\n")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import sparse
 
 Writer = Callable[[Path, bytes], object]
-BOMB = 300 << 20  # bytes that unpack from a file a thousand times smaller
+BOMB = 300 << 20  # expanded size; the compressed file is a thousand times smaller
 
 
 def members(good: bytes) -> dict[str, Any]:
@@ -143,7 +143,7 @@ FILES: dict[str, Writer] = {
         good[:-200] + bytes(200)
     ),
     "only zeros": lambda path, good: path.write_bytes(bytes(5000)),
-    # of others
+    # of other programs
     "a matrix of SciPy": lambda path, good: sparse.save_npz(path, sparse.eye(9, format="csr")),
     "no members": lambda path, good: zipfile.ZipFile(path, "w").close(),
     "arrays of somebody": _savez(a=np.ones(3), b=np.ones(4)),
@@ -154,7 +154,7 @@ FILES: dict[str, Writer] = {
     "a gzip file": lambda path, good: path.write_bytes(gzip.compress(good)),
     "a pickle": lambda path, good: path.write_bytes(b"\x80\x04\x95\x05\x00\x00\x00"),
     "a zip of text files": with_members({"readme.txt": b"hello", "factors.npy": b"6"}),
-    # that contradict themselves
+    # with contradictory values
     "tables of two widths": changed(item_factors=np.ones((18, 4), np.float32)),
     "a table of one axis": changed(user_factors=np.ones(24, np.float32)),
     "a table of three axes": changed(user_factors=np.ones((2, 3, 6), np.float32)),
@@ -179,7 +179,7 @@ FILES: dict[str, Writer] = {
     "a number as dtype": changed(dtype=np.int64(32), tpu_als_storage_dtype=None),
     "an unknown objective": changed(tpu_als_objective=np.str_("explicit")),
     "iterations of floats": changed(iterations=np.float64(1.5)),
-    # of a later or no format
+    # of a later format, or without a format
     "a future format": changed(tpu_als_format=np.int64(10**6)),
     "a format of text": changed(tpu_als_format=np.str_("one")),
     "a format of two numbers": changed(tpu_als_format=np.array([1, 2])),
@@ -224,7 +224,7 @@ FILES: dict[str, Writer] = {
     "members of one name": twice,
     "an encrypted file": encrypted,
 }
-# Members of other names are not read, and names are not paths; these load like the good file.
+# Files with additional members, which are not read. They load like the good file.
 HARMLESS: dict[str, Writer] = {
     "an absolute name": with_members({"/tmp/tpu_als_evil.npy": npy(ONES)}),
     "a name in the parent folder": with_members({"../../tpu_als_evil.npy": npy(ONES)}),

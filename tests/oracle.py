@@ -104,7 +104,7 @@ def half_epoch(
     target = np.zeros((matrix.shape[0], source.shape[1]))
     for row in range(matrix.shape[0]):
         if not stored[row].any():
-            continue  # the right side is zero
+            continue  # the right-hand side is zero
         right = source.T @ positive[row]
         target[row] = np.linalg.lstsq(normals[row], right, rcond=None)[0]
     return target

@@ -116,7 +116,7 @@ def run(code: str) -> str:
 
 @pytest.mark.slow
 def test_importing_starts_no_backend() -> None:
-    # the number of CPU devices can be set only until a backend starts
+    # the number of CPU devices can be set only before a backend starts
     code = """
 import tpu_als
 import jax

@@ -57,7 +57,7 @@ def fitted(case: dict[str, Any], folder: Path) -> dict[str, np.ndarray]:
     found["near"], _ = model.similar_items([3, 4], N=3)
     found["quality"] = model.score(counts)
     found["users"], found["items"] = model.user_factors, model.item_factors
-    # once more, from the host's copies
+    # again, from the copies on the host
     found["ids_again"], _ = model.recommend(USERS, counts[USERS], N=4)
     return {name: np.asarray(value) for name, value in found.items()}
 
@@ -66,7 +66,7 @@ def main() -> None:
     """Run all cases, and write the results of this process."""
     folder = Path(sys.argv[1])
     join()
-    layout.LONGEST = 16  # so that some rows are long, and the processes have to add up their sums
+    layout.LONGEST = 16  # some rows are long, so the processes must add their sums
     for number, case in enumerate(json.loads(sys.argv[2])):
         found = fitted(case, folder)
         np.savez(folder / f"case{number}-process{os.environ['PROCESS']}.npz", **found)

@@ -169,7 +169,7 @@ class TestImplicitItself:
         evaluation = pytest.importorskip("implicit.evaluation")
         held_out = (np.ones(24, dtype=np.float32), (ids, withheld(ids)))
         test = sparse.csr_matrix(held_out, shape=groups.shape)
-        for k in (3, 18, 30):  # 30 is more than there are items
+        for k in (3, 18, 30):  # more than the number of items
             found = evaluation.ranking_metrics_at_k(
                 fitted, groups, test, K=k, show_progress=False, num_threads=1
             )
@@ -210,7 +210,7 @@ class TestImplicitItself:
         model = FaissModel(make(TPUAlternatingLeastSquares, factors=3), use_gpu=False)
         model.fit(groups, False)
         before = model.model.item_factors.copy()
-        ids, _ = model.similar_items(4, N=3)  # divides what _item_factor returns, in place
+        ids, _ = model.similar_items(4, N=3)  # divides the result of _item_factor in place
         assert ids[0] == 4 or set(ids) <= set(range(6))
         model.similar_items([4, 5], N=3)
         assert model.recommend(3, groups[3], N=2)[0][0] == 3

@@ -148,7 +148,7 @@ class TestFitArguments:
     def test_a_bad_parameter_is_named_at_fit(
         self, counts: sparse.csr_matrix, bad: dict[str, Any]
     ) -> None:
-        model = quick(**bad)  # the constructor only stores
+        model = quick(**bad)  # the constructor only stores parameters
         with pytest.raises(ValueError, match=next(iter(bad))):
             model.fit(counts, show_progress=False)
 
@@ -305,7 +305,7 @@ class TestRecommend:
         expected = fitted.recommend(range(3), groups[:3], N=4)
         np.testing.assert_array_equal(fitted.recommend(range(3), array[:3], N=4)[0], expected[0])
         row = array[1]
-        assert row.ndim == 1  # SciPy gives a 1-D array here
+        assert row.ndim == 1  # a row of a csr_array is a 1-D array
         ids, _ = fitted.recommend(1, row, N=4)
         np.testing.assert_array_equal(ids, expected[0][1])
         np.testing.assert_allclose(
@@ -323,7 +323,7 @@ class TestRecommend:
         with pytest.raises(ValueError, match="tocsr"):
             fitted.recommend([0], groups[:1].tocoo())
         wide = sparse.csr_matrix((1, 30), dtype=np.float32)
-        assert fitted.recommend(0, wide, N=3)[0].shape == (3,)  # no entry is out of place
+        assert fitted.recommend(0, wide, N=3)[0].shape == (3,)  # no entry is beyond the items
 
     def test_ties_do_not_repeat_an_item(self) -> None:
         model = quick()

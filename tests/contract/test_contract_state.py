@@ -179,7 +179,7 @@ class TestDevicesAndDtypes:
         full = make(TPUAlternatingLeastSquares).fit(counts, show_progress=False)
         for table in (half.user_factors, half.item_factors):
             assert table.dtype == np.float32
-            assert not (table.view(np.uint32) & 0xFFFF).any()  # exactly the stored bits
+            assert not (table.view(np.uint32) & 0xFFFF).any()  # equal to the stored bfloat16 values
         losses = [
             oracle.loss(counts, m.user_factors, m.item_factors, OBJECTIVE) for m in (half, full)
         ]

@@ -21,7 +21,7 @@ from sklearn.utils.metadata_routing import get_routing_for_object
 from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.compat import AlternatingLeastSquares
 
-# scikit-learn's checks try every sparse format; that each but CSR warns is tested elsewhere
+# scikit-learn's checks use every sparse format; other tests check the warnings
 pytestmark = pytest.mark.filterwarnings("ignore:Method expects CSR")
 
 

@@ -82,7 +82,7 @@ class TestMetrics:
 
     def test_novelty_counts_all_train_users(self) -> None:
         train = sparse.lil_matrix((1000, 20))
-        train[:50] = 1  # the first ten items are liked by these alone
+        train[:50] = 1  # only these users like the first ten items
         train[50:, 10:] = 1
         train[100:200, :10] = -1
         test = sparse.csr_matrix((np.ones(5), (np.arange(5), np.arange(5))), shape=train.shape)

@@ -114,7 +114,7 @@ def oracle(ids: np.ndarray, test: Any, train: Any, popularity: list[int], n_user
         got["coverage"] = len(set(shown)) / n_items
         liked = [popularity[item] if item < len(popularity) else 0 for item in shown]
         got["novelty"] = float(np.mean([-math.log2(max(x, 0.5) / n_users) for x in liked]))
-    del got["auc"]  # which compares with implicit's, below
+    del got["auc"]  # compared with implicit's below
     return got
 
 
@@ -151,7 +151,7 @@ def test_equal_ranx() -> None:
     done = subprocess.run(
         [sys.executable, "-c", IN_RANX],
         input=json.dumps(asked),
-        env={**os.environ, "NUMBA_DISABLE_JIT": "1"},  # compiling takes minutes, and this seconds
+        env={**os.environ, "NUMBA_DISABLE_JIT": "1"},  # uncompiled, as compiling takes minutes
         capture_output=True,
         text=True,
         check=True,
@@ -220,7 +220,9 @@ class TestIdsBeyondTheMatrix:
         got = evaluation.ranking_metrics_at_k(model, *cut, K=5)
         wide = [sparse.csr_matrix((p.data, p.indices, p.indptr), (60, 40)) for p in cut]
         expected = evaluation.ranking_metrics_at_k(model, *wide, K=5)
-        for name in set(evaluation.METRICS) - {"auc"}:  # implicit's: of the test matrix's items
+        for name in set(evaluation.METRICS) - {
+            "auc"
+        }:  # implicit's AUC, over the items of the test matrix
             assert got[name] == pytest.approx(expected[name], abs=1e-12), name
 
     @pytest.mark.parametrize("metric", evaluation.METRICS)
@@ -336,7 +338,7 @@ class TestMisses:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             evaluation.ranking_metrics_at_k(fitted_pair["tpu_als"], train, test)
-            negative = train * -1  # nothing to be found
+            negative = train * -1  # no relevant entry is left
             evaluation.ranking_metrics_at_k(fitted_pair["tpu_als"], train, test + negative)
 
 
@@ -350,7 +352,7 @@ class TestAuc:
         ids = np.array([rng.permutation(np.flatnonzero(~row))[:10] for row in likes & ~in_test])
         got = evaluation.metrics_of_rankings(ids, test, seen=train)
         assert got["auc_unseen"] == pytest.approx(0.5, abs=0.02)
-        assert got["auc"] > 0.55  # train items that a ranking leaves out raise it
+        assert got["auc"] > 0.55  # excluded train items raise the value
 
     def test_a_ranking_longer_than_the_catalogue(self) -> None:
         ids, test = np.array([[1, 2] + [-1] * 8]), sparse.csr_matrix([[1, 0, 0, 0]])

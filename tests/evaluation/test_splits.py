@@ -240,11 +240,11 @@ class TestInput:
         with pytest.raises(ValueError, match=r"users as rows|real numbers|complex numbers"):
             split(matrix)
 
-    @pytest.mark.parametrize("place", [10**7, 1, -3])
-    def test_a_corrupt_matrix(self, split: Any, place: int) -> None:
+    @pytest.mark.parametrize("position", [10**7, 1, -3])
+    def test_a_corrupt_matrix(self, split: Any, position: int) -> None:
         rows = random_counts(5, 6, density=0.9)
-        assert rows.has_canonical_format  # which SciPy now remembers
-        rows.indptr[3] = place
+        assert rows.has_canonical_format  # SciPy stores the result in the flags
+        rows.indptr[3] = position
         with pytest.raises(ValueError, match="is a damaged csr_matrix.*: indptr falls"):
             split(rows)
         columns = random_counts(6, 5, density=0.9)

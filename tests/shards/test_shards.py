@@ -276,7 +276,7 @@ class TestMemory:
                 assert sum(sizes) == n_blocks * 5000
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
-        # an entry takes at least 8 bytes, so holding what was added would add 2 MB
+        # an entry takes at least 8 bytes, so keeping the additional entries would take 2 MB
         assert peaks[1] < peaks[0] + 400_000, peaks
 
     def test_blocks_have_about_the_requested_length(self, tmp_path: Path) -> None:
@@ -511,7 +511,7 @@ class TestBadFiles:
             foreign([{"row_id": [0], "col_ids": [[0, 1]]}], n_entries=5)
 
     def test_entries_are_fewer(self, foreign: Callable[..., ShardedMatrix]) -> None:
-        # by the footers a row may have none, or one
+        # the footers do not show whether a row has no entry or one
         got = foreign([{"row_id": [0, 1], "col_ids": [[0, 1], [2]]}], n_entries=2)
         for read in (got.to_csr, lambda: got.lengths("item")):
             with pytest.raises(ValueError, match=r"holds 3 entries, but totals.json says 2"):

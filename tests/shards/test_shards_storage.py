@@ -285,7 +285,7 @@ class TestDamage:
         write_shards(other, folder.parent / "other", 2)
         shutil.rmtree(folder / side)
         shutil.copytree(folder.parent / "other" / side, folder / side)
-        if not has_totals:  # as another writer leaves them
+        if not has_totals:  # as other writers, which write no summaries
             change_totals(folder, files="absent")
         message = "damaged or another file" if has_totals else "different entries or values"
         with pytest.raises(ValueError, match=f"{folder}.*{message}"):
@@ -375,5 +375,5 @@ class TestDamage:
     def test_files_without_checksums_are_read(self, folder: Path) -> None:
         for file in folder.rglob("*.parquet"):
             rewrite(file, write_page_checksum=False)
-        change_totals(folder, files="absent")  # other writers do not know of it
+        change_totals(folder, files="absent")  # other writers do not write it
         assert_same(open_shards(folder))

@@ -61,7 +61,7 @@ class TestReplacing:
         leftovers = []
         for name in (path, other):
             part = atomic._create(name, atomic._prefix(name))
-            part[1].close()  # as the end of a process does
+            part[1].close()  # as the system does when a process ends
             leftovers.append(part[0])
         with atomic.replacing(path) as living:
             assert not leftovers[0].exists()

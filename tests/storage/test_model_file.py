@@ -170,7 +170,7 @@ def test_a_file_of_format_1_stays_loadable() -> None:
     )
     given = {name: value for name, value in model.get_params().items() if name in OF_FORMAT_1}
     assert given == OF_FORMAT_1
-    assert model.checkpoint_dir is None  # the file names one
+    assert model.checkpoint_dir is None  # the file has a checkpoint_dir
     assert list(model.feature_names_in_) == [f"item {i}" for i in range(7)]
     assert (model.n_iter_, model.n_features_in_) == (2, 7)
     assert model.history_["loss"] == [0.590489460009655, 0.32000209210959846]
@@ -337,7 +337,7 @@ class TestDamagedAndForeignFiles:
                 model = load(bytes(flipped))
             except ModelFileError:
                 continue
-            loaded += 1  # dates and the like, which nothing depends on
+            loaded += 1  # dates and other fields without effect
             assert model.get_params() == good.get_params()
             assert model.n_iter_ == good.n_iter_ and model.history_ == good.history_
             assert list(model.feature_names_in_) == list("abcd")

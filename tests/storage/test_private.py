@@ -61,7 +61,7 @@ def test_writable_by_others(folder: Path, mode: int) -> None:
 def test_writable_inside(folder: Path, inside: str) -> None:
     (folder / inside).chmod(0o666 if inside.endswith("nbi") else 0o777)
     refused(folder, f"{inside} is writable by others")
-    folder.chmod(0o700)  # which nobody else can enter
+    folder.chmod(0o700)  # no other user can enter the directory
     assert private_directory(folder) == folder.resolve()
 
 
@@ -76,7 +76,7 @@ def test_a_file_of_another_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
     def of_another(path: Path) -> os.stat_result:
         info = list(lstat(path))
-        info[4] += path.name == "index.nbi"  # the owner
+        info[4] += path.name == "index.nbi"  # the user id of the owner
         return os.stat_result(info)
 
     monkeypatch.setattr(Path, "lstat", of_another)
@@ -86,5 +86,5 @@ def test_a_file_of_another_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_parents_writable_by_all_users(folder: Path) -> None:
     folder.parent.chmod(0o777)
     refused(folder, "all users can replace it, because .* is writable by all users")
-    folder.parent.chmod(0o1777)  # as /tmp is: only owners rename there
+    folder.parent.chmod(0o1777)  # the sticky bit, as of /tmp: only owners can rename files
     assert private_directory(folder) == folder.resolve()

@@ -67,17 +67,17 @@ def test_raises_a_clear_error_and_keeps_the_model(
     model: TPUAlternatingLeastSquares, before: list[Any], case: Case, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)  # nothing may be written
-    own = copy.deepcopy(model)
-    parameters = own.get_params()
-    old = {name: copy.copy(getattr(own, name)) for name in case.settings}
+    monkeypatch.chdir(tmp_path)  # a failed call must not write files
+    twin = copy.deepcopy(model)
+    parameters = twin.get_params()
+    old = {name: copy.copy(getattr(twin, name)) for name in case.settings}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(case.error, match=case.message):
-            carry_out(case, own)
+            carry_out(case, twin)
     for name, value in {**parameters, **old}.items():
-        setattr(own, name, value)
-    for now, then in zip(answers(own), before, strict=True):
+        setattr(twin, name, value)
+    for now, then in zip(answers(twin), before, strict=True):
         np.testing.assert_array_equal(now, then)
     assert not list(tmp_path.iterdir())
 

@@ -146,7 +146,7 @@ CALLS: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
         (call, mistake)
         for call in CALLS
         for mistake in ("interactions", "text column", "pyarrow table", "path", "tuple", "shards")
-        if (call, mistake) != ("fit", "shards")  # which it takes
+        if (call, mistake) != ("fit", "shards")  # fit accepts shards
     ],
 )
 def test_calls(model: TPUAlternatingLeastSquares, call: str, mistake: str) -> None:
