@@ -165,7 +165,7 @@ def ids_to_store(ids: Any, n_rows: int, name: str) -> tuple[np.ndarray, np.ndarr
             f"{name} {array.max()} is too far beyond the table, which has {n_rows} rows: one call "
             f"grows it to {bound} rows at most, twice its size plus {GROWTH:,}, because the rows "
             f"in between are zero. Number new {name.removesuffix('ids')}s from {n_rows} on, or "
-            f"assign a larger table to {name.removesuffix('ids')}_factors first"
+            f"assign {name.removesuffix('ids')}_factors with more rows first"
         )
     return array.astype(np.int64), mask
 
