@@ -12,7 +12,7 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 def run(path: Path) -> tuple[int, int]:
-    """Failed and attempted examples of a file; its blocks share one namespace."""
+    """Return how many examples of a file failed and ran; its blocks share one namespace."""
     text, names = path.read_text(encoding="utf-8"), {"__name__": "__main__"}
     runner, parser = doctest.DocTestRunner(optionflags=FLAGS), doctest.DocTestParser()
     for block in BLOCK.finditer(text):

@@ -1,8 +1,8 @@
-"""What does a fresh process pay: import, first fit, first recommendation?
+"""How long do the import, the first fit and the first recommendation of a fresh process take?
 
-Every figure is the median over fresh processes, ours and implicit's in turn. Ours runs with an
-empty cache for numba, with the one that the package keeps, and with `enable_compilation_cache`. An
-untimed process fills a cache first.
+Every figure is the median over fresh processes. tpu_als and implicit alternate. tpu_als runs with
+an empty cache of numba, with the cache that the package keeps, and with `enable_compilation_cache`.
+An untimed process fills the caches first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FIT = {"factors": 64, "iterations": 15, "alpha": 40.0, "regularization": 10.0, "
 
 
 def medians(calls: dict[str, tuple[str, dict[str, Any]]], repeats: int) -> dict[str, Any]:
-    """Medians of what the pieces of `fresh.py` print, run in turns."""
+    """Run pieces of `fresh.py` alternately; return the medians of what each prints."""
     printed: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, (piece, arguments) in calls.items():
@@ -32,7 +32,7 @@ def medians(calls: dict[str, tuple[str, dict[str, Any]]], repeats: int) -> dict[
 
 
 def main() -> None:
-    """Run all parts in turns."""
+    """Run all parts."""
     args = common.parser(__doc__).parse_args()
     repeats, size = (1, common.QUICK_SHAPE) if args.quick else (args.repeats, SIZE)
     common.emit(benchmark="cold_start", what="machine", **common.machine())
@@ -51,14 +51,14 @@ def main() -> None:
         sparse.save_npz(file, matrix)
         job = {"file": file, "fit": FIT}
         jobs = {
-            name: ("whole_job", {**job, "library": name, "empty_in": folder})
+            name: ("full_job", {**job, "library": name, "empty_in": folder})
             for name in ["tpu_als", *common.installed("implicit")]
         }
         for name, row in medians(jobs, repeats).items():
             common.emit(**about, what="nothing cached", library=name, **row)
         jobs = {
-            "loops cached": ("whole_job", {**job, "library": "tpu_als"}),
-            "persistent cache": ("whole_job", {**job, "library": "tpu_als", "cache": cache}),
+            "loops cached": ("full_job", {**job, "library": "tpu_als"}),
+            "persistent cache": ("full_job", {**job, "library": "tpu_als", "cache": cache}),
         }
         medians(jobs, 1)
         for what, row in medians(jobs, repeats).items():

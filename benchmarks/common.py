@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, data, timing in turns, and one JSON object a line."""
+"""Shared by the benchmarks: arguments, data, alternating timing, and one JSON object per line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # implicit asks for it, and is slower without
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # implicit warns, and is slower, without it
 
 import jax
 import numpy as np
@@ -31,13 +31,13 @@ _PACKAGES = (
 
 
 def parser(description: str | None, datasets: tuple[str, ...] = ()) -> argparse.ArgumentParser:
-    """Make a parser with the options that all scripts have, `--dataset` where there is a choice."""
+    """Make a parser with the common options, and with `--dataset` if `datasets` are given."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("--quick", action="store_true", help="seconds on small data; means nothing")
+    made.add_argument("--quick", action="store_true", help="a test on small data")
     made.add_argument(
         "--data", type=Path, default=_data_directory(), help=f"directory of {ML1M} (TPU_ALS_DATA)"
     )
-    made.add_argument("--repeats", type=int, default=5, help="timings of which the median is taken")
+    made.add_argument("--repeats", type=int, default=5, help="timings; the median is reported")
     if datasets:
         made.add_argument("--dataset", choices=datasets, default=datasets[0])
     return made
@@ -49,13 +49,13 @@ def _data_directory() -> Path | None:
 
 
 def load(args: argparse.Namespace) -> tuple[str, sparse.csr_matrix]:
-    """Name and matrix of the data set that the arguments ask for."""
+    """Name and matrix of the data set that the arguments choose."""
     if args.quick:
         return "power-law-quick", power_law(*QUICK_SHAPE)
     if args.dataset == "power-law":
         return "power-law-20m", power_law(*ML20M_SHAPE)
     if args.data is None or not (args.data / ML1M).exists():
-        sys.exit(f"no {ML1M} in --data {args.data}: give its directory, or --dataset power-law")
+        sys.exit(f"no {ML1M} in --data {args.data}: pass its directory, or --dataset power-law")
     return "ml1m-80", sparse.load_npz(args.data / ML1M).tocsr().astype(np.float32)
 
 
@@ -103,7 +103,7 @@ def _processor() -> str:
 
 
 def emit(**fields: Any) -> None:
-    """Print one JSON object on one line; floats with six digits."""
+    """Print one JSON object on one line, with floats rounded to six digits."""
     print(json.dumps(_rounded(fields)), flush=True)
 
 
@@ -125,7 +125,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call; one untimed round, then rounds whose order reverses in turn."""
+    """Median seconds of each call, after one untimed round. Every second round is reversed."""
     names = list(calls)
     for name in names:
         calls[name]()
@@ -137,7 +137,7 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, 
 
 
 def fresh(piece: str, **arguments: Any) -> Any:
-    """Run a piece of `fresh.py` in a process of its own, and return what it prints."""
+    """Run a piece of `fresh.py` in a new process, and return what it prints."""
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("fresh.py"), piece, json.dumps(arguments)],
         stdout=subprocess.PIPE,

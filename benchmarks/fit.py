@@ -1,7 +1,7 @@
-"""How long does a fit take, per iteration and to a given loss, beside implicit and irspack?
+"""How long does a fit take per iteration and to a given loss, compared with implicit and irspack?
 
-First shows that all libraries solve the same problem. Then steps them in turn, from the same
-initial tables, and measures the loss of each after every iteration with implicit's own function.
+The script first shows that all libraries solve the same problem. Then it steps them alternately
+from the same initial tables, and measures each loss after every iteration by implicit's function.
 The target is 1.001 times the loss of `--reference`, an exact solver, after `--iterations`.
 
 "relaxed" has `over_relaxation=1.6`, "relaxed-4" 1.5 and 4 steps of CG, and "relaxed-xla" 1.6 and
@@ -30,13 +30,13 @@ SETTINGS = [(40.0, 10.0), (1.0, 0.01)]
 
 
 def judge_of(problem: Problem) -> Callable[[tuple[np.ndarray, np.ndarray]], float]:
-    """implicit's loss of given tables."""
+    """Return a function that computes implicit's loss of given tables."""
     confidences = problem.confidences()
     return lambda tables: calculate_loss(confidences, *tables, problem.regularization, 0)
 
 
 def show_same_problem(problem: Problem, names: list[str], iterations: int) -> None:
-    """One exact iteration from the same tables, and the loss after many, for every library."""
+    """Print how exact solvers differ after one iteration, and their losses after many."""
     judge, first, last = judge_of(problem), {}, {}
     for name in [name for name in names if name.endswith("cholesky")]:
         run = Run.prepared(name, problem)
@@ -59,7 +59,7 @@ def show_same_problem(problem: Problem, names: list[str], iterations: int) -> No
 
 
 def report(runs: list[Run], target: float, iterations: int, about: dict[str, Any]) -> None:
-    """One line for each library, and one that compares the best of ours with the best peer."""
+    """Print a line for each library, and one that compares tpu_als with the best peer."""
     for run in runs:
         common.emit(
             **about, library=run.name, setup_s=run.setup,
@@ -70,19 +70,21 @@ def report(runs: list[Run], target: float, iterations: int, about: dict[str, Any
         )  # fmt: skip
     ours = [run for run in runs if run.name.startswith("tpu_als")]
     peers = [run for run in runs if not run.name.startswith("tpu_als")]
-    mine = min((s for run in ours if (s := run.seconds_to(target))), default=None)
-    theirs = min(peers, key=lambda run: run.least_seconds_to(target), default=None)
+    ours_s = min((s for run in ours if (s := run.seconds_to(target))), default=None)
+    best_peer = min(peers, key=lambda run: run.least_seconds_to(target), default=None)
     plain = [run for run in peers if run.name.endswith(" cg")]
-    as_it_comes = next((run for run in peers if run.name == "implicit cg"), None)
+    default_peer = next((run for run in peers if run.name == "implicit cg"), None)
     common.emit(
         **about, what="summary",
-        fastest_peer=theirs.name if theirs else None,
-        fastest_peer_arrived=theirs is not None and theirs.reached(target) is not None,
+        fastest_peer=best_peer.name if best_peer else None,
+        fastest_peer_reached_the_target=(
+            best_peer is not None and best_peer.reached(target) is not None
+        ),
         times_faster_than_fastest_peer=(
-            theirs.least_seconds_to(target) / mine if mine and theirs else None
+            best_peer.least_seconds_to(target) / ours_s if ours_s and best_peer else None
         ),
         times_faster_than_implicit_cg_at_least=(
-            as_it_comes.least_seconds_to(target) / mine if mine and as_it_comes else None
+            default_peer.least_seconds_to(target) / ours_s if ours_s and default_peer else None
         ),
         fastest_iteration_s=min((statistics.median(run.steps) for run in ours), default=None),
         fastest_plain_cg_iteration_s=min(
@@ -92,15 +94,17 @@ def report(runs: list[Run], target: float, iterations: int, about: dict[str, Any
 
 
 def main() -> None:
-    """Run all cases that the arguments ask for."""
+    """Run all cases that the arguments choose."""
     parser = common.parser(__doc__, ("ml1m", "power-law"))
     parser.add_argument("--factors", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--iterations", type=int, default=15)
-    parser.add_argument("--most", type=int, default=100, help="iterations for those that lag")
+    parser.add_argument("--most", type=int, default=100, help="largest number of iterations")
     parser.add_argument("--settings", type=int, nargs="+", default=[0, 1], help=str(SETTINGS))
     parser.add_argument("--libraries", nargs="+", default=DEFAULT)
     parser.add_argument(
-        "--reference", default=REFERENCE, help="whose loss after --iterations sets the target"
+        "--reference",
+        default=REFERENCE,
+        help="library whose final loss sets the target",
     )
     args: argparse.Namespace = parser.parse_args()
     if args.quick:
@@ -108,7 +112,7 @@ def main() -> None:
     name, matrix = common.load(args)
     names = available(list(dict.fromkeys([*args.libraries, args.reference])))
     missing = sorted(set(args.libraries) - set(names))
-    common.emit(benchmark="fit", what="machine", left_out=missing, **common.machine())
+    common.emit(benchmark="fit", what="machine", not_installed=missing, **common.machine())
     for alpha, regularization in [SETTINGS[i] for i in args.settings]:
         for i, factors in enumerate(args.factors):
             problem = Problem(matrix, factors, alpha, regularization)

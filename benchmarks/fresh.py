@@ -1,6 +1,6 @@
-"""Pieces of benchmarks that need a process of their own: ``python fresh.py PIECE '{...}'``.
+"""Pieces of benchmarks that need a new process: ``python fresh.py PIECE '{...}'``.
 
-Imports nothing but the standard library before the clock starts; prints one JSON object.
+The script imports only the standard library before the clock starts. It prints one JSON object.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # implicit asks for it, and is slower without
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # implicit warns, and is slower, without it
 
 
 def model_class(library: str, cache: str | None = None) -> Any:
@@ -31,27 +31,27 @@ def model_class(library: str, cache: str | None = None) -> Any:
     return tpu_als.TPUAlternatingLeastSquares
 
 
-def whole_job(
+def full_job(
     library: str,
     file: str,
     fit: dict[str, Any],
     cache: str | None = None,
     empty_in: str | None = None,
 ) -> dict[str, float]:
-    """Import, fit, recommend. Reading the file is outside of the time.
+    """Time import, fit and recommendation; the reading of the file is not timed.
 
-    With `empty_in`, a new directory in it is numba's cache, so that the loops are compiled.
+    With `empty_in`, numba's cache is a new directory in it, so the loops are compiled.
     """
     if empty_in is not None:
         os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(dir=empty_in)
     started = time.perf_counter()
-    made = model_class(library, cache)(**fit)
+    model = model_class(library, cache)(**fit)
     imported = time.perf_counter()
     matrix = read(file)
     ready = time.perf_counter()
-    made.fit(matrix, show_progress=False)
+    model.fit(matrix, show_progress=False)
     fitted = time.perf_counter()
-    made.recommend(0, matrix[0])
+    model.recommend(0, matrix[0])
     done = time.perf_counter()
     return {
         "import_s": imported - started,
@@ -77,7 +77,7 @@ def import_package() -> dict[str, float]:
 
 
 def import_floor() -> dict[str, float]:
-    """Seconds to import what the package cannot do without."""
+    """Seconds to import scikit-learn's base classes, which the estimator needs."""
     started = time.perf_counter()
     import sklearn.base  # noqa: F401
 
@@ -85,7 +85,7 @@ def import_floor() -> dict[str, float]:
 
 
 def programs(file: str, fit: dict[str, Any]) -> dict[str, float]:
-    """How many XLA programs the first fit compiles, which is none on the CPU backend."""
+    """Number of XLA programs that the first fit compiles; 0 on the CPU backend."""
     import jax
 
     events: list[float] = []
@@ -95,9 +95,9 @@ def programs(file: str, fit: dict[str, Any]) -> dict[str, float]:
             events.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(record)
-    matrix, made = read(file), model_class("tpu_als")(**fit)
+    matrix, model = read(file), model_class("tpu_als")(**fit)
     started = time.perf_counter()
-    made.fit(matrix, show_progress=False)
+    model.fit(matrix, show_progress=False)
     return {
         "programs": len(events),
         "compile_s_summed": sum(events),
@@ -106,28 +106,28 @@ def programs(file: str, fit: dict[str, Any]) -> dict[str, float]:
 
 
 def memory(library: str, file: str, fit: dict[str, Any]) -> dict[str, float]:
-    """Bytes that a fit needs at its peak, beyond the imported library and the matrix."""
-    made, matrix = model_class(library)(**fit), read(file)
+    """Peak bytes of a fit, in addition to the imported library and the matrix."""
+    model, matrix = model_class(library)(**fit), read(file)
     if library == "tpu_als":
         start_backend()
     before = resident()
     peak = Peak()
-    made.fit(matrix, show_progress=False)
-    held = float(made.user_factors.nbytes + made.item_factors.nbytes)
+    model.fit(matrix, show_progress=False)
+    tables = float(model.user_factors.nbytes + model.item_factors.nbytes)
     high = peak.stop()
     return {
         "peak_bytes": high,
         "before_bytes": before,
         "fit_bytes": high - before,
         "matrix_bytes": float(matrix.data.nbytes + matrix.indices.nbytes + matrix.indptr.nbytes),
-        "tables_bytes": held,
+        "tables_bytes": tables,
     }
 
 
 def start_backend() -> None:
-    """Load what the backend of a fit needs, as implicit's library is loaded by its import.
+    """Load numba (CPU backend) or start JAX (XLA backend).
 
-    This is numba for the CPU backend, and JAX with its devices for XLA's.
+    implicit loads its compiled library when it is imported.
     """
     from tpu_als.engine import backends
 
@@ -137,7 +137,7 @@ def start_backend() -> None:
 def write_shards(
     path: str, shape: tuple[int, int, int], n_blocks: int, n_shards: int
 ) -> dict[str, float]:
-    """Seconds and bytes to write a seeded matrix, made in blocks of users."""
+    """Seconds and bytes to write a seeded matrix, which is model in blocks of users."""
     from tpu_als import datasets, shards
 
     n_users, n_items, n_entries = (number // part for number, part in zip(
@@ -160,11 +160,11 @@ def fit_shards(path: str, fit: dict[str, Any]) -> dict[str, float]:
     """Seconds and bytes to fit from a directory of shards."""
     from tpu_als.shards import open_shards
 
-    made, matrix = model_class("tpu_als")(**fit), open_shards(path)
+    model, matrix = model_class("tpu_als")(**fit), open_shards(path)
     start_backend()
     before, peak, started = resident(), Peak(), time.perf_counter()
-    made.fit(matrix, show_progress=False)
-    taken, steps = time.perf_counter() - started, made.history_["seconds"]
+    model.fit(matrix, show_progress=False)
+    taken, steps = time.perf_counter() - started, model.history_["seconds"]
     return {
         "peak_bytes": peak.stop(), "before_bytes": before, "seconds": taken,
         "compile_and_first_s": steps[0], "iteration_s": min(steps[1:]),
@@ -173,32 +173,32 @@ def fit_shards(path: str, fit: dict[str, Any]) -> dict[str, float]:
 
 
 def resident() -> float:
-    """Bytes of memory the process holds now."""
+    """Resident bytes of this process."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return float(pages * resource.getpagesize())
 
 
 class Peak:
-    """Watches the resident bytes, a hundred times a second."""
+    """Samples the resident bytes a hundred times a second."""
 
     def __init__(self) -> None:
-        self._high, self._over = resident(), threading.Event()
+        self._high, self._stopped = resident(), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def _watch(self) -> None:
-        while not self._over.wait(0.01):
+        while not self._stopped.wait(0.01):
             self._high = max(self._high, resident())
 
     def stop(self) -> float:
-        """End, and return the highest value seen."""
-        self._over.set()
+        """Stop, and return the highest value."""
+        self._stopped.set()
         self._thread.join()
         return max(self._high, resident())
 
 
 PIECES: dict[str, Any] = {
-    "whole_job": whole_job,
+    "full_job": full_job,
     "import_package": import_package,
     "import_floor": import_floor,
     "programs": programs,

@@ -1,9 +1,10 @@
-"""How long does a fit take on an accelerator, beside implicit's CUDA kernels and the bytes to move?
+"""How long does a fit on an accelerator take, compared with implicit's CUDA kernels?
 
-Both start from the same tables. Loss is measured outside of the time, by the engine for both, and
-once by implicit's CPU function to show that it is the same. The target is 1.001 times the loss of
-the exact solver after `--iterations`. Without a GPU, and with `--quick`, ours runs alone on what
-there is.
+The time is also compared with the least time to move the bytes. Both libraries start from the same
+tables. Losses are not timed. The engine computes them for both libraries; implicit's CPU function
+computes the last one again, to show that they agree. The target is 1.001 times the loss of the
+exact solver after `--iterations`. Without a GPU, and with `--quick`, only tpu_als runs, on the
+available device.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.0e12, "L4": 0.3e12, "T4"
 
 
 def judge_of(problem: Problem) -> Callable[[tuple[np.ndarray, np.ndarray]], float]:
-    """The engine's loss of given tables."""
+    """Return a function that computes the engine's loss of given tables."""
     judge = Ours(problem)
     return lambda tables: als.loss(als.start(judge.data, *tables), judge.data, judge.objective)
 
 
 def floor_bytes(problem: Problem, itemsize: int) -> float:
-    """Bytes that an iteration cannot avoid to move.
+    """Least number of bytes that an iteration moves.
 
-    Each entry's id, its value unless all are 1, and its source row once for either side, and both
-    tables read and written.
+    For each side, every entry's id, its value unless all are 1, and its source row are read once.
+    Both tables are read and written.
     """
     row = problem.factors * itemsize
     entry = row + (4 if np.all(problem.matrix.data == 1) else 8)
@@ -43,7 +44,7 @@ def floor_bytes(problem: Problem, itemsize: int) -> float:
 
 
 def bandwidth(given: float | None) -> float | None:
-    """Bytes a second of this device, where they are known."""
+    """Bytes a second of this device, or None if they are not known."""
     if given is not None:
         return given * 1e9
     kind = jax.devices()[0].device_kind
@@ -51,19 +52,19 @@ def bandwidth(given: float | None) -> float | None:
 
 
 def agreement(problem: Problem, tables: tuple[np.ndarray, np.ndarray], loss: float) -> float | None:
-    """Relative difference between the loss that was measured and implicit's own."""
+    """Relative difference between a loss and the one that implicit computes."""
     if not common.installed("implicit"):
         return None
     from implicit.cpu.als import calculate_loss
 
-    own = calculate_loss(problem.confidences(), *tables, problem.regularization, 0)
-    return abs(loss / own - 1)
+    theirs = calculate_loss(problem.confidences(), *tables, problem.regularization, 0)
+    return abs(loss / theirs - 1)
 
 
 def report(
     runs: list[Run], problem: Problem, target: float, rate: float | None, about: dict[str, Any]
 ) -> None:
-    """One line for each, and the ratio of the best of ours to the peer."""
+    """Print a line for each run, and the speed-up over implicit."""
     least = floor_bytes(problem, 4)
     for run in runs:
         taken = statistics.median(run.steps)
@@ -78,22 +79,24 @@ def report(
             ),
         )  # fmt: skip
     reached = {run.name: run.seconds_to(target) for run in runs}
-    mine = min((s for name, s in reached.items() if name.startswith("tpu_als") and s), default=None)
+    ours_s = min(
+        (s for name, s in reached.items() if name.startswith("tpu_als") and s), default=None
+    )
     peer = next((run for run in runs if run.name == "implicit gpu"), None)
-    if mine and peer:
-        spent = reached[peer.name] or peer.setup + sum(peer.steps)
+    if ours_s and peer:
+        theirs = reached[peer.name] or peer.setup + sum(peer.steps)
         common.emit(
-            **about, what="summary", times_faster_than_implicit_gpu_at_least=spent / mine,
+            **about, what="summary", times_faster_than_implicit_gpu_at_least=theirs / ours_s,
             implicit_gpu_reached_the_target=reached[peer.name] is not None,
         )  # fmt: skip
 
 
 def main() -> None:
-    """Run all cases that the arguments ask for."""
+    """Run all cases that the arguments choose."""
     parser = common.parser(__doc__, ("power-law", "ml1m"))
     parser.add_argument("--factors", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--iterations", type=int, default=15)
-    parser.add_argument("--most", type=int, default=100, help="iterations for those that lag")
+    parser.add_argument("--most", type=int, default=100, help="largest number of iterations")
     parser.add_argument("--alpha", type=float, default=40.0)
     parser.add_argument("--regularization", type=float, default=10.0)
     parser.add_argument("--libraries", nargs="+", default=DEFAULT)
@@ -104,7 +107,7 @@ def main() -> None:
     name, matrix = common.load(args)
     names = available(args.libraries)
     missing = sorted(set(args.libraries) - set(names))
-    common.emit(benchmark="gpu", what="machine", left_out=missing, **common.machine())
+    common.emit(benchmark="gpu", what="machine", not_installed=missing, **common.machine())
     for factors in args.factors:
         problem = Problem(matrix, factors, args.alpha, args.regularization)
         about = {

@@ -1,7 +1,7 @@
 """What does scikit-learn's grid search cost beyond the fits and scores in it?
 
-A search over 12 candidates of regularization and alpha, on one split of the rows, against 12 fits
-and scores of the same models by hand, in turns. The programs compiled by the search are counted.
+A search over 12 candidates of regularization and alpha, on one split of the rows, alternates with
+12 fits and scores of the same models by hand. Programs that the search compiles are counted.
 """
 
 from __future__ import annotations
@@ -45,12 +45,11 @@ class Search:
         """Scores of all candidates."""
         grid = {name: sorted({point[name] for point in GRID}) for name in GRID[0]}
         search = GridSearchCV(self.model(), grid, cv=self.split, refit=False)
-        # the bar is a matter of taste, and costs time
         search.fit(self.matrix, show_progress=False)
         return list(search.cv_results_["mean_test_score"])
 
     def by_hand(self) -> list[float]:
-        """The same scores, in the grid's own order."""
+        """The same scores, in the order of the grid."""
         train, test = self.matrix[self.train], self.matrix[self.test]
         return [
             self.model().set_params(**point).fit(train, show_progress=False).score(test)

@@ -1,7 +1,7 @@
-"""The libraries that are compared, each reduced to the same four words.
+"""The compared libraries, behind one interface: build, `step`, `tables`, `reset`.
 
-A library is built from a matrix and initial tables, which all of them share, and then stepped: one
-`step` is one iteration, users first. What is built before the first step counts as set-up.
+All libraries are built from the same matrix and the same initial tables. One `step` is one
+iteration, users first. The time to build a library is its set-up time.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ class Problem:
 
 
 class Library(Protocol):
-    """What a benchmark steps."""
+    """Interface of a library."""
 
     def step(self) -> None:
-        """One iteration, finished when it returns."""
+        """Run one iteration, and return when it has finished."""
 
     def tables(self) -> tuple[np.ndarray, np.ndarray]:
-        """The present tables."""
+        """Return the current tables."""
 
     def reset(self) -> None:
         """Go back to the initial tables."""
 
 
 class Ours:
-    """The engine on the backend that `fit` would choose; with `native=False`, on XLA's.
+    """The engine on the backend that `fit` would choose, or on XLA's with `native=False`.
 
-    Further options are `devices`, `num_threads` and those of `AlsParams`.
+    Other options are `devices`, `num_threads` and those of `AlsParams`.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class Ours:
         **options: Any,
     ) -> None:
         self.problem, self.over_relaxation = problem, over_relaxation
-        places = {key: options.pop(key) for key in ("devices", "num_threads") if key in options}
+        wishes = {key: options.pop(key) for key in ("devices", "num_threads") if key in options}
         params = AlsParams(problem.factors, linear_solver=solver, **options)
-        backend, params = chosen(problem.matrix, params, Wishes(use_native=native, **places))
+        backend, params = chosen(problem.matrix, params, Wishes(use_native=native, **wishes))
         self.data = backend.place(problem.matrix, params)
         self.objective = Objective.of("implicit", problem.regularization, problem.alpha)
         self.reset()
@@ -87,7 +87,7 @@ class Ours:
         self.relaxation = 1.0
 
     def step(self) -> None:
-        # the counts of failed rows are read on the host, so the iteration has ended
+        # The iteration has ended, because the host has read the counts of failed rows.
         self.state, failed = als.epoch(self.state, self.data, self.objective, self.relaxation)
         self.relaxation = self.over_relaxation
         if any(failed):
@@ -134,9 +134,9 @@ class Implicit:
 
 
 class Irspack:
-    """irspack's iALS with the settings that make its objective implicit's.
+    """irspack's iALS, with settings for which its objective equals implicit's.
 
-    Its "ORIGINAL" loss gives an observed cell the weight alpha0 + value, so the value is c - 1.
+    In its "ORIGINAL" loss an observed cell has the weight alpha0 + value, so the value is c - 1.
     """
 
     def __init__(self, problem: Problem, solver: str) -> None:
@@ -180,7 +180,7 @@ class ImplicitGpu:
         self.gpu, self.problem = implicit.gpu, problem
         model = AlternatingLeastSquares(problem.factors, regularization=problem.regularization)
         self.solver, self.cg_steps = model.solver, model.cg_steps
-        # its fit forgets alpha, so the values carry it
+        # its `fit` ignores alpha, so the values are multiplied by it
         confidences = problem.confidences()
         self.user_items = implicit.gpu.CSRMatrix(confidences)
         self.item_users = implicit.gpu.CSRMatrix(confidences.T.tocsr())
@@ -197,7 +197,7 @@ class ImplicitGpu:
         ):
             self.solver.calculate_yty(source, self.gramian, self.problem.regularization)
             self.solver.least_squares(entries, target, self.gramian, source, self.cg_steps)
-        self.items[0:1].to_numpy()  # kernels run on after the calls return; this waits for them
+        self.items[0:1].to_numpy()  # waits for the kernels, which run asynchronously
 
     def tables(self) -> tuple[np.ndarray, np.ndarray]:
         return self.users.to_numpy(), self.items.to_numpy()
@@ -220,7 +220,7 @@ BUILDERS: dict[str, Callable[[Problem], Library]] = {
 
 
 def padded_cells(side: Side) -> int:
-    """Padded cells of a side, those of long rows included; the CPU backend pads nothing."""
+    """Padded cells of a side, including those of long rows. The CPU backend does not pad."""
     if not isinstance(side, XlaSide):
         return int(side.lengths.sum())
     size = sum(rung.n_chunks * rung.rows * rung.length for rung in side.rows.rungs)
@@ -232,7 +232,7 @@ def padded_cells(side: Side) -> int:
 
 
 def available(names: list[str]) -> list[str]:
-    """Those of the names whose library is installed and whose solver exists."""
+    """Return the names whose library is installed and whose solver exists."""
     unknown = set(names) - set(BUILDERS)
     if unknown:
         raise SystemExit(f"no such libraries: {sorted(unknown)}; there are {sorted(BUILDERS)}")
@@ -252,7 +252,7 @@ def _exists(name: str) -> bool:
 
 @dataclass
 class Run:
-    """A library under way, with what was measured of it.
+    """A library that is stepped, and its measurements.
 
     Attributes
     ----------
@@ -270,14 +270,14 @@ class Run:
 
     @classmethod
     def prepared(cls, name: str, problem: Problem) -> Run:
-        """Build a library, step it, and build it once more: what follows is warm."""
+        """Build and step a library to compile its code, and then build it again."""
         BUILDERS[name](problem).step()
         started = time.perf_counter()
         library = BUILDERS[name](problem)
         return cls(name, library, time.perf_counter() - started)
 
     def step(self, judge: Callable[[tuple[np.ndarray, np.ndarray]], float]) -> None:
-        """One timed iteration; the loss is measured outside of the time."""
+        """Run one timed iteration; the measurement of the loss is not timed."""
         started = time.perf_counter()
         self.library.step()
         self.steps.append(time.perf_counter() - started)
@@ -296,7 +296,7 @@ class Run:
         return None if count is None else self.setup + sum(self.steps[:count])
 
     def least_seconds_to(self, target: float) -> float:
-        """The same; of a run that never arrived, what it has spent so far."""
+        """As `seconds_to`; a run that has not reached the target counts with its time so far."""
         return self.setup + sum(self.steps[: self.reached(target)])
 
 
@@ -308,9 +308,10 @@ def race(
     iterations: int,
     most: int,
 ) -> tuple[list[Run], float]:
-    """Step all libraries in turn; those above the target go on, to `most` iterations.
+    """Step all libraries alternately; those above the target continue, up to `most` iterations.
 
-    The target is 1.001 times the loss of `reference` after `iterations`, or of the best.
+    The target is 1.001 times the loss of `reference` after `iterations`. If `reference` is not
+    among the libraries, it is 1.001 times the lowest loss.
     """
     runs = [Run.prepared(name, problem) for name in names]
     for turn in range(iterations):

@@ -1,8 +1,7 @@
-"""How much memory does a fit need at its peak, beside implicit's, and what does the layout cost?
+"""What is the peak memory of a fit, compared with implicit's, and how long does the layout take?
 
-The peak is the highest resident size during `fit`, sampled in a fresh process, less what the
-process held before. The layout's share is the time of `Backend.place` over that of the whole
-fit, warm.
+The peak is the highest resident size during `fit` in a fresh process, without the size before. The
+layout's share is the time of `Backend.place` divided by that of a complete, warm fit.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def peaks(matrix: sparse.csr_matrix, factors: list[int], about: dict[str, object
 def layout_share(
     matrix: sparse.csr_matrix, factors: list[int], repeats: int, about: dict[str, object]
 ) -> None:
-    """Seconds to lay out and place, over those of a fit of 15 iterations."""
+    """Time of the layout as a share of a fit of 15 iterations."""
     for k in factors:
         problem = Problem(matrix, k, 40.0, 10.0)
         model = Ours(problem)

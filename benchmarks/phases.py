@@ -1,9 +1,9 @@
-"""Where does an iteration's time go, and how far is each phase from what the machine can do?
+"""How long does each phase of an iteration take, compared with the limits of the machine?
 
-The machine's speeds are measured in the same run, by NumPy, on one core and times the cores: a
-matrix-vector product over a matrix in the core's own cache, a matrix product, and a copy of memory.
-A phase's floor is the longer of its bytes at the speed of where they come from and its flops at
-that of the matrix product.
+NumPy measures the limits in the same run: a matrix-vector product of a matrix in the core's cache
+and a matrix product, both on one core and multiplied by the cores, and a copy of memory. The lower
+bound of a phase is the longer of two times: its bytes at the speed of the cache or the memory that
+they come from, and its flops at the speed of the matrix product.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ def speeds(n_cores: int, repeats: int) -> dict[str, float]:
 
 
 def floors(data: Data, rate: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Bytes, flops and the seconds that they take at least, by phase; both sides together."""
+    """Bytes, flops and lower bound in seconds of each phase, for both sides together."""
     factors, sides = data.params.factors, (data.users, data.items)
     row, stored = 4.0 * factors, sum(padded_cells(side) for side in sides)
     products = 2 * data.params.cg_steps + 1
     if isinstance(data, XlaData):
-        # Unused slots are worked on as well. A chunk is written, then read for each product.
+        # Unused slots are processed too. A chunk is written once, and read for each product.
         rows, reads = sum(s.rows.n_slots * s.rows.n_shards for s in sides), 1 + products
         kept = [(side.own, side.long) for side in sides]
     else:
         # One pass over the entries does both products of a step.
         rows, reads = sum(s.n_rows for s in sides), data.params.cg_steps + 1
         kept = [side.entries for side in sides]
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
+    stored_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(kept))
     found = {
-        # The matrix is read for either side and turned; cells are written.
-        "layout": (4 * 8.0 * data.n_entries + held, 0.0, "memory_bytes"),
+        # The matrix is read once for each side and twice to transpose it; cells are written.
+        "layout": (4 * 8.0 * data.n_entries + stored_bytes, 0.0, "memory_bytes"),
         "gramian, eigenbasis": (row * rows, 1.0 * rows * factors**2, "memory_bytes"),
         "rotations": (6 * row * rows, 3 * 2.0 * rows * factors**2, "memory_bytes"),
         "solve": (stored * row * reads, stored * 2.0 * factors * products, "cache_bytes"),
@@ -78,7 +78,7 @@ def floors(data: Data, rate: dict[str, float]) -> dict[str, dict[str, float]]:
 
 
 def by_loops(model: Ours, repeats: int) -> dict[str, float]:
-    """Median seconds of the phases of the CPU backend's iteration; solving is what remains."""
+    """Median seconds of the phases on the CPU backend; the solve is the remaining time."""
     tables, n_threads = model.state, model.data.backend.n_threads
 
     def bases() -> list[tuple[np.ndarray, np.ndarray]]:
@@ -101,7 +101,7 @@ def by_loops(model: Ours, repeats: int) -> dict[str, float]:
 
 
 def by_xla(model: Ours, repeats: int) -> dict[str, float]:
-    """The same of XLA's programs; those that solve also rotate the rows back."""
+    """Median seconds of the phases on the XLA backend; its solve includes a rotation."""
     data, place = model.data, model.data.place
     users, items = model.state
     sides = (
@@ -109,24 +109,24 @@ def by_xla(model: Ours, repeats: int) -> dict[str, float]:
         (data.items, items, users, data.users.n_rows),
     )
 
-    def prepared() -> list[Any]:
+    def run_prepare() -> list[Any]:
         return [
             xla_half_epoch.preparing(data)((source, target, side.own.lengths), np.int32(n_source))
             for side, target, source, n_source in sides
         ]
 
-    ready, solves = prepared(), []
+    ready, solves = run_prepare(), []
     for _ in range(repeats):
         total = 0.0
-        for (side, *_), (basis, held, begin) in zip(sides, ready, strict=True):
-            # Copies, as what they start from is written over.
+        for (side, *_), (basis, rotated, begin) in zip(sides, ready, strict=True):
+            # Copies, because the programs overwrite their input.
             start = jax.tree.map(lambda part: part.copy(), begin)
             passes = xla_half_epoch.passes(side, data, basis, model.objective)
-            run = functools.partial(place.run, passes, start, held, data.params.dtype)
+            run = functools.partial(place.run, passes, start, rotated, data.params.dtype)
             total += common.seconds(lambda run=run: jax.block_until_ready(run()))  # type: ignore[misc]
         solves.append(total)
     calls = {
-        "gramian, eigenbasis, two rotations": lambda: jax.block_until_ready(prepared()),
+        "gramian, eigenbasis, two rotations": lambda: jax.block_until_ready(run_prepare()),
         "iteration": model.step,
     }
     return {**common.in_turns(calls, repeats), "solve": statistics.median(solves)}
@@ -147,7 +147,7 @@ def measured(problem: Problem, native: bool, repeats: int) -> tuple[Data, dict[s
 
 
 def main() -> None:
-    """A table for each number of factors."""
+    """Print a line for each phase and number of factors."""
     parser = common.parser(__doc__, ("ml1m", "power-law"))
     parser.add_argument("--factors", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--xla", action="store_true", help="measure the XLA backend")

@@ -1,7 +1,7 @@
-"""Plots for docs/performance.md, of what the scripts printed: ``python plot.py FILE --to DIR``.
+"""Plots for docs/performance.md from the output of scripts: ``python plot.py FILE --to DIR``.
 
-Of lines of `fit.py`, the loss over seconds, above that of implicit's Cholesky after its iterations;
-of lines of `scaling.py`, seconds of an iteration over entries. Other lines are passed over.
+For the lines of `fit.py`: the loss relative to the target's, over seconds. For the lines of
+`scaling.py`: the seconds of an iteration, over entries. Other lines are ignored.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 
-# Text as text and nothing of the day in it, so that a file changes only where its data do.
+# Text is stored as text, without a date or random ids, so that equal data give equal files.
 mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "tpu_als", "font.size": 9})
 COLOURS = {"tpu_als": "tab:red", "implicit": "tab:blue", "irspack": "tab:green"}
 STYLES: dict[str, Any] = {
@@ -32,7 +32,7 @@ def read(files: list[Path]) -> list[dict[str, Any]]:
 
 
 def fits(lines: list[dict[str, Any]], folder: Path) -> None:
-    """One picture for each data set and setting, with a panel for each number of factors."""
+    """Draw one figure for each data set and setting, with a panel for each number of factors."""
     runs = [line for line in lines if line.get("benchmark") == "fit" and "losses" in line]
     runs.sort(key=lambda run: (run["dataset"], run["alpha"]))
     for (dataset, alpha), group in itertools.groupby(
@@ -54,7 +54,7 @@ def fits(lines: list[dict[str, Any]], folder: Path) -> None:
 def _race(panel: Any, runs: list[dict[str, Any]]) -> None:
     for run in runs:
         library, solver = run["library"].split()
-        if solver == "auto":  # takes one of the others
+        if solver == "auto":  # "auto" runs one of the other solvers
             continue
         seconds = run["setup_s"] + np.cumsum(run["steps_s"])
         above = np.maximum(1.001 * np.array(run["losses"]) / run["target"] - 1, 1e-4)

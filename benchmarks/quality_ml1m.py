@@ -1,13 +1,13 @@
 """Does the "ials" objective rank as published? MovieLens-1M in the split of He et al. (2017).
 
 Each user's latest rating is held out and ranked among the 99 negatives that were published with
-the split: HR@10 and NDCG@10, means over the users. Of the published negatives 156 are the user's
-own held-out item; as in the original evaluation, which keys scores by item, they do not count, so
-those users have 98. An item that ties with the held-out one counts as ranked before it.
+the split. HR@10 and NDCG@10 are means over the users. For 156 users one of the published negatives
+is the held-out item itself. As in the original evaluation, which keys scores by item, it is
+ignored, so these users have 98 negatives. A tie counts against the held-out item.
 
-Hyperparameters are those of Rendle et al. (2022) for this split, tuned there: regularization 0.007,
-unobserved weight 0.3, exponent 1, 12 iterations, tables from a normal of deviation
-0.1 / sqrt(factors). irspack's "IALSPP" loss with nu 1 is the same objective.
+The hyperparameters are those that Rendle et al. (2022) tuned on this split: regularization 0.007,
+unobserved weight 0.3, exponent 1, 12 iterations, and tables drawn from a normal distribution with
+deviation 0.1 / sqrt(factors). irspack's "IALSPP" loss with nu 1 is the same objective.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Split(NamedTuple):
 
 
 def load(directory: Path | None) -> Split:
-    """Read the split, or leave with the reason why it cannot be."""
+    """Read the split, or exit with a message if files are missing."""
     lacking = [name for name in FILES if directory is None or not (directory / name).exists()]
     if directory is None or lacking:
         print(f"skipped: no {', '.join(lacking)} in --data {directory} (TPU_ALS_DATA)", flush=True)
@@ -57,10 +57,10 @@ def load(directory: Path | None) -> Split:
 
 
 def measure(users: np.ndarray, items: np.ndarray, split: Split) -> dict[str, float]:
-    """HR@10 and NDCG@10 of the held-out item among it and the negatives."""
-    held = np.einsum("uk,uk->u", users, items[split.held_out])
+    """HR@10 and NDCG@10 of the held-out items, each ranked among the user's negatives."""
+    targets = np.einsum("uk,uk->u", users, items[split.held_out])
     scores = np.einsum("uk,unk->un", users, items[split.negatives])
-    before = (scores >= held[:, None]) & (split.negatives != split.held_out[:, None])
+    before = (scores >= targets[:, None]) & (split.negatives != split.held_out[:, None])
     rank = before.sum(axis=1)
     hits = rank < 10
     return {"hr": float(hits.mean()), "ndcg": float(np.mean(hits / np.log2(rank + 2.0)))}
@@ -80,7 +80,7 @@ def fit_ours(train: sparse.csr_matrix, factors: int, seed: int, args: argparse.N
 def fit_irspack(
     train: sparse.csr_matrix, factors: int, seed: int, args: argparse.Namespace
 ) -> Tables:
-    """Tables of irspack's trainer, stepped as its `learn` does but without the bar."""
+    """Tables of irspack's trainer, stepped as its `learn` does, without a progress bar."""
     from irspack.recommenders.ials import IALSRecommender
 
     make: Any = IALSRecommender
@@ -96,11 +96,11 @@ def fit_irspack(
 
 
 def stochastic(rows: Array, dtype: Any) -> Array:
-    """Round to bfloat16 up or down, by chance in proportion to what is cut off."""
+    """Round to bfloat16 stochastically: up with a probability equal to the part cut off."""
     if dtype != jnp.bfloat16:
         return rows.astype(dtype)
     bits = lax.bitcast_convert_type(rows.astype(jnp.float32), jnp.uint32)
-    # Another key for other rows; the low half, at random, decides what the cut does.
+    # The key depends on the rows. Random low bits carry into the high half before it is kept.
     key = jax.random.key(jnp.sum(bits, dtype=jnp.uint32))
     noise = jax.random.bits(key, rows.shape, jnp.uint16).astype(jnp.uint32)
     cut = (bits + noise) & jnp.uint32(0xFFFF0000)
@@ -111,7 +111,7 @@ LIBRARIES: dict[str, Callable[..., Tables]] = {"tpu_als": fit_ours, "irspack": f
 
 
 def run(library: str, factors: int, split: Split, args: argparse.Namespace) -> None:
-    """Fit and measure once a seed; print the means and what they spread."""
+    """Fit and measure once per seed; print means and standard deviations."""
     results, seconds = [], []
     for seed in range(args.seeds):
         begin = time.perf_counter()
@@ -147,19 +147,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--factors", type=int, nargs="+", default=[64, 128, 192])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
-    parser.add_argument("--over-relaxation", type=float, default=1.0, help="of ours")
+    parser.add_argument("--over-relaxation", type=float, default=1.0, help="of tpu_als")
     parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16"], default="float32")
     parser.add_argument("--rounding", choices=["nearest", "stochastic"], default="nearest")
-    parser.add_argument("--cpu-devices", type=int, default=1, help="that a CPU poses as")
+    parser.add_argument("--cpu-devices", type=int, default=1, help="devices that a CPU presents")
     parser.add_argument("--table-layout", choices=["auto", "replicated", "sharded"], default="auto")
-    parser.add_argument("--solver", help="linear_solver of ours; the default one if not given")
+    parser.add_argument("--solver", help="linear_solver of tpu_als; by default its default")
     parser.add_argument("--irspack-solver", choices=["CG", "CHOLESKY", "IALSPP"], default="CG")
-    parser.add_argument("--ours-only", action="store_true", help="leave irspack out")
-    parser.add_argument("--quick", action="store_true", help="seconds; means nothing")
+    parser.add_argument("--ours-only", action="store_true", help="do not run irspack")
+    parser.add_argument("--quick", action="store_true", help="a test with few factors")
 
 
 def main() -> None:
-    """All factors, ours and irspack in turn."""
+    """Run tpu_als and irspack alternately, for all numbers of factors."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_options(parser)
     args = parser.parse_args()
@@ -168,7 +168,7 @@ def main() -> None:
     if args.cpu_devices > 1:
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
     if args.rounding == "stochastic":
-        solve.rounded = stochastic  # before any program is made
+        solve.rounded = stochastic  # before any program is compiled
     split = load(args.data)
     libraries = ["tpu_als"] + common.installed("irspack") * (not args.ours_only)
     for factors in args.factors:

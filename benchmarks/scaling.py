@@ -1,7 +1,7 @@
 """How does an iteration's time grow with entries, rows, factors, threads and devices?
 
-One thing varies at a time. Linear growth in the entries means that each size lies on one straight
-line; the figure for that is how far the slopes between neighbouring sizes are from the line's.
+One thing varies at a time. To see whether the time is linear in the entries, a straight line is
+fitted, and the slopes between neighbouring sizes are compared with its slope.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ENTRIES = [1_000_000, 2_000_000, 5_000_000, 10_000_000, 20_000_000]
 
 
 def iterations(cases: dict[str, Problem], repeats: int) -> dict[str, tuple[float, int]]:
-    """Median seconds of a compiled iteration of each, in turns, and the padded cells of a model."""
+    """Median seconds of a compiled iteration of each case, and its padded cells."""
     models = {name: Ours(case) for name, case in cases.items()}
     taken = common.in_turns({name: model.step for name, model in models.items()}, repeats)
     sides = {name: (model.data.users, model.data.items) for name, model in models.items()}
@@ -30,7 +30,7 @@ def problem(entries: int, factors: int = 64, rows: float = 1.0) -> Problem:
 
 
 def by_entries(entries: list[int], factors: int, rows: float, repeats: int) -> None:
-    """Same table sizes, more entries; the slope is taken from a straight line fitted to all."""
+    """Vary the entries, with the same table sizes; fit a straight line to the times."""
     cases = {str(count): problem(count, factors, rows) for count in entries}
     counts = [case.matrix.nnz for case in cases.values()]
     found = list(iterations(cases, repeats).values())
@@ -53,7 +53,7 @@ def by_entries(entries: list[int], factors: int, rows: float, repeats: int) -> N
 
 
 def by_rows_and_factors(entries: int, factors: list[int], rows: list[float], repeats: int) -> None:
-    """Same entries, larger tables; then same entries, wider tables."""
+    """Vary the rows of the tables, and then the factors, with the same number of entries."""
     cases = {str(scale): problem(entries, 64, scale) for scale in rows}
     for name, (taken, _) in iterations(cases, repeats).items():
         matrix = cases[name].matrix
@@ -72,7 +72,7 @@ def by_rows_and_factors(entries: int, factors: list[int], rows: list[float], rep
 
 
 def by_workers(case: Problem, repeats: int) -> None:
-    """One worker against two and more: threads of one device, and devices of a mesh, in turns."""
+    """Compare one worker with several: threads of one device, and devices of a mesh."""
     counts = [n for n in (1, 2, 4, 8) if n <= common.machine()["cores"]]
     # By default a single CPU device uses a thread for each core. The CPU backend uses several
     # devices as threads, so devices are measured on the XLA backend too.
@@ -96,9 +96,9 @@ def by_workers(case: Problem, repeats: int) -> None:
 
 
 def main() -> None:
-    """Run all four."""
+    """Run all parts."""
     parser = common.parser(__doc__)
-    parser.add_argument("--cpu-devices", type=int, help="have one CPU pose as so many devices")
+    parser.add_argument("--cpu-devices", type=int, help="devices that a CPU presents")
     args = parser.parse_args()
     if args.cpu_devices:
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)

@@ -1,8 +1,8 @@
-"""What do writing shards, and fitting from them, need in time and memory?
+"""How much time and memory do writing shards and fitting from them take?
 
-A seeded matrix is made block by block, so that no process ever has all of it. Writing and fitting
-each have a process of their own, whose peak is set against the bytes of the entries: an int32 id
-and a float32 value for each, in both orientations.
+A seeded matrix is made block by block, so no process has all of it in memory. Writing and fitting
+run in separate processes. The peak memory of each is compared with the bytes of the entries: an
+int32 id and a float32 value per entry, in both orientations.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=16)
     parser.add_argument("--factors", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=3)
-    parser.add_argument("--keep", type=Path, help="directory to write to, and to leave there")
+    parser.add_argument("--keep", type=Path, help="directory to write to, which is not removed")
     args = parser.parse_args()
     if args.quick:
         args.entries, args.users, args.items, args.blocks = 2e5, 1e4, 2e3, 4
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def emit(what: str, shape: tuple[int, int, int], found: dict[str, float], **about: int) -> None:
-    """One line, with the peak over the bytes of the entries."""
+    """Print one line, with the peak memory relative to the bytes of the entries."""
     n_bytes = ENTRY_BYTES * shape[2]
     common.emit(
         benchmark="shards", what=what, shape=shape[:2], entries=shape[2], **about, **found,

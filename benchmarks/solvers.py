@@ -1,7 +1,7 @@
-"""Which solver for many factors? Seconds an iteration, and the loss after equal iterations.
+"""Which solver is best for many factors? Seconds per iteration, and loss after equal iterations.
 
-On MovieLens-1M's training part in the split of He et al. (2017), "ials" with the hyperparameters
-of `quality_ml1m.py`. Cholesky's loss is what an exact solver reaches.
+The data are MovieLens-1M's training part in the split of He et al. (2017). The objective is "ials"
+with the hyperparameters of `quality_ml1m.py`. The loss of Cholesky is that of an exact solver.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ SOLVERS = ("cholesky", "cg")
 
 
 def main() -> None:
-    """All solvers for each number of factors."""
+    """Run all solvers for each number of factors."""
     named = os.environ.get("TPU_ALS_DATA")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path(named) if named else None)
     parser.add_argument("--factors", type=int, nargs="+", default=[256, 512, 1024])
     parser.add_argument("--iterations", type=int, default=quality_ml1m.ITERATIONS)
     parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=SOLVERS)
-    parser.add_argument("--quick", action="store_true", help="seconds; means nothing")
+    parser.add_argument("--quick", action="store_true", help="a test with few factors")
     args = parser.parse_args()
     if args.quick:
         args.factors, args.iterations = [16], 2

@@ -1,16 +1,16 @@
-"""Does training fit a TPU slice, and how long must an epoch take? Answered without a TPU.
+"""Does training fit into a TPU slice, and what is the least time of an epoch? Needs no TPU.
 
-The programs of training and of ranking are compiled ahead of time for the slice's topology by
-libtpu (``pip install "tpu-als[plan]"``), on shapes that the package's planner makes of stated
-distributions of row lengths. Nothing runs: memory is what the compiler says, times are the least
-that the counted work takes at published rates.
+libtpu compiles the programs of training and ranking for the slice's topology (``pip install
+"tpu-als[plan]"``). The package's planner makes their shapes from given distributions of row
+lengths. No program runs. Memory is what the compiler reports. Times are lower bounds: the counted
+work at the published rates.
 """
 
 from __future__ import annotations
 
 import os
 
-# Before JAX starts: no TPU and no metadata server are there to be asked, and none to be locked.
+# Set before JAX starts: libtpu must not look for a TPU or a metadata server, or lock a TPU.
 os.environ.update(
     JAX_PLATFORMS="cpu",
     TPU_SKIP_MDS_QUERY="1",
@@ -50,7 +50,7 @@ OBJECTIVE = Objective.of("ials", 1e-3, 1.0, 1e-3)
 def workplace(topology: str, slices: int = 1) -> Workplace:
     """The chips of a topology as a workplace whose tables are sharded."""
     kind = topology.partition(":")[0]
-    # Both cores of a v4 chip pose as one device, as they do on a TPU.
+    # Both cores of a v4 chip are one device, as on a real TPU.
     config: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
     if slices > 1:
         config["num_slices"] = slices
@@ -59,7 +59,7 @@ def workplace(topology: str, slices: int = 1) -> Workplace:
 
 
 def programs(data: Data) -> list[tuple[str, Any, tuple[Any, ...]]]:
-    """Name, program and abstract arguments of all that an epoch runs, and of placing the data."""
+    """Name, program and abstract arguments of all programs of an epoch and of placing the data."""
     make = tpu_sizes.sharded(data.place)
     assert data.place.mesh is not None
     everywhere = NamedSharding(data.place.mesh, PartitionSpec())
@@ -92,13 +92,13 @@ def programs(data: Data) -> list[tuple[str, Any, tuple[Any, ...]]]:
 def ranking_program(
     data: Data, k: int, n_queries: int
 ) -> tuple[dict[str, Any], tuple[str, Any, tuple[Any, ...]]]:
-    """What ranks a batch of queries against the items' table as training leaves it; its work."""
-    make, place, rows = tpu_sizes.sharded(data.place), data.place, data.items.rows
+    """The program that ranks queries against the sharded item table, and its work."""
+    make, chips, rows = tpu_sizes.sharded(data.place), data.place, data.items.rows
     dtype = np.dtype(DTYPES[data.params.dtype])
-    slots = (place.n_shards, rows.n_slots)
+    slots = (chips.n_shards, rows.n_slots)
     catalog = ranking.Catalog(
         make((rows.n_slots, data.params.factors), dtype), None, make((rows.n_slots,), bool),
-        np.empty(0, np.int64), np.broadcast_to(np.int32(0), slots), place, "float32",
+        np.empty(0, np.int64), np.broadcast_to(np.int32(0), slots), chips, "float32",
     )  # fmt: skip
     batch = ranking.batch_size(n_queries, catalog)
     queries = jax.ShapeDtypeStruct((batch, data.params.factors), np.float32)
@@ -108,14 +108,14 @@ def ranking_program(
         "batch": batch,
         "k": k,
         "flops": tpu_roofline.FLOAT32_PASSES * 2 * batch * rows.n_slots * data.params.factors,
-        # The table once; scores written, and read for the largest of each block.
+        # The table is read once; scores are written, and read for the largest of each block.
         "memory": rows.n_slots * (data.params.factors * dtype.itemsize + 2 * 4 * batch),
     }
     return work, ("rank", ranking.ranking(catalog, k), (own, (queries, seen)))
 
 
 def compiled(name: str, program: Any, args: tuple[Any, ...]) -> dict[str, Any]:
-    """Compile one program: bytes of a chip and the compiler's counts, or its error."""
+    """Compile one program; return bytes per chip and the compiler's counts, or its error."""
     started = time.perf_counter()
     try:
         done = program.lower(*args).compile()
@@ -139,7 +139,7 @@ def compiled(name: str, program: Any, args: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def resident(data: Data) -> dict[str, int]:
-    """Bytes of a chip that stay for a half-epoch, by kind, from shapes alone."""
+    """Bytes per chip of all arrays of a half-epoch, by kind, computed from shapes."""
 
     def size(tree: Any) -> int:
         return sum(
@@ -151,7 +151,7 @@ def resident(data: Data) -> dict[str, int]:
     sides: tuple[Side, ...] = (data.users, data.items)
     return {
         "tables": slots * row,
-        # The source rotated, and the target that is being written.
+        # The rotated source, and the target that is being written.
         "tables_of_a_half_epoch": slots * row,
         "entries": size([(side.own.ids, side.own.values) for side in sides]),
         "long_entries": size([side.long for side in sides if side.long is not None]),
@@ -161,7 +161,7 @@ def resident(data: Data) -> dict[str, int]:
 
 
 def totals(kept: dict[str, int], results: list[dict[str, Any]]) -> dict[str, float]:
-    """Bytes of a chip while an epoch runs, while data are placed, and while a batch is ranked."""
+    """Bytes per chip while an epoch runs, while data are placed, and while a batch is ranked."""
 
     def most(field: str, named: Callable[[str], bool]) -> int:
         found = (result.get(field, 0) for result in results if named(result["program"]))
@@ -182,14 +182,14 @@ def totals(kept: dict[str, int], results: list[dict[str, Any]]) -> dict[str, flo
         "code": code,
         "total": total,
         "total_gib": total / 2**30,
-        # No table is there yet; the requests still are.
+        # Without tables, which do not exist yet, but with the requests.
         "total_placing": total - tables - scratch + placing,
         "total_ranking": total - kept["tables_of_a_half_epoch"] - scratch + ranking_,
     }
 
 
 def layout_of(data: Data) -> dict[str, Any]:
-    """The plan in figures, by side."""
+    """Sizes of the plan, for each side."""
     found: dict[str, Any] = {"chunk": data.plan.chunk, "most_rows": data.plan.most_rows}
     for name, side in (("users", data.users), ("items", data.items)):
         assert side.routes is not None
@@ -210,7 +210,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--topology", default="v5e:16x16", help="such as v5e:16x16 or v4:2x2x4")
     parser.add_argument(
-        "--slices", type=int, default=1, help="so many such slices, joined by network"
+        "--slices", type=int, default=1, help="number of slices, joined by the network"
     )
     parser.add_argument("--rows", type=float, default=365.4e6)
     parser.add_argument("--cols", type=float, default=365.4e6)
@@ -218,17 +218,24 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--factors", type=int, default=128)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument(
-        "--values", choices=("float32", "bfloat16"), help="of the entries, unless all are 1"
+        "--values",
+        choices=("float32", "bfloat16"),
+        help="dtype of values that are not all 1",
     )
     parser.add_argument("--linear-solver", choices=LINEAR_SOLVERS, default="cg")
-    parser.add_argument("--deviation", type=float, default=1.1, help="of the log of rows' lengths")
+    parser.add_argument(
+        "--deviation",
+        type=float,
+        default=1.1,
+        help="of the log of row lengths",
+    )
     parser.add_argument(
         "--exponent", type=float, default=0.88,
         help="columns' lengths fall as rank ** -exponent; 0 is uniform",
     )  # fmt: skip
     parser.add_argument("--k", type=int, default=100, help="items ranked for a query")
-    parser.add_argument("--queries", type=int, default=1024, help="asked at once, in batches")
-    parser.add_argument("--no-compile", action="store_true", help="the arithmetic only")
+    parser.add_argument("--queries", type=int, default=1024, help="queries, ranked in batches")
+    parser.add_argument("--no-compile", action="store_true", help="only the arithmetic")
     parser.add_argument("--hlo", help="directory for the compiled programs' text")
     return parser.parse_args()
 
@@ -244,15 +251,15 @@ def main() -> None:
     problem = tpu_sizes.Problem(
         tpu_sizes.activity(rows, args.entries, cols, args.deviation),
         tpu_sizes.popularity(cols, args.entries, rows, args.exponent),
-        # No weight is negative with this objective. Cholesky is counted by its K x K systems all
-        # the same, also where shorter ones would do.
+        # No weight is negative with this objective. Cholesky is nevertheless counted with K x K
+        # systems, not with the smaller dual ones.
         AlsParams(
             args.factors, args.dtype, args.linear_solver, positive=args.linear_solver != "cholesky"
         ),
         None if args.values is None else np.dtype(DTYPES[args.values]),
     )
-    place = workplace(args.topology, args.slices)
-    data = tpu_sizes.data(problem, place)
+    chips = workplace(args.topology, args.slices)
+    data = tpu_sizes.data(problem, chips)
     common.emit(
         benchmark="tpu_plan", what="assumptions", topology=args.topology, slices=args.slices,
         n_chips=where.n_chips, shape=[rows, cols], entries=args.entries, factors=args.factors,

@@ -1,9 +1,8 @@
-"""Least time of an epoch by phase on a TPU slice: counts of the engine's own loops over published
-rates.
+"""Least time of an epoch by phase on a TPU slice, for the work of the engine's loops.
 
 Flops, bytes of memory and bytes of interconnect are counted from the rungs, chunks and messages of
-the plan, not taken from the compiler, whose cost analysis counts the body of a loop once. A phase
-takes as long as the slowest of the three; phases are added, as nothing is assumed to overlap.
+the plan. They are not taken from the compiler, whose cost analysis counts the body of a loop once.
+A phase takes as long as the slowest of the three. Phases are added, without any overlap.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from tpu_als.engine.data import AlsParams
 from tpu_als.engine.xla.data import XlaData as Data
 from tpu_als.engine.xla.data import XlaSide as Side
 
-# Products of float32 operands at the highest precision are six of bfloat16 ones.
+# A product of float32 operands at the highest precision takes six bfloat16 products.
 FLOAT32_PASSES = 6
 
 
@@ -31,18 +30,18 @@ class Chip:
     flops : float
         Peak of bfloat16 products.
     memory_bandwidth, memory : float
-        Of HBM, bytes a second and bytes.
+        Bandwidth of HBM in bytes a second, and its size in bytes.
     link : float
-        One way over one of the links to neighbours: a part of the bandwidth that is published for
-        all of them, and both ways.
+        Bytes a second in one direction of one link. The published bandwidth is that of all links
+        in both directions.
     links : int
         Neighbours: 4 in a 2D torus, 6 in a 3D one.
-    whole : int
-        Chips along an axis whose ends are joined; a multiple of it for 3D.
+    ring : int
+        Chips along an axis whose ends are joined; for 3D, a multiple of this.
     pod : int
-        Chips of a slice at most; beyond, slices are joined by the data center's network.
+        Most chips of a slice. Several slices are joined by the data center's network.
     network : float
-        Of that network, one way for all of a pod.
+        Bytes a second of that network, in one direction, for a pod.
     """
 
     flops: float
@@ -50,7 +49,7 @@ class Chip:
     memory: float
     link: float
     links: int
-    whole: int
+    ring: int
     pod: int
     network: float
     source: str
@@ -72,20 +71,20 @@ CHIPS = {
 
 @dataclass
 class Work:
-    """What a chip does in a phase.
+    """Work of a chip in a phase.
 
     Attributes
     ----------
     flops : float
         On the matrix units, in bfloat16 products.
     vector_flops : float
-        On the vector units, for whose rate nothing is published: not in the least time.
+        On the vector units. Their rate is not published, so the least time excludes them.
     memory : float
         Bytes read and written.
     interconnect : float
         Bytes that leave the chip for others.
     trips : int
-        Steps of loops, whose own cost is not in the least time.
+        Steps of loops. The least time excludes their overhead.
     """
 
     flops: float = 0.0
@@ -97,7 +96,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Slice:
-    """A slice: its kind of chip, chips along each axis, and how many such slices."""
+    """Slices of one kind: kind of chip, chips along each axis, and number of slices."""
 
     chip: Chip
     axes: tuple[int, ...]
@@ -109,24 +108,24 @@ class Slice:
         return int(np.prod(self.axes)) * self.slices
 
     def exchange_seconds(self, sent: float) -> float:
-        """Least time of an all-to-all in which each chip sends so many bytes, equally to all.
+        """Least time of an all-to-all in which each chip sends `sent` bytes, equally to all.
 
-        Bound by what a chip can send, by the links over the middle of the longest axis, and by the
-        network between slices.
+        It is the largest of three bounds: the links of a chip, the links across the middle of the
+        longest axis, and the network between slices.
         """
-        n_chips, own = self.n_chips, int(np.prod(self.axes))
+        n_chips, in_slice = self.n_chips, int(np.prod(self.axes))
         to_each = sent / max(n_chips - 1, 1)
-        across = self._ends() * own / max(self.axes) * self.chip.link
-        bounds = [sent / (self.chip.link * self.chip.links), to_each * (own / 2) ** 2 / across]
+        across = self._ends() * in_slice / max(self.axes) * self.chip.link
+        bounds = [sent / (self.chip.link * self.chip.links), to_each * (in_slice / 2) ** 2 / across]
         if self.slices > 1:
-            bounds.append(to_each * own * (n_chips - own) / self.chip.network)
+            bounds.append(to_each * in_slice * (n_chips - in_slice) / self.chip.network)
         return max(bounds)
 
     def _ends(self) -> int:
-        """Crossings of a cut over the longest axis: two where its ends are joined."""
+        """How often a cut crosses the longest axis: twice if the ends of the axis are joined."""
         if self.chip.links == 4:
-            return 2 if max(self.axes) == self.chip.whole else 1
-        return 2 if all(each % self.chip.whole == 0 for each in self.axes) else 1
+            return 2 if max(self.axes) == self.chip.ring else 1
+        return 2 if all(length % self.chip.ring == 0 for length in self.axes) else 1
 
     def seconds(self, work: Work) -> dict[str, float]:
         """Least time of a phase by each bound."""
@@ -138,14 +137,14 @@ class Slice:
 
 
 def products(params: AlsParams) -> int:
-    """Times that a solver reads the gathered rows: products with them or their transpose."""
+    """How often a solver reads the gathered rows, for products with them or their transpose."""
     if params.linear_solver == "cg":
         return 2 * params.cg_steps + 1  # two for the residual, two a step, one for the last
     return 2 if params.linear_solver == "cholesky" else 3
 
 
 def phases(side: Side, source: Side, data: Data) -> dict[str, Work]:
-    """What a chip does for the half-epoch of a side."""
+    """Work of a chip in the half-epoch of a side."""
     params = data.params
     found = {"rotate": _rotate(side, source, params)}
     found["exchange"] = _exchange(side, data)
@@ -164,7 +163,7 @@ def _stored(params: AlsParams) -> int:
 
 
 def _cell(entries: Any) -> int:
-    """Bytes of what is kept of an entry: where its row is, and its value unless all are 1."""
+    """Bytes of a stored entry: the position of its row, and its value unless all are 1."""
     return entries.ids.dtype.itemsize + (
         0 if entries.values is None else entries.values.dtype.itemsize
     )
@@ -174,28 +173,28 @@ def _rotate(side: Side, source: Side, params: AlsParams) -> Work:
     """Gramian and rotation of the source table, rotation of the target table."""
     rows = 2 * source.rows.n_slots + side.rows.n_slots
     moved = 3 * _table_bytes(source, params) + 2 * _table_bytes(side, params)
-    # The sum of the gramians: a ring sends each part twice.
+    # The gramians are summed over the chips: a ring sends each part twice.
     flops = FLOAT32_PASSES * 2 * rows * params.factors**2
     return Work(flops, memory=moved, interconnect=2 * 4 * params.factors**2)
 
 
 def _exchange(side: Side, data: Data) -> Work:
-    """Rows gathered for the messages, sent, received."""
+    """Rows are gathered for the messages, sent and received."""
     assert side.routes is not None
     row = data.params.factors * _stored(data.params)
     pairs = list(zip(side.routes, side.rows.rungs, strict=True))
     groups = sum(route.groups(rung.n_chunks) for route, rung in pairs)
     handled = side.received_rows * data.place.n_shards / (data.place.n_shards - 1)
-    # Its place is read; the row is read, written to the message, read from it, and written.
+    # A position is read; the row is read, written to the message, read from it, and written.
     sent = side.received_rows * row
     return Work(memory=handled * (4 + 4 * row), interconnect=sent, trips=groups)
 
 
 def _solve(side: Side, params: AlsParams) -> Work:
-    """Rows gathered from what has arrived, and the systems solved.
+    """Rows are gathered from the received ones, and the systems are solved.
 
-    The gathered chunk is written once and read for every product, in the storage dtype; the
-    compiler keeps it in on-chip memory where it fits, so this is more than what HBM sees.
+    The gathered chunk is written once and read for every product, in the storage dtype. The
+    compiler keeps it in on-chip memory where it fits, so HBM moves less than this.
     """
     chunks = [(rung.n_chunks, rung.rows, rung.length) for rung in side.rows.rungs]
     n_cells = sum(n * rows * length for n, rows, length in chunks)
@@ -214,19 +213,19 @@ def _solve(side: Side, params: AlsParams) -> Work:
 
 
 def _write(side: Side, params: AlsParams) -> Work:
-    """Start read, solved rows rotated back, and written."""
+    """Start rows are read; solved rows are rotated back and written."""
     rows = side.rows.n_slots
     flops = FLOAT32_PASSES * 2 * rows * params.factors**2
     return Work(flops, memory=2 * _table_bytes(side, params) + rows * 4 * params.factors * 2)
 
 
 def _long(side: Side, params: AlsParams, n_shards: int) -> Work:
-    """Long rows: their entries gathered again for every product, the shards' sums added."""
+    """Long rows: their entries are gathered for every product, and the shards' sums are added."""
     assert side.long is not None
     n_blocks, length = side.long.ids.shape[1:]
     batches = side.long.starts.shape[1] - 1
     factors, size = params.factors, n_blocks * length
-    # Residual, steps - 1 products with the matrix, and half a one; or the matrix itself.
+    # CG: residual, steps - 1 products with the matrix, and half a product. Cholesky: one pass.
     passes = 1 if params.linear_solver == "cholesky" else params.cg_steps + 1
     sums, work = cells.LONG_ROWS * factors * 4, Work(trips=passes * n_blocks)
     if params.linear_solver == "cholesky":
@@ -235,7 +234,7 @@ def _long(side: Side, params: AlsParams, n_shards: int) -> Work:
         sums *= factors + 1
     else:
         work.vector_flops = size * 2 * factors * (2 * params.cg_steps + 1)
-    # Read where it is, written, and read for a product and one with the transpose.
+    # A row is read, written, and read twice: for a product, and for one with the transpose.
     work.memory = passes * size * (_cell(side.long) + 4 * _stored(params) * factors)
     work.interconnect = 2 * batches * (passes + 1) * sums * (n_shards - 1) / n_shards
     return work

@@ -1,8 +1,8 @@
-"""Shapes of a training run on data too large to be here, from stated distributions of row lengths.
+"""Shapes of a training run on data too large for this machine, from distributions of row lengths.
 
-Rungs, chunks and groups are chosen by the package's own planner, from a sample of the lengths; the
-rows of each rung, the distinct source rows of a group and the blocks of long rows are expected
-counts over all rows. Nothing is placed: every array is a shape, a dtype and a sharding.
+The package's planner chooses rungs, chunks and groups from a sample of the lengths. The rows of
+each rung, the distinct source rows of a group and the blocks of long rows are expected counts over
+all rows. No array is allocated: each is a shape, a dtype and a sharding.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Lengths:
     values : array (B,)
         Entries of a row, ascending.
     counts : array (B,)
-        Rows of that length; a fraction where only an expectation is meant.
+        Expected number of rows of that length, which may be a fraction.
     """
 
     values: np.ndarray
@@ -70,7 +70,7 @@ class Lengths:
 
 
 def activity(n_rows: int, n_entries: float, most: int, deviation: float = 1.1) -> Lengths:
-    """Log-normal lengths, as `datasets.power_law` has them for users."""
+    """Log-normal lengths, as those of the users of `datasets.power_law`."""
     edges = np.linspace(-8, 8, _BUCKETS + 1)
     counts = n_rows * np.diff(special.ndtr(edges))
     values = np.exp(deviation * (edges[1:] + edges[:-1]) / 2)
@@ -78,16 +78,16 @@ def activity(n_rows: int, n_entries: float, most: int, deviation: float = 1.1) -
 
 
 def popularity(n_rows: int, n_entries: float, most: int, exponent: float) -> Lengths:
-    """Lengths that fall as rank ** -exponent, as `datasets.power_law` has them for items."""
+    """Lengths that fall as rank ** -exponent, as those of the items of `datasets.power_law`."""
     edges = np.unique(np.geomspace(1, n_rows + 1, _BUCKETS).astype(np.int64))
     power = 1 - exponent
-    # Mean over the bucket of the continuous curve.
+    # The mean of the continuous curve over each bucket.
     values = np.diff((edges - 0.5) ** power) / (power * np.diff(edges))
     return _scaled(values[::-1], np.diff(edges)[::-1].astype(float), n_entries, most)
 
 
 def _scaled(values: np.ndarray, counts: np.ndarray, n_entries: float, most: int) -> Lengths:
-    """Bring the sum to `n_entries` with no row longer than `most`."""
+    """Scale the lengths to a sum of `n_entries`, with no row longer than `most`."""
     scale = n_entries / (values @ counts)
     for _ in range(100):
         scale *= n_entries / (np.minimum(values * scale, most) @ counts)
@@ -96,16 +96,16 @@ def _scaled(values: np.ndarray, counts: np.ndarray, n_entries: float, most: int)
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be trained.
+    """The training problem.
 
     Attributes
     ----------
     users, items : Lengths
-        The lengths of both sides.
+        Row lengths of both sides.
     params : AlsParams
         The parameters.
     values : dtype or None
-        What values are kept in; None where all are 1.
+        Dtype of the stored values; None if all are 1.
     """
 
     users: Lengths
@@ -114,105 +114,105 @@ class Problem:
     values: Any = None
 
 
-def solver(problem: Problem, place: Workplace) -> AlsParams:
+def solver(problem: Problem, workplace: Workplace) -> AlsParams:
     """The parameters, with "auto" replaced as `placing.lay_out` does."""
     params = problem.params
     if params.linear_solver != "auto":
         return params
-    # The choice rests on entries a row alone, so a sample will do.
+    # The choice depends only on the lengths of rows, so a sample is enough.
     lengths = (problem.users.sample(), problem.items.sample())
-    name = reading.cheapest_solver(lengths, params, placing.backend_kind(place))
+    name = reading.cheapest_solver(lengths, params, placing.backend_kind(workplace))
     return AlsParams(params.factors, params.dtype, name, params.cg_steps)
 
 
-def data(problem: Problem, place: Workplace, shape: Callable[..., Any] | None = None) -> Data:
-    """What `placing.lay_out` would return, with shapes in place of arrays.
+def data(problem: Problem, workplace: Workplace, shape: Callable[..., Any] | None = None) -> Data:
+    """Return the result of `placing.lay_out`, with shapes instead of arrays.
 
     `shape` makes an abstract array of the shape of a shard and a dtype; by default one that is
     sharded over the workplace's mesh.
     """
-    params = solver(problem, place)
+    params = solver(problem, workplace)
     samples = problem.users.sample(), problem.items.sample()
-    plan = placing.make_plan(np.concatenate(samples), params, place)
-    shape = shape or sharded(place)
+    plan = placing.make_plan(np.concatenate(samples), params, workplace)
+    shape = shape or sharded(workplace)
     sides = (problem.users, problem.items)
     users, items = (
-        _side(own, other, plan, place, shape, problem.values)
-        for own, other in zip(sides, sides[::-1], strict=True)
+        _side(target, source, plan, workplace, shape, problem.values)
+        for target, source in zip(sides, sides[::-1], strict=True)
     )
     return Data(
         users=users, items=items, params=params, backend=None,
-        n_entries=int(problem.users.n_entries), absolute_sum=0.0, plan=plan, place=place,
+        n_entries=int(problem.users.n_entries), absolute_sum=0.0, plan=plan, place=workplace,
     )  # fmt: skip
 
 
-def sharded(place: Workplace) -> Callable[..., Any]:
+def sharded(workplace: Workplace) -> Callable[..., Any]:
     """Maker of abstract arrays with a leading axis of shards."""
-    assert place.mesh is not None
-    sharding = NamedSharding(place.mesh, PartitionSpec(AXIS))
+    assert workplace.mesh is not None
+    sharding = NamedSharding(workplace.mesh, PartitionSpec(AXIS))
 
     def make(shape: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((place.n_shards, *shape), dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct((workplace.n_shards, *shape), dtype, sharding=sharding)
 
     return make
 
 
 def _side(
-    own: Lengths,
+    target: Lengths,
     source: Lengths,
     plan: Plan,
-    place: Workplace,
+    workplace: Workplace,
     shape: Callable[..., Any],
     values: Any,
 ) -> Side:
-    rung_of = np.searchsorted(plan.lengths, np.rint(own.values))
-    rows = np.bincount(rung_of, own.counts, minlength=len(plan.lengths) + 1)
+    rung_of = np.searchsorted(plan.lengths, np.rint(target.values))
+    rows = np.bincount(rung_of, target.counts, minlength=len(plan.lengths) + 1)
     most = [math.ceil(count / plan.n_shards) for count in rows]
     rungs, n_slots, n_cells = layout.stack(most, plan)
-    routes = tuple(_route(rung, source, place.n_shards) for rung in rungs)
-    long = own.over(plan.lengths[-1])
+    routes = tuple(_route(rung, source, workplace.n_shards) for rung in rungs)
+    long = target.over(plan.lengths[-1])
     row_map = RowMap(
         np.empty(0, np.int64), np.empty(0, np.int64), np.empty(round(long.n_rows), np.int8),
-        rungs, n_slots, n_cells, place.n_shards,
+        rungs, n_slots, n_cells, workplace.n_shards,
     )  # fmt: skip
     sends = sum(
-        route.groups(rung.n_chunks) * route.rows * place.n_shards
+        route.groups(rung.n_chunks) * route.rows * workplace.n_shards
         for route, rung in zip(routes, rungs, strict=True)
     )
     entries = Own(
         shape((n_cells,), np.int32), None if values is None else shape((n_cells,), values),
         shape((n_slots,), np.int32), shape((sends,), np.int32),
     )  # fmt: skip
-    blocks = _long(long, plan, place, values, shape) if len(row_map.long) else None
+    blocks = _long(long, plan, workplace, values, shape) if len(row_map.long) else None
     return Side(
-        lengths=np.broadcast_to(np.int64(0), round(own.n_rows)),
+        lengths=np.broadcast_to(np.int64(0), round(target.n_rows)),
         rows=row_map, own=entries, long=blocks, routes=routes,
     )  # fmt: skip
 
 
 def _route(rung: Rung, source: Lengths, n_devices: int) -> Route:
-    """The route that `exchange.plan` would find: rows for the fullest of all messages."""
+    """The route that `exchange.plan` would make, with rows for the longest message."""
     chunks = exchange.group_chunks(rung, n_devices)
     route = Route(chunks, 0)
     mean = distinct(source, chunks * rung.rows * rung.length) / n_devices
     messages = n_devices**2 * route.groups(rung.n_chunks)
-    # The counts of a message are close to Poisson's; this is the largest of so many.
+    # The rows of a message are about Poisson distributed; this is the expected maximum.
     most = mean + math.sqrt(2 * math.log(messages) * mean) + 1
     return Route(chunks, exchange.message_rows(math.ceil(most)))
 
 
 def distinct(source: Lengths, draws: int) -> float:
-    """Expected distinct source rows among so many entries, drawn as often as rows are long."""
+    """Expected distinct source rows among `draws` entries; rows are drawn by their lengths."""
     chance = source.values / source.n_entries
     return float(source.counts @ -np.expm1(-draws * chance))
 
 
 def _long(
-    long: Lengths, plan: Plan, place: Workplace, values: Any, shape: Callable[..., Any]
+    long: Lengths, plan: Plan, workplace: Workplace, values: Any, shape: Callable[..., Any]
 ) -> Long:
-    """Blocks of long rows; the entries of each are spread over all shards by their source rows."""
-    length = placing.long_block(plan, place)
-    share = long.values / place.n_shards
+    """Blocks of long rows, whose entries are on the shards of their source rows."""
+    length = placing.long_block(plan, workplace)
+    share = long.values / workplace.n_shards
     full = share / length
     blocks = full + 0.5
     few = full < 8

@@ -1,7 +1,7 @@
 """The engine without the estimator: mesh, layout, ALS and ranking as plain functions and values.
 
-Four CPU devices share the work; `table_layout="sharded"` keeps a quarter of each table on each.
-The data are users and items of a few hidden groups, so what should come out is known.
+Four CPU devices share the work. With `table_layout="sharded"` each keeps a quarter of each table.
+The data are users and items of a few groups, so it is known which items should be recommended.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ GROUPS, N_USERS, N_ITEMS, PER_USER = 8, 4000, 1600, 30
 
 
 def grouped(rng: np.random.Generator) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:
-    """Users who choose nine of ten items from their own group; the groups of users and items."""
+    """A matrix of users who choose mostly items of their group; groups of users and of items."""
     users, items = rng.integers(GROUPS, size=N_USERS), np.arange(N_ITEMS) % GROUPS
-    own = rng.integers(N_ITEMS // GROUPS, size=(N_USERS, PER_USER)) * GROUPS + users[:, None]
-    other = rng.integers(N_ITEMS, size=own.shape)
-    chosen = np.where(rng.random(own.shape) < 0.9, own, other)
+    in_group = rng.integers(N_ITEMS // GROUPS, size=(N_USERS, PER_USER)) * GROUPS + users[:, None]
+    other = rng.integers(N_ITEMS, size=in_group.shape)
+    chosen = np.where(rng.random(in_group.shape) < 0.9, in_group, other)
     rows = np.repeat(np.arange(N_USERS), PER_USER)
     counts = np.ones(chosen.size, np.float32)
     matrix = sparse.csr_matrix((counts, (rows, chosen.ravel())), shape=(N_USERS, N_ITEMS))
@@ -39,11 +39,11 @@ def main() -> None:
     rng = np.random.default_rng(0)
     user_items, user_groups, item_groups = grouped(rng)
 
-    place = mesh.workplace(table_layout="sharded")
+    workplace = mesh.workplace(table_layout="sharded")
     params = AlsParams(factors=16)
     objective = Objective.of("implicit", regularization=1.0, alpha=10.0)
-    data = backend.place(user_items, params, place)
-    print(f"{len(place.devices)} {place.platform} devices, {user_items.nnz:,} entries")
+    data = backend.place(user_items, params, workplace)
+    print(f"{len(workplace.devices)} {workplace.platform} devices, {user_items.nnz:,} entries")
     for name, side in (("users", data.users), ("items", data.items)):
         rungs = ", ".join(f"{rung.rows} x {rung.length}" for rung in side.rows.rungs)
         cells = side.rows.n_shards * side.rows.n_cells
@@ -62,16 +62,16 @@ def main() -> None:
         print(f"iteration {iteration}: {seconds:.3f} s, loss {loss:.6f}, failed rows {failed}")
 
     users, items = als.user_factors(state, data), als.item_factors(state, data)
-    catalog = ranking.catalog(items, place)
+    catalog = ranking.catalog(items, workplace)
     ids, _ = catalog.top_k(users[:1000], 10, seen=user_items[:1000])
     hits = item_groups[ids] == user_groups[:1000, None]
     print(f"unseen items recommended from the user's own group: {hits.mean():.1%}")
 
-    someone = sparse.csr_matrix((np.ones(3, np.float32), [3, 11, 19], [0, 3]), shape=(1, N_ITEMS))
+    new_user = sparse.csr_matrix((np.ones(3, np.float32), [3, 11, 19], [0, 3]), shape=(1, N_ITEMS))
     exact = AlsParams(factors=16, linear_solver="cholesky")
-    rows = fold_in.source(items, exact, place).solve(someone, objective)
-    ids, _ = catalog.top_k(rows, 5, seen=someone)
-    print(f"somebody new with three items of group 3 gets items of groups {item_groups[ids[0]]}")
+    rows = fold_in.source(items, exact, workplace).solve(new_user, objective)
+    ids, _ = catalog.top_k(rows, 5, seen=new_user)
+    print(f"a new user with three items of group 3 gets items of groups {item_groups[ids[0]]}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Recommend groceries to households: a year of real purchases, from counts to product names.
 
-The first 80% of the year's purchases train the model; what each household bought for the first
-time in the rest is what a good recommendation would have named. Products that it has bought before
-are left out of the recommendations and of the measurement: 44% of the later purchases are such
-repeats, and a list of what the household has bought most foresees them without any model.
+The first 80% of the year's purchases train the model. The model should recommend what each
+household bought for the first time in the last 20%. Products that it had bought before are excluded
+from the recommendations and from the metrics: 44% of the later purchases are such repeats, and a
+list of the household's most frequent purchases predicts them without a model.
 
-The parameters were chosen by a split by time within the first 80%.
+The parameters were chosen with another split by time, within the first 80%.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
         ).matrix
         new = later - later.multiply(train.matrix > 0)  # bought for the first time
         new.eliminate_zeros()
-        # Bought ten times is more sure than bought once, though not ten times as much.
+        # Ten purchases are stronger evidence than one, but not ten times as strong.
         confidence = LogWeighting().fit_transform(train.matrix)
     print(f"{train.matrix.shape[0]} households, {train.matrix.shape[1]} products, ", end="")
     print(f"{train.matrix.nnz} pairs; later {new.nnz} new pairs")
@@ -73,11 +73,11 @@ def main() -> None:
     item = int(np.argmax(np.diff(train.matrix.tocsc().indptr)))
     similar, _ = model.similar_items(item, N=6)
     print(f"\nsimilar to {names[item]}: {'; '.join(names[similar[1:]])}")
-    print(f"\nall of it took {time.perf_counter() - begin:.1f} s")
+    print(f"\ntotal: {time.perf_counter() - begin:.1f} s")
 
 
 def recommend_popular(train: sparse.csr_matrix, users: np.ndarray, k: int) -> np.ndarray:
-    """The products that most households buy, without those a household has bought."""
+    """The most popular products, without those that a household has bought."""
     buyers = np.diff(train.tocsc().indptr)
     scores = np.where(train[users].toarray() > 0, -1, buyers)
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]

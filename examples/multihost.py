@@ -1,8 +1,8 @@
-"""Several processes train one model from a directory of shards, each reading only its files.
+"""Several processes train one model from a directory of shards; each reads only its own files.
 
-Here they are processes of one machine, with a CPU device each; on a cluster the part from `join`
-on is started once on every host (docs/multihost.md). The peak memory of each is printed beside
-that of one process which does all of it alone.
+In this example the processes run on one machine, with one CPU device each. On a cluster, run the
+code of `train` once on every host (docs/multihost.md). The example prints the peak memory of each
+process, and then that of a single process which trains the same model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ N_MEASURED = 2000
 
 
 def join(args: argparse.Namespace) -> None:
-    """Meet the other processes. On a TPU pod this is `jax.distributed.initialize()`, no more."""
+    """Connect to the other processes. A TPU pod needs only `jax.distributed.initialize()`."""
     jax.config.update("jax_platforms", "cpu")
     if args.processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -40,16 +40,16 @@ def join(args: argparse.Namespace) -> None:
 
 
 def peak() -> float:
-    """Most memory that this process has had, in MB."""
+    """Peak memory of this process, in MB."""
     status = Path("/proc/self/status")
-    if not status.exists():  # only Linux tells; elsewhere the parent's may be counted as well
+    if not status.exists():  # not Linux: the value may include the parent's memory
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
     return int(lines["VmHWM"].split()[0]) / 1024
 
 
 def train(args: argparse.Namespace) -> None:
-    """Fit and measure: what every process does."""
+    """Fit and measure, in every process."""
     join(args)
     matrix = open_shards(args.folder / "shards")
     files = matrix.files("user", args.process, args.processes)
@@ -70,7 +70,7 @@ def train(args: argparse.Namespace) -> None:
         f"process {args.process} of {args.processes}: read {len(files)} of {matrix.n_shards} files "
         f"a side, fit {seconds:.1f} s, peak {peak():.0f} MB, before the fit {before:.0f} MB"
     )
-    # The tables stay on the devices, so all processes have to ask together.
+    # The tables stay on the devices, so all processes must make this call.
     nodes = np.load(args.folder / "nodes.npy")
     known, hidden = (sparse.load_npz(args.folder / f"{name}.npz") for name in ("known", "hidden"))
     ids, _ = model.recommend(nodes, known, N=20)
@@ -79,7 +79,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, processes: int) -> None:
-    """Start so many processes of this file, and wait for all."""
+    """Start this file in a number of processes, and wait for all of them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace, processes: int) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Write a graph's links, but for one of each node, as shards; some nodes to measure with."""
+    """Write a graph as shards, without one held-out link per node; save nodes to measure."""
     graph = web_graph(args.nodes, args.links, random_state=0)
     links, held_out = leave_k_out_split(graph, K=1, random_state=0)
     matrix = write_shards(links, args.folder / "shards", n_shards=2 * args.processes)

@@ -1,7 +1,7 @@
 """Tune regularization and alpha in a scikit-learn Pipeline, on purchase counts.
 
-Each candidate is scored on households it has not seen: four fifths of their purchases are folded
-in, and the rest must be found again (mean NDCG@10, the estimator's own `score`).
+Each candidate is scored on households that are not in its training data, by the estimator's
+`score`: four fifths of their purchases are folded in, and NDCG@10 of the others is measured.
 """
 
 from __future__ import annotations

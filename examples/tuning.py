@@ -1,11 +1,11 @@
-"""Tune "implicit" and "ials" alike by GridSearchCV, then compare them on data neither has seen.
+"""Tune "implicit" and "ials" in the same way by GridSearchCV, and compare them on held-out data.
 
-The data are MovieLens-1M (``ml1m_rand80_train.npz`` and ``ml1m_rand80_test.npz``: a fifth of each
-user's entries held out) where a directory is given, as an argument or in the environment variable
-TPU_ALS_DATA; otherwise a year of real grocery purchases, split by time. The search sees the train
-part only and scores by the estimator's own `score`: rows not in the fit, a fifth of each row
-hidden, NDCG@10. The test part is used once, for the two winners: NDCG@10 of its entries among all
-items that the user does not have in the train part.
+If a directory is given, as an argument or in the environment variable TPU_ALS_DATA, the data are
+MovieLens-1M from it (``ml1m_rand80_train.npz`` and ``ml1m_rand80_test.npz``, with a fifth of each
+user's entries held out). Otherwise they are a year of real grocery purchases, split by time. The
+search uses only the train part, and the estimator's `score`: NDCG@10 of a hidden fifth of each row,
+for rows that are not in the fit. The test part is used once, for the two winners: NDCG@10 of its
+entries among all items that the user does not have in the train part.
 
     python examples/tuning.py [DIRECTORY] [--full]
 """
@@ -52,7 +52,7 @@ def movies(directory: Path) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
 
 
 def groceries() -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Counts of the 3,000 products bought most, and pairs first seen in the last fifth."""
+    """Counts of the 3,000 most popular products, and pairs that first occur in the last fifth."""
     transactions, _ = load_groceries()
     popular = transactions["product_id"].value_counts().index[:3000]
     kept = transactions[transactions["product_id"].isin(popular)]
@@ -74,7 +74,7 @@ def ndcg(pipeline: Pipeline, train: sparse.csr_matrix, test: sparse.csr_matrix) 
 def search(
     objective: str, grid: dict[str, Any], train: sparse.csr_matrix, settings: dict[str, Any]
 ) -> GridSearchCV:
-    """Search the grid on folds of the train part's users; refit the winner on all of it."""
+    """Search the grid on folds of the users in the train part; refit the winner on all of them."""
     model = TPUAlternatingLeastSquares(objective=objective, random_state=0, **settings)
     pipeline = Pipeline([("weight", LogWeighting()), ("als", model)])
     folds = KFold(3, shuffle=True, random_state=0)

@@ -1,10 +1,10 @@
-"""Link prediction on a web graph by ALX's protocol, from data that no process need hold whole.
+"""Link prediction on a web graph by ALX's protocol, from a directory of shards.
 
-Nodes are rows and columns, links are ones. The train directory has both sides of the graph without
-the test nodes' links; of each test node, the test directory has the links that are known
-(``col_ids``), which are folded in, and those to find (``gt_tag``), which are looked for among all
-nodes but the known ones. Recall@k is the mean over test nodes of hits in the first k over
-min(k, links to find). docs/shards.md describes the files, and how WebGraph's become such.
+Rows and columns are nodes, and links are ones. The train directory has both sides of the graph
+without the links of the test nodes. For each test node, the test directory has the known links
+(``col_ids``), which are folded in, and the held-out links (``gt_tag``). All nodes without a known
+link are ranked. Recall@k is the mean over test nodes of (hits among the first k) / min(k, held-out
+links). docs/shards.md describes the files, and how to convert those of WebGraph.
 
     python examples/webgraph.py [--train DIRECTORY --test DIRECTORY] [options]
 
@@ -34,11 +34,13 @@ CUTOFFS = (20, 50)
 BATCH = 1 << 18  # links of the test nodes that are ranked at once
 
 Batch = tuple[sparse.csr_matrix, sparse.csr_matrix]
-Ranker = Callable[[sparse.csr_matrix], np.ndarray]  # known links (n, nodes) to ranked nodes (n, 50)
+Ranker = Callable[
+    [sparse.csr_matrix], np.ndarray
+]  # from known links (n, nodes) to ranked nodes (n, 50)
 
 
 def write_small_graph(folder: Path) -> tuple[Path, Path]:
-    """A train and a test directory: of a tenth of the nodes, a quarter of the links to find."""
+    """Write a train directory, and a test directory with a tenth of the nodes."""
     graph = web_graph(6_000, 120_000)
     train, known, held_out = strong_generalization_split(graph, 0.1, 0.75, random_state=0)
     write_shards(train, folder / "train", n_shards=4)
@@ -47,7 +49,7 @@ def write_small_graph(folder: Path) -> tuple[Path, Path]:
 
 
 def batches(test: ShardedMatrix, n_files: int) -> Iterator[Batch]:
-    """Known links and those to find, of the same nodes, with no more than a file in memory."""
+    """Yield known and held-out links of the same nodes, with at most one file in memory."""
     for file in range(n_files):
         _, held_out = test.held_out(file, test.n_shards)
         begin = 0
@@ -67,17 +69,17 @@ def by_model(model: TPUAlternatingLeastSquares) -> Ranker:
 
 
 def by_popularity(train: ShardedMatrix) -> Ranker:
-    """Rank the nodes that most train nodes link to; the same for everybody but for known links."""
+    """Rank by the number of train nodes that link to a node, without known links."""
     nodes, lengths = train.lengths("item")
     popular = nodes[np.argsort(-lengths, kind="stable")]
 
     def rank(known: sparse.csr_matrix) -> np.ndarray:
         ids = np.full((known.shape[0], max(CUTOFFS)), -1)
-        for row, place in enumerate(ids):
+        for row, ranked in enumerate(ids):
             links = known.indices[known.indptr[row] : known.indptr[row + 1]]
-            first = popular[: len(place) + len(links)]
-            unknown = first[~np.isin(first, links)][: len(place)]
-            place[: len(unknown)] = unknown
+            first = popular[: len(ranked) + len(links)]
+            unknown = first[~np.isin(first, links)][: len(ranked)]
+            ranked[: len(unknown)] = unknown
         return ids
 
     return rank
@@ -130,8 +132,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--train", type=Path, help="directory with both sides of the train links")
     parser.add_argument("--test", type=Path, help="directory with known links and gt_tag")
-    smaller = "default for the small graph: %(default)s; more nodes want less"
-    parser.add_argument("--test-files", type=int, help="measure on the first so many; default: all")
+    smaller = "default for the small graph: %(default)s; use less for more nodes"
+    parser.add_argument("--test-files", type=int, help="measure on the first files only")
     parser.add_argument("--factors", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=16)
     parser.add_argument("--regularization", type=float, default=3e-3, help=smaller)
@@ -139,7 +141,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args()
     if (options.train is None) != (options.test is None):
-        parser.error("--train and --test go together")
+        parser.error("--train and --test must both be given, or none of them")
     with tempfile.TemporaryDirectory() as folder:
         if options.train is None:
             options.train, options.test = write_small_graph(Path(folder))

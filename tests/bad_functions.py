@@ -1,4 +1,4 @@
-"""Wrong calls of the package's functions, with the error that each must give."""
+"""Wrong calls of the package's functions, and the error that each must raise."""
 
 from __future__ import annotations
 
@@ -267,5 +267,5 @@ def _shards() -> list[Case]:
 
 
 def cases() -> list[Case]:
-    """All of them."""
+    """All cases."""
     return [*_splits(), *_metrics(), *_weightings(), *_frames(), *_generators(), *_shards()]

@@ -1,4 +1,4 @@
-"""Wrong calls of a fitted model, with the error that each must give."""
+"""Wrong calls of a fitted model, and the error that each must raise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.datasets import Interactions
 from tpu_als.shards import ShardedMatrix
 
-ROWS = planted_groups()  # what the model was fitted to: 24 users by 18 items
+ROWS = planted_groups()  # the data of the fit: 24 users by 18 items
 N_USERS, N_ITEMS = ROWS.shape
 COLUMNS = sparse.csr_matrix(ROWS.T)
 BAD_IDS = (IndexError, ValueError, TypeError)
@@ -30,15 +30,15 @@ class Case(NamedTuple):
     Attributes
     ----------
     name : str
-        For the test's id.
+        The id of the test.
     call : callable
         Takes the fitted model.
     error : type or tuple of types
-        What it raises.
+        The class of the error.
     message : str
         Regular expression that the message must match.
     settings : mapping
-        Attributes set on the model before the call, and set back after it.
+        Attributes to set on the model before the call; the test restores them.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Case(NamedTuple):
 
 
 def fit(matrix: Any, **parameters: Any) -> Callable[[Any], object]:
-    """Fit the model again, to something else."""
+    """Fit the model again to other data."""
     return lambda model: model.set_params(**parameters).fit(matrix, show_progress=False)
 
 
@@ -61,7 +61,7 @@ def with_value(value: Any, dtype: Any = np.float32) -> sparse.csr_matrix:
 
 
 def _parameters() -> list[Case]:
-    """A value of another type, NaN where there may be numbers, and one out of range, for each."""
+    """For each parameter, a value of another type, NaN, and a value out of range."""
     nan = float("nan")
     wrong: dict[str, list[Any]] = {
         "factors": [0, 8.0, "8", nan],
@@ -179,7 +179,7 @@ def _changed_after_fit() -> list[Case]:
 
 
 def _matrices() -> list[Case]:
-    """Values and shapes that are no interactions, in each call that takes a matrix."""
+    """Invalid values and shapes, in each call that takes a matrix."""
     values = {
         "NaN": (with_value(np.nan), "NaN"),
         "infinity": (with_value(np.inf), "infinity"),
@@ -237,7 +237,7 @@ def _matrices() -> list[Case]:
 
 
 def _ids() -> list[Case]:
-    """Ids that are not in the model, or are no ids, in each call that takes some."""
+    """Unknown and invalid ids, in each call that takes ids."""
     wrong: dict[str, tuple[Any, str]] = {
         "-1": (-1, "-1"),
         "one too many": (99, "99"),
@@ -357,7 +357,7 @@ def _numbers_of_results() -> list[Case]:
         for name, make in calls.items()
         for what, (n, message) in wrong.items()
     ]
-    # So many that no machine has the memory for the places without a result.
+    # More results than fit into the memory of any machine.
     many = np.zeros(10_000, np.int64)
     return [
         *cases,
@@ -373,7 +373,7 @@ def _numbers_of_results() -> list[Case]:
 
 
 def _user_items() -> list[Case]:
-    """The rows that go with the ids."""
+    """Rows passed with ids."""
     csr = "user_items needs to be a CSR sparse matrix, got"
     wide = sparse.csr_matrix(([1.0], [40], [0, 1]), shape=(1, 50))
     two = "must contain 1 row for every user in userids: got 24 rows .* for 2 ids"
@@ -462,7 +462,7 @@ def _assigned_tables() -> list[Case]:
 
 
 class _Polars:
-    """What a frame of polars looks like, without polars."""
+    """Looks like a frame of polars, without a dependency on polars."""
 
     columns = ("user", "item")
     dtypes = ("String", "String")
@@ -490,7 +490,7 @@ def _table_of_arrow() -> Any:
 
 
 def _wrong_objects() -> list[Case]:
-    """Objects that belong to another call; the message names that call."""
+    """Objects meant for another call. The message names that call."""
     wrong: dict[str, tuple[Any, str]] = {
         "a path": ("/data/plays.npz", "path|str|text"),
         "a Path": (Path("/data/plays.npz"), "path|Path"),
@@ -567,7 +567,7 @@ def _unfitted() -> list[Case]:
 
 
 def cases() -> list[Case]:
-    """All of them."""
+    """All cases."""
     return [
         *_parameters(), *_changed_after_fit(), *_matrices(), *_ids(), *_selections(),
         *_numbers_of_results(), *_user_items(), *_explain(), *_assigned_tables(),

@@ -1,4 +1,4 @@
-"""Trains with checkpoints, alone or with others, and may be killed; started by `processes.py`.
+"""Trains with checkpoints in one or several processes. `processes.py` starts it; tests kill it.
 
 Arguments: the directory of the checkpoints, the iterations to reach, and a file for the tables.
 """
@@ -27,7 +27,7 @@ SETTINGS = {"alpha": 2.0, "regularization": 0.5}
 
 
 def begin(n_shards: int) -> tuple[XlaData, als.AlsState]:
-    """A matrix on all devices, and tables to start from."""
+    """Place a matrix on all devices, and make initial tables."""
     matrix = random_counts(70, 50, seed=3)
     rng = np.random.default_rng(4)
     tables = (rng.normal(0, 0.1, (n, 6)).astype(np.float32) for n in matrix.shape)
@@ -37,7 +37,7 @@ def begin(n_shards: int) -> tuple[XlaData, als.AlsState]:
 
 
 def fail_once() -> None:
-    """Let the first read of a table fail, as a damaged part does in the process that reads it."""
+    """Make the first read of a table fail, as in a process whose part is damaged."""
     read, calls = Reader._arrays, []
 
     def failing(*arguments: Any) -> Any:
@@ -50,7 +50,7 @@ def fail_once() -> None:
 
 
 def main() -> None:
-    """Resume, train, and write the tables and where training was resumed."""
+    """Resume, train, and write the tables and the iteration at which training resumed."""
     directory, last, result = sys.argv[1:]
     join()
     if os.environ.get("UNREADABLE") == os.environ["PROCESS"]:

@@ -1,7 +1,8 @@
 """Four CPU devices, strict numerics, one BLAS thread; small matrices; counters.
 
-All of it is set before any JAX backend starts. Test processes, and those that they start, share a
-cache of compiled programs, which lasts for this run unless JAX_COMPILATION_CACHE_DIR names another.
+All options are set before a JAX backend starts. Test processes, and the processes that they start,
+share a cache of compiled programs. It is removed after the run, unless JAX_COMPILATION_CACHE_DIR
+names another cache.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the processes that tests start
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process; the others inherit it
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the main process; workers inherit the directory
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tpu_als-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -32,16 +33,16 @@ from matrices import planted_groups, random_counts
 from models import load_class, make
 from scipy import sparse
 
-# implicit warns, and runs slowly, otherwise; a plugin may have loaded NumPy before this file
+# Otherwise implicit warns and is slow. A plugin may have loaded NumPy before this file.
 threadpoolctl.threadpool_limits(1, user_api="blas")
 jax.config.update("jax_num_cpu_devices", 4)
-# global, not by context manager: those are local to a thread, and the engine may use several
+# Global options: those of context managers apply to one thread, and the engine may use several.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=20)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=20, derandomize=True)
-# The large numbers are set by the tests themselves, see proof.examples.
+# The tests set the large numbers of examples, see proof.examples.
 hypothesis.settings.register_profile("nightly", deadline=None, print_blob=True)
 hypothesis.settings.load_profile(proof.PROFILE)
 
@@ -59,7 +60,7 @@ jax.monitoring.register_event_duration_secs_listener(_record_compile)
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Record how many examples hypothesis gave to the test, for the summary."""
+    """Record the number of hypothesis examples of the test, for the summary."""
     yield
     name = getattr(item, "originalname", item.name)
     if count := proof.EXAMPLES.pop(name, 0):
@@ -67,7 +68,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print the counts of the proof: bad inputs, files, examples, concurrent reads."""
+    """Print how many bad inputs, files, examples and concurrent reads were tested."""
     reports = [report for kind in terminalreporter.stats.values() for report in kind]
     totals = proof.summary(reports)
     if totals:
@@ -84,7 +85,7 @@ class Count:
 
 @contextlib.contextmanager
 def counted_compilations() -> Iterator[Count]:
-    """Count from cold caches; read ``count.programs`` after the block."""
+    """Clear the caches, and count; read ``count.programs`` after the block."""
     jax.clear_caches()
     before, count = len(_compile_seconds), Count()
     yield count
@@ -93,7 +94,7 @@ def counted_compilations() -> Iterator[Count]:
 
 @contextlib.contextmanager
 def counted_warm() -> Iterator[Count]:
-    """The same with the caches left as they are: what a further call compiles."""
+    """Count without clearing the caches: the programs that another call compiles."""
     before, count = len(_compile_seconds), Count()
     yield count
     count.programs = len(_compile_seconds) - before
@@ -113,7 +114,7 @@ def signed_counts() -> sparse.csr_matrix:
 
 @pytest.fixture(scope="session")
 def groups() -> sparse.csr_matrix:
-    """24 users by 18 items in three groups; user u lacks one item of its group."""
+    """24 users by 18 items in three groups; each user lacks one item of its group."""
     return planted_groups()
 
 
@@ -144,6 +145,6 @@ def fitted(cls: Any, groups: sparse.csr_matrix) -> Any:
 
 
 @pytest.fixture
-def own(fitted: Any) -> Any:
+def twin(fitted: Any) -> Any:
     """A copy that a test may change."""
     return copy.deepcopy(fitted)

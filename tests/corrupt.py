@@ -1,7 +1,7 @@
-"""CSR matrices whose arrays contradict each other while their flags say that all is well.
+"""CSR matrices whose arrays contradict each other, although their flags say that they are valid.
 
-Run as a program, it passes each of them to a group of entry points and prints what came of it. An
-array that compiled code believes ends that process, and not the test runner.
+As a program, it passes each of them to a group of entry points and prints the result. If compiled
+code reads an invalid array, that process crashes, and not the test runner.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ N_USERS, N_ITEMS = 40, 30
 GROUPS = ("training", "serving", "items", "engine", "preparing")
 
 
-def sound() -> sparse.csr_matrix:
+def valid() -> sparse.csr_matrix:
     """40 users by 30 items."""
     return sparse.random(N_USERS, N_ITEMS, 0.3, "csr", np.float32, np.random.default_rng(1))
 
@@ -67,8 +67,8 @@ DAMAGES: dict[str, Callable[[Any], None]] = {
 
 
 def damaged(damage: str) -> sparse.csr_matrix:
-    """A matrix with this damage, whose flags say that it is canonical."""
-    matrix = sound()
+    """Make a matrix with this damage, whose flags say that it is canonical."""
+    matrix = valid()
     matrix.has_sorted_indices = matrix.has_canonical_format = True
     DAMAGES[damage](matrix)
     return matrix
@@ -76,7 +76,7 @@ def damaged(damage: str) -> sparse.csr_matrix:
 
 def _calls(group: str) -> dict[str, Callable[[Any], Any]]:
     """Entry points by name; each takes a matrix of users by items."""
-    # Late, so that a test can import the damages without starting a backend.
+    # Imported late, so that a test can import this module without starting a backend.
     import tpu_als
     from tpu_als import TPUAlternatingLeastSquares, evaluation, weighting
     from tpu_als.engine.xla import fold_in
@@ -89,7 +89,7 @@ def _calls(group: str) -> dict[str, Callable[[Any], Any]]:
     def new(**parameters: Any) -> Any:
         return TPUAlternatingLeastSquares(4, iterations=1, random_state=0, **parameters)
 
-    matrix, users = sound(), np.arange(N_USERS)
+    matrix, users = valid(), np.arange(N_USERS)
     model = new().fit(matrix, show_progress=False)
     flipped = new().fit(sparse.csr_matrix(matrix.T), show_progress=False)
     params, place = AlsParams(4), workplace(1)
@@ -149,28 +149,28 @@ def _calls(group: str) -> dict[str, Callable[[Any], Any]]:
     return groups[group]
 
 
-def tell(text: str) -> None:
-    """Write at once: this process may end at the next call."""
+def report(text: str) -> None:
+    """Write without a buffer: this process may crash in the next call."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def main(group: str) -> None:
-    """Print a line for each call that was not refused as it should be, and at last their number."""
+    """Print a line for each call that was not refused, and the number of calls."""
     warnings.simplefilter("ignore")
     count = 0
     for name, call in _calls(group).items():
         for damage in DAMAGES:
             count += 1
-            tell(f"{name}: {damage} ")  # the last words before a crash
+            report(f"{name}: {damage} ")  # printed before the call, which may crash the process
             try:
                 call(damaged(damage))
             except ValueError as error:
                 known = "is a damaged csr_matrix" in str(error) or "outside its shape" in str(error)
-                tell("refused\n" if known else f"OTHERWISE: {error}\n")
+                report("refused\n" if known else f"OTHER ERROR: {error}\n")
             else:
-                tell("TAKEN\n")
-    tell(f"done {count}\n")
+                report("ACCEPTED\n")
+    report(f"done {count}\n")
 
 
 if __name__ == "__main__":

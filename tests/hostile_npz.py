@@ -1,4 +1,4 @@
-"""Damaged, foreign and hostile .npz files: what `load` must refuse, written by the tests."""
+"""Writers of damaged, foreign and hostile .npz files, which `load` must refuse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from scipy import sparse
 
 Writer = Callable[[Path, bytes], object]
-BOMB = 300 << 20  # bytes that unpack from a file a thousand times smaller
+BOMB = 300 << 20  # expanded size; the compressed file is a thousand times smaller
 
 
 def members(good: bytes) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def npy(value: Any) -> bytes:
 
 
 def changed(**changes: Any) -> Writer:
-    """A good file with some members replaced; None leaves one out."""
+    """A good file with some members replaced; None removes a member."""
 
     def write(path: Path, good: bytes) -> None:
         arrays = {**members(good), **changes}
@@ -43,7 +43,7 @@ def changed(**changes: Any) -> Writer:
 
 
 def with_members(raw: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Writer:
-    """A good file with members of any content; those of the same name are replaced."""
+    """A good file with members of any content. Members of the same name are replaced."""
 
     def write(path: Path, good: bytes) -> None:
         with zipfile.ZipFile(path, "w", compression) as file:
@@ -57,14 +57,14 @@ def with_members(raw: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -
 
 
 def header(descr: str, shape: str, content: bytes = b"") -> bytes:
-    """A member whose header says what the caller wants it to."""
+    """A member with a given header."""
     text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}"
     text = text.ljust(117) + "\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + content
 
 
 def bomb(name: str) -> Writer:
-    """A member that unpacks to far more than the file; streamed, to take no memory here."""
+    """A member that expands to far more than the file. It is streamed, to need no memory here."""
 
     def write(path: Path, good: bytes) -> None:
         changed(**{name: None})(path, good)
@@ -80,7 +80,7 @@ def bomb(name: str) -> Writer:
     return write
 
 
-def cut(share: float) -> Writer:
+def truncated(share: float) -> Writer:
     """The first part of a good file."""
     return lambda path, good: path.write_bytes(good[: int(len(good) * share)])
 
@@ -131,8 +131,11 @@ FILES: dict[str, Writer] = {
     # damaged
     "empty": lambda path, good: path.write_bytes(b""),
     "one byte": lambda path, good: path.write_bytes(b"P"),
-    **{f"cut at {share:.0%}": cut(share) for share in (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97)},
-    "cut by one byte": lambda path, good: path.write_bytes(good[:-1]),
+    **{
+        f"truncated at {share:.0%}": truncated(share)
+        for share in (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97)
+    },
+    "truncated by one byte": lambda path, good: path.write_bytes(good[:-1]),
     "without its first half": lambda path, good: path.write_bytes(good[len(good) // 2 :]),
     "a bit of the user table": flipped("user_factors"),
     "a bit of the item table": flipped("item_factors"),
@@ -140,7 +143,7 @@ FILES: dict[str, Writer] = {
         good[:-200] + bytes(200)
     ),
     "only zeros": lambda path, good: path.write_bytes(bytes(5000)),
-    # of others
+    # of other programs
     "a matrix of SciPy": lambda path, good: sparse.save_npz(path, sparse.eye(9, format="csr")),
     "no members": lambda path, good: zipfile.ZipFile(path, "w").close(),
     "arrays of somebody": _savez(a=np.ones(3), b=np.ones(4)),
@@ -151,7 +154,7 @@ FILES: dict[str, Writer] = {
     "a gzip file": lambda path, good: path.write_bytes(gzip.compress(good)),
     "a pickle": lambda path, good: path.write_bytes(b"\x80\x04\x95\x05\x00\x00\x00"),
     "a zip of text files": with_members({"readme.txt": b"hello", "factors.npy": b"6"}),
-    # that contradict themselves
+    # with contradictory values
     "tables of two widths": changed(item_factors=np.ones((18, 4), np.float32)),
     "a table of one axis": changed(user_factors=np.ones(24, np.float32)),
     "a table of three axes": changed(user_factors=np.ones((2, 3, 6), np.float32)),
@@ -176,7 +179,7 @@ FILES: dict[str, Writer] = {
     "a number as dtype": changed(dtype=np.int64(32), tpu_als_storage_dtype=None),
     "an unknown objective": changed(tpu_als_objective=np.str_("explicit")),
     "iterations of floats": changed(iterations=np.float64(1.5)),
-    # of a later or no format
+    # of a later format, or without a format
     "a future format": changed(tpu_als_format=np.int64(10**6)),
     "a format of text": changed(tpu_als_format=np.str_("one")),
     "a format of two numbers": changed(tpu_als_format=np.array([1, 2])),
@@ -187,10 +190,10 @@ FILES: dict[str, Writer] = {
     "a bomb in a table": bomb("item_factors"),
     "a bomb in a parameter": bomb("alpha"),
     "a bomb in the names": bomb("tpu_als_feature_names_in_"),
-    "a header that asks for a terabyte": with_members(
+    "a header with the shape of a terabyte": with_members(
         {"item_factors.npy": header("'<f4'", f"({2**36}, 6)", bytes(64))}
     ),
-    "a header that asks for more than there is": with_members(
+    "a header with the shape of more data than the member has": with_members(
         {"item_factors.npy": header("'<f4'", "(18, 6)", bytes(64))}
     ),
     "a header of less than there is": with_members(
@@ -221,7 +224,7 @@ FILES: dict[str, Writer] = {
     "members of one name": twice,
     "an encrypted file": encrypted,
 }
-# Members of other names are not read, and names are not paths; these load like the good file.
+# Files with additional members, which are not read. They load like the good file.
 HARMLESS: dict[str, Writer] = {
     "an absolute name": with_members({"/tmp/tpu_als_evil.npy": npy(ONES)}),
     "a name in the parent folder": with_members({"../../tpu_als_evil.npy": npy(ONES)}),

@@ -1,4 +1,4 @@
-"""implicit's class and ours under one name each, and the small exact model that the tests fit."""
+"""implicit's class and ours by short names, and a small exact model for tests."""
 
 from __future__ import annotations
 

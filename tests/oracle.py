@@ -1,7 +1,7 @@
 """An independent dense float64 reference, written from equations (1) and (2) alone.
 
-It shares no code with the package and takes no short cut: every normal matrix is built from all
-cells of its row, stored or not.
+It shares no code with the package. Every normal matrix is built from all cells of its row, stored
+or not.
 For a target row u with stored entries S_u, source table Y (N x K) and G = Y^T Y::
 
     (a0 G + lam_u I + sum_i w_ui y_i y_i^T) z_u = sum_i v_ui y_i                        (1)
@@ -25,7 +25,7 @@ from scipy import sparse
 
 
 class Objective(NamedTuple):
-    """What is minimised. ``exponent`` None means the objective's own nu."""
+    """The objective. ``exponent`` None means the default nu."""
 
     name: str = "implicit"
     regularization: float = 0.01
@@ -54,7 +54,7 @@ def _dense(matrix: sparse.spmatrix) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ridge(n_entries: np.ndarray, n_source: int, objective: Objective) -> np.ndarray:
-    """lam_u of (2) for rows with so many stored entries, against a table of ``n_source`` rows."""
+    """lam_u of (2) for rows with given numbers of entries, and a table of ``n_source`` rows."""
     cells = np.asarray(n_entries, dtype=np.float64) + objective.unobserved_weight * n_source
     return objective.regularization * cells**objective.nu
 
@@ -67,7 +67,7 @@ def _cell_weights(
     confidence = objective.alpha * values
     observed = np.abs(confidence)
     if objective.name == "ials":
-        # an observed cell pays twice: once as unobserved (target 0), once as observed
+        # an observed cell has two terms: as unobserved (target 0) and as observed
         total = objective.unobserved_weight + np.where(stored, observed, 0.0)
     else:
         total = np.where(stored, observed, objective.unobserved_weight)
@@ -96,7 +96,7 @@ def half_epoch(
 ) -> np.ndarray:
     """Solve (1) exactly for every row of ``matrix`` (M, N) against ``source`` (N, K): (M, K).
 
-    ``n_source`` is the N of (2), where it is not that of the table.
+    ``n_source`` is the N of (2); by default the rows of the table.
     """
     source = np.asarray(source, dtype=np.float64)
     _, positive, stored = _cell_weights(matrix, objective)
@@ -104,7 +104,7 @@ def half_epoch(
     target = np.zeros((matrix.shape[0], source.shape[1]))
     for row in range(matrix.shape[0]):
         if not stored[row].any():
-            continue  # the right side is zero
+            continue  # the right-hand side is zero
         right = source.T @ positive[row]
         target[row] = np.linalg.lstsq(normals[row], right, rcond=None)[0]
     return target
@@ -118,11 +118,11 @@ def backward_errors(
     n_source: int | None = None,
     begun: np.ndarray | None = None,
 ) -> np.ndarray:
-    """How far solved rows (M, K) are from (1), relative to its parts: (M,).
+    """Backward errors of solved rows (M, K) in (1), relative to its terms: (M,).
 
-    Where the right side is zero, so is the solution; the error is relative to the largest row then.
-    CG keeps the rounding error of the rows that it has `begun` from: a solution far smaller than
-    these counts as 3% of their size.
+    If the right-hand side is zero, so is the solution; the error is relative to the largest row.
+    CG keeps the rounding error of the rows `begun` from which it starts, so the size of a solution
+    counts as at least 3% of theirs.
     """
     if not matrix.shape[0]:
         return np.zeros(0)
@@ -144,7 +144,7 @@ def fold_in(
     objective: Objective = IMPLICIT,
     n_source: int | None = None,
 ) -> np.ndarray:
-    """Factors of new rows against a fixed table: the same equation, under serving's name."""
+    """Factors of new rows for a fixed table, by the same equation."""
     return half_epoch(rows, source, objective, n_source)
 
 
@@ -154,7 +154,7 @@ def epoch(
     item_factors: np.ndarray,
     objective: Objective = IMPLICIT,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One full iteration, users first. An exact solve forgets its start: users are not read."""
+    """One iteration, users first. An exact solve does not depend on its start."""
     del user_factors
     users = half_epoch(matrix, item_factors, objective)
     return users, half_epoch(sparse.csr_matrix(matrix).T, users, objective)
@@ -179,14 +179,14 @@ def total_loss(
     item_factors: np.ndarray,
     objective: Objective = IMPLICIT,
 ) -> float:
-    """The sum over all cells plus both ridge terms: what the half-epochs of (1) minimise."""
+    """The sum over all cells plus both ridge terms, which the half-epochs of (1) minimise."""
     users = np.asarray(user_factors, dtype=np.float64)
     items = np.asarray(item_factors, dtype=np.float64)
     values, stored = _dense(matrix)
     confidence = objective.alpha * values
     predicted = users @ items.T
     observed = np.abs(confidence) * ((confidence > 0) - predicted) ** 2
-    # implicit adds |c| for a disliked cell, a constant, and we keep its number
+    # implicit adds the constant |c| for a disliked cell, and so does this package
     observed += np.where(confidence < 0, np.abs(confidence), 0.0)
     unobserved = objective.unobserved_weight * predicted**2
     both = observed + unobserved if objective.name == "ials" else observed

@@ -1,4 +1,4 @@
-"""Starting several processes that work together on this machine."""
+"""Start several cooperating processes on this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 def start(
     arguments: Sequence[str], count: int, devices: int = 1, script: str = "worker.py"
 ) -> list[subprocess.Popen[str]]:
-    """Start `count` processes of a script beside this file, with `devices` devices each."""
+    """Start a script of this folder in `count` processes with `devices` devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -34,7 +34,7 @@ def start(
 
 
 def finish(running: Sequence[subprocess.Popen[str]], seconds: float = 300) -> list[str]:
-    """Wait for all; what each printed. None is left running."""
+    """Wait for all processes, and return their output; after an error, all are killed."""
     try:
         return [process.communicate(timeout=seconds)[0] for process in running]
     finally:

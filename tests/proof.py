@@ -1,6 +1,6 @@
-"""How much the fuzz tests try, and the counts that the terminal summary prints.
+"""Numbers of examples of the fuzz tests, and counts for the terminal summary.
 
-``TPU_ALS_PROFILE=nightly`` in the environment asks for the large numbers. A test that records a
+``TPU_ALS_PROFILE=nightly`` in the environment chooses the large numbers. A test that records a
 property ``proof: <what>`` with a number adds to the line ``<what>`` of the summary.
 """
 
@@ -23,7 +23,7 @@ def examples(default: int, nightly: int) -> int:
 
 
 def counted(test: Callable[..., None]) -> Callable[..., None]:
-    """Count the examples that hypothesis gives to a test; goes below ``@given``."""
+    """Count the hypothesis examples of a test; apply below ``@given``."""
 
     @functools.wraps(test)
     def wrapper(*args: Any, **kwargs: Any) -> None:
@@ -34,7 +34,7 @@ def counted(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def summary(reports: list[Any]) -> Counter[str]:
-    """Sum what finished tests recorded, by the words after the prefix."""
+    """Sum the recorded numbers of finished tests, by name."""
     totals: Counter[str] = Counter()
     for report in reports:
         for name, value in getattr(report, "user_properties", ()):

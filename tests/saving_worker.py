@@ -1,4 +1,4 @@
-"""Kills processes that save a model, and counts what they leave: ``saving_worker.py DIR KILLS``."""
+"""Kills processes that save a model, and counts files and loads: ``saving_worker.py DIR KILLS``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ STATES = [np.full((20_000, 8), value, np.float32) for value in (1, 2)]
 
 
 def save(path: Path, number: int) -> None:
-    """Save one of two states, over and over, until killed."""
+    """Save two states alternately until killed."""
     while True:
         number += 1
         model_file.save_npz(path, {"factors": number % 2, "user_factors": STATES[number % 2]})
 
 
 def main(folder: Path, kills: int) -> None:
-    """Print how many loads gave either state, and how many files are left at the end."""
+    """Print how many loads gave one of the states, and how many files remain."""
     path, chance, good, most = folder / "model.npz", random.Random(0), 0, 0
     model_file.save_npz(path, {"factors": 0, "user_factors": STATES[0]})
     for number in range(kills):

@@ -1,4 +1,4 @@
-"""What the estimator keeps, publishes and puts back; its surface is under the contract's tests."""
+"""State of the estimator: initial tables, failures, callbacks, checkpoints. See also contract/."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ COUNTS = random_counts(30, 20)
 
 
 def model(**changes: Any) -> TPUAlternatingLeastSquares:
-    """A small exact model, not fitted."""
+    """A small exact model that is not fitted."""
     settings = dict(factors=4, regularization=0.1, use_cg=False, iterations=4, random_state=0)
     return TPUAlternatingLeastSquares(**{**settings, "num_threads": 1, **changes})
 
 
 def fitted(**changes: Any) -> TPUAlternatingLeastSquares:
-    """The same, fitted to COUNTS."""
+    """The same model, fitted to COUNTS."""
     return model(**changes).fit(COUNTS, show_progress=False)
 
 
@@ -50,7 +50,7 @@ def same(one: Any, other: Any) -> bool:
 
 class TestStart:
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-    def test_tables_are_implicits(self, dtype: Any) -> None:
+    def test_initial_tables_equal_implicits(self, dtype: Any) -> None:
         rng = np.random.default_rng(7)
         start = fitted(iterations=0, random_state=7, dtype=dtype)
         for table, n_rows in ((start.user_factors, 30), (start.item_factors, 20)):
@@ -64,7 +64,7 @@ class TestStart:
         assert start.user_factors.std() == pytest.approx(0.1 / 5, rel=0.05)
         assert abs(start.item_factors.mean()) < 1e-3
 
-    def test_only_what_is_missing_is_drawn(self) -> None:
+    def test_only_missing_tables_are_drawn(self) -> None:
         start = model(iterations=0)
         start.user_factors = np.ones((30, 4), np.float32)
         start.fit(COUNTS, show_progress=False)
@@ -72,7 +72,7 @@ class TestStart:
         np.testing.assert_array_equal(start.item_factors, expected)
         np.testing.assert_array_equal(start.user_factors, np.ones((30, 4)))
 
-    def test_a_loaded_model_starts_anew(self, tmp_path: Any) -> None:
+    def test_a_loaded_model_starts_from_new_tables(self, tmp_path: Any) -> None:
         once = fitted()
         once.save(tmp_path / "model")
         again = TPUAlternatingLeastSquares.load(tmp_path / "model")
@@ -105,7 +105,7 @@ class TestFailure:
 
     @pytest.mark.parametrize("n", [0, 2])
     @pytest.mark.parametrize("error", [None, MemoryError("no room")])
-    def test_the_model_stays_as_it_was(
+    def test_the_model_is_unchanged(
         self, monkeypatch: pytest.MonkeyPatch, n: int, error: Any
     ) -> None:
         broken = fitted()
@@ -116,7 +116,7 @@ class TestFailure:
         assert error or f"3 item rows are not finite after iteration {n}" in str(raised.value)
         assert same(broken, before)
 
-    def test_never_fitted_stays_unfitted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_unfitted_model_stays_unfitted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         broken = model()
         self.break_after(monkeypatch, 1, None)
         with pytest.raises(ModelFitError):
@@ -125,7 +125,7 @@ class TestFailure:
         assert vars(broken) == vars(model())
 
     @pytest.mark.parametrize("reads", [False, True])
-    def test_an_interrupt_keeps_what_is_finished(
+    def test_an_interrupt_keeps_the_last_iteration(
         self, monkeypatch: pytest.MonkeyPatch, reads: bool
     ) -> None:
         stopped = model()
@@ -140,7 +140,9 @@ class TestFailure:
         assert stopped.n_iter_ == 2
         np.testing.assert_array_equal(stopped.item_factors, fitted(iterations=2).item_factors)
 
-    def test_an_interrupt_before_that_keeps_the_old(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_interrupt_of_the_first_iteration_keeps_the_old_tables(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         stopped = fitted()
         before = copy.deepcopy(stopped)
         self.break_after(monkeypatch, 0, KeyboardInterrupt())
@@ -197,7 +199,7 @@ class TestCallback:
 
 
 class TestTables:
-    def test_an_edit_in_place_is_seen(self) -> None:
+    def test_a_write_into_a_table_takes_effect(self) -> None:
         edited = fitted()
         users = np.arange(30)
         first, _ = edited.recommend(users, COUNTS)
@@ -214,7 +216,7 @@ class TestTables:
         assert not np.allclose(edited.transform(COUNTS), folded)
 
     def test_an_assigned_gramian_is_used(self) -> None:
-        # The gramian of a larger catalog, as those who shard by hand set it.
+        # Users who shard the catalogue themselves assign the gramian of the complete catalogue.
         exact = fitted()
         before = exact.recalculate_user(0, COUNTS[0])
         exact._YtY = 2 * exact.YtY
@@ -266,9 +268,9 @@ class TestTables:
 class TestClass:
     def test_clones_and_copies_keep_device_handles(self) -> None:
         devices = jax.devices()[:2]
-        held = fitted(devices=devices)
-        assert clone(held).devices is devices
-        assert copy.deepcopy(held).devices is devices
+        model_on_devices = fitted(devices=devices)
+        assert clone(model_on_devices).devices is devices
+        assert copy.deepcopy(model_on_devices).devices is devices
         mesh = jax.sharding.Mesh(np.array(devices), ("d",))
         assert model(devices=mesh).__getstate__()["devices"] == 2
 
@@ -287,8 +289,8 @@ class TestClass:
 
     def test_explain_takes_the_whole_matrix_or_the_users_row(self) -> None:
         known = fitted()
-        whole, row = known.explain(3, COUNTS, 1), known.explain(3, COUNTS[3], 1)
-        assert whole[:2] == row[:2]
+        of_matrix, of_row = known.explain(3, COUNTS, 1), known.explain(3, COUNTS[3], 1)
+        assert of_matrix[:2] == of_row[:2]
         with pytest.raises(IndexError, match="userid 3 is not in user_items, which has 2 rows"):
             known.explain(3, COUNTS[:2], 1)
 
@@ -343,8 +345,8 @@ def same_tables(one: Any, other: Any) -> bool:
     )
 
 
-def cut_off(settings: dict[str, Any]) -> None:
-    """Begin a fit, and interrupt it after its third iteration."""
+def interrupt(settings: dict[str, Any]) -> None:
+    """Interrupt a fit after its third iteration."""
 
     def stop(iteration: int, seconds: float, loss: float | None) -> None:
         if iteration == 2:
@@ -355,29 +357,32 @@ def cut_off(settings: dict[str, Any]) -> None:
 
 
 class TestCheckpoints:
-    def test_a_fit_that_was_cut_off_ends_as_if_it_was_not(self, tmp_path: Path) -> None:
+    def test_an_interrupted_fit_resumes_with_equal_results(self, tmp_path: Path) -> None:
         settings = dict(iterations=5, over_relaxation=1.4, calculate_training_loss=True)
-        whole = fitted(**settings)
+        uninterrupted = fitted(**settings)
         settings["checkpoint_dir"] = tmp_path
-        cut_off(settings)
+        interrupt(settings)
         seen = []
         resumed = model(**settings)
         resumed.fit(COUNTS, show_progress=False, callback=lambda i, s, loss: seen.append(i))
         assert seen == [3, 4] and resumed.n_iter_ == 5
-        assert same_tables(whole, resumed)
-        assert resumed.history_["loss"] == whole.history_["loss"]
-        # nothing is left to do, so nothing is done
+        assert same_tables(uninterrupted, resumed)
+        assert resumed.history_["loss"] == uninterrupted.history_["loss"]
+        # the run is complete, so the fit returns its result
         again = model(**settings).fit(COUNTS, show_progress=False)
-        assert same_tables(whole, again) and again.n_iter_ == 5
+        assert same_tables(uninterrupted, again) and again.n_iter_ == 5
 
     @pytest.mark.parametrize("first", [True, False])
     def test_a_loss_that_only_one_fit_of_a_run_measured(self, first: bool, tmp_path: Path) -> None:
         fitted(iterations=2, calculate_training_loss=first, checkpoint_dir=tmp_path)
         settings = dict(calculate_training_loss=not first, checkpoint_dir=tmp_path)
         more = fitted(iterations=4, **settings)
-        losses, whole = np.array(more.history_["loss"]), fitted(calculate_training_loss=True)
+        losses, uninterrupted = (
+            np.array(more.history_["loss"]),
+            fitted(calculate_training_loss=True),
+        )
         assert np.isfinite(losses).tolist() == [first, first, not first, not first]
-        expected = np.array(whole.history_["loss"][:4])
+        expected = np.array(uninterrupted.history_["loss"][:4])
         known = np.isfinite(losses)
         np.testing.assert_allclose(losses[known], expected[known], rtol=1e-6)
         more.save(tmp_path / "model.npz")
@@ -391,7 +396,7 @@ class TestCheckpoints:
         "make",
         [np.random.RandomState, np.random.default_rng, np.random.SeedSequence, np.atleast_1d],
     )
-    def test_seeds_of_every_kind_belong_to_a_run(self, make: Any, tmp_path: Path) -> None:
+    def test_seeds_of_every_kind_identify_a_run(self, make: Any, tmp_path: Path) -> None:
         first, second, again = (
             fitted(iterations=1, random_state=make(seed), checkpoint_dir=tmp_path)
             for seed in (1, 2, 1)
@@ -399,7 +404,7 @@ class TestCheckpoints:
         assert same_tables(first, again) and not same_tables(first, second)
 
     @pytest.mark.parametrize("make", [np.random.RandomState, np.random.default_rng])
-    def test_a_resumed_fit_leaves_the_generator_where_it_would_be(
+    def test_a_resumed_fit_leaves_the_generator_in_the_same_state(
         self, make: Any, tmp_path: Path
     ) -> None:
         drawn = []
@@ -419,7 +424,7 @@ class TestCheckpoints:
         with pytest.raises(OSError, match="could not be written to .*OUT_OF_RANGE.*disk full"):
             fitted(checkpoint_dir=tmp_path)
 
-    def test_every_and_the_last_are_saved(self, tmp_path: Path) -> None:
+    def test_checkpoint_every_and_the_last_iteration(self, tmp_path: Path) -> None:
         fitted(checkpoint_dir=str(tmp_path), checkpoint_every=3, iterations=7)
         saved = sorted(path.name for path in tmp_path.glob("*/*/[0-9]*") if path.is_dir())
         assert saved == ["3", "6", "7"]
@@ -438,7 +443,7 @@ class TestCheckpoints:
         ],
         ids=str,
     )
-    def test_another_model_is_as_if_it_was_alone(
+    def test_runs_in_one_directory_are_independent(
         self, change: dict[str, Any], tmp_path: Path
     ) -> None:
         before = fitted(checkpoint_dir=tmp_path)
@@ -447,7 +452,7 @@ class TestCheckpoints:
         assert same_tables(before, fitted(checkpoint_dir=tmp_path))
 
     @pytest.mark.slow
-    def test_the_next_night_has_other_data(self, tmp_path: Path) -> None:
+    def test_fits_on_changing_data_share_a_directory(self, tmp_path: Path) -> None:
         for factor in (1, 2, 1):
             counts = COUNTS * np.float32(factor)
             saved = model(checkpoint_dir=tmp_path).fit(counts, show_progress=False)
@@ -475,7 +480,7 @@ class TestCheckpoints:
         assert same_tables(*further)
 
     @pytest.mark.slow
-    def test_candidates_of_a_search_do_not_meet(self, tmp_path: Path) -> None:
+    def test_candidates_of_a_search_share_a_directory(self, tmp_path: Path) -> None:
         grid = {"alpha": [1.0, 5.0], "iterations": [2, 4]}
         found = []
         for directory in (tmp_path, None):
@@ -488,20 +493,20 @@ class TestCheckpoints:
         )
         assert same_tables(one.best_estimator_, other.best_estimator_)
 
-    def test_early_stopping_goes_on_as_well(self, tmp_path: Path) -> None:
+    def test_early_stopping_resumes(self, tmp_path: Path) -> None:
         settings = dict(iterations=30, early_stopping=True, n_iter_no_change=3)
-        whole = fitted(**settings)
-        assert 3 < whole.n_iter_ < 30
+        uninterrupted = fitted(**settings)
+        assert 3 < uninterrupted.n_iter_ < 30
         settings["checkpoint_dir"] = tmp_path
-        cut_off(settings)
+        interrupt(settings)
         for _ in range(2):
             resumed = model(**settings).fit(COUNTS, show_progress=False)
-            assert resumed.history_["ndcg"] == whole.history_["ndcg"]
-            assert same_tables(whole, resumed)
+            assert resumed.history_["ndcg"] == uninterrupted.history_["ndcg"]
+            assert same_tables(uninterrupted, resumed)
 
 
 class TestShards:
-    def test_a_directory_takes_the_place_of_a_matrix(self, tmp_path: Path) -> None:
+    def test_fits_a_directory_of_shards(self, tmp_path: Path) -> None:
         rows = write_shards(COUNTS, tmp_path / "counts", n_shards=3)
         settings = dict(random_state=3, iterations=40, alpha=3.0)
         found = model(**settings).fit(rows, show_progress=False)
@@ -517,14 +522,14 @@ class TestShards:
         other = model(**{**settings, "random_state": 4}).fit(rows, show_progress=False)
         assert not same_tables(found, other)
 
-    def test_no_part_of_it_can_be_held_out(self, tmp_path: Path) -> None:
+    def test_early_stopping_is_refused(self, tmp_path: Path) -> None:
         rows = write_shards(COUNTS, tmp_path / "counts", n_shards=1)
         with pytest.raises(ValueError, match="early_stopping=True needs a matrix in memory"):
             model(early_stopping=True).fit(rows, show_progress=False)
 
 
 class TestApproximateRanking:
-    def test_a_cpu_ranks_exactly_all_the_same(self) -> None:
+    def test_a_cpu_ranks_exactly(self) -> None:
         found = fitted().set_params(approximate_recall=0.9).recommend(np.arange(30), COUNTS, N=5)
         for mine, exact in zip(found, fitted().recommend(np.arange(30), COUNTS, N=5), strict=True):
             np.testing.assert_array_equal(mine, exact)
@@ -537,7 +542,7 @@ class TestApproximateRanking:
 
 class TestTablesOnDevices:
     @pytest.mark.slow
-    def test_nothing_but_reading_them_brings_them_to_the_host(self) -> None:
+    def test_tables_are_copied_to_the_host_only_when_read(self) -> None:
         settings = dict(devices=2, table_layout="sharded", alpha=3.0)
         found, expected = fitted(**settings), fitted(alpha=3.0)
         found.set_output(transform="pandas")

@@ -1,7 +1,7 @@
 """Random matrices, tables, parameters and filters against the dense oracle and against implicit.
 
-Tables are assigned rather than fitted where a test is not about the fit, and there are few shapes:
-XLA compiles a program for each. ``TPU_ALS_PROFILE=nightly`` asks for more than 20,000 examples.
+Tests that are not about the fit assign tables. There are few shapes, because XLA compiles a program
+for each. ``TPU_ALS_PROFILE=nightly`` runs more than 20,000 examples.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ID_TYPES = ["i1", "u1", "i2", "i4", "u4", "i8", "u8"]
 
 @dataclass
 class World:
-    """A model with tables, and interactions as a caller may hold them."""
+    """A model with tables, and interactions in the form that a caller may pass."""
 
     model: Any
     given: Any  # any index and value types; duplicates, stored zeros, unsorted
@@ -48,7 +48,7 @@ class World:
         return self.model.item_factors.astype(np.float64)
 
     def rows(self, ids: np.ndarray) -> Any:
-        """The rows of some users, as they were given."""
+        """The rows of some users, in the given format."""
         return self.given[ids]
 
     def columns(self, ids: np.ndarray) -> sparse.csr_matrix:
@@ -127,9 +127,9 @@ def check_ranking(
     ids: np.ndarray, scores: np.ndarray, exact: np.ndarray, allowed: np.ndarray,
     chosen: np.ndarray | None, n: int,
 ) -> None:  # fmt: skip
-    """One row of an answer against the exact scores of all columns.
+    """Compare one row of a result with the exact scores of all columns.
 
-    The allowed columns come first, best first; then those left out; then -1.
+    The allowed columns come first, in descending order; then the excluded columns; then -1.
     """
     within = np.ones(len(exact), bool)
     if chosen is not None:
@@ -142,11 +142,11 @@ def check_ranking(
     assert (np.diff(scores[:k]) <= 0).all()
     np.testing.assert_allclose(scores[:k], exact[ids[:k]], atol=close)
     np.testing.assert_allclose(scores[:k], -np.sort(-exact[allowed])[:k], atol=close)
-    left_out, tail = np.flatnonzero(within & ~allowed), ids[k:]
+    excluded, tail = np.flatnonzero(within & ~allowed), ids[k:]
     assert (scores[k:] <= LEAST).all()
     found = tail[tail >= 0].tolist()
-    assert len(found) == len(set(found)) == min(len(left_out), n - k)
-    assert set(found) <= set(left_out.tolist())
+    assert len(found) == len(set(found)) == min(len(excluded), n - k)
+    assert set(found) <= set(excluded.tolist())
     assert (tail[len(found) :] == -1).all()
 
 
@@ -227,7 +227,7 @@ def test_similar(world: World, data: Any) -> None:
 @settings(max_examples=examples(60, 3000))
 @counted
 def test_recalculate_and_transform(world: World, data: Any) -> None:
-    """Few rows are solved on the host, many by compiled programs: both by equation (1)."""
+    """Few rows are solved on the host, and many by compiled programs, by equation (1)."""
     model, objective = world.model, world.objective
     users = data.draw(id_lists(world.matrix.shape[0]))
     items = data.draw(id_lists(world.matrix.shape[1]))
@@ -246,7 +246,7 @@ def test_recalculate_and_transform(world: World, data: Any) -> None:
 @settings(max_examples=examples(60, 2500))
 @counted
 def test_partial_fit(world: World, data: Any) -> None:
-    """The given rows are solved, new ids grow the table, and everything else stays."""
+    """The given rows are solved, new ids extend the table, and other rows do not change."""
     side = data.draw(st.sampled_from(["user", "item"]))
     model, matrix = world.model, world.matrix if side == "user" else world.columns(slice(None))
     n = matrix.shape[0]
@@ -272,7 +272,7 @@ def test_partial_fit(world: World, data: Any) -> None:
 @settings(max_examples=examples(30, 1000))
 @counted
 def test_partial_fit_with_ids_that_the_other_table_lacks(world: World, data: Any) -> None:
-    """Entries of unknown ids add nothing to the solve, so that a new user may bring a new item."""
+    """Entries of unknown ids do not affect the solve, so new users may have new items."""
     side = data.draw(st.sampled_from(["user", "item"]))
     model, matrix = world.model, world.matrix if side == "user" else world.columns(slice(None))
     source = world.items if side == "user" else world.users
@@ -286,7 +286,7 @@ def test_partial_fit_with_ids_that_the_other_table_lacks(world: World, data: Any
         update([new], wider)
     after = world.users if side == "user" else world.items
     padded = np.vstack([source, np.zeros((extra, K))])
-    # All entries count in (2), beside the rows of the table as it is.
+    # All entries count in n_u of (2); N is the number of rows of the table.
     error = oracle.backward_errors(after[[new]], wider, padded, world.objective, len(source))[0]
     assert error < 2e-5
 
@@ -318,7 +318,7 @@ def test_explain(world: World, data: Any) -> None:
 @settings(max_examples=examples(60, 3000))
 @counted
 def test_fit_by_many_steps_of_cg(world: World, iterations: int) -> None:
-    """In the compiled loops, where many steps are as good as an exact solve."""
+    """By compiled loops; many steps of CG are as accurate as an exact solve."""
     check_fit(world, iterations)
 
 
@@ -334,7 +334,7 @@ def test_fit_by_compiled_programs(world: World, iterations: int) -> None:
 
 
 def check_fit(world: World, iterations: int) -> None:
-    """From assigned tables: every half-epoch solves (1), in float64 to the oracle's tables."""
+    """Each half-epoch from assigned tables solves (1); float64 tables equal the oracle's."""
     model, objective = world.model.set_params(iterations=iterations), world.objective
     start = world.users, world.items
     reports: list[float] = []
@@ -353,7 +353,7 @@ def check_fit(world: World, iterations: int) -> None:
     assert len(reports) == iterations == model.n_iter_
     exact = oracle.loss(world.matrix, world.users, world.items, objective)
     np.testing.assert_allclose(reports[-1], exact, rtol=1e-3, atol=1e-5)
-    # One iteration at a time: over several, large weights amplify the rounding of a row near 0.
+    # Compare single iterations: over several, large weights amplify rounding errors near 0.
     for before, after in itertools.pairwise(tables) if wide else ():
         exact_tables = oracle.epoch(world.matrix, *before, objective)
         scale = max(*(np.abs(table).max() for table in exact_tables), 1e-3)
@@ -365,7 +365,7 @@ def check_fit(world: World, iterations: int) -> None:
 @settings(max_examples=examples(50, 2500))
 @counted
 def test_the_same_as_implicit(world: World, data: Any) -> None:
-    """Where implicit is defined: canonical CSR, known ids, N at most the candidates."""
+    """For input that implicit supports: canonical CSR, known ids, N at most the candidates."""
     theirs = load_class("implicit")(
         K, world.objective.regularization, world.objective.alpha, num_threads=1
     )

@@ -1,4 +1,4 @@
-"""Memory of the host that is used again; its threads are tested with `Workplace`'s."""
+"""Memory that is reused, cores, and refusals of too much memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _address(array: np.ndarray) -> int:
 
 
 def _block(array: np.ndarray) -> weakref.ref[np.ndarray]:
-    """The memory that an array was lent."""
+    """The block of memory of an array."""
     while isinstance(array, np.ndarray):
         array = array.base
     return weakref.ref(array.block)
@@ -39,7 +39,7 @@ def test_arrays_begin_at_a_cache_line_and_can_be_written(
     assert (array == 1).all()
 
 
-def test_memory_is_used_again_once_nothing_looks_at_it() -> None:
+def test_memory_is_reused_after_all_references_are_gone() -> None:
     memory = Memory()
     array = memory.empty((4, 6), np.float32)
     first, view = _address(array), array[1:].T
@@ -53,13 +53,13 @@ def test_memory_is_used_again_once_nothing_looks_at_it() -> None:
     assert _address(memory.empty((4, 6), np.float32)) == first
 
 
-def test_what_jax_holds_is_not_written_over() -> None:
+def test_memory_that_jax_uses_is_not_reused() -> None:
     memory = Memory()
     array = memory.empty((64, 64), np.float32)
     array[...] = 5
     on_device = jax.device_put(array, jax.devices()[0])
     seen = np.asarray(on_device)
-    assert _address(seen) == _address(array)  # no copy, so that there is something to lose
+    assert _address(seen) == _address(array)  # JAX has not copied the array
     del array, on_device
     gc.collect()
     for _ in range(3):
@@ -67,14 +67,14 @@ def test_what_jax_holds_is_not_written_over() -> None:
     assert (seen == 5).all()
 
 
-def test_smaller_arrays_share_memory_with_those_that_they_name() -> None:
+def test_smaller_arrays_reuse_the_memory_of_larger_ones() -> None:
     memory = Memory()
     first = _address(memory.empty((10, 16), np.float32))
     assert _address(memory.empty((9, 12), np.float32, room=160)) == first
     assert _address(memory.empty((9, 12), np.float32)) != first
 
 
-def test_arrays_outlive_their_pool_and_keep_nothing_of_it() -> None:
+def test_arrays_outlive_their_pool() -> None:
     memory = Memory()
     array, other = memory.empty((5,), np.float64), memory.empty((5,), np.float64)
     array[...] = 2
@@ -84,7 +84,7 @@ def test_arrays_outlive_their_pool_and_keep_nothing_of_it() -> None:
     assert array.sum() == 10 and block() is None
 
 
-def test_what_is_free_can_be_let_go() -> None:
+def test_free_memory_can_be_released() -> None:
     memory = Memory()
     array = memory.empty((5,), np.float64)
     block = _block(array)
@@ -95,7 +95,7 @@ def test_what_is_free_can_be_let_go() -> None:
 
 
 def test_cores_are_those_that_joblib_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By affinity, control group and LOKY_MAX_CPU_COUNT, also where it changes later."""
+    """By affinity, control group and LOKY_MAX_CPU_COUNT, also if it changes later."""
     assert host.cores() == joblib.cpu_count()
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
     assert host.cores() == 1
@@ -103,7 +103,7 @@ def test_cores_are_those_that_joblib_counts(monkeypatch: pytest.MonkeyPatch) -> 
     assert host.cores() == 1
 
 
-def test_cores_are_not_counted_anew_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     host.cores()
     monkeypatch.setattr(joblib, "cpu_count", lambda: pytest.fail("counted again"))
     assert host.cores() >= 1
@@ -111,10 +111,10 @@ def test_cores_are_not_counted_anew_for_each_call(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 4])
-def test_fits_where_the_system_lacks_what_unix_has(
+def test_fits_on_a_system_without_unix_functions(
     devices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on Windows, several CPU devices included."""
+    """As on Windows, also with several CPU devices."""
     for name in ("sysconf", "sched_getaffinity", "fork", "geteuid", "getuid", "O_DIRECTORY"):
         monkeypatch.delattr(os, name, raising=False)
     monkeypatch.setattr(host.sys, "platform", "win32")

@@ -1,4 +1,4 @@
-"""The house rules that a machine can check: what imports what, and that importing does nothing."""
+"""Rules on imports: which modules import which, and that an import has no side effects."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def imported(node: ast.AST) -> list[str]:
-    """Dotted names that an import statement asks for, names after ``from`` included."""
+    """Dotted names of an import statement, including the names after ``import``."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
@@ -53,16 +53,16 @@ def imported(node: ast.AST) -> list[str]:
     return []
 
 
-def brings_jax_in(name: str) -> bool:
-    """Whether a module may be imported late, because JAX comes with it."""
+def needs_jax(name: str) -> bool:
+    """Whether a module may be imported late, because it imports JAX."""
     return name.startswith(("tpu_als.engine.xla", "tpu_als.training.checkpoint"))
 
 
 def is_for_types(node: ast.AST, module: ast.Module) -> bool:
     """Whether an import is below ``if TYPE_CHECKING:``."""
-    for each in module.body:
-        if isinstance(each, ast.If) and getattr(each.test, "id", "") == "TYPE_CHECKING":
-            return node in each.body
+    for statement in module.body:
+        if isinstance(statement, ast.If) and getattr(statement.test, "id", "") == "TYPE_CHECKING":
+            return node in statement.body
     return False
 
 
@@ -73,7 +73,7 @@ def test_no_late_or_private_imports(path: Path) -> None:
     for node in ast.walk(module):
         for name in imported(node):
             parts = name.split(".")
-            if parts[0] == "tpu_als" and not brings_jax_in(name):
+            if parts[0] == "tpu_als" and not needs_jax(name):
                 assert id(node) in top or is_for_types(node, module), f"{path.name}: late {name}"
             elif parts[0] not in ("__future__", "tpu_als"):
                 private = [part for part in parts if re.match(r"_(?!_)", part)]
@@ -87,7 +87,7 @@ def test_no_print(path: Path) -> None:
     assert not [f for f in calls if isinstance(f, ast.Name) and f.id == "print"]
 
 
-def test_some_files_know_no_jax_and_one_knows_of_processes() -> None:
+def test_jax_and_processes_are_used_in_their_modules_only() -> None:
     assert not (PACKAGE / "utils.py").exists()
     for path in FILES:
         text = path.read_text(encoding="utf-8")
@@ -116,7 +116,7 @@ def run(code: str) -> str:
 
 @pytest.mark.slow
 def test_importing_starts_no_backend() -> None:
-    # the number of CPU devices can be set only until a backend starts
+    # the number of CPU devices can be set only before a backend starts
     code = """
 import tpu_als
 import jax

@@ -1,4 +1,4 @@
-"""Every parameter has a rule, and each call that uses a parameter goes by it."""
+"""Every parameter has a rule, and each call that uses a parameter checks it."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class TestParameters:
         assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_every_parameter_has_a_rule_that_its_default_keeps() -> None:
+def test_every_default_follows_its_rule() -> None:
     defaults = {
         name: p.default
         for name, p in inspect.signature(TPUAlternatingLeastSquares).parameters.items()
@@ -185,7 +185,7 @@ def test_the_solvers_own_arguments(fitted: Any, groups: sparse.csr_matrix) -> No
     np.testing.assert_array_equal(model.user_factors, fitted.user_factors)
 
 
-def test_a_hook_that_cannot_be_called(fitted: Any, groups: sparse.csr_matrix) -> None:
+def test_a_fit_callback_that_is_not_callable(fitted: Any, groups: sparse.csr_matrix) -> None:
     model = copy.deepcopy(fitted)
     model.fit_callback = 5
     with pytest.raises(TypeError, match="fit_callback must be callable"):
@@ -237,7 +237,7 @@ class TestAssignedTables:
         ],
         ids=str,
     )
-    def test_what_is_no_table(self, fitted: Any, side: str, table: Any) -> None:
+    def test_values_that_are_not_a_table(self, fitted: Any, side: str, table: Any) -> None:
         model = copy.deepcopy(fitted)
         with pytest.raises(ValueError, match=f"^{side}_factors must"):
             setattr(model, f"{side}_factors", table)

@@ -1,4 +1,4 @@
-"""A served model answers as the estimator that was saved."""
+"""A served model gives the same results as the estimator that was saved."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CALLS: dict[str, Any] = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("settings", [{}, {"objective": "ials", "unobserved_weight": 0.2}], ids=str)
-def test_answers_as_the_estimator(call: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_equals_the_estimator(call: str, settings: dict[str, Any], tmp_path: Path) -> None:
     model = TPUAlternatingLeastSquares(4, iterations=2, random_state=0, alpha=3.0, **settings)
     model.fit(COUNTS, show_progress=False).save(tmp_path / "model")
     served = ServedModel.load(tmp_path / "model")
@@ -50,7 +50,7 @@ def test_users_are_added() -> None:
 
 
 def test_has_the_estimators_defaults(tmp_path: Path) -> None:
-    """Also for a file of implicit, which does not have our parameters."""
+    """Also for a file of implicit, which lacks the parameters of this package."""
     theirs = AlternatingLeastSquares(factors=4, iterations=1)
     theirs.fit(COUNTS, show_progress=False)
     theirs.save(tmp_path / "implicit")

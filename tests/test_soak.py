@@ -1,7 +1,7 @@
-"""Reads beside updates, each of one state; many mixed calls in bounded memory.
+"""Concurrent reads and updates, in which a read sees one state; mixed calls in bounded memory.
 
-Tables are made so that an answer tells which state it comes from, and a mixture of two states is
-seen. The numbers of a night are marked ``nightly``.
+The tables are made so that each result identifies its state, and a mixture of two states is
+detected. The large numbers of calls are marked ``nightly``.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from tpu_als import TPUAlternatingLeastSquares, host
 THREADS, LEAST_UPDATES = 8, 8
 K, N_USERS, N_ITEMS = 4, 12, 20
 COUNTS = random_counts(N_USERS, N_ITEMS, density=0.3)
-SCALES = (1.0, 2.0, 3.0, 5.0, 7.0)  # one for each generation of a table, over and over
+SCALES = (1.0, 2.0, 3.0, 5.0, 7.0)  # generation g of a table has scale g modulo 5
 MOST_GROWTH = 80 << 20  # bytes that the process may grow by after its first calls
-NEAR = 0.05  # of scores of 1, where a row that is not there has 0; each update adds to the error
+NEAR = 0.05  # tolerance for scores of 1; each update adds to the error; a missing row scores 0
 
 Read = Callable[[np.random.Generator], None]
 
 
 def reads_beside(update: Callable[[int], None], reads: list[Read], n_reads: int) -> None:
-    """Carry out at least that many reads in threads, beside at least a few updates."""
+    """Run at least `n_reads` reads in threads, concurrently with at least a few updates."""
     begun, updates = itertools.count(), 0
     failures: list[BaseException] = []
 
@@ -73,24 +73,26 @@ many_reads = pytest.mark.parametrize(
 @pytest.fixture
 def count(request: pytest.FixtureRequest, record_property: Any) -> None:
     n_reads = request.getfixturevalue("n_reads")
-    record_property("proof: reads beside updates, none torn", n_reads)
+    record_property("proof: concurrent reads and updates, each read of one state", n_reads)
 
 
 @many_reads
 @pytest.mark.usefixtures("count")
 def test_reads_beside_assigned_tables(n_reads: int) -> None:
-    """Generation g of the item table is a scale times one table, and so is all that comes of it."""
+    """Each generation of the item table is a multiple of one table, and so are its results."""
     model, rng = made(), np.random.default_rng(0)
     base = rng.standard_normal((N_ITEMS, K)).astype(np.float32)
     users = rng.standard_normal((N_USERS, K)).astype(np.float32)
     model.user_factors, model.item_factors = users, base
     row, many = COUNTS[[3]], COUNTS[:8]
-    answers = {}  # of a scale: what a quiet model says
+    answers = {}  # by scale: results of a model without updates
     for scale in SCALES:
-        quiet = made()
-        quiet.user_factors, quiet.item_factors = users, base * np.float32(scale)
+        reference = made()
+        reference.user_factors, reference.item_factors = users, base * np.float32(scale)
         answers[scale] = (
-            quiet.recalculate_user(0, row), quiet.transform(many), quiet.explain(3, COUNTS, 2)[0]
+            reference.recalculate_user(0, row),
+            reference.transform(many),
+            reference.explain(3, COUNTS, 2)[0],
         )  # fmt: skip
     scores = users @ base.T
     cosines = base @ base.T / np.outer(*[np.linalg.norm(base, axis=1)] * 2)
@@ -112,11 +114,11 @@ def test_reads_beside_assigned_tables(n_reads: int) -> None:
         ids, found = model.similar_items(at, N=6)
         np.testing.assert_allclose(found, cosines[at, ids], atol=1e-4)
 
-    def one_of(place: int, call: Callable[[], Any]) -> Read:
+    def one_of(position: int, call: Callable[[], Any]) -> Read:
         def read(rng: np.random.Generator) -> None:
             found = call()
             assert any(
-                np.allclose(found, answer[place], rtol=1e-3, atol=1e-5)
+                np.allclose(found, answer[position], rtol=1e-3, atol=1e-5)
                 for answer in answers.values()
             ), "a solve with parts of two generations"
 
@@ -138,7 +140,7 @@ def test_reads_beside_assigned_tables(n_reads: int) -> None:
 @many_reads
 @pytest.mark.usefixtures("count")
 def test_reads_beside_growth(n_reads: int) -> None:
-    """A table grows and starts again; every score is 1, so a row that is not there stands out."""
+    """Tables grow and are reset. All scores are 1, so a row that does not exist is detected."""
     model = made(regularization=1e-3, alpha=1.0)
     users, items = np.ones((N_USERS, K), np.float32), np.full((N_ITEMS, K), 1 / K, np.float32)
     model.user_factors, model.item_factors = users, items
@@ -148,7 +150,7 @@ def test_reads_beside_growth(n_reads: int) -> None:
         at = int(rng.integers(N_USERS))
         ids, found = model.recommend(at, None, N=most, filter_already_liked_items=False)
         known = int((ids >= 0).sum())
-        assert sorted(ids[:known].tolist()) == list(range(known)), "items that are not there yet"
+        assert sorted(ids[:known].tolist()) == list(range(known)), "items that do not exist yet"
         assert known >= N_ITEMS and (ids[known:] == -1).all()
         np.testing.assert_allclose(found[:known], 1, atol=NEAR)
 
@@ -168,7 +170,7 @@ def test_reads_beside_growth(n_reads: int) -> None:
         assert twin.n_features_in_ == len(twin.item_factors)
 
     def all_of(n: int) -> sparse.csr_matrix:
-        # With a small ridge, what everybody likes is solved to a score near 1 with everybody.
+        # With a small ridge, a new item that all users have gets a score near 1 for all of them.
         return sparse.csr_matrix(np.ones((1, n), np.float32))
 
     def update(number: int) -> None:
@@ -186,7 +188,7 @@ def test_reads_beside_growth(n_reads: int) -> None:
 @many_reads
 @pytest.mark.usefixtures("count")
 def test_reads_beside_fits(n_reads: int) -> None:
-    """An answer is that of the tables after one of the iterations, never of a half-finished one."""
+    """A result belongs to the tables after an iteration, never to those in between."""
     model, states = made(), []
 
     def answer() -> np.ndarray:
@@ -199,8 +201,8 @@ def test_reads_beside_fits(n_reads: int) -> None:
 
     model.fit(COUNTS, show_progress=False, callback=lambda *_: states.append((answer(), solved())))
 
-    def read(place: int, call: Callable[[], np.ndarray]) -> Read:
-        return lambda rng: _among(call(), [state[place] for state in states])
+    def read(position: int, call: Callable[[], np.ndarray]) -> Read:
+        return lambda rng: _among(call(), [state[position] for state in states])
 
     # A new fit publishes its initial tables before the first iteration ends.
     fresh = made(iterations=0).fit(COUNTS, show_progress=False)
@@ -217,11 +219,11 @@ def test_reads_beside_fits(n_reads: int) -> None:
 
 def _among(found: np.ndarray, states: list[np.ndarray]) -> None:
     near = [np.allclose(found, state, rtol=1e-3, atol=1e-6) for state in states]
-    assert any(near), "an answer of no iteration"
+    assert any(near), "a result of no iteration"
 
 
 def _mixed_calls(model: TPUAlternatingLeastSquares, rng: np.random.Generator) -> list[Any]:
-    """Every kind of call, with arguments of its own each time."""
+    """Every kind of call, with random arguments."""
 
     def ids(n: int) -> np.ndarray:
         return rng.integers(0, n, int(rng.integers(1, 9)))

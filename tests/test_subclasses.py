@@ -1,4 +1,4 @@
-"""Subclasses with constructors of their own keep the engine's parameters, everywhere."""
+"""Subclasses with their own constructors keep the engine's parameters in all calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OURS.update(objective="ials", linear_solver="cholesky", unobserved_weight=0.5)
 
 
 class Named(TPUAlternatingLeastSquares):
-    """Passes all parameters but its own on."""
+    """Passes all parameters except its own to the base class."""
 
     def __init__(self, names: Any = None, **kw: Any) -> None:
         super().__init__(**kw)
@@ -45,7 +45,7 @@ class Fewer(TPUAlternatingLeastSquares):
 
 
 class Fixed(TPUAlternatingLeastSquares):
-    """Takes no parameter of ours, and requires one of its own."""
+    """Has none of the engine's parameters, and requires a parameter of its own."""
 
     def __init__(self, tag: str) -> None:
         super().__init__(**OURS)
@@ -60,7 +60,7 @@ MODELS = {
 
 
 def plain() -> TPUAlternatingLeastSquares:
-    """The same model of the class itself, fitted."""
+    """The same model of the base class, fitted."""
     return TPUAlternatingLeastSquares(**OURS).fit(COUNTS, show_progress=False)
 
 
@@ -128,19 +128,19 @@ def test_attributes_that_a_constructor_lacks_have_their_defaults(tmp_path: Path)
     [None, 3, 2.5, np.nan, True, "text", "", ["a", 1, None], ("a", 2), {"a": [1, {"b": None}]}],
     ids=str,
 )
-def test_own_parameters_survive_files(value: Any, tmp_path: Path) -> None:
+def test_parameters_of_a_subclass_are_saved(value: Any, tmp_path: Path) -> None:
     model = Named(value, **OURS).fit(COUNTS, show_progress=False)
     model.save(tmp_path / "model")
     read = Named.load(tmp_path / "model").names
     assert type(read) is type(value) and (read == value or value != value)
 
 
-def test_own_arrays_survive_files(tmp_path: Path) -> None:
+def test_arrays_of_a_subclass_are_saved(tmp_path: Path) -> None:
     Named(np.arange(4), **OURS).fit(COUNTS, show_progress=False).save(tmp_path / "model")
     np.testing.assert_array_equal(Named.load(tmp_path / "model").names, np.arange(4))
 
 
-def test_what_is_not_kept_is_named_once(tmp_path: Path) -> None:
+def test_one_warning_names_unsaved_attributes(tmp_path: Path) -> None:
     model = Named({1, 2}, **{**OURS, "random_state": np.random.default_rng(0)})
     model.fit(COUNTS, show_progress=False)
     model.note, model.fit_callback = 1, print

@@ -1,4 +1,4 @@
-"""Confidence weighting against implicit's functions and scikit-learn's rules."""
+"""Confidence weighting, compared with implicit's functions and scikit-learn's checks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_examples() -> None:
 
 
 class TestEqualsImplicit:
-    """Items are implicit's documents, users its terms: its recommenders weight the transpose."""
+    """In implicit items are documents and users are terms, so it weights the transpose."""
 
     @pytest.mark.parametrize(("K1", "B"), [(100, 0.8), (1.2, 0.5), (0, 1)])
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -48,7 +48,7 @@ class TestEqualsImplicit:
         got = TfidfWeighting().fit_transform(counts)
         np.testing.assert_allclose(got.toarray(), expected, rtol=1e-5)
 
-    def test_what_its_recommenders_do(self, counts: sparse.csr_matrix) -> None:
+    def test_equals_implicits_recommenders(self, counts: sparse.csr_matrix) -> None:
         nearest = pytest.importorskip("implicit.nearest_neighbours")
         theirs = nearest.BM25Recommender(K=5, K1=1.2, B=0.5)
         theirs.fit(counts, show_progress=False)
@@ -76,13 +76,13 @@ class TestState:
         other = clone(fitted).fit(counts[:10])
         assert np.abs((fitted.transform(counts) - other.transform(counts)).data).max() > 0.01
 
-    def test_items_that_nobody_has(self) -> None:
+    def test_items_without_entries(self) -> None:
         counts = sparse.csr_matrix(np.array([[1, 2, 0], [3, 0, 0]], np.float32))
         later = sparse.csr_matrix(np.array([[0, 0, 5]], np.float32))
         for transformer in ALL:
             assert np.all(clone(transformer).fit(counts).transform(later).data > 0)
 
-    def test_nothing_at_all(self) -> None:
+    def test_a_matrix_without_entries(self) -> None:
         empty = sparse.csr_matrix((3, 4), dtype=np.float32)
         for transformer in ALL:
             assert clone(transformer).fit_transform(empty).shape == (3, 4)
@@ -140,9 +140,7 @@ class TestNewItems:
     """More columns in `transform` than in `fit`."""
 
     @pytest.mark.parametrize("kind", [sparse.csr_matrix, sparse.csr_array, np.asarray])
-    def test_where_nothing_is_learnt_of_a_column(
-        self, counts: sparse.csr_matrix, kind: Any
-    ) -> None:
+    def test_new_items_without_learnt_values(self, counts: sparse.csr_matrix, kind: Any) -> None:
         wide = np.hstack([counts.toarray(), np.arange(30, dtype=np.float32)[:, None]])
         given = wide if kind is np.asarray else kind(wide)
         got = LogWeighting(2.0).fit(counts).transform(given)
@@ -162,7 +160,7 @@ class TestNewItems:
         fitted = clone(transformer).fit(counts)
         np.testing.assert_array_equal(fitted.transform(wide).data, fitted.transform(counts).data)
 
-    def test_what_is_learnt_needs_another_fit(self, counts: sparse.csr_matrix) -> None:
+    def test_bm25_refuses_new_items(self, counts: sparse.csr_matrix) -> None:
         wide = sparse.hstack([counts, counts[:, :1]], format="csr")
         message = r"X has 21 features, .* expecting 20 .* fit again .* or pass X\[:, :20\]"
         fitted = BM25Weighting().fit(counts)
@@ -177,14 +175,14 @@ class TestNewItems:
         with pytest.raises(ValueError, match="X has 19 features, but .* is expecting 20 features"):
             fitted.transform(counts[:, :19])
 
-    def test_frames_go_by_their_names(self, counts: sparse.csr_matrix) -> None:
+    def test_column_names_are_checked(self, counts: sparse.csr_matrix) -> None:
         frame = pd.DataFrame(counts.toarray(), columns=[f"item {i}" for i in range(20)])
         fitted = LogWeighting().fit(frame)
         with pytest.raises(ValueError, match="Feature names unseen at fit time"):
             fitted.transform(frame.assign(more=1.0))
 
     def test_without_a_fit(self, counts: sparse.csr_matrix) -> None:
-        """A logarithm needs none."""
+        """`LogWeighting` does not need one."""
         got = LogWeighting().transform(counts)
         np.testing.assert_allclose(got.data, np.log1p(counts.data), rtol=1e-6)
 
@@ -204,7 +202,7 @@ class TestRange:
         with pytest.raises(ValueError, match=weight + ".* in float32.* counts as float64"):
             clone(transformer).fit_transform(counts)
 
-    def test_float64_has_room(self, counts: sparse.csr_matrix) -> None:
+    def test_float64_represents_the_weights(self, counts: sparse.csr_matrix) -> None:
         got = LogWeighting(1e-50).fit_transform(counts.astype(np.float64))
         np.testing.assert_allclose(got.data, np.log(counts.data) + np.log(1e50))
         with pytest.raises(ValueError, match="epsilon=1e-320 .* in float64: choose [a-z ]*$"):
@@ -233,7 +231,7 @@ def test_parameters_are_checked_again(counts: sparse.csr_matrix) -> None:
             transformer.transform(counts)
 
 
-def test_objects_that_belong_elsewhere(counts: sparse.csr_matrix) -> None:
+def test_objects_for_other_functions(counts: sparse.csr_matrix) -> None:
     fitted = LogWeighting().fit(counts)
     events = pd.DataFrame({"who": ["ann"], "what": ["tea"]})
     for call in (LogWeighting().fit, fitted.transform):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# What a job and a service do, in one process.
+# The calls of a training job and of a service, in one process.
 WORK = """
 import sys, tempfile
 import numpy as np
@@ -132,7 +132,7 @@ print("done")
 
 
 def _get(path: Path) -> str:
-    """The body that a server on a socket returns."""
+    """Return the body of the response of a server on a socket."""
     connection = http.client.HTTPConnection("localhost", timeout=30)
     connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.sock.connect(os.fspath(path))
@@ -142,7 +142,7 @@ def _get(path: Path) -> str:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_gunicorn_may_preload_a_model(tmp_path: Path) -> None:
-    """The master fits and ranks, and its workers, which are forked from it, answer."""
+    """The master process fits and ranks, and its forked workers respond."""
     pytest.importorskip("gunicorn")
     app = """
 import os

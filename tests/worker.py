@@ -22,7 +22,7 @@ USERS = np.array([5, 0, 89])
 
 
 def join() -> None:
-    """Set devices and, with several processes, meet the others; as a user's program would."""
+    """Set devices and connect to the other processes, as a user's program does."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", int(os.environ["DEVICES"]))
     enable_compilation_cache(os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -39,7 +39,7 @@ def join() -> None:
 
 
 def fitted(case: dict[str, Any], folder: Path) -> dict[str, np.ndarray]:
-    """Fit, and use the tables as they stand on the devices before reading them."""
+    """Fit, and use the tables on the devices before they are read."""
     counts = random_counts(90, 60, seed=5)
     data = open_shards(folder / "shards") if case.pop("shards") else counts
     killed = case.pop("kill", None)
@@ -57,16 +57,16 @@ def fitted(case: dict[str, Any], folder: Path) -> dict[str, np.ndarray]:
     found["near"], _ = model.similar_items([3, 4], N=3)
     found["quality"] = model.score(counts)
     found["users"], found["items"] = model.user_factors, model.item_factors
-    # once more, from the host's copies
+    # again, from the copies on the host
     found["ids_again"], _ = model.recommend(USERS, counts[USERS], N=4)
     return {name: np.asarray(value) for name, value in found.items()}
 
 
 def main() -> None:
-    """Run all cases, and write what this process found."""
+    """Run all cases, and write the results of this process."""
     folder = Path(sys.argv[1])
     join()
-    layout.LONGEST = 16  # so that some rows are long, and the processes have to add up their sums
+    layout.LONGEST = 16  # some rows are long, so the processes must add their sums
     for number, case in enumerate(json.loads(sys.argv[2])):
         found = fitted(case, folder)
         np.savez(folder / f"case{number}-process{os.environ['PROCESS']}.npz", **found)

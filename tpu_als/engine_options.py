@@ -1,4 +1,4 @@
-"""The estimator's parameters in the engine's terms. Each function checks what it reads."""
+"""Convert the estimator's parameters for the engine. Each function checks what it reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tpu_als.engine.objective import Objective, solver_for
 
 
 def objective_of(estimator: Any) -> Objective:
-    """Equations (1)-(2) for an estimator's parameters."""
+    """The objective, equations (1)-(2), for an estimator's parameters."""
     parameters.check(estimator, parameters.OBJECTIVE)
     return Objective.of(
         estimator.objective,
@@ -45,9 +45,9 @@ def training_params(estimator: Any) -> AlsParams:
 
 
 def params_against(estimator: Any, table: Any, linear_solver: str = "cholesky") -> AlsParams:
-    """Parameters of solves against a table, with its width and dtype; exact by default."""
+    """Parameters to solve rows against a table, of its width and dtype; exact by default."""
     parameters.check(estimator, ("cg_steps",))
-    # bfloat16 is how tables are stored in `fit`; a fold-in does not round its results to it.
+    # Only `fit` stores tables as bfloat16. The results of a fold-in are not rounded to it.
     return AlsParams(
         factors=table.shape[1],
         dtype="float64" if table.dtype == np.float64 else "float32",
@@ -60,12 +60,11 @@ def params_against(estimator: Any, table: Any, linear_solver: str = "cholesky") 
 def backend_of(
     estimator: Any, params: AlsParams | None = None, num_threads: int | None = None
 ) -> Backend:
-    """The backend for a fit or a solve with these parameters; by default, for tables on the host.
+    """The backend for a fit or a solve with these parameters; by default for tables on the host.
 
-    A fit on devices of several processes works with all of them; everything else takes
-    `Backend.alone`.
+    A fit uses the devices of all processes. Other calls use `Backend.alone`.
     """
-    parameters.check(estimator, parameters.PLACE)
+    parameters.check(estimator, parameters.BACKEND)
     wishes = backends.Wishes(
         estimator.devices,
         num_threads or estimator.num_threads,

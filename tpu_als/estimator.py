@@ -96,8 +96,8 @@ class TPUAlternatingLeastSquares(
         Steps of "cg".
     devices : None, int, list of jax.Device or jax.sharding.Mesh, default=None
         None uses all devices of JAX's default backend if JAX may have an accelerator or other
-        processes (see Notes), and otherwise the CPU without JAX; so does 1, with one device. A
-        number n uses the first n devices.
+        processes (see Notes); otherwise it uses the CPU without JAX. 1 chooses in the same way and
+        uses one device. A larger number n uses the first n devices of JAX.
     table_layout : {"auto", "replicated", "sharded"}, default="auto"
         How several devices store the table that is fixed in a half-epoch. "replicated": each has a
         copy. "sharded": each has a part, and rows are sent where they are needed. "auto" chooses by
@@ -108,7 +108,7 @@ class TPUAlternatingLeastSquares(
     warm_start : bool, default=False
         Start `fit` from the current tables, as implicit always does.
     use_gpu : bool, default=None
-        True requires that JAX runs on a GPU. None and False do not choose: `devices` does.
+        True requires that JAX runs on a GPU. None and False have no effect: use `devices`.
     early_stopping : bool, default=False
         Stop when NDCG@10 on held-out entries no longer rises, and keep the best tables.
     validation_fraction : float, default=0.1
@@ -118,8 +118,8 @@ class TPUAlternatingLeastSquares(
     tol : float, default=1e-4
         Smallest gain in NDCG@10 that counts as improvement.
     approximate_recall : float, default=None
-        Between 0 and 1: rank many queries approximately, which is expected to find this fraction of
-        the best items. Faster on a TPU; other devices always rank exactly. None ranks exactly.
+        Between 0 and 1: the expected fraction of the best items that an approximate ranking of many
+        queries finds. Faster on a TPU; other devices always rank exactly. None ranks exactly.
     checkpoint_dir : str or path-like, default=None
         Directory or bucket to save checkpoints in. A fit with the same parameters and data resumes
         from it, also on other devices. Fits with other parameters or data may share the directory:
@@ -161,12 +161,12 @@ class TPUAlternatingLeastSquares(
     the environment has ``JAX_PLATFORMS=cpu``.
 
     `YtY`, `XtX`, the norms and copies of tables on an accelerator are computed once. They are
-    computed again after a table is fitted or assigned, but not after writing into it: assign it
-    again, as in ``model.item_factors = model.item_factors``.
+    computed again after a table is fitted or assigned. After writing into a table, assign it again:
+    ``model.item_factors = model.item_factors``.
 
-    The cost of a progress bar or callback is negligible: tables leave the devices only when read.
-    A subclass may have further parameters. Parameters listed here that it does not set have their
-    defaults.
+    A progress bar or callback costs little: tables are copied from the devices only when read. A
+    subclass may have additional parameters. Parameters of this class that it does not set have
+    their defaults.
 
     References
     ----------
@@ -188,9 +188,9 @@ class TPUAlternatingLeastSquares(
 
     # As in implicit, `fit` calls this if it gets no callback.
     fit_callback: Callable[[int, float, float | None], Any] | None = None
-    # The identity of the last fit's data, and whether a repeated fit on them has warned.
+    # Identity of the data of the last fit, and whether a repeated fit on them has warned.
     _fitted_to: tuple[initial.Identity, bool] | None = None
-    # scikit-learn would treat `fit`'s first argument as metadata, because it is not called X.
+    # The first argument of `fit` is not called X, so scikit-learn would take it for metadata.
     __metadata_request__fit = {"user_items": metadata_routing.UNUSED}  # noqa: RUF012
 
     def __init__(
@@ -273,7 +273,7 @@ class TPUAlternatingLeastSquares(
         y : None
             Ignored. A bool is treated as `show_progress`, so that implicit's positional calls work.
         show_progress : bool, default=None
-            Whether to show a progress bar. None means that the parameter `verbose` decides.
+            Whether to show a progress bar. None follows the parameter `verbose`.
         callback : callable, optional
             Called as ``callback(iteration, seconds, loss)`` after each iteration; loss is None
             unless computed. It may use the model, which has the factors of that iteration. To stop
@@ -286,7 +286,7 @@ class TPUAlternatingLeastSquares(
         Raises
         ------
         ValueError
-            For parameters or data out of range, before any work. If all checkpoints are damaged.
+            For parameters or data out of range, before any work; if all checkpoints are damaged.
         ModelFitError
             If factors became infinite or NaN. The model stays as it was before the call.
         RuntimeError
@@ -295,11 +295,11 @@ class TPUAlternatingLeastSquares(
         given = (y, show_progress, callback, self.fit_callback)
         show_progress, callback = arguments.fit_arguments(*given)
         arguments.warn_if_converted(user_items)
-        with contextlib.ExitStack() as at_end:
-            at_end.callback(lambda: self._fitted.settle())
+        with contextlib.ExitStack() as at_exit:
+            at_exit.callback(lambda: self._fitted.settle())
             params = engine_options.training_params(self)
             rows, fitted = self._interactions(user_items)
-            training = fitting.prepare(self, rows, fitted, params, at_end)
+            training = fitting.prepare(self, rows, fitted, params, at_exit)
             hides = training.hides_progress or progress.is_disabled(show_progress, self.verbose)
             with progress.bar(self.iterations, training.done, hides) as bar:
                 fitting.run(self, training, fitted, callback, bar)
@@ -334,7 +334,7 @@ class TPUAlternatingLeastSquares(
         Returns
         -------
         ndarray of shape (n_rows, n_items)
-            A dense array: mind the memory, and use `recommend` for the best items.
+            A dense array, which may be large. Use `recommend` for the best items.
         """
         items = self._fitted.require(self, "item").item
         items.require_finite()
@@ -401,7 +401,7 @@ class TPUAlternatingLeastSquares(
     def _interactions(
         self, user_items: Any
     ) -> tuple[sparse.csr_matrix | ShardedMatrix, FittedModel]:
-        """The data of `fit`, and a new model with the record of its columns."""
+        """Check the data of `fit`; return them and a new fitted model with their columns."""
         before = vars(self).get("_fitted")
         view = self._view(FittedModel() if before is None else FittedModel(lock=before.lock))
         if not isinstance(user_items, ShardedMatrix):
@@ -409,8 +409,8 @@ class TPUAlternatingLeastSquares(
             return rows, replace(view._fitted, popularity=popularity_of(rows))
         if self.early_stopping:
             raise ValueError(
-                "early_stopping=True needs a matrix in memory, got a ShardedMatrix: measure on "
-                "its held_out() in a callback"
+                "early_stopping=True needs a matrix in memory, got a ShardedMatrix: set it to "
+                "False, and measure on held_out() in a callback"
             )
         return user_items, replace(view._fitted, n_features=user_items.shape[1])
 
@@ -418,7 +418,7 @@ class TPUAlternatingLeastSquares(
 def _checked(estimator: TPUAlternatingLeastSquares, X: Any, reset: bool) -> sparse.csr_matrix:
     name = "user_items" if reset else "X"
     require_matrix(X, name)
-    # A sparse matrix may have no rows, that is, no users. An empty array is most likely a mistake.
+    # A sparse matrix may have no rows. An empty array is refused: it is most likely a mistake.
     least = 0 if sparse.issparse(X) else 1
     X = validate_data(
         estimator,
@@ -428,7 +428,7 @@ def _checked(estimator: TPUAlternatingLeastSquares, X: Any, reset: bool) -> spar
         dtype=[np.float64, np.float32],
         ensure_min_samples=least,
         ensure_min_features=least,
-        ensure_all_finite=False,  # our own check: scikit-learn's message suggests other estimators
+        ensure_all_finite=False,  # checked below, as scikit-learn suggests other estimators
     )
     return arguments.canonical_csr(X, name)
 

@@ -10,7 +10,7 @@ except ImportError:
 
 
 class ModelFitError(_ModelFitErrorBase):
-    """A solve gave values that are not finite. A subclass of implicit's class if installed."""
+    """A solve gave values that are not finite. Derives from implicit's class if installed."""
 
 
 class ModelFileError(ValueError):
@@ -21,11 +21,11 @@ class ModelFileError(ValueError):
 
 
 class ParameterWarning(_ParameterWarningBase):
-    """Input had to be converted. A subclass of implicit's class if installed."""
+    """Input had to be converted. Derives from implicit's class if installed."""
 
 
 class DataWarning(UserWarning):
     """Part of the input was ignored, or is not used as the caller may expect.
 
-    The message says how much.
+    The message gives the number of entries, ids or attributes.
     """

@@ -1,4 +1,4 @@
-"""The host: its cores and memory, threads, and the BLAS in this process. Imports no JAX."""
+"""Cores, memory, threads and BLAS of this process. Does not import JAX."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ import psutil
 from threadpoolctl import ThreadpoolController
 
 _SMALL = 1 << 26  # up to this many bytes are allocated without checking the available memory
-_FEW_THREADS = 16  # up to this number, as many threads as wanted, also on fewer cores
-_limiting, _limited = threading.Lock(), 0  # number of open contexts of `single_blas_thread`
-_limit: Any = None  # the limit that they set
+_FEW_THREADS = 16  # requests up to this number are granted, also on fewer cores
+_blas_lock, _n_limits = threading.Lock(), 0  # open contexts of `single_blas_thread`
+_blas_limit: Any = None  # the limit that the first of them set
 
 
 def cores() -> int:
     """Cores this process may use: by its affinity, its control group and LOKY_MAX_CPU_COUNT."""
     affinity = getattr(os, "sched_getaffinity", None)
-    own = None if affinity is None else frozenset(affinity(0))
-    return _cores(own, os.environ.get("LOKY_MAX_CPU_COUNT"))
+    allowed = None if affinity is None else frozenset(affinity(0))
+    return _cores(allowed, os.environ.get("LOKY_MAX_CPU_COUNT"))
 
 
 @functools.lru_cache(maxsize=8)
 def _cores(affinity: frozenset[int] | None, limit: str | None) -> int:
-    # joblib reads the control group's files in each call, which takes as long as a query.
+    # joblib reads the control group's files in each call, which takes as long as one ranking.
     import joblib
 
     del affinity, limit
@@ -39,7 +39,7 @@ def _cores(affinity: frozenset[int] | None, limit: str | None) -> int:
 
 
 def thread_count(num_threads: int) -> int:
-    """Threads to use where `num_threads` are wanted; 0 means all cores.
+    """Number of threads for a request of `num_threads`; 0 means all cores.
 
     The number is limited to 16 or the number of cores, whichever is larger: more do not help.
     """
@@ -69,7 +69,7 @@ def require_memory(parts: dict[str, int], remedy: str) -> None:
     if total > available:
         listed = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in parts.items())
         raise MemoryError(
-            f"{total / 1e9:.3g} GB of memory would be needed ({listed}), but "
+            f"{total / 1e9:.3g} GB of memory are needed ({listed}), but only "
             f"{available / 1e9:.3g} GB are available: {remedy}"
         )
 
@@ -77,27 +77,27 @@ def require_memory(parts: dict[str, int], remedy: str) -> None:
 def threads(work: Callable[[Any], Any], jobs: Sequence[Any], n_threads: int) -> list[Any]:
     """Map `work` over the jobs with a number of threads, including the caller's."""
     n_threads = min(len(jobs), n_threads)
-    left, results = deque(enumerate(jobs)), [None] * len(jobs)
+    queue, results = deque(enumerate(jobs)), [None] * len(jobs)
 
-    def until_none() -> None:
+    def run_jobs() -> None:
         while True:
             try:
-                number, job = left.popleft()
+                number, job = queue.popleft()
             except IndexError:
                 return
             try:
                 results[number] = work(job)
             except BaseException:
-                left.clear()  # stops the other threads too
+                queue.clear()  # stops the other threads too
                 raise
 
-    # A job for each thread, not each of the jobs, which would cost a tenth of a millisecond.
+    # The pool gets one call per thread: submitting a job costs a tenth of a millisecond.
     if n_threads < 2:
-        until_none()
+        run_jobs()
         return results
     with ThreadPoolExecutor(n_threads - 1) as pool:
-        others = [pool.submit(until_none) for _ in range(n_threads - 1)]
-        until_none()
+        others = [pool.submit(run_jobs) for _ in range(n_threads - 1)]
+        run_jobs()
         for other in others:
             other.result()
     return results
@@ -107,22 +107,22 @@ def threads(work: Callable[[Any], Any], jobs: Sequence[Any], n_threads: int) -> 
 def single_blas_thread() -> Iterator[None]:
     """Context in which BLAS is limited to one thread, in the whole process.
 
-    After each call OpenBLAS's threads spin for tens of milliseconds, on cores that work shards
-    need; XLA calls it for the eigenbasis, in every half-epoch. Contexts may overlap, for example if
-    several threads fit: the first sets the limit, and the last removes it.
+    OpenBLAS's threads spin for tens of milliseconds after each call, and occupy cores that the
+    fit needs. XLA calls OpenBLAS for the eigenbasis in every half-epoch. Contexts may overlap, for
+    example if several threads fit: the first sets the limit, and the last removes it.
     """
-    global _limit, _limited
-    with _limiting:
-        if _limited == 0:
-            _limit = _blas().limit(limits=1, user_api="blas")
-        _limited += 1
+    global _blas_limit, _n_limits
+    with _blas_lock:
+        if _n_limits == 0:
+            _blas_limit = _blas().limit(limits=1, user_api="blas")
+        _n_limits += 1
     try:
         yield
     finally:
-        with _limiting:
-            _limited -= 1
-            if _limited == 0:
-                _limit.restore_original_limits()
+        with _blas_lock:
+            _n_limits -= 1
+            if _n_limits == 0:
+                _blas_limit.restore_original_limits()
 
 
 @functools.cache
@@ -131,7 +131,7 @@ def _blas() -> ThreadpoolController:
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the system: glibc would keep hundreds of megabytes after compiling."""
+    """Return freed memory to the system. glibc keeps hundreds of megabytes after compiling."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

@@ -16,7 +16,7 @@ LINEAR_SOLVERS = ("auto", "cg", "cholesky")
 OBJECTIVES = ("implicit", "ials")
 LAYOUTS = ("auto", "replicated", "sharded")
 DTYPES = ("float32", "float64", "bfloat16")
-# The parameters that each kind of call reads, and checks before it starts.
+# The parameters of the objective and of the choice of a backend: calls check what they read.
 OBJECTIVE = (
     "objective",
     "regularization",
@@ -24,7 +24,7 @@ OBJECTIVE = (
     "unobserved_weight",
     "regularization_exponent",
 )
-PLACE = ("devices", "num_threads", "use_gpu", "table_layout", "use_native")
+BACKEND = ("devices", "num_threads", "use_gpu", "table_layout", "use_native")
 
 Rule = tuple[Callable[[Any], bool], str]
 Class = TypeVar("Class", bound=type)
@@ -54,7 +54,7 @@ def _real(low: float, high: float = math.inf, is_open: bool = False) -> Callable
 
 
 def _at_least_zero(v: Any) -> bool:
-    # Ranking calls check such parameters every time, so the usual type is tested first.
+    # Every ranking call checks such parameters, so the usual type is tested first.
     return 0.0 <= v < math.inf if type(v) is float else _real(0.0)(v)
 
 
@@ -88,7 +88,7 @@ def _is_seed(v: Any) -> bool:
 
 
 def _are_devices(v: Any) -> bool:
-    # The number of devices, and whether these are devices, is known only after JAX has started.
+    # Only JAX knows how many devices there are, and JAX may not have started yet.
     is_mesh = hasattr(v, "axis_names") and hasattr(v, "devices")
     return v is None or is_mesh or _integer(1)(v) or (isinstance(v, (list, tuple)) and len(v) > 0)
 
@@ -226,10 +226,10 @@ def random_generator(random_state: Any, *, draw: bool = True) -> np.random.Gener
     Parameters
     ----------
     random_state : int, None, numpy.random.RandomState, numpy.random.Generator or seed-like
-        A seed is drawn from a RandomState (implicit tries to, and fails). Everything else is passed
-        to NumPy's `default_rng`, which returns a Generator unchanged.
+        A seed is drawn from a RandomState (which fails in implicit). Everything else is passed to
+        NumPy's `default_rng`, which returns a Generator unchanged.
     draw : bool, default=True
-        False draws nothing from a RandomState, to check only whether `random_state` is valid.
+        False only checks whether `random_state` is valid, and draws nothing from a RandomState.
 
     Raises
     ------
@@ -250,7 +250,7 @@ def random_generator(random_state: Any, *, draw: bool = True) -> np.random.Gener
 
 
 def seed_identity(random_state: Any) -> Any:
-    """Return what tells one `random_state` from another: None, an integer, or JSON text."""
+    """Return a value that identifies a `random_state`: None, an integer, or JSON text."""
     if random_state is None or isinstance(random_state, Integral):
         return None if random_state is None else int(random_state)
     if isinstance(random_state, np.random.RandomState):

@@ -1,4 +1,4 @@
-"""A saved model for a service: implicit's methods, without scikit-learn, numba and JAX."""
+"""A saved model for a service: implicit's methods without scikit-learn, numba or JAX."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _DEFAULTS: dict[str, Any] = {
 
 
 class ServedModel(Ranking, NewRows, Attributes):
-    """A model read from a file, to recommend and to fold in.
+    """A model read from a file, for recommendations and fold-in.
 
-    It has those methods of `TPUAlternatingLeastSquares` that implicit has too, except `fit` and
+    It has the methods of `TPUAlternatingLeastSquares` that implicit has too, except `fit` and
     `save`. The estimator's parameters are attributes. A process that loads a `ServedModel` starts
     in half the time and with half the memory, because scikit-learn is not imported.
 

@@ -1,4 +1,4 @@
-"""Subclasses of the estimator: their own parameters, and which of them a model file keeps."""
+"""Subclasses of the estimator: their own parameters, and how model files keep these."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Estimator = TypeVar("Estimator")
 def own_parameters(cls: type) -> dict[str, inspect.Parameter]:
     """Parameters of the constructors of a class and its bases that are not those of the engine."""
     found: dict[str, inspect.Parameter] = {}
-    for each in reversed(cls.__mro__[: cls.__mro__.index(_base(cls))]):
-        found.update(parameters.named(each.__init__))  # type: ignore[misc]
+    for base in reversed(cls.__mro__[: cls.__mro__.index(_base(cls))]):
+        found.update(parameters.named(base.__init__))  # type: ignore[misc]
     return {name: p for name, p in found.items() if name not in parameters.RULES}
 
 
 def own_values(estimator: Any) -> dict[str, Any]:
-    """Values of those parameters that are stored in attributes of the same name."""
+    """Values of these parameters, where an attribute of the same name stores them."""
     names = own_parameters(type(estimator))
     return {name: getattr(estimator, name) for name in names if hasattr(estimator, name)}
 
@@ -33,28 +33,28 @@ def warn_if_unfitted(estimator: Any) -> None:
     lacking = [side for side in ("user", "item") if estimator._fitted.table(side).is_absent]
     if lacking:
         warnings.warn(
-            f"the model has no {' and no '.join(lacking)} factors: the file will hold its "
-            "parameters, but cannot recommend. Call fit before save",
+            f"the model has no {' and no '.join(lacking)} factors: the file has its "
+            "parameters only, and a loaded model cannot recommend. Call fit before save",
             DataWarning,
             stacklevel=3,
         )
 
 
-def warn_of_lost(estimator: Any, left_out: Iterable[str]) -> None:
+def warn_of_lost(estimator: Any, unsaved: Iterable[str]) -> None:
     """Warn about attributes that a model file does not keep.
 
     Parameters
     ----------
     estimator : object
         The model that was saved.
-    left_out : iterable of str
+    unsaved : iterable of str
         Parameters whose values the file cannot hold.
     """
     base = _base(type(estimator))
     kept = own_parameters(type(estimator))
     others = [name for name in vars(estimator) if name not in kept and not hasattr(base, name)]
     hooks = [name for name in ("fit_callback",) if vars(estimator).get(name) is not None]
-    lost = sorted({*left_out, *others, *hooks})
+    lost = sorted({*unsaved, *others, *hooks})
     if lost:
         warnings.warn(
             f"{len(lost)} attribute(s) of {type(estimator).__name__} are not kept by save: "
@@ -74,7 +74,7 @@ def construct(cls: type[Estimator], ours: dict[str, Any], own: dict[str, Any]) -
     ours : dict
         Parameters of the engine. Those that the constructor does not name become attributes.
     own : dict
-        Further parameters of the subclass and its bases, likewise.
+        Additional parameters of the subclass and its bases. Treated in the same way.
 
     Raises
     ------
@@ -100,7 +100,7 @@ def construct(cls: type[Estimator], ours: dict[str, Any], own: dict[str, Any]) -
 
 
 def copy_unnamed(source: Any, target: Any) -> None:
-    """Give a clone the parameters that its class's constructor passes on by ``**kwargs``."""
+    """Copy to a clone the parameters that its constructor takes as ``**kwargs``."""
     from sklearn.base import clone  # late: a service does not need scikit-learn
 
     named = parameters.named(type(source).__init__)

@@ -16,11 +16,11 @@ from tpu_als.validation.refusals import refuse_misplaced, require_finite
 
 
 class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
-    """A function of each stored value, its row, and values that `fit` learnt for its column."""
+    """Base class: a weight depends on a value, its row, and what `fit` learnt of its column."""
 
     _takes_negatives = False
     _learns_columns = False
-    _scales = ""  # the parameters that may take weights out of the range of the dtype
+    _scales = ""  # parameters that may cause weights beyond the range of the dtype
 
     def fit(self, X: Any, y: Any = None) -> Self:
         """Learn the values that `transform` needs from a matrix of users by items.
@@ -90,8 +90,8 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         if n > n_fitted and self._learns_columns and not hasattr(X, "columns"):
             raise ValueError(
                 f"X has {n} features, but {type(self).__name__} is expecting {n_fitted} features "
-                "as input, as it learns the popularity of each item: fit again on a matrix with "
-                f"the new items, or pass X[:, :{n_fitted}]"
+                "as input, because it learns the popularity of each item: fit again on a matrix "
+                f"with the new items, or pass X[:, :{n_fitted}]"
             )
         # Check the names and number of columns; scikit-learn checks the number with ensure_2d only.
         validate_data(self, X, reset=False, skip_check_array=True, ensure_2d=n <= n_fitted)
@@ -104,7 +104,7 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             given = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._scales.split())
             raise ValueError(
                 f"{given} gives a weight of {weights[wrong[0]]} to a count of {counts[wrong[0]]} "
-                f"in {weights.dtype}: choose parameters nearer to the counts"
+                f"in {weights.dtype}: choose parameters closer to the counts"
                 + ("" if weights.dtype == np.float64 else ", or pass the counts as float64")
             )
 
@@ -118,7 +118,7 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         rows.sum_duplicates()
         require_finite(rows, rows.data)
         if not self._takes_negatives and rows.nnz and rows.data.min() < 0:
-            # scikit-learn's wording: its checks look for it
+            # the wording that scikit-learn's checks expect
             raise ValueError(f"Negative values in data passed to {type(self).__name__}")
         return rows
 
@@ -140,7 +140,7 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return tags
 
 
-# Finite values are checked after duplicates are summed, with a message of our own.
+# `_csr` checks for finite values, after duplicates are summed.
 _ACCEPTED: dict[str, Any] = dict(
     accept_sparse="csr", dtype=[np.float32, np.float64], ensure_all_finite=False
 )
@@ -155,8 +155,8 @@ class LogWeighting(_Weighting):
     Parameters
     ----------
     epsilon : float, default=1.0
-        Above 0, in units of the counts. Weights of counts far below it are proportional to the
-        counts; those of counts far above it grow with the logarithm.
+        Above 0, in units of the counts. The weight is proportional to the count for counts far
+        below it, and logarithmic for counts far above it.
 
     Attributes
     ----------
@@ -203,8 +203,8 @@ class TfidfWeighting(_Weighting):
 
     ``idf = log(n_items) - log(1 + n)`` for a user with n entries. In
     ``implicit.nearest_neighbours.tfidf_weight`` items are documents and users are terms: the result
-    equals ``tfidf_weight(X.T).T``. It is negative for a user with all items. `n_items` is that of
-    `fit`, also for a later matrix with more columns, so that a user's weights do not change when
+    equals ``tfidf_weight(X.T).T``. It is negative for a user with all items. `n_items` is always
+    that of `fit`, also if a later matrix has more columns, so a user's weights do not change when
     the catalogue grows.
 
     Attributes

@@ -1,4 +1,4 @@
-"""The class for code that was written for implicit: fits add up, arguments have its order."""
+"""The class for code that was written for implicit: fits continue, arguments have its order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTINGS: dict[str, Any] = dict(
 
 
 def epochs(cls: Any, count: int, **settings: Any) -> Any:
-    """A model of a class that is fitted `count` times for one iteration each."""
+    """A model that is fitted `count` times, for one iteration each."""
     model = cls(**SETTINGS, iterations=1, **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -33,7 +33,7 @@ def epochs(cls: Any, count: int, **settings: Any) -> Any:
 
 
 class TestSignature:
-    def test_arguments_are_those_of_implicits_function(self) -> None:
+    def test_arguments_equal_implicits(self) -> None:
         function = pytest.importorskip("implicit.als").AlternatingLeastSquares
         theirs = list(inspect.signature(function).parameters.values())
         ours = list(inspect.signature(AlternatingLeastSquares).parameters.values())[: len(theirs)]
@@ -43,7 +43,7 @@ class TestSignature:
         model = AlternatingLeastSquares(7, 0.5, 2.0, np.float64, False, False, False, 3, True, 1, 9)
         assert (model.use_gpu, model.iterations, model.random_state) == (False, 3, 9)
 
-    def test_further_parameters_are_the_estimators(self) -> None:
+    def test_other_parameters_equal_the_estimators(self) -> None:
         ours = {
             n: p.default for n, p in inspect.signature(AlternatingLeastSquares).parameters.items()
         }
@@ -52,11 +52,11 @@ class TestSignature:
         given = {name: object() for name in ours}
         assert AlternatingLeastSquares(**given).get_params(deep=False) == given
 
-    def test_passes_for_implicits_class(self) -> None:
+    def test_is_an_instance_of_implicits_class(self) -> None:
         als = pytest.importorskip("implicit.cpu.als")
         assert isinstance(AlternatingLeastSquares(), als.AlternatingLeastSquares)
 
-    def test_scikit_learns_tools(self) -> None:
+    def test_clone_and_pickle_keep_the_class(self) -> None:
         model = AlternatingLeastSquares(**SETTINGS, iterations=2).fit(COUNTS, show_progress=False)
         twin = clone(model)
         assert twin.get_params() == model.get_params() and twin.item_factors is None
@@ -65,14 +65,14 @@ class TestSignature:
 
 
 class TestContinuing:
-    def test_epochs_are_one_fit(self) -> None:
+    def test_fits_of_one_iteration_add_up(self) -> None:
         once = AlternatingLeastSquares(**SETTINGS, iterations=15).fit(COUNTS, show_progress=False)
         found = epochs(AlternatingLeastSquares, 15)
         np.testing.assert_allclose(found.user_factors, once.user_factors, atol=1e-5)
         np.testing.assert_allclose(found.item_factors, once.item_factors, atol=1e-5)
         assert found.score(COUNTS) == pytest.approx(once.score(COUNTS), abs=1e-6)
 
-    def test_epochs_are_implicits(self) -> None:
+    def test_fits_of_one_iteration_equal_implicits(self) -> None:
         theirs = epochs(pytest.importorskip("implicit.cpu.als").AlternatingLeastSquares, 15)
         found = epochs(AlternatingLeastSquares, 15)
         np.testing.assert_allclose(found.user_factors, theirs.user_factors, atol=2e-3)
@@ -93,7 +93,7 @@ class TestContinuing:
         expected = epochs(AlternatingLeastSquares, 3)
         np.testing.assert_allclose(read.item_factors, expected.item_factors, atol=1e-5)
 
-    def test_a_fresh_start_can_be_asked_for(self) -> None:
+    def test_warm_start_false_starts_from_new_tables(self) -> None:
         model = AlternatingLeastSquares(**SETTINGS, iterations=3, warm_start=False)
         first = model.fit(COUNTS, show_progress=False).item_factors.copy()
         np.testing.assert_array_equal(model.fit(COUNTS, show_progress=False).item_factors, first)

@@ -1,6 +1,6 @@
-"""What a user of implicit relies on, run on implicit's own class and on ours: fitting and keeping.
+"""Behaviour of implicit that users rely on, tested on its class and on ours: fit, save, load.
 
-Only behaviour that both must share is here; ``test_contract.py`` has what is meant to differ.
+These tests are on behaviour that both classes share. ``test_contract.py`` tests the differences.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class TestFit:
             assert type(table) is np.ndarray and table.flags.writeable
             assert table.shape == (rows, FACTORS) and table.dtype == np.float32
 
-    def test_the_withheld_item_comes_first(self, cls: Any, groups: sparse.csr_matrix) -> None:
+    def test_the_withheld_item_is_ranked_first(self, cls: Any, groups: sparse.csr_matrix) -> None:
         model, users = make(cls, factors=3), np.arange(groups.shape[0])
         model.fit(groups, show_progress=False)
         ids, _ = model.recommend(users, groups, N=1)
@@ -126,7 +126,7 @@ class TestFit:
         with pytest.warns(ParameterWarning, match="CSR"):
             model.fit(counts.tocsc(), show_progress=False)
 
-    def test_the_input_is_left_alone(self, cls: Any, counts: sparse.csr_matrix) -> None:
+    def test_the_input_is_not_modified(self, cls: Any, counts: sparse.csr_matrix) -> None:
         given = counts.copy()
         make(cls, iterations=1).fit(given, show_progress=False)
         assert (given != counts).nnz == 0 and given.nnz == counts.nnz
@@ -145,7 +145,7 @@ class TestFit:
         assert model.user_factors.shape == (shape[0], FACTORS)
         assert not model.item_factors.any()
 
-    def test_stored_zeros_matter(self, cls: Any, counts: sparse.csr_matrix) -> None:
+    def test_stored_zeros_are_entries(self, cls: Any, counts: sparse.csr_matrix) -> None:
         zeros = counts.copy()
         zeros.data[::3] = 0
         model = make(cls, iterations=1)
@@ -205,7 +205,7 @@ class TestCallback:
         model.fit(counts, show_progress=False)
         assert seen == [0, 1]
 
-    def test_the_model_is_usable_inside(self, cls: Any, counts: sparse.csr_matrix) -> None:
+    def test_the_model_is_usable_in_the_callback(self, cls: Any, counts: sparse.csr_matrix) -> None:
         tables, recommended = [], []
         model = make(cls, iterations=2)
 
@@ -291,7 +291,7 @@ class TestPersistence:
         np.testing.assert_array_equal(*ids)
 
 
-def test_nothing_warns_on_the_main_path(cls: Any, counts: sparse.csr_matrix) -> None:
+def test_usual_calls_do_not_warn(cls: Any, counts: sparse.csr_matrix) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = make(cls, iterations=1)

@@ -1,4 +1,4 @@
-"""What a user of implicit relies on, run on implicit's own class and on ours: ids and scores."""
+"""Behaviour of implicit that users rely on, tested on its class and on ours: ids and scores."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ class TestRecommend:
         ids, scores = fitted.recommend([], groups[:0], N=4)
         assert ids.shape == scores.shape == (0, 4)
 
-    def test_liked_items_on_request(self, fitted: Any, groups: sparse.csr_matrix) -> None:
+    def test_liked_items_are_not_filtered_on_request(
+        self, fitted: Any, groups: sparse.csr_matrix
+    ) -> None:
         ids, _ = fitted.recommend(0, None, N=6, filter_already_liked_items=False)
         assert set(ids) == set(range(6))
 
@@ -70,7 +72,7 @@ class TestRecommend:
         assert set(ids[:2]) == {10, 12}
         assert (scores[2:] == -np.finfo(np.float32).max).all()
 
-    def test_fewer_unseen_items_than_asked_for(self, fitted: Any) -> None:
+    def test_fewer_unseen_items_than_n(self, fitted: Any) -> None:
         row = sparse.csr_matrix(np.ones((1, 18), dtype=np.float32))
         row[0, 5] = 0
         row.eliminate_zeros()

@@ -1,4 +1,4 @@
-"""What a user of implicit relies on, run on implicit's own class and on ours: the two tables.
+"""Behaviour of implicit that users rely on, tested on its class and on ours: the two tables.
 
 Fold-in, partial fits, explanations, and tables and caches that the caller assigns.
 """
@@ -31,7 +31,9 @@ class TestFoldIn:
         np.testing.assert_allclose(many, expected, atol=1e-3, rtol=1e-3)
         assert fitted.recalculate_item(0, rows[0]).shape == (FACTORS,)
 
-    def test_nothing_is_stored(self, fitted: Any, groups: sparse.csr_matrix) -> None:
+    def test_recalculation_does_not_change_the_tables(
+        self, fitted: Any, groups: sparse.csr_matrix
+    ) -> None:
         before = fitted.user_factors.copy()
         fitted.recalculate_user([3], groups[5])
         np.testing.assert_array_equal(fitted.user_factors, before)
@@ -49,39 +51,37 @@ class TestFoldIn:
 
     @pytest.mark.parametrize("side", ["users", "items"])
     def test_partial_fit_grows_the_table(
-        self, own: Any, groups: sparse.csr_matrix, side: str
+        self, twin: Any, groups: sparse.csr_matrix, side: str
     ) -> None:
         matrix = groups if side == "users" else groups.T.tocsr()
         name, size = f"{side[:-1]}_factors", matrix.shape[0]
-        recalculate = own.recalculate_user if side == "users" else own.recalculate_item
-        before, expected = getattr(own, name).copy(), recalculate([0, 9], matrix[[0, 9]])
-        getattr(own, f"partial_fit_{side}")([size + 2, 1], matrix[[0, 9]])
-        table = getattr(own, name)
+        recalculate = twin.recalculate_user if side == "users" else twin.recalculate_item
+        before, expected = getattr(twin, name).copy(), recalculate([0, 9], matrix[[0, 9]])
+        getattr(twin, f"partial_fit_{side}")([size + 2, 1], matrix[[0, 9]])
+        table = getattr(twin, name)
         assert table.shape == (size + 3, FACTORS)
         np.testing.assert_allclose(table[[size + 2, 1]], expected, atol=1e-6)
         assert not table[size : size + 2].any()
         others = np.delete(np.arange(size), 1)
         np.testing.assert_array_equal(table[others], before[others])
 
-    def test_partial_fit_refreshes_what_depends_on_it(
-        self, own: Any, groups: sparse.csr_matrix
-    ) -> None:
-        own.recommend(0, groups[0]), own.similar_users(0), own.similar_items(0)
-        own.partial_fit_users([24], groups[16])
-        _ids, scores = own.similar_users(24, N=2)
+    def test_partial_fit_updates_derived_values(self, twin: Any, groups: sparse.csr_matrix) -> None:
+        twin.recommend(0, groups[0]), twin.similar_users(0), twin.similar_items(0)
+        twin.partial_fit_users([24], groups[16])
+        _ids, scores = twin.similar_users(24, N=2)
         assert scores[0] == pytest.approx(1, abs=1e-5)
-        own.partial_fit_items([18], groups.T.tocsr()[0])
-        assert own.item_norms.shape == (19,)
-        np.testing.assert_allclose(own.YtY, own.item_factors.T @ own.item_factors, rtol=1e-4)
-        assert 18 in own.recommend(0, groups[0], N=3)[0]
+        twin.partial_fit_items([18], groups.T.tocsr()[0])
+        assert twin.item_norms.shape == (19,)
+        np.testing.assert_allclose(twin.YtY, twin.item_factors.T @ twin.item_factors, rtol=1e-4)
+        assert 18 in twin.recommend(0, groups[0], N=3)[0]
 
     def test_partial_fit_checks_the_number_of_rows(
-        self, own: Any, groups: sparse.csr_matrix
+        self, twin: Any, groups: sparse.csr_matrix
     ) -> None:
         with pytest.raises(ValueError, match="row"):
-            own.partial_fit_users([0, 1], groups[:1])
+            twin.partial_fit_users([0, 1], groups[:1])
         with pytest.raises(ValueError, match="row"):
-            own.partial_fit_items([0], groups.T.tocsr()[:2])
+            twin.partial_fit_items([0], groups.T.tocsr()[:2])
 
 
 class TestExplain:
@@ -97,7 +97,7 @@ class TestExplain:
         again = fitted.explain(userid, groups, itemid, user_weights=weights, N=2)
         assert again[0] == pytest.approx(total) and len(again[1]) == 2
 
-    def test_disliked_items_are_left_out(
+    def test_disliked_items_are_not_explained(
         self, fitted: Any, signed_counts: sparse.csr_matrix
     ) -> None:
         rows = signed_counts[:24, :18].tocsr()
@@ -127,26 +127,28 @@ class TestTables:
         assert model.item_norms[1] == pytest.approx(1e-10)
         assert np.isfinite(model.similar_items(1, N=3)[1]).all()
 
-    def test_caches_are_recomputed_once_cleared(self, own: Any, groups: sparse.csr_matrix) -> None:
-        own.similar_items(0)
-        _ = own.YtY
-        own.item_factors = own.item_factors * np.float32(2)
-        own._YtY = own._XtX = own._item_norms = own._user_norms = None
-        np.testing.assert_allclose(own.YtY, own.item_factors.T @ own.item_factors, rtol=1e-5)
-        norms = np.linalg.norm(own.item_factors, axis=1)
-        np.testing.assert_allclose(own.item_norms, norms, rtol=1e-5)
-        np.testing.assert_allclose(own.similar_items(0, N=1)[1], 1, atol=1e-5)
-        expected = oracle.fold_in(groups[0], own.item_factors, OBJECTIVE)[0]
-        np.testing.assert_allclose(own.recalculate_user(0, groups[0]), expected, atol=1e-4)
+    def test_derived_values_set_to_none_are_recomputed(
+        self, twin: Any, groups: sparse.csr_matrix
+    ) -> None:
+        twin.similar_items(0)
+        _ = twin.YtY
+        twin.item_factors = twin.item_factors * np.float32(2)
+        twin._YtY = twin._XtX = twin._item_norms = twin._user_norms = None
+        np.testing.assert_allclose(twin.YtY, twin.item_factors.T @ twin.item_factors, rtol=1e-5)
+        norms = np.linalg.norm(twin.item_factors, axis=1)
+        np.testing.assert_allclose(twin.item_norms, norms, rtol=1e-5)
+        np.testing.assert_allclose(twin.similar_items(0, N=1)[1], 1, atol=1e-5)
+        expected = oracle.fold_in(groups[0], twin.item_factors, OBJECTIVE)[0]
+        np.testing.assert_allclose(twin.recalculate_user(0, groups[0]), expected, atol=1e-4)
 
     @pytest.mark.parametrize("use_cg", [True, False])
-    def test_solver_changes_its_target_in_place(
+    def test_solver_writes_its_target_in_place(
         self, cls: Any, signed_counts: sparse.csr_matrix, use_cg: bool
     ) -> None:
         users, items = oracle.initial_tables(*signed_counts.shape, FACTORS, seed=5)
         items = items + np.float32(0.1) * np.eye(*items.shape, dtype=np.float32)
         start, plain = users.copy(), oracle.Objective("implicit", 0.3)
-        # the matrix holds confidences: alpha is the caller's business here
+        # the matrix has confidences: the caller multiplies by alpha
         make(cls, use_cg=use_cg, alpha=3.0).solver(signed_counts, users, items, 0.3, 1)
         exact = oracle.half_epoch(signed_counts, items, plain)
         if use_cg:
@@ -157,8 +159,8 @@ class TestTables:
         else:
             np.testing.assert_allclose(users, exact, atol=1e-3)
 
-    def test_private_names_that_wrappers_call(self, own: Any, groups: sparse.csr_matrix) -> None:
-        np.testing.assert_array_equal(own._user_factor([1, 2], None), own.user_factors[[1, 2]])
-        np.testing.assert_array_equal(own._item_factor(1, None), own.item_factors[1])
-        folded = own.recalculate_user([1], groups[1])
-        np.testing.assert_allclose(own._user_factor([1], groups[1], True), folded, atol=1e-6)
+    def test_private_names_that_wrappers_call(self, twin: Any, groups: sparse.csr_matrix) -> None:
+        np.testing.assert_array_equal(twin._user_factor([1, 2], None), twin.user_factors[[1, 2]])
+        np.testing.assert_array_equal(twin._item_factor(1, None), twin.item_factors[1])
+        folded = twin.recalculate_user([1], groups[1])
+        np.testing.assert_allclose(twin._user_factor([1], groups[1], True), folded, atol=1e-6)

@@ -1,4 +1,4 @@
-"""What the libraries that wrap implicit do with a model, each reproduced in small."""
+"""How libraries that wrap implicit use a model, each reproduced in a small test."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fitted(groups: sparse.csr_matrix) -> TPUAlternatingLeastSquares:
 class TestRecTools:
     """rectools.models.ImplicitALSWrapperModel."""
 
-    def test_passes_for_implicits_class(self) -> None:
+    def test_is_an_instance_of_implicits_class(self) -> None:
         pydantic = pytest.importorskip("pydantic")
         als = pytest.importorskip("implicit.cpu.als")
 
@@ -50,8 +50,10 @@ class TestRecTools:
         other = TPUAlternatingLeastSquares(**{**config, "use_gpu": False})
         assert {name: getattr(other, name) for name in names.split()} == config
 
-    def test_features_together(self, signed_counts: sparse.csr_matrix) -> None:
-        """Explicit features beside latent factors; only some columns are put back each time."""
+    def test_explicit_features_beside_latent_factors(
+        self, signed_counts: sparse.csr_matrix
+    ) -> None:
+        """Explicit features in some columns; only the latent columns are assigned after a fit."""
         model = copy.deepcopy(make(TPUAlternatingLeastSquares, alpha=1.0))
         assert model.user_factors is None and model.item_factors is None
         rng = np.random.default_rng(0)
@@ -76,7 +78,7 @@ class TestRecTools:
         assert model.similar_items(0)[1][0] == pytest.approx(1, abs=1e-5)
 
     def test_partial_fits_from_the_latent_columns(self, counts: sparse.csr_matrix) -> None:
-        """Wider tables are cut back to the latent factors, assigned, and fitted further."""
+        """The latent columns of wider tables are assigned, and partial fits follow."""
         model = make(TPUAlternatingLeastSquares, use_cg=True, iterations=2)
         straight = make(TPUAlternatingLeastSquares, use_cg=True, iterations=4)
         straight.fit(counts, show_progress=False)
@@ -101,7 +103,7 @@ class TestRecTools:
 class TestRecBole:
     """recbole.model.general_recommender.als: one fit of one iteration for each epoch."""
 
-    def test_an_epoch_for_each_fit(self, counts: sparse.csr_matrix) -> None:
+    def test_fits_of_one_iteration_add_up(self, counts: sparse.csr_matrix) -> None:
         settings: dict[str, Any] = dict(
             factors=FACTORS,
             regularization=0.05,
@@ -167,7 +169,7 @@ class TestImplicitItself:
         evaluation = pytest.importorskip("implicit.evaluation")
         held_out = (np.ones(24, dtype=np.float32), (ids, withheld(ids)))
         test = sparse.csr_matrix(held_out, shape=groups.shape)
-        for k in (3, 18, 30):  # 30 is more than there are items
+        for k in (3, 18, 30):  # more than the number of items
             found = evaluation.ranking_metrics_at_k(
                 fitted, groups, test, K=k, show_progress=False, num_threads=1
             )
@@ -208,7 +210,7 @@ class TestImplicitItself:
         model = FaissModel(make(TPUAlternatingLeastSquares, factors=3), use_gpu=False)
         model.fit(groups, False)
         before = model.model.item_factors.copy()
-        ids, _ = model.similar_items(4, N=3)  # divides what _item_factor returns, in place
+        ids, _ = model.similar_items(4, N=3)  # divides the result of _item_factor in place
         assert ids[0] == 4 or set(ids) <= set(range(6))
         model.similar_items([4, 5], N=3)
         assert model.recommend(3, groups[3], N=2)[0][0] == 3
@@ -254,7 +256,7 @@ class ExactFaiss:
         return np.take_along_axis(scores, ids, axis=1), ids
 
 
-class TestWildCode:
+class TestUserCode:
     def test_tables_from_a_file(
         self, fitted: Any, groups: sparse.csr_matrix, tmp_path: Path
     ) -> None:

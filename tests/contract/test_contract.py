@@ -1,7 +1,7 @@
-"""Where ours is meant to differ from implicit: its conflicts with scikit-learn, and its warts.
+"""Intended differences from implicit: conflicts with scikit-learn, and errors of implicit.
 
-What both share is in the conformance tests; what other libraries do with the model, in
-``test_consumers.py``; files and copies, in ``test_contract_state.py``.
+The conformance tests have the behaviour that both share, ``test_consumers.py`` the use by other
+libraries, and ``test_contract_state.py`` files and copies.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TestFitArguments:
         assert seen == [0, 0, 0, 0]
         assert capfd.readouterr() == ("", "")
 
-    def test_progress_goes_to_a_bar(
+    def test_progress_bar_on_a_terminal_only(
         self, counts: sparse.csr_matrix, capfd: pytest.CaptureFixture[str]
     ) -> None:
         quick(iterations=3, calculate_training_loss=True).fit(counts, True)
@@ -62,7 +62,7 @@ class TestFitArguments:
         assert out == "" and "3/3" in err and "loss" in err
         quick(iterations=3, verbose=True).fit(counts)
         assert "3/3" in capfd.readouterr().err
-        quick(iterations=3).fit(counts)  # this is no terminal
+        quick(iterations=3).fit(counts)  # the output is not a terminal
         assert capfd.readouterr().err == ""
 
     def test_dense_and_sparse_array_equal_csr(self, counts: sparse.csr_matrix) -> None:
@@ -82,7 +82,7 @@ class TestFitArguments:
         ids = [m.recommend([0, 1], mixed[:2], N=3)[0] for m in (model, reference)]
         np.testing.assert_array_equal(*ids)
 
-    def test_duplicates_are_summed_and_order_is_free(self, counts: sparse.csr_matrix) -> None:
+    def test_duplicates_are_summed_in_any_order(self, counts: sparse.csr_matrix) -> None:
         coo = counts.tocoo()
         order = np.random.default_rng(0).permutation(np.repeat(np.arange(coo.nnz), 2))
         rows, columns, data = coo.row[order], coo.col[order], coo.data[order] / 2
@@ -118,7 +118,7 @@ class TestFitArguments:
         first, second = fit(), fit()
         assert np.array_equal(first, second) == (seed is not None)
 
-    def test_a_generator_is_not_a_parameter_to_rewrite(self, counts: sparse.csr_matrix) -> None:
+    def test_fit_does_not_replace_a_generator(self, counts: sparse.csr_matrix) -> None:
         model = quick(random_state=0, dtype="float32", devices=None)
         before = model.get_params()
         model.fit(counts, show_progress=False)
@@ -148,7 +148,7 @@ class TestFitArguments:
     def test_a_bad_parameter_is_named_at_fit(
         self, counts: sparse.csr_matrix, bad: dict[str, Any]
     ) -> None:
-        model = quick(**bad)  # the constructor only stores
+        model = quick(**bad)  # the constructor only stores parameters
         with pytest.raises(ValueError, match=next(iter(bad))):
             model.fit(counts, show_progress=False)
 
@@ -160,7 +160,7 @@ class TestFitArguments:
 
 
 class TestRefit:
-    def test_fresh_by_default(self, counts: sparse.csr_matrix) -> None:
+    def test_fit_starts_from_new_tables_by_default(self, counts: sparse.csr_matrix) -> None:
         model = quick(iterations=2).fit(counts, show_progress=False)
         first = model.item_factors.copy()
         np.testing.assert_array_equal(model.fit(counts, show_progress=False).item_factors, first)
@@ -187,14 +187,14 @@ class TestRefit:
         np.testing.assert_array_equal(model.item_factors, fresh.item_factors)
 
     @pytest.mark.parametrize("shape", [(12, 9), (40, 28)])
-    def test_another_shape(self, fitted: Any, shape: tuple[int, int]) -> None:
+    def test_refit_on_another_shape(self, fitted: Any, shape: tuple[int, int]) -> None:
         other = random_counts(*shape, seed=5)
         model = copy.deepcopy(fitted).fit(other, show_progress=False)
         fresh = make(TPUAlternatingLeastSquares).fit(other, show_progress=False)
         np.testing.assert_array_equal(model.item_factors, fresh.item_factors)
         assert model.user_factors.shape[0] == shape[0] and model.n_features_in_ == shape[1]
 
-    def test_another_shape_with_warm_start(self, fitted: Any) -> None:
+    def test_warm_start_on_another_shape(self, fitted: Any) -> None:
         model = copy.deepcopy(fitted).set_params(warm_start=True)
         with pytest.raises(ValueError, match="shape"):
             model.fit(random_counts(12, 9), show_progress=False)
@@ -233,7 +233,7 @@ class TestIds:
         with pytest.raises(IndexError, match="item"):
             fitted.similar_items(bad)
 
-    def test_negative_ids_are_not_fitted(self, fitted: Any, groups: sparse.csr_matrix) -> None:
+    def test_partial_fit_refuses_negative_ids(self, fitted: Any, groups: sparse.csr_matrix) -> None:
         model = copy.deepcopy(fitted)
         with pytest.raises((IndexError, ValueError)):
             model.partial_fit_users([-1], groups[:1])
@@ -243,7 +243,7 @@ class TestIds:
 
 
 class TestRecommend:
-    def test_more_than_there_are(self, fitted: Any, groups: sparse.csr_matrix) -> None:
+    def test_n_above_the_number_of_items(self, fitted: Any, groups: sparse.csr_matrix) -> None:
         ids, scores = fitted.recommend([0, 9], groups[[0, 9]], N=25)
         assert ids.shape == scores.shape == (2, 25)
         for row in range(2):
@@ -253,7 +253,7 @@ class TestRecommend:
         assert sorted(ids[:18]) == list(range(18))
         assert (ids[18:] == -1).all() and (scores[18:] < -1e30).all()
 
-    def test_liked_items_fill_the_tail(self, fitted: Any, groups: sparse.csr_matrix) -> None:
+    def test_filtered_items_pad_the_result(self, fitted: Any, groups: sparse.csr_matrix) -> None:
         liked = groups[0].indices
         ids, scores = fitted.recommend(0, groups[0], N=18)
         assert set(ids[13:]) == set(liked) and (scores[13:] == LEAST).all()
@@ -305,7 +305,7 @@ class TestRecommend:
         expected = fitted.recommend(range(3), groups[:3], N=4)
         np.testing.assert_array_equal(fitted.recommend(range(3), array[:3], N=4)[0], expected[0])
         row = array[1]
-        assert row.ndim == 1  # SciPy gives a 1-D array here
+        assert row.ndim == 1  # a row of a csr_array is a 1-D array
         ids, _ = fitted.recommend(1, row, N=4)
         np.testing.assert_array_equal(ids, expected[0][1])
         np.testing.assert_allclose(
@@ -323,7 +323,7 @@ class TestRecommend:
         with pytest.raises(ValueError, match="tocsr"):
             fitted.recommend([0], groups[:1].tocoo())
         wide = sparse.csr_matrix((1, 30), dtype=np.float32)
-        assert fitted.recommend(0, wide, N=3)[0].shape == (3,)  # no entry is out of place
+        assert fitted.recommend(0, wide, N=3)[0].shape == (3,)  # no entry is beyond the items
 
     def test_ties_do_not_repeat_an_item(self) -> None:
         model = quick()
@@ -332,12 +332,14 @@ class TestRecommend:
         ids, _ = model.recommend([0, 1], None, N=100, filter_already_liked_items=False)
         assert all(len(set(row)) == 100 for row in ids)
 
-    def test_the_offset_of_recommend_all(self, fitted: Any, groups: sparse.csr_matrix) -> None:
+    def test_recommend_all_uses_the_row_numbers(
+        self, fitted: Any, groups: sparse.csr_matrix
+    ) -> None:
         with pytest.warns(DeprecationWarning):
             ids = fitted.recommend_all(groups[4:8], N=3, users_items_offset=4)
         np.testing.assert_array_equal(ids, fitted.recommend(range(4, 8), groups[4:8], N=3)[0])
 
-    def test_results_are_the_callers_own(self, fitted: Any, groups: sparse.csr_matrix) -> None:
+    def test_results_may_be_modified(self, fitted: Any, groups: sparse.csr_matrix) -> None:
         results = [*fitted.recommend([0, 1], groups[:2]), *fitted.recommend(0, groups[0])]
         results += [*fitted.similar_items([0, 1]), *fitted.similar_users(0)]
         results += [fitted.recalculate_user([0], groups[0]), fitted.transform(groups)]
@@ -356,7 +358,7 @@ class TestSimilar:
             assert set(similar(0, N=2, **{name: {4, 2}})[0]) == {2, 4}
 
     def test_more_results_than_a_whitelist_has(self, groups: sparse.csr_matrix) -> None:
-        """implicit shortens what `recommend` gives and fills up what the other two give."""
+        """implicit shortens the results of `recommend`, and pads those of the other two methods."""
         for name, fills in (("tpu_als", 0), ("implicit", 3)):
             model = make(load_class(name))
             model.fit(groups, show_progress=False)

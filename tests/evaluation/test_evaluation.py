@@ -1,4 +1,4 @@
-"""Splits and metrics: against implicit's where it has them, against plain loops elsewhere."""
+"""Splits and metrics, compared with implicit's or with plain loops."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def model(request: pytest.FixtureRequest, split: Any) -> Any:
 
 
 class Ranker:
-    """Recommends given ids, in a dtype of choice."""
+    """Recommends given ids, with a given dtype."""
 
     def __init__(self, ids: np.ndarray) -> None:
         self.ids = ids
@@ -80,9 +80,9 @@ class TestMetrics:
         assert got["coverage"] == pytest.approx(len(np.unique(shown)) / 15)
         assert got["novelty"] == pytest.approx(np.log2(40 / 5))
 
-    def test_novelty_is_of_all_users_that_train(self) -> None:
+    def test_novelty_counts_all_train_users(self) -> None:
         train = sparse.lil_matrix((1000, 20))
-        train[:50] = 1  # the first ten items are liked by these alone
+        train[:50] = 1  # only these users like the first ten items
         train[50:, 10:] = 1
         train[100:200, :10] = -1
         test = sparse.csr_matrix((np.ones(5), (np.arange(5), np.arange(5))), shape=train.shape)
@@ -93,9 +93,9 @@ class TestMetrics:
         assert unseen["novelty"] == pytest.approx(np.log2(2000))
 
     @pytest.mark.parametrize("n_users", [None, 3])
-    def test_popularity_needs_its_users(self, n_users: int | None) -> None:
+    def test_popularity_requires_n_users(self, n_users: int | None) -> None:
         ones = sparse.csr_matrix(np.ones((2, 2)))
-        with pytest.raises(ValueError, match=f"n_users must be .* at least 4, got {n_users}"):
+        with pytest.raises(ValueError, match=f"n_users must be .* at least .* 4, got {n_users}"):
             evaluation.metrics_of_rankings(np.zeros((2, 1), int), ones, np.array([4, 1]), n_users)
 
     def test_an_entry_stored_twice_is_one(self) -> None:
@@ -112,14 +112,14 @@ class TestMetrics:
         assert got["precision"] == pytest.approx(1 / 3)
         assert got["hit_rate"] == 0.5
 
-    def test_fillers_are_no_hits(self) -> None:
+    def test_negative_ids_are_misses(self) -> None:
         test = sparse.csr_matrix([[1, 1, 1, 1]])
         ids = np.array([[2, -1, -1]])
         got = evaluation.metrics_of_rankings(ids, test)
         assert got["recall"] == pytest.approx(1 / 3)
         assert got["coverage"] == 0.25
 
-    def test_nothing_to_measure_is_nan(self, model: Any, split: Any) -> None:
+    def test_no_relevant_entry_is_nan(self, model: Any, split: Any) -> None:
         nothing = split[1] * 0
         nothing.eliminate_zeros()
         got = evaluation.ranking_metrics_at_k(model, split[0], nothing)
@@ -163,7 +163,7 @@ class TestSplits:
         assert (again != test).nnz == 0
         assert (other != test).nnz > 0
 
-    def test_leave_k_out_spares_users(self) -> None:
+    def test_leave_k_out_train_only_size(self) -> None:
         counts = random_counts(200, 20, density=0.4, seed=4)
         test = evaluation.leave_k_out_split(counts, 1, train_only_size=0.5, random_state=0)[1]
         assert 60 < test.nnz < 140
@@ -186,7 +186,7 @@ class TestSplits:
         assert visible.multiply(held_out).nnz == 0
         np.testing.assert_array_equal((visible + held_out).toarray(), np.full((36, 2), 2))
 
-    def test_strong_generalization_finds_something_for_everyone(self) -> None:
+    def test_strong_generalization_holds_out_entries_of_each_user(self) -> None:
         rows = sparse.csr_matrix(np.tile([[1, -1, 0], [1, 1, -1]], (20, 1)))
         train, visible, held_out = evaluation.strong_generalization_split(rows, 0.4, random_state=0)
         assert train.shape == (24, 3)
@@ -215,7 +215,7 @@ class TestSplits:
         np.testing.assert_array_equal(test.toarray(), [[0, 0, 0, 1], [0, 0, 0, 0]])
         np.testing.assert_array_equal(train.toarray(), [[1, 0, 0, 0], [0, 1, 1, 0]])
 
-    def test_by_time_needs_every_time(self) -> None:
+    def test_by_time_refuses_missing_times(self) -> None:
         counts = random_counts(5, 5, density=0.5, seed=0)
         times = counts.copy()
         times.data[2] = np.nan
@@ -239,8 +239,8 @@ class TestSplits:
             evaluation.train_test_split(random_counts(5, 5, density=0.5, seed=0), value)
 
 
-class Taster:
-    """Recommends the first items to everybody, whatever it is given."""
+class FirstItems:
+    """Recommends the first items to all users."""
 
     def recommend(
         self, userid: np.ndarray, user_items: Any, N: int, recalculate_user: bool = False
@@ -255,13 +255,13 @@ class Taster:
         lambda rows, times: evaluation.leave_k_out_split(rows, random_state=0),
         lambda rows, times: evaluation.strong_generalization_split(rows, random_state=0),
         lambda rows, times: evaluation.time_split(rows, times),
-        lambda rows, times: evaluation.ranking_metrics_at_k(Taster(), rows, times, K=3),
+        lambda rows, times: evaluation.ranking_metrics_at_k(FirstItems(), rows, times, K=3),
         lambda rows, times: evaluation.metrics_of_rankings(np.zeros((3, 2), int), rows),
-        lambda rows, times: evaluation.make_ranking_scorer("ndcg", k=2)(Taster(), rows),
+        lambda rows, times: evaluation.make_ranking_scorer("ndcg", k=2)(FirstItems(), rows),
     ],
     ids=["random", "leave-k-out", "strong", "time", "ranking", "metrics", "scorer"],
 )
-def test_input_stays_as_it_is(call: Any) -> None:
+def test_the_input_is_not_modified(call: Any) -> None:
     indices, indptr = np.array([5, 0, 3, 1, 4, 4, 2, 0, 3], np.int32), np.array([0, 3, 6, 9])
     rows = sparse.csr_matrix((np.arange(1.0, 10), indices, indptr), shape=(3, 6))
     times = sparse.csr_matrix((np.arange(9.0, 0, -1), rows.indices, rows.indptr), shape=(3, 6))

@@ -1,4 +1,4 @@
-"""Hiding entries and finding them again."""
+"""Hidden entries, and NDCG."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tpu_als.evaluation import holdout
     fraction=st.floats(0.01, 0.99),
     at_least=st.integers(0, 2),
 )
-def test_every_entry_is_on_one_side(
+def test_every_entry_is_in_one_part(
     seed: int, density: float, fraction: float, at_least: int
 ) -> None:
     rows = random_counts(15, 12, density=density, negatives=True, seed=seed)
@@ -34,7 +34,7 @@ def test_every_entry_is_on_one_side(
     assert (count <= np.maximum(np.ceil(positive * fraction), at_least)).all()
 
 
-def test_the_split_is_the_same_at_every_call_and_of_the_size_asked_for() -> None:
+def test_the_split_is_reproducible_and_has_the_requested_size() -> None:
     rows = random_counts(400, 60, density=0.1)
     kept, hidden = holdout.hide(rows, 0.2)
     again = holdout.hide(rows, 0.2)
@@ -42,7 +42,7 @@ def test_the_split_is_the_same_at_every_call_and_of_the_size_asked_for() -> None
     assert hidden.nnz == pytest.approx(0.2 * rows.nnz, rel=0.1)
 
 
-def test_stored_zeros_stay() -> None:
+def test_stored_zeros_are_kept() -> None:
     rows = sparse.csr_matrix((np.array([1.0, 0, 2]), np.array([0, 1, 2]), np.array([0, 3])))
     kept, hidden = holdout.hide(rows, 0.5, at_least=1)
     assert (kept.nnz, hidden.nnz) == (2, 1)
@@ -55,6 +55,6 @@ def test_ndcg_by_hand() -> None:
     assert holdout.mean_ndcg(ids, hidden) == pytest.approx((1 / (1 + second) + second + 0) / 3)
 
 
-def test_ndcg_of_nothing() -> None:
+def test_ndcg_without_rows_is_nan() -> None:
     with pytest.warns(UndefinedMetricWarning, match="two positive entries"):
         assert np.isnan(holdout.mean_ndcg(np.empty((0, 10)), sparse.csr_matrix((0, 4))))

@@ -1,4 +1,4 @@
-"""Metrics of rankings: against plain loops, against ranx and implicit; what does not count."""
+"""Metrics of rankings, compared with plain loops, ranx and implicit; misses and errors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ print(json.dumps(found))
 
 
 def case(seed: int) -> tuple[np.ndarray, Any, Any]:
-    """Rankings with fillers and ids beyond the matrices; a test and a train matrix, disjoint."""
+    """Rankings with -1 and ids beyond the matrices; disjoint test and train matrices."""
     rng = np.random.default_rng(seed)
     n, width, k = (int(rng.integers(low, high)) for low, high in ((1, 9), (2, 12), (1, 14)))
     n_items = width + int(rng.integers(0, 6))
@@ -64,7 +64,7 @@ def case(seed: int) -> tuple[np.ndarray, Any, Any]:
 
 
 def pairs_in_order(ranked: list[int], likes: set[int], others: set[int]) -> float:
-    """Part of the pairs of one of `likes` and one of `others` that a ranking has in order."""
+    """Fraction of the pairs from `likes` and `others` that a ranking has in the right order."""
     place = {item: place for place, item in enumerate(ranked)}
     unranked = len(ranked)
     right = 0.0
@@ -76,7 +76,7 @@ def pairs_in_order(ranked: list[int], likes: set[int], others: set[int]) -> floa
 
 
 def oracle(ids: np.ndarray, test: Any, train: Any, popularity: list[int], n_users: int) -> dict:
-    """The definitions, user by user."""
+    """The definitions of the metrics, user by user."""
     width, k = test.shape[1], ids.shape[1]
     rows: dict[str, list[float]] = {name: [] for name in evaluation.METRICS}
     shown: list[int] = []
@@ -114,7 +114,7 @@ def oracle(ids: np.ndarray, test: Any, train: Any, popularity: list[int], n_user
         got["coverage"] = len(set(shown)) / n_items
         liked = [popularity[item] if item < len(popularity) else 0 for item in shown]
         got["novelty"] = float(np.mean([-math.log2(max(x, 0.5) / n_users) for x in liked]))
-    del got["auc"]  # which compares with implicit's, below
+    del got["auc"]  # compared with implicit's below
     return got
 
 
@@ -151,7 +151,7 @@ def test_equal_ranx() -> None:
     done = subprocess.run(
         [sys.executable, "-c", IN_RANX],
         input=json.dumps(asked),
-        env={**os.environ, "NUMBA_DISABLE_JIT": "1"},  # compiling takes minutes, and this seconds
+        env={**os.environ, "NUMBA_DISABLE_JIT": "1"},  # uncompiled, as compiling takes minutes
         capture_output=True,
         text=True,
         check=True,
@@ -164,7 +164,7 @@ def test_equal_ranx() -> None:
 
 
 @given(seed=st.integers(0, 10**6))
-def test_equal_implicit_where_all_is_positive_and_ranked(seed: int) -> None:
+def test_equal_implicit_for_positive_entries_and_full_rankings(seed: int) -> None:
     reference = pytest.importorskip("implicit.evaluation")
     rng = np.random.default_rng(seed)
     n, width = int(rng.integers(1, 9)), int(rng.integers(4, 12))
@@ -181,7 +181,7 @@ def test_equal_implicit_where_all_is_positive_and_ranked(seed: int) -> None:
 
 
 class Ranker:
-    """Recommends given ids; what it was fitted on is known by its attributes."""
+    """Recommends given ids. Its attributes describe the data of the fit."""
 
     def __init__(self, ids: np.ndarray, **attributes: Any) -> None:
         self.ids = ids
@@ -192,13 +192,13 @@ class Ranker:
 
 
 class TestIdsBeyondTheMatrix:
-    def test_are_misses_and_not_hits_of_another_user(self) -> None:
+    def test_are_misses(self) -> None:
         test = sparse.csr_matrix([[0, 0, 1, 0, 0], [1, 0, 0, 0, 0]])
         got = evaluation.metrics_of_rankings(np.array([[5, 0], [7, 1]]), test)
         assert got["precision"] == got["recall"] == got["ndcg"] == got["hit_rate"] == 0
         assert got["coverage"] == 4 / 8
 
-    def test_coverage_is_of_the_larger_catalogue(self) -> None:
+    def test_coverage_uses_the_larger_catalogue(self) -> None:
         rng = np.random.default_rng(0)
         ids = np.array([rng.permutation(200)[:10] for _ in range(50)])
         test = sparse.csr_matrix((rng.random((50, 100)) < 0.1).astype(float))
@@ -220,7 +220,9 @@ class TestIdsBeyondTheMatrix:
         got = evaluation.ranking_metrics_at_k(model, *cut, K=5)
         wide = [sparse.csr_matrix((p.data, p.indices, p.indptr), (60, 40)) for p in cut]
         expected = evaluation.ranking_metrics_at_k(model, *wide, K=5)
-        for name in set(evaluation.METRICS) - {"auc"}:  # implicit's: of the test matrix's items
+        for name in set(evaluation.METRICS) - {
+            "auc"
+        }:  # implicit's AUC, over the items of the test matrix
             assert got[name] == pytest.approx(expected[name], abs=1e-12), name
 
     @pytest.mark.parametrize("metric", evaluation.METRICS)
@@ -269,7 +271,7 @@ def fitted_pair() -> dict[str, Any]:
     return pair
 
 
-class TestWhatDoesNotCount:
+class TestMisses:
     def test_a_repeated_id_is_a_miss(self) -> None:
         test = sparse.csr_matrix([[0, 0, 1, 0, 1], [1, 0, 0, 0, 0]])
         ids = np.array([[2, 2, 2], [1, 0, 1]])
@@ -289,7 +291,7 @@ class TestWhatDoesNotCount:
         with pytest.warns(DataWarning, match="2 of 3 ranked ids"):
             assert holdout.mean_ndcg(np.array([[2, 2, 2]]), sparse.csr_matrix([[0, 0, 1.0]])) == 1
 
-    def test_fillers_are_no_repeats(self) -> None:
+    def test_negative_ids_are_no_repeats(self) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             evaluation.metrics_of_rankings(np.array([[0, -1, -1, -7, -7]]), np.ones((1, 2)))
@@ -325,7 +327,7 @@ class TestWhatDoesNotCount:
         with pytest.raises(ValueError, match=r"NaN|infinity"):
             evaluation.make_ranking_scorer("ndcg")(fitted_pair["tpu_als"], parts[part])
 
-    def test_an_overlap_is_counted(self, fitted_pair: Any) -> None:
+    def test_an_overlap_is_counted_in_a_warning(self, fitted_pair: Any) -> None:
         train, test = evaluation.train_test_split(fitted_pair["counts"], random_state=0)
         both = test + train.multiply(train > 3)
         overlap = train.multiply(both > 0).nnz
@@ -336,7 +338,7 @@ class TestWhatDoesNotCount:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             evaluation.ranking_metrics_at_k(fitted_pair["tpu_als"], train, test)
-            negative = train * -1  # nothing to be found
+            negative = train * -1  # no relevant entry is left
             evaluation.ranking_metrics_at_k(fitted_pair["tpu_als"], train, test + negative)
 
 
@@ -350,9 +352,9 @@ class TestAuc:
         ids = np.array([rng.permutation(np.flatnonzero(~row))[:10] for row in likes & ~in_test])
         got = evaluation.metrics_of_rankings(ids, test, seen=train)
         assert got["auc_unseen"] == pytest.approx(0.5, abs=0.02)
-        assert got["auc"] > 0.55  # train items that a ranking leaves out raise it
+        assert got["auc"] > 0.55  # excluded train items raise the value
 
-    def test_stays_in_its_range_where_the_ranking_is_longer_than_the_catalogue(self) -> None:
+    def test_a_ranking_longer_than_the_catalogue(self) -> None:
         ids, test = np.array([[1, 2] + [-1] * 8]), sparse.csr_matrix([[1, 0, 0, 0]])
         assert evaluation.metrics_of_rankings(ids, test)["auc"] == 0
         best = np.array([[0] + [-1] * 9])
@@ -408,7 +410,7 @@ class TestArguments:
         with pytest.raises(MemoryError, match="k of a scorer"):
             evaluation.make_ranking_scorer("ndcg", k=10**10)(fitted_pair["tpu_als"], counts)
 
-    def test_a_ranking_shorter_than_asked_for(self) -> None:
+    def test_a_ranking_shorter_than_k(self) -> None:
         test = sparse.csr_matrix(np.eye(3))
         got = evaluation.ranking_metrics_at_k(
             Ranker(np.array([[0], [1], [0]])), sparse.csr_matrix((3, 3)), test, K=4
@@ -416,7 +418,7 @@ class TestArguments:
         assert got["precision_at_k"] == pytest.approx(2 / 3 / 4)
 
     @pytest.mark.parametrize("ids", [np.zeros(3, int), np.zeros((3, 2)), np.zeros((1, 3, 2), int)])
-    def test_what_a_model_recommends(self, ids: np.ndarray) -> None:
+    def test_rankings_of_a_model_are_checked(self, ids: np.ndarray) -> None:
         class Odd:
             def recommend(self, *_: Any, **__: Any) -> tuple[np.ndarray, None]:
                 return ids, None
@@ -428,7 +430,7 @@ class TestArguments:
 class TestOtherObjects:
     EVENTS = pd.DataFrame({"user": ["ann", "bob"], "item": ["tea", "tea"]})
 
-    def test_given_to_the_metrics(self, fitted_pair: Any, tmp_path: Any) -> None:
+    def test_are_refused_by_the_metrics(self, fitted_pair: Any, tmp_path: Any) -> None:
         model, counts = fitted_pair["tpu_als"], fitted_pair["counts"]
         shards = write_shards(counts, tmp_path / "shards", 2)
         for wrong, advice in (
@@ -457,7 +459,7 @@ class TestOtherObjects:
 
 
 class TestScorer:
-    def test_novelty_is_of_what_the_model_was_fitted_on(self) -> None:
+    def test_novelty_uses_the_popularity_of_the_fit(self) -> None:
         rows = random_counts(20, 6, density=0.8, seed=1)
         ids = np.tile([0, 7], (20, 1))
         fitted = Ranker(ids, item_popularity_=np.array([250, 9]), user_factors=np.zeros((1000, 2)))
@@ -466,14 +468,14 @@ class TestScorer:
         shrunk = Ranker(ids, item_popularity_=np.array([250, 9]), user_factors=np.zeros((3, 2)))
         assert scorer(shrunk, rows) == pytest.approx((0 + np.log2(500)) / 2)
 
-    def test_novelty_of_other_models_is_of_the_rows(self) -> None:
+    def test_novelty_of_other_models_uses_the_rows(self) -> None:
         rows = sparse.csr_matrix(np.ones((20, 6)))
         kept, _ = holdout.for_scoring(rows)
         expected = -np.log2(kept[:, [0]].nnz / 20)
         scorer = evaluation.make_ranking_scorer("novelty", k=1)
         assert scorer(Ranker(np.zeros((20, 1), int)), rows) == pytest.approx(expected)
 
-    def test_nothing_to_measure(self, fitted_pair: Any) -> None:
+    def test_no_row_with_two_entries_is_nan(self, fitted_pair: Any) -> None:
         for rows in (sparse.csr_matrix((3, 40)), sparse.csr_matrix(np.eye(40))):
             with pytest.warns(UndefinedMetricWarning, match="recall is not defined") as caught:
                 score = evaluation.make_ranking_scorer("recall")(fitted_pair["tpu_als"], rows)

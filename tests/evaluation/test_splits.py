@@ -1,4 +1,4 @@
-"""Splits: nothing is lost, nothing is on both sides, and only positive entries are to be found."""
+"""Splits: the parts are disjoint and complete, and held-out entries are positive."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KINDS = ["coo_matrix", "coo_array", "csr_matrix", "csr_array", "csc_matrix"]
 def stored(
     seed: int, kind: str = "coo_matrix", dtype: Any = np.float64, shape: tuple[int, int] = (9, 7)
 ) -> Any:
-    """Entries in any order, many of them repeated; zeros, negatives and empty rows among them."""
+    """Entries in any order, many of them repeated, with zeros, negatives and empty rows."""
     rng = np.random.default_rng(seed)
     n = int(rng.integers(0, 90))
     rows = rng.choice(np.flatnonzero(rng.random(shape[0]) < 0.8), n) if n and seed % 5 else []
@@ -42,19 +42,19 @@ def stored(
     return getattr(sparse, kind)((values[order], minor[order], indptr), shape=shape)
 
 
-def split_is_whole(whole: Any, train: Any, test: Any) -> None:
-    """Every (summed) entry is in one of the parts, and those to be found are positive."""
-    summed = whole.toarray()
+def check_parts(matrix: Any, train: Any, test: Any) -> None:
+    """Check that each (summed) entry is in one part, and that held-out entries are positive."""
+    summed = matrix.toarray()
     np.testing.assert_array_equal(train.toarray() + test.toarray(), summed)
-    pattern = sparse.coo_matrix(whole)
-    cells = len(np.unique(pattern.row.astype(np.int64) * whole.shape[1] + pattern.col))
+    pattern = sparse.coo_matrix(matrix)
+    cells = len(np.unique(pattern.row.astype(np.int64) * matrix.shape[1] + pattern.col))
     assert train.nnz + test.nnz == cells
     both = (train.toarray() != 0) & (test.toarray() != 0)
     assert not both.any()
     assert (test.data > 0).all()
     for part in (train, test):
         assert isinstance(part, sparse.csr_matrix) and part.has_canonical_format
-        assert part.dtype == whole.dtype
+        assert part.dtype == matrix.dtype
 
 
 @given(
@@ -63,10 +63,10 @@ def split_is_whole(whole: Any, train: Any, test: Any) -> None:
     dtype=st.sampled_from([np.float32, np.float64, np.int32, np.int64]),
     part=st.floats(0, 1),
 )
-def test_random_split_is_whole(seed: int, kind: str, dtype: Any, part: float) -> None:
-    whole = stored(seed, kind, dtype)
-    train, test = evaluation.train_test_split(whole, part, random_state=seed)
-    split_is_whole(whole, train, test)
+def test_random_split(seed: int, kind: str, dtype: Any, part: float) -> None:
+    matrix = stored(seed, kind, dtype)
+    train, test = evaluation.train_test_split(matrix, part, random_state=seed)
+    check_parts(matrix, train, test)
 
 
 @given(
@@ -75,14 +75,14 @@ def test_random_split_is_whole(seed: int, kind: str, dtype: Any, part: float) ->
     k=st.integers(1, 4),
     spared=st.floats(0, 0.999),
 )
-def test_leave_k_out_is_whole(seed: int, kind: str, k: int, spared: float) -> None:
-    whole = stored(seed, kind)
-    train, test = evaluation.leave_k_out_split(whole, k, spared, random_state=seed)
-    split_is_whole(whole, train, test)
+def test_leave_k_out(seed: int, kind: str, k: int, spared: float) -> None:
+    matrix = stored(seed, kind)
+    train, test = evaluation.leave_k_out_split(matrix, k, spared, random_state=seed)
+    check_parts(matrix, train, test)
     assert set(np.diff(test.indptr)) <= {0, k}
-    enough = (whole.toarray() > 0).sum(axis=1) > k + 1
+    enough = (matrix.toarray() > 0).sum(axis=1) > k + 1
     assert not np.diff(test.indptr)[~enough].any()
-    summed = holdout.canonical(whole)
+    summed = holdout.canonical(matrix)
     users = np.count_nonzero(np.diff(summed.indptr))
     n_spared = min(max(int(np.float32(users) * np.float32(spared)), spared > 0), users)
     n_tested = np.count_nonzero(np.diff(test.indptr))
@@ -90,28 +90,28 @@ def test_leave_k_out_is_whole(seed: int, kind: str, k: int, spared: float) -> No
 
 
 @given(seed=st.integers(0, 10**6), kind=st.sampled_from(KINDS), fraction=st.floats(0.01, 0.99))
-def test_strong_generalization_is_whole(seed: int, kind: str, fraction: float) -> None:
-    whole = stored(seed, kind)
-    if not ((whole.toarray() > 0).sum(axis=1) > 1).any():
+def test_strong_generalization(seed: int, kind: str, fraction: float) -> None:
+    matrix = stored(seed, kind)
+    if not ((matrix.toarray() > 0).sum(axis=1) > 1).any():
         with pytest.raises(ValueError, match="no user has two positive entries"):
-            evaluation.strong_generalization_split(whole, fraction, random_state=seed)
+            evaluation.strong_generalization_split(matrix, fraction, random_state=seed)
         return
     train, visible, held_out = evaluation.strong_generalization_split(
-        whole, fraction, random_state=seed
+        matrix, fraction, random_state=seed
     )
     rows = [*train.toarray().tolist(), *(visible + held_out).toarray().tolist()]
-    assert sorted(rows) == sorted(whole.toarray().tolist())
+    assert sorted(rows) == sorted(matrix.toarray().tolist())
     assert not (visible.toarray() * held_out.toarray()).any()
     assert (held_out.data > 0).all() and (np.diff(held_out.indptr) > 0).all()
 
 
 @given(seed=st.integers(0, 10**6), kind=st.sampled_from(KINDS), fraction=st.floats(0.01, 0.99))
-def test_time_split_is_whole(seed: int, kind: str, fraction: float) -> None:
-    whole = stored(seed, kind)
-    times = whole.copy()
+def test_time_split(seed: int, kind: str, fraction: float) -> None:
+    matrix = stored(seed, kind)
+    times = matrix.copy()
     times.data = np.random.default_rng(seed).integers(0, 50, len(times.data))
-    train, test = evaluation.time_split(whole, times, fraction)
-    np.testing.assert_array_equal((train + test).toarray(), whole.toarray())
+    train, test = evaluation.time_split(matrix, times, fraction)
+    np.testing.assert_array_equal((train + test).toarray(), matrix.toarray())
     first: dict[tuple[int, int], int] = {}
     entries = times.tocoo()
     for row, column, time in zip(entries.row, entries.col, entries.data, strict=True):
@@ -121,7 +121,7 @@ def test_time_split_is_whole(seed: int, kind: str, fraction: float) -> None:
     assert not early or not late or max(early) < min(late)
 
 
-def test_repeated_events_are_on_one_side() -> None:
+def test_repeated_events_are_in_one_part() -> None:
     rng = np.random.default_rng(0)
     rows, columns = np.repeat(rng.integers(0, [[40], [50]], (2, 500)), 4, axis=1)
     events = sparse.coo_matrix((np.ones(2000), (rows, columns)), shape=(40, 50))
@@ -131,19 +131,19 @@ def test_repeated_events_are_on_one_side() -> None:
         assert train.multiply(test).nnz == 0
 
 
-def test_leave_k_out_draws_among_the_positive() -> None:
-    whole = sparse.csr_matrix([[5, -1, -1, -1, 4, 3], [5, -1, -1, 2, 4, 3]])
+def test_leave_k_out_draws_positive_entries() -> None:
+    matrix = sparse.csr_matrix([[5, -1, -1, -1, 4, 3], [5, -1, -1, 2, 4, 3]])
     drawn = set()
     for seed in range(40):
-        train, test = evaluation.leave_k_out_split(whole, 2, random_state=seed)
-        np.testing.assert_array_equal((train + test).toarray(), whole.toarray())
+        train, test = evaluation.leave_k_out_split(matrix, 2, random_state=seed)
+        np.testing.assert_array_equal((train + test).toarray(), matrix.toarray())
         np.testing.assert_array_equal(np.diff(test.indptr), [0, 2])
         drawn.update(test.indices.tolist())
     assert drawn == {0, 3, 4, 5}
 
 
 @pytest.mark.parametrize("size", [0.0, 0.001, 0.29, 0.3, 0.5, 0.99])
-def test_leave_k_out_spares_the_users_that_implicit_spares(size: float) -> None:
+def test_leave_k_out_train_only_users_equal_implicits(size: float) -> None:
     reference = pytest.importorskip("implicit.evaluation")
     counts = random_counts(100, 20, density=0.9, seed=4)
     ours, theirs = (
@@ -154,7 +154,7 @@ def test_leave_k_out_spares_the_users_that_implicit_spares(size: float) -> None:
     assert ours.sum() == 100 - max(round(100 * size), size > 0)
 
 
-def test_leave_k_out_spares_users_with_entries() -> None:
+def test_leave_k_out_train_only_users_have_entries() -> None:
     counts = sparse.csr_matrix(np.repeat([[0.0], [1.0]], [150, 50], axis=0) * np.ones((1, 6)))
     test = evaluation.leave_k_out_split(counts, 1, 0.5, random_state=0)[1]
     assert test.nnz == 25
@@ -173,21 +173,21 @@ def test_times_of_repeated_events_are_not_summed() -> None:
 def test_sums_of_small_integers_do_not_wrap(dtype: Any) -> None:
     values = np.full(400, 100).astype(dtype)
     cells = np.zeros((2, 400), int)
-    for whole in (
+    for matrix in (
         sparse.coo_matrix((values, cells), shape=(1, 2)),
         sparse.csr_matrix((values, cells[0], [0, 400]), shape=(1, 2)),
     ):
-        train, test = evaluation.train_test_split(whole, 0.0)
+        train, test = evaluation.train_test_split(matrix, 0.0)
         assert train.nnz == 0
         assert test.toarray().tolist() == [[1 if dtype is bool else 40_000, 0]]
-    assert evaluation.train_test_split(whole[:, :2], 0.0)[1].dtype in (bool, np.int64)
+    assert evaluation.train_test_split(matrix[:, :2], 0.0)[1].dtype in (bool, np.int64)
     small = sparse.coo_matrix((values[:1], cells[:, :1]), shape=(1, 2))
     assert evaluation.train_test_split(small, 0.0)[1].dtype == dtype
 
 
-def test_chance_keeps_to_its_row() -> None:
+def test_draws_close_to_1_stay_in_their_row() -> None:
     class Always:
-        """A generator whose draws are as close to 1 as they can be."""
+        """A generator whose draws are the largest numbers below 1."""
 
         def random(self, n: int) -> np.ndarray:
             return np.full(n, np.nextafter(1.0, 0))
@@ -240,11 +240,11 @@ class TestInput:
         with pytest.raises(ValueError, match=r"users as rows|real numbers|complex numbers"):
             split(matrix)
 
-    @pytest.mark.parametrize("place", [10**7, 1, -3])
-    def test_a_corrupt_matrix(self, split: Any, place: int) -> None:
+    @pytest.mark.parametrize("position", [10**7, 1, -3])
+    def test_a_corrupt_matrix(self, split: Any, position: int) -> None:
         rows = random_counts(5, 6, density=0.9)
-        assert rows.has_canonical_format  # which SciPy now remembers
-        rows.indptr[3] = place
+        assert rows.has_canonical_format  # SciPy stores the result in the flags
+        rows.indptr[3] = position
         with pytest.raises(ValueError, match="is a damaged csr_matrix.*: indptr falls"):
             split(rows)
         columns = random_counts(6, 5, density=0.9)
@@ -252,7 +252,7 @@ class TestInput:
         with pytest.raises(ValueError, match="column 1000000, expected 0 to 4"):
             split(columns)
 
-    def test_flags_are_not_believed(self, split: Any) -> None:
+    def test_flags_are_ignored(self, split: Any) -> None:
         rows = sparse.csr_matrix(
             (np.ones(8), np.array([1, 0, 1, 2, 3, 3, 2, 0]), np.array([0, 4, 8])), shape=(2, 4)
         )
@@ -281,7 +281,7 @@ def test_fractions_are_numbers(value: Any) -> None:
             call()
 
 
-def test_nothing_to_split_is_no_error() -> None:
+def test_an_empty_matrix_is_split() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for shape in ((0, 0), (0, 4), (4, 0), (3, 3)):
@@ -291,7 +291,7 @@ def test_nothing_to_split_is_no_error() -> None:
                 ] * 2
 
 
-def test_somebody_is_left_to_train_on() -> None:
+def test_holding_out_all_users_is_refused() -> None:
     with pytest.raises(ValueError, match="test_users=0.9 of 3 users leaves none to train on"):
         evaluation.strong_generalization_split(random_counts(3, 9, density=0.9), test_users=0.9)
 

@@ -1,4 +1,4 @@
-"""Sharded Parquet data: round trips, what other writers may do, bounded memory, every error."""
+"""Sharded Parquet data: round trips, files of other writers, bounded memory, errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from scipy import sparse
 from tpu_als import TPUAlternatingLeastSquares, shards
 from tpu_als.datasets import interactions_from_frame, power_law
 from tpu_als.engine import digests
-from tpu_als.shards import ShardedMatrix, open_shards, transpose, write_shards
+from tpu_als.shards import ShardedMatrix, open_shards, transpose, write_shards, writer
 from tpu_als.shards.transpose import ExternalTranspose
 
 pa = pytest.importorskip("pyarrow")
@@ -38,7 +38,7 @@ def in_blocks(matrix: sparse.csr_matrix, n_rows: int) -> Iterator[sparse.csr_mat
 
 
 def gathered(matrix: ShardedMatrix, side: str, **options: int) -> sparse.csr_matrix:
-    """All rows of a side as the blocks give them, in row order."""
+    """All rows of a side from its blocks, in row order."""
     shape = matrix.shape if side == "user" else matrix.shape[::-1]
     rows, columns, values = [], [], []
     for row_ids, block in matrix.blocks(side, **options):
@@ -58,7 +58,7 @@ def gathered(matrix: ShardedMatrix, side: str, **options: int) -> sparse.csr_mat
 
 
 def assert_same(got: sparse.csr_matrix, expected: sparse.csr_matrix) -> None:
-    """Same entries, zeros that are stored included."""
+    """Check for equal entries, including stored zeros."""
     expected = sparse.csr_matrix(expected).sorted_indices()
     assert got.shape == expected.shape and got.dtype == np.float32
     np.testing.assert_array_equal(got.indptr, expected.indptr)
@@ -68,7 +68,7 @@ def assert_same(got: sparse.csr_matrix, expected: sparse.csr_matrix) -> None:
 
 @st.composite
 def matrices(draw: Any) -> sparse.csr_matrix:
-    """Small matrices of several dtypes, empty ones, and ones with empty rows among them."""
+    """Small matrices of several dtypes, some of them empty or with empty rows."""
     shape = draw(st.integers(0, 12)), draw(st.integers(0, 9))
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     stored = rng.random(shape) < draw(st.sampled_from([0, 0.1, 0.5, 1]))
@@ -105,7 +105,7 @@ class TestRoundTrip:
                 assert_same(gathered(written, "item", entries=entries), expected.T.tocsr())
 
     @pytest.mark.parametrize("binary", [False, True])
-    def test_blocks_equal_the_whole(self, tmp_path: Path, binary: bool) -> None:
+    def test_blocks_equal_the_matrix(self, tmp_path: Path, binary: bool) -> None:
         matrix = random_counts(60, 25, seed=3)
         if binary:
             matrix.data[:] = 1
@@ -117,7 +117,7 @@ class TestRoundTrip:
                 np.testing.assert_array_equal(one[0], other[0])
                 assert_same(other[1], one[1])
 
-    def test_values_that_come_late(self, tmp_path: Path) -> None:
+    def test_values_in_the_last_block_only(self, tmp_path: Path) -> None:
         matrix = sparse.csr_matrix(np.ones((6, 4), np.float32))
         matrix.data[-1] = 3
         written = write_shards(in_blocks(matrix, 1), tmp_path, 1, memory_entries=4)
@@ -215,7 +215,7 @@ class TestHeldOut:
             blocks = list(written.blocks("user", entries=5))
             ids = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in blocks)])
             np.testing.assert_array_equal(ids, row_ids)
-            # Rows with nothing to fold in are there as well, and those with nothing at all are not.
+            # Rows with held-out entries only are written; rows without any entry are not.
             lengths = known.getnnz(1) + held_out.getnnz(1)
             np.testing.assert_array_equal(np.sort(row_ids), np.flatnonzero(lengths))
             assert_same(found, (held_out != 0).astype(np.float32)[row_ids])
@@ -265,7 +265,7 @@ class TestMemory:
             expected = np.argsort(keys, kind="stable")
             np.testing.assert_array_equal(transpose._stable_order(keys), expected)
 
-    def test_streaming_does_not_grow_with_the_data(self, tmp_path: Path) -> None:
+    def test_memory_does_not_grow_with_the_data(self, tmp_path: Path) -> None:
         peaks = []
         for n_blocks in (10, 60):
             blocks = (power_law(500, 300, 5000, random_state=i) for i in range(n_blocks))
@@ -276,10 +276,10 @@ class TestMemory:
                 assert sum(sizes) == n_blocks * 5000
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
-        # an entry takes at least 8 bytes, so holding what was added would add 2 MB
+        # an entry takes at least 8 bytes, so keeping the additional entries would take 2 MB
         assert peaks[1] < peaks[0] + 400_000, peaks
 
-    def test_blocks_are_about_as_long_as_asked_for(self, tmp_path: Path) -> None:
+    def test_blocks_have_about_the_requested_length(self, tmp_path: Path) -> None:
         written = write_shards(power_law(400, 50, 4000), tmp_path, 3, memory_entries=300)
         longest = written.lengths("item")[1].max()
         assert longest > 150
@@ -315,7 +315,7 @@ class TestParts:
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> Callable[..., ShardedMatrix]:
-    """Open files as another writer may leave them; both sides are the same, n by n."""
+    """Open files of another writer; both sides are equal, n by n."""
 
     def write(tables: list[Any], n: int = 3, **totals: Any) -> ShardedMatrix:
         for side in ("user", "item"):
@@ -377,7 +377,9 @@ class TestOtherWriters:
         assert held_out.dtype == np.float32 and held_out.has_canonical_format
         assert got.held_out(1, 2)[1].shape == (0, 3)
 
-    def test_values_that_the_totals_deny(self, foreign: Callable[..., ShardedMatrix]) -> None:
+    def test_values_although_the_totals_say_ones(
+        self, foreign: Callable[..., ShardedMatrix]
+    ) -> None:
         ones = {"row_id": [0, 1], "col_ids": [[0, 2], [1]], "values": [[1.0, 1.0], None]}
         other = {"row_id": [2], "col_ids": [[0, 2]], "values": [[5.0, 7.0]]}
         got = foreign([ones, other])
@@ -387,7 +389,7 @@ class TestOtherWriters:
             with pytest.raises(ValueError, match=message):
                 read()
 
-    def test_many_empty_rows_do_not_make_a_long_block(
+    def test_empty_rows_count_in_the_length_of_a_block(
         self, foreign: Callable[..., ShardedMatrix]
     ) -> None:
         empty = pa.array([[]] * 40, pa.list_(pa.int32()))
@@ -439,23 +441,23 @@ BAD_FILES = {
     ),
     "no ids": (
         {"rows": [0], "col_ids": [[0]]},
-        "has no column row_id or row_tag, but ['rows', 'col_ids']",
+        "must have a column row_id or row_tag, got ['rows', 'col_ids']",
     ),
     "no columns": (
         {"row_tag": [0], "cols": [[0]]},
-        "has no column col_ids or col_tag",
+        "must have a column col_ids or col_tag, got",
     ),
     "ids are text": (
         {"row_id": ["0"], "col_ids": [[0]]},
-        "column row_id must hold integers, not string",
+        "column row_id must hold integers, got string",
     ),
     "columns are no lists": (
         {"row_id": [0], "col_tag": [0]},
-        "column col_tag must hold lists of integers, not int64",
+        "column col_tag must hold lists of integers, got int64",
     ),
     "columns are fractions": (
         {"row_id": [0], "col_ids": [[0.5]]},
-        "column col_ids must hold lists of integers, not list",
+        "column col_ids must hold lists of integers, got list",
     ),
 }
 BAD_VALUES = {
@@ -463,14 +465,14 @@ BAD_VALUES = {
     "missing": ({"values": [[1.0, None], [1.0]]}, "lists in values have 1 missing entries"),
     "not finite": ({"values": [[1.0, float("nan")], [1.0]]}, "values must be finite"),
     "too large": ({"values": [[1.0, 1e39], [1.0]]}, "values must be finite, and within float32"),
-    "of text": ({"values": [["1", "1"], ["1"]]}, "must hold lists of numbers, not list"),
-    "no column": ({}, "has no column values"),
+    "of text": ({"values": [["1", "1"], ["1"]]}, "must hold lists of numbers, got list"),
+    "no column": ({}, "must have a column values"),
 }
 
 
 class TestBadFiles:
     @pytest.mark.parametrize("name", BAD_FILES)
-    def test_of_ids(self, foreign: Callable[..., ShardedMatrix], name: str) -> None:
+    def test_ids(self, foreign: Callable[..., ShardedMatrix], name: str) -> None:
         table, message = BAD_FILES[name]
         fine = {"row_id": [1], "col_ids": [[0]]}
         got = foreign([table | {}, fine])
@@ -481,7 +483,7 @@ class TestBadFiles:
             assert str(got.files(side)[0]) in str(error.value)
 
     @pytest.mark.parametrize("name", BAD_VALUES)
-    def test_of_values(self, foreign: Callable[..., ShardedMatrix], name: str) -> None:
+    def test_values(self, foreign: Callable[..., ShardedMatrix], name: str) -> None:
         values, message = BAD_VALUES[name]
         table = {"row_id": [1, 2], "col_ids": [[0, 1], [1]], **values}
         got = foreign([table], has_values=True)
@@ -490,7 +492,7 @@ class TestBadFiles:
         assert message in str(error.value)
         assert str(got.files("user")[0]) in str(error.value)
 
-    def test_no_parquet(self, foreign: Callable[..., ShardedMatrix]) -> None:
+    def test_a_file_that_is_not_parquet(self, foreign: Callable[..., ShardedMatrix]) -> None:
         got = foreign([{"row_id": [1], "col_ids": [[0]]}])
         got.files("user")[0].write_text("no parquet")
         for read in (got.to_csr, lambda: got.lengths("user"), lambda: list(got.blocks("user"))):
@@ -501,7 +503,7 @@ class TestBadFiles:
         table = {"row_id": [0, 1], "col_ids": [[0], [1]]}
         got = foreign([table, table])
         for read in (got.to_csr, lambda: got.lengths("item")):
-            with pytest.raises(ValueError, match=r"row 0 occurs more than once, but a row must"):
+            with pytest.raises(ValueError, match=r"row 0 occurs more than once, but all entries"):
                 read()
 
     def test_entries_are_missing(self, foreign: Callable[..., ShardedMatrix]) -> None:
@@ -509,15 +511,15 @@ class TestBadFiles:
             foreign([{"row_id": [0], "col_ids": [[0, 1]]}], n_entries=5)
 
     def test_entries_are_fewer(self, foreign: Callable[..., ShardedMatrix]) -> None:
-        # by the footers a row may have none, or one
+        # the footers do not show whether a row has no entry or one
         got = foreign([{"row_id": [0, 1], "col_ids": [[0, 1], [2]]}], n_entries=2)
         for read in (got.to_csr, lambda: got.lengths("item")):
             with pytest.raises(ValueError, match=r"holds 3 entries, but totals.json says 2"):
                 read()
 
-    def test_nothing_held_out(self, foreign: Callable[..., ShardedMatrix]) -> None:
+    def test_held_out_without_the_column(self, foreign: Callable[..., ShardedMatrix]) -> None:
         got = foreign([{"row_id": [0], "col_ids": [[0, 1]]}])
-        with pytest.raises(ValueError, match="has no column gt_tag, but"):
+        with pytest.raises(ValueError, match="must have a column gt_tag, got"):
             got.held_out()
 
 
@@ -555,9 +557,9 @@ class TestOpening:
             open_shards(tmp_path)
 
     @pytest.mark.parametrize("text", ["{", "[1]"])
-    def test_totals_are_no_object(self, tmp_path: Path, text: str) -> None:
+    def test_totals_that_are_not_a_json_object(self, tmp_path: Path, text: str) -> None:
         (tmp_path / "totals.json").write_text(text)
-        with pytest.raises(ValueError, match=r"totals.json( is not JSON|: format must be)"):
+        with pytest.raises(ValueError, match=r"totals.json( cannot be read|: format must be)"):
             open_shards(tmp_path)
 
     def test_arguments(self, tmp_path: Path) -> None:
@@ -571,7 +573,7 @@ class TestOpening:
             written.blocks("user", entries=0)
 
     @pytest.mark.parametrize("missing", ["pyarrow", "pyarrow.parquet"])
-    def test_names_the_extra(
+    def test_a_missing_package_names_the_extra(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
     ) -> None:
         matrix = random_counts(9, 5)
@@ -586,7 +588,7 @@ class TestOpening:
 
 
 def failing(matrix: sparse.csr_matrix) -> Iterator[sparse.csr_matrix]:
-    """Blocks, and then an error."""
+    """Yield blocks, and then raise an error."""
     yield matrix
     raise RuntimeError("no more data")
 
@@ -603,7 +605,7 @@ class TestWriting:
         assert_same(open_shards(tmp_path / "empty").to_csr(), matrix)
 
     @pytest.mark.parametrize("exists", [False, True])
-    def test_an_error_leaves_nothing(self, tmp_path: Path, exists: bool) -> None:
+    def test_an_error_removes_all_files(self, tmp_path: Path, exists: bool) -> None:
         folder = tmp_path / "shards"
         if exists:
             folder.mkdir()
@@ -612,7 +614,7 @@ class TestWriting:
         assert folder.exists() == exists
         assert not list(folder.glob("**/*"))
 
-    def test_an_error_in_the_transpose_leaves_nothing(
+    def test_an_error_in_the_transpose_removes_all_files(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def no_read(*_: Any, **__: Any) -> None:
@@ -623,7 +625,13 @@ class TestWriting:
             write_shards(random_counts(40, 30), tmp_path / "shards", memory_entries=20)
         assert not list(tmp_path.iterdir())
 
-    def test_totals_come_last(self, tmp_path: Path) -> None:
+    def test_offsets_of_a_row_group_are_int32(self) -> None:
+        largest = np.array([0, 2**31 - 1])
+        np.testing.assert_array_equal(writer._list_offsets(largest), largest)
+        with pytest.raises(ValueError, match="at most 2147483647 entries, got 2147483648: lower"):
+            writer._list_offsets(largest + np.array([0, 1]))
+
+    def test_totals_are_written_last(self, tmp_path: Path) -> None:
         folder, matrix = tmp_path / "shards", random_counts(6, 4)
 
         def blocks() -> Iterator[sparse.csr_matrix]:
@@ -639,7 +647,7 @@ class TestWriting:
         [
             (np.eye(3), "CSR matrix or an iterable of CSR matrices, got ndarray"),
             (3, "CSR matrix or an iterable of CSR matrices, got int"),
-            ([], "the data have no block: pass shape="),
+            ([], "the data contain no block: pass shape="),
             ([np.eye(3)], "block 0 of the data must be a CSR matrix, got ndarray"),
             (
                 [random_counts(2, 3), random_counts(2, 4)],
@@ -711,7 +719,7 @@ class TestWriting:
         ],
         ids=lambda value: type(value).__name__,
     )
-    def test_data_that_are_no_blocks(self, tmp_path: Path, data: Any, message: str) -> None:
+    def test_data_that_are_not_blocks(self, tmp_path: Path, data: Any, message: str) -> None:
         expected = "^data must be a CSR matrix or an iterable of CSR matrices, got "
         with pytest.raises(ValueError, match=expected + message):
             write_shards(data, tmp_path / "shards")
@@ -723,7 +731,7 @@ class TestWriting:
         for number, data in enumerate((blocks, iter(blocks), tuple(blocks), list(blocks))):
             assert_same(write_shards(data, tmp_path / str(number), 1).to_csr(), matrix)
 
-    def test_entries_held_out_for_another_function(self, tmp_path: Path) -> None:
+    def test_held_out_of_another_type(self, tmp_path: Path) -> None:
         with pytest.raises(TypeError, match="^held_out must be a matrix .* got a path or text"):
             write_shards(random_counts(2, 3), tmp_path / "shards", held_out="x.npz")
         assert not list(tmp_path.iterdir())

@@ -38,7 +38,7 @@ def assert_same(found: ShardedMatrix, expected: sparse.csr_matrix = COUNTS) -> N
 
 
 def change_totals(folder: Path, **changes: Any) -> None:
-    """Change fields, or remove those that are "absent"; remove the checksum, as other writers."""
+    """Change fields, remove those set to "absent", and remove the checksum."""
     file = folder / "totals.json"
     totals = json.loads(file.read_text()) | {"checksum": "absent"} | changes
     file.write_text(json.dumps({k: v for k, v in totals.items() if v != "absent"}))
@@ -47,13 +47,13 @@ def change_totals(folder: Path, **changes: Any) -> None:
 def rewrite(
     file: Path, change: Callable[[dict[str, Any]], dict[str, Any]] = dict, **how: Any
 ) -> None:
-    """Write the columns of a file again, changed."""
+    """Change the columns of a file."""
     table = pq.read_table(file)
     columns = change({name: table[name].to_pylist() for name in table.column_names})
     pq.write_table(pa.table(columns), file, **how)
 
 
-class TestPlaces:
+class TestLocations:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
         return Path(write_shards(COUNTS, tmp_path / "plays", 3).path)
@@ -112,8 +112,8 @@ class TestPlaces:
         finally:
             memory.rm("/bucket", recursive=True)
 
-    def test_what_cannot_be_opened(self, folder: Path) -> None:
-        with pytest.raises(ValueError, match="nowhere://x is no address that pyarrow can open"):
+    def test_addresses_that_cannot_be_opened(self, folder: Path) -> None:
+        with pytest.raises(ValueError, match="pyarrow cannot open the address nowhere://x"):
             open_shards("nowhere://x")
         with pytest.raises(ValueError, match=r"filesystem must be a pyarrow.fs.FileSystem .* int"):
             open_shards(folder, filesystem=3)
@@ -229,7 +229,7 @@ TOTALS: dict[str, Callable[[Path], Any]] = {
 
 
 def _read_all(folder: Path) -> list[Any]:
-    """Everything that can be read of both sides, and a fit's layout."""
+    """Read everything of both sides, and lay it out for a fit."""
     found = open_shards(folder)
     for side in ("user", "item"):
         found.lengths(side)
@@ -258,7 +258,7 @@ class TestDamage:
         return Path(write_shards(COUNTS, tmp_path / "plays", 2, memory_entries=200).path)
 
     @pytest.mark.parametrize("name", FILES)
-    def test_of_a_file(self, folder: Path, name: str) -> None:
+    def test_a_damaged_file(self, folder: Path, name: str) -> None:
         for side in ("user", "item"):
             copy = Path(shutil.copytree(folder, folder.parent / side))
             FILES[name](copy / side / "part-00001.parquet")
@@ -266,7 +266,7 @@ class TestDamage:
             assert f"{copy}/{side}" in message, message
 
     @pytest.mark.parametrize("name", TOTALS)
-    def test_of_the_totals(self, folder: Path, name: str) -> None:
+    def test_damaged_totals(self, folder: Path, name: str) -> None:
         TOTALS[name](folder / "totals.json")
         message = _refused(folder)
         assert str(folder) in message and "totals.json" in message, message
@@ -285,7 +285,7 @@ class TestDamage:
         write_shards(other, folder.parent / "other", 2)
         shutil.rmtree(folder / side)
         shutil.copytree(folder.parent / "other" / side, folder / side)
-        if not has_totals:  # as another writer leaves them
+        if not has_totals:  # as other writers, which write no summaries
             change_totals(folder, files="absent")
         message = "damaged or another file" if has_totals else "different entries or values"
         with pytest.raises(ValueError, match=f"{folder}.*{message}"):
@@ -294,7 +294,7 @@ class TestDamage:
     @pytest.mark.parametrize(
         "count", [20, pytest.param(500, marks=pytest.mark.nightly)], ids=["few", "many"]
     )
-    def test_no_flipped_bit_passes(
+    def test_flipped_bits_of_files_are_detected(
         self, folder: Path, count: int, record_property: Callable[[str, Any], None]
     ) -> None:
         rng, noticed = np.random.default_rng(1), 0
@@ -315,7 +315,7 @@ class TestDamage:
         record_property("flips noticed, of", [noticed, count])
         assert noticed > count // 2
 
-    def test_no_flipped_bit_of_the_totals_passes(
+    def test_flipped_bits_of_the_totals_are_detected(
         self, tmp_path: Path, record_property: Callable[[str, Any], None]
     ) -> None:
         expected = write_shards(COUNTS, tmp_path / "plays", 1)
@@ -340,16 +340,16 @@ class TestDamage:
         file = folder / "totals.json"
         totals = json.loads(file.read_text())
         file.write_text(json.dumps(totals | change))
-        with pytest.raises(ValueError, match=f"{file} does not have the checksum .* it is damaged"):
+        with pytest.raises(ValueError, match=f"{file} does not match the checksum in it"):
             open_shards(folder)
         file.write_text(json.dumps(dict(reversed(totals.items()))))
         assert_same(open_shards(folder))
         file.write_text(json.dumps(totals | {"checksum": 3}))
-        with pytest.raises(ValueError, match="does not have the checksum"):
+        with pytest.raises(ValueError, match="does not match the checksum"):
             open_shards(folder)
 
     def test_totals_nested_almost_too_deeply(self, folder: Path) -> None:
-        """Whatever depth JSON is read at, the checksum of it raises nothing else."""
+        """The checksum raises no other error for JSON of any depth that can be read."""
         sound = (folder / "totals.json").read_text().rstrip("}")
         for depth in range(600, 1000, 3):
             more = f', "more": {"[" * depth}{"]" * depth}}}'
@@ -363,7 +363,7 @@ class TestDamage:
         assert_same(open_shards(folder))
 
     def test_pages_have_checksums(self, folder: Path) -> None:
-        """The page's own checksum tells, before anything is decompressed."""
+        """The checksum of the page is verified before it is decompressed."""
         file = folder / "user" / "part-00000.parquet"
         column = pq.ParquetFile(file).metadata.row_group(0).column(1)
         content = bytearray(file.read_bytes())
@@ -375,5 +375,5 @@ class TestDamage:
     def test_files_without_checksums_are_read(self, folder: Path) -> None:
         for file in folder.rglob("*.parquet"):
             rewrite(file, write_page_checksum=False)
-        change_totals(folder, files="absent")  # other writers do not know of it
+        change_totals(folder, files="absent")  # other writers do not write it
         assert_same(open_shards(folder))

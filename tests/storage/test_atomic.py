@@ -1,4 +1,4 @@
-"""Files that are replaced whole: modes, links, long names, and what dead writers leave."""
+"""Atomic replacement of files: modes, links, long names, and leftovers of dead writers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TestReplacing:
         assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
     @pytest.mark.parametrize("exists", [True, False])
-    def test_a_link_is_written_through(self, tmp_path: Path, exists: bool) -> None:
+    def test_the_target_of_a_link_is_replaced(self, tmp_path: Path, exists: bool) -> None:
         target = tmp_path / "elsewhere" / "model.npz"
         target.parent.mkdir()
         if exists:
@@ -56,12 +56,12 @@ class TestReplacing:
         write(tmp_path / name)
         assert [p.name for p in tmp_path.iterdir()] == [name]
 
-    def test_leftovers_of_dead_writers_only_are_removed(self, tmp_path: Path) -> None:
+    def test_only_leftovers_of_dead_writers_are_removed(self, tmp_path: Path) -> None:
         path, other = tmp_path / "model.npz", tmp_path / "model.npz2"
         leftovers = []
         for name in (path, other):
             part = atomic._create(name, atomic._prefix(name))
-            part[1].close()  # as the end of a process does
+            part[1].close()  # as the system does when a process ends
             leftovers.append(part[0])
         with atomic.replacing(path) as living:
             assert not leftovers[0].exists()
@@ -70,7 +70,7 @@ class TestReplacing:
         assert path.read_bytes() == b"by the first"
         assert set(tmp_path.iterdir()) == {path, leftovers[1]}
 
-    def test_a_writer_whose_file_was_taken_for_a_leftover(
+    def test_a_writer_whose_file_was_removed_as_a_leftover(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path, lock, calls = tmp_path / "model.npz", atomic._lock, []
@@ -90,7 +90,7 @@ class TestReplacing:
 
 @posix
 @pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.nightly)])
-def test_kills_leave_one_state_or_the_other(tmp_path: Path, kills: int) -> None:
+def test_a_killed_writer_leaves_a_complete_file(tmp_path: Path, kills: int) -> None:
     here = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, str(here / "saving_worker.py"), str(tmp_path), str(kills)],
@@ -102,4 +102,4 @@ def test_kills_leave_one_state_or_the_other(tmp_path: Path, kills: int) -> None:
     assert done.returncode == 0, done.stderr
     good, most, left = map(int, done.stdout.split())
     assert good == kills and left == 1
-    assert most <= 2  # the file, and what the last writer left
+    assert most <= 2  # the file, and a leftover of the last writer

@@ -17,7 +17,7 @@ from models import make
 
 from tpu_als import ModelFileError, TPUAlternatingLeastSquares
 
-MOST = 200 << 20  # bytes of memory that a refusal may take
+MOST = 200 << 20  # most bytes that a refusal may allocate
 LOAD = TPUAlternatingLeastSquares.load
 
 

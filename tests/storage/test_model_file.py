@@ -1,4 +1,4 @@
-"""Models on disk: what is written, what is read, and what a failure leaves."""
+"""Model files: writing, reading and failures."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FITTED = {
 
 
 def saved(**changes: Any) -> io.BytesIO:
-    """A file in memory that holds the model, at its start."""
+    """A file in memory that contains the model, positioned at its start."""
     file = io.BytesIO()
     model_file.save_model(file, {**PARAMETERS, **changes}, FITTED)
     file.seek(0)
@@ -57,7 +57,7 @@ def test_a_round_trip() -> None:
         np.testing.assert_array_equal(fitted[name], FITTED[name])
 
 
-def test_only_implicits_names_stand_without_a_prefix() -> None:
+def test_only_implicits_keys_have_no_prefix() -> None:
     with np.load(saved(), allow_pickle=False) as data:
         plain = {name for name in data.files if not name.startswith("tpu_als_")}
         assert plain == {
@@ -71,7 +71,7 @@ def test_only_implicits_names_stand_without_a_prefix() -> None:
         assert str(data["dtype"]) == "float32"
 
 
-def test_bfloat16_reads_as_float32_elsewhere() -> None:
+def test_implicit_reads_bfloat16_as_float32() -> None:
     with np.load(saved(dtype="bfloat16"), allow_pickle=False) as data:
         assert str(data["dtype"]) == "float32"
     parameters, _ = model_file.load_model(saved(dtype="bfloat16"), PARAMETERS)
@@ -79,12 +79,12 @@ def test_bfloat16_reads_as_float32_elsewhere() -> None:
 
 
 @pytest.mark.parametrize("seed", [np.random.default_rng(0), np.random.RandomState(0)])
-def test_generators_are_left_out(seed: Any) -> None:
+def test_generators_are_not_saved(seed: Any) -> None:
     parameters, _ = model_file.load_model(saved(random_state=seed), PARAMETERS)
     assert "random_state" not in parameters
 
 
-def test_handles_of_devices_are_left_out() -> None:
+def test_device_handles_are_not_saved() -> None:
     assert "devices" not in model_file.load_model(saved(devices=[object()]), PARAMETERS)[0]
     assert model_file.load_model(saved(devices=2), PARAMETERS)[0]["devices"] == 2
 
@@ -154,7 +154,7 @@ def test_a_subclass_with_parameters_of_its_own(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read.item_factors, model.item_factors)
 
 
-def test_a_path_is_not_kept(tmp_path: Path) -> None:
+def test_checkpoint_dir_is_not_loaded(tmp_path: Path) -> None:
     model = TPUAlternatingLeastSquares(checkpoint_dir=tmp_path / "here")
     with pytest.warns(DataWarning, match="no user and no item factors"):
         model.save(tmp_path / "model")
@@ -164,13 +164,13 @@ def test_a_path_is_not_kept(tmp_path: Path) -> None:
 
 
 def test_a_file_of_format_1_stays_loadable() -> None:
-    # Written by the first version that had a format; never to be replaced by a newer file.
+    # Written by the first version with a format. Do not replace it by a newer file.
     model = TPUAlternatingLeastSquares.load(
         Path(__file__).parents[1] / "data" / "model-format-1.npz"
     )
     given = {name: value for name, value in model.get_params().items() if name in OF_FORMAT_1}
     assert given == OF_FORMAT_1
-    assert model.checkpoint_dir is None  # the file names one
+    assert model.checkpoint_dir is None  # the file has a checkpoint_dir
     assert list(model.feature_names_in_) == [f"item {i}" for i in range(7)]
     assert (model.n_iter_, model.n_features_in_) == (2, 7)
     assert model.history_["loss"] == [0.590489460009655, 0.32000209210959846]
@@ -211,14 +211,14 @@ GOOD = {
 
 
 def archive(**changes: Any) -> bytes:
-    """Bytes of a model file with some keys changed, or left out where None."""
+    """Bytes of a model file with some keys changed, or removed if None."""
     file = io.BytesIO()
     np.savez(file, **{k: v for k, v in {**GOOD, **changes}.items() if v is not None})
     return file.getvalue()
 
 
 def load(content: bytes) -> Any:
-    """A model out of these bytes."""
+    """Load a model from these bytes."""
     return TPUAlternatingLeastSquares.load(io.BytesIO(content))
 
 
@@ -271,7 +271,7 @@ class TestDamagedAndForeignFiles:
         ],
         ids=str,
     )
-    def test_values_that_contradict_their_key(self, changes: dict[str, Any], message: str) -> None:
+    def test_values_of_a_wrong_type(self, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(ModelFileError, match=message) as raised:
             load(archive(**changes))
         assert "the model file: " in str(raised.value)
@@ -307,7 +307,7 @@ class TestDamagedAndForeignFiles:
         with pytest.raises(IsADirectoryError):
             TPUAlternatingLeastSquares.load(tmp_path / "folder")
 
-    def test_another_model_of_implicits(self, tmp_path: Path) -> None:
+    def test_a_file_of_another_model_of_implicit(self, tmp_path: Path) -> None:
         bpr = pytest.importorskip("implicit.cpu.bpr").BayesianPersonalizedRanking
         model = bpr(factors=3, iterations=1, num_threads=1)
         model.fit(sparse.csr_matrix(np.eye(4, dtype=np.float32)), show_progress=False)
@@ -327,7 +327,7 @@ class TestDamagedAndForeignFiles:
             with pytest.raises(ModelFileError):
                 load(content[:length])
 
-    def test_no_flipped_bit_goes_unseen(self) -> None:
+    def test_flipped_bits_are_detected(self) -> None:
         content, loaded = archive(), 0
         good, rng = load(content), np.random.default_rng(0)
         for position in rng.integers(len(content) * 8, size=600):
@@ -337,7 +337,7 @@ class TestDamagedAndForeignFiles:
                 model = load(bytes(flipped))
             except ModelFileError:
                 continue
-            loaded += 1  # dates and the like, which nothing depends on
+            loaded += 1  # dates and other fields without effect
             assert model.get_params() == good.get_params()
             assert model.n_iter_ == good.n_iter_ and model.history_ == good.history_
             assert list(model.feature_names_in_) == list("abcd")
@@ -409,7 +409,7 @@ class TestDamagedAndForeignFiles:
         assert load(file.getvalue()).user_factors.shape == (20_000, 2)
 
 
-def test_tables_and_factors_that_do_not_go_together_are_not_saved(tmp_path: Path) -> None:
+def test_tables_of_other_widths_are_not_saved(tmp_path: Path) -> None:
     model = TPUAlternatingLeastSquares(factors=2)
     model.user_factors, model.item_factors = np.ones((3, 4)), np.ones((5, 4))
     with pytest.raises(ValueError, match="Set factors=4 before save"):
@@ -429,7 +429,7 @@ def fitted_model(**changes: Any) -> TPUAlternatingLeastSquares:
     return model.fit(MATRIX, show_progress=False)
 
 
-def test_what_load_would_refuse_does_not_replace_a_good_file(tmp_path: Path) -> None:
+def test_a_file_that_load_would_refuse_is_not_written(tmp_path: Path) -> None:
     model = fitted_model()
     model.save(tmp_path / "model.npz")
     before = (tmp_path / "model.npz").read_bytes()
@@ -440,12 +440,12 @@ def test_what_load_would_refuse_does_not_replace_a_good_file(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("alpha", [Fraction(1, 3), 2**70])
-def test_numbers_that_numpy_has_no_type_for_are_kept(alpha: Any, tmp_path: Path) -> None:
+def test_fractions_and_large_integers_are_kept(alpha: Any, tmp_path: Path) -> None:
     fitted_model(alpha=alpha).save(tmp_path / "model.npz")
     assert TPUAlternatingLeastSquares.load(tmp_path / "model.npz").alpha == float(alpha)
 
 
-def test_popularity_and_what_was_assigned_are_kept(tmp_path: Path) -> None:
+def test_popularity_and_names_of_assigned_tables_are_kept(tmp_path: Path) -> None:
     model = fitted_model()
     model.user_factors, model.item_factors = 2 * model.user_factors, 2 * model.item_factors
     popularity = fitted_model().item_popularity_
@@ -460,7 +460,7 @@ def test_popularity_and_what_was_assigned_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("side", ["user", "item"])
-def test_a_table_that_was_taken_away_is_not_an_assigned_one(side: str, tmp_path: Path) -> None:
+def test_a_table_set_to_none_is_not_assigned(side: str, tmp_path: Path) -> None:
     model = fitted_model()
     setattr(model, f"{side}_factors", None)
     with pytest.warns(DataWarning, match=f"no {side} factors"):
@@ -469,7 +469,7 @@ def test_a_table_that_was_taken_away_is_not_an_assigned_one(side: str, tmp_path:
     assert getattr(loaded, f"{side}_factors") is None
 
 
-def test_names_of_other_columns_do_not_replace_a_good_file(tmp_path: Path) -> None:
+def test_wrong_column_names_are_not_written(tmp_path: Path) -> None:
     model = fitted_model()
     model.save(tmp_path / "model.npz")
     before = (tmp_path / "model.npz").read_bytes()

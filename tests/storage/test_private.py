@@ -1,4 +1,4 @@
-"""Directories with compiled code: who may write there."""
+"""Directories with compiled code must be writable by their user only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes and owners are
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A cache with one program in it, all of it private."""
+    """A private cache that contains one program."""
     path = tmp_path / "cache"
     (path / "loops").mkdir(parents=True)
     (path / "loops" / "index.nbi").write_bytes(b"")
@@ -27,14 +27,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refused(path: Path, message: str) -> None:
-    """The directory is refused, and nothing is set."""
+    """Check that the directory is refused, and that no option is set."""
     before = jax.config.jax_compilation_cache_dir
     with pytest.raises(PermissionError, match=message):
         tpu_als.enable_compilation_cache(path)
     assert compilation_cache.directory is None and jax.config.jax_compilation_cache_dir == before
 
 
-def test_private_ones_pass(folder: Path, tmp_path: Path) -> None:
+def test_private_directories_are_accepted(folder: Path, tmp_path: Path) -> None:
     assert private_directory(folder) == folder.resolve()
     assert private_directory(str(folder)) == folder.resolve()
     link = tmp_path / "link"
@@ -42,7 +42,7 @@ def test_private_ones_pass(folder: Path, tmp_path: Path) -> None:
     assert private_directory(link) == folder.resolve()
 
 
-def test_made_for_this_user_alone(tmp_path: Path) -> None:
+def test_new_directories_have_mode_700(tmp_path: Path) -> None:
     before = os.umask(0o002)
     try:
         made = private_directory(tmp_path / "deep" / "cache")
@@ -61,7 +61,7 @@ def test_writable_by_others(folder: Path, mode: int) -> None:
 def test_writable_inside(folder: Path, inside: str) -> None:
     (folder / inside).chmod(0o666 if inside.endswith("nbi") else 0o777)
     refused(folder, f"{inside} is writable by others")
-    folder.chmod(0o700)  # which nobody else can enter
+    folder.chmod(0o700)  # no other user can enter the directory
     assert private_directory(folder) == folder.resolve()
 
 
@@ -76,15 +76,15 @@ def test_a_file_of_another_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
     def of_another(path: Path) -> os.stat_result:
         info = list(lstat(path))
-        info[4] += path.name == "index.nbi"  # the owner
+        info[4] += path.name == "index.nbi"  # the user id of the owner
         return os.stat_result(info)
 
     monkeypatch.setattr(Path, "lstat", of_another)
     refused(folder, "index.nbi belongs to user")
 
 
-def test_parents_that_anybody_may_replace(folder: Path) -> None:
+def test_parents_writable_by_all_users(folder: Path) -> None:
     folder.parent.chmod(0o777)
-    refused(folder, "all users can replace it, as .* is writable by all users")
-    folder.parent.chmod(0o1777)  # as /tmp is: only owners rename there
+    refused(folder, "all users can replace it, because .* is writable by all users")
+    folder.parent.chmod(0o1777)  # the sticky bit, as of /tmp: only owners can rename files
     assert private_directory(folder) == folder.resolve()

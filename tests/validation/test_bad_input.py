@@ -1,7 +1,7 @@
-"""Every wrong call fails with a clear error, and the fitted model answers as before.
+"""Every wrong call raises a clear error, and the fitted model gives the same results as before.
 
 The tables of cases are in ``bad_models.py`` and ``bad_functions.py``; test_structure.py has the
-matrices that could end the process.
+matrices that could crash the process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def model() -> TPUAlternatingLeastSquares:
 
 
 def answers(model: TPUAlternatingLeastSquares) -> list[Any]:
-    """What a server would get of the model, its tables and its parameters."""
+    """Results of the model, its tables and its parameters."""
     parameters = {name: repr(value) for name, value in model.get_params().items()}
     return [
         *model.recommend(np.arange(N_USERS), ROWS, N=4),
@@ -56,33 +56,33 @@ def counted(record_property: Any) -> None:
 
 
 def carry_out(case: Case, model: TPUAlternatingLeastSquares) -> None:
-    """Change what the case changes, where an error is as good as at the call, and call."""
+    """Change the attributes of the case, and call. Both may raise the error."""
     for name, value in case.settings.items():
         setattr(model, name, value)
     case.call(model)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_clear_error_and_the_same_model(
+def test_raises_a_clear_error_and_keeps_the_model(
     model: TPUAlternatingLeastSquares, before: list[Any], case: Case, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)  # nothing may be written
-    own = copy.deepcopy(model)
-    parameters = own.get_params()
-    old = {name: copy.copy(getattr(own, name)) for name in case.settings}
+    monkeypatch.chdir(tmp_path)  # a failed call must not write files
+    twin = copy.deepcopy(model)
+    parameters = twin.get_params()
+    old = {name: copy.copy(getattr(twin, name)) for name in case.settings}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(case.error, match=case.message):
-            carry_out(case, own)
+            carry_out(case, twin)
     for name, value in {**parameters, **old}.items():
-        setattr(own, name, value)
-    for now, then in zip(answers(own), before, strict=True):
+        setattr(twin, name, value)
+    for now, then in zip(answers(twin), before, strict=True):
         np.testing.assert_array_equal(now, then)
     assert not list(tmp_path.iterdir())
 
 
-def test_there_are_enough_cases_and_no_two_of_one_name() -> None:
+def test_there_are_enough_cases_with_distinct_names() -> None:
     names = [case.name for case in CASES]
     assert len(names) >= 120
     assert len(set(names)) == len(names)

@@ -1,4 +1,4 @@
-"""Objects passed by mistake: what each message says to pass instead, and that nothing is lost."""
+"""Objects passed by mistake: the message says what to pass, and the model does not change."""
 
 from __future__ import annotations
 
@@ -118,11 +118,11 @@ def test_messages(mistake: str) -> None:
     ],
     ids=lambda fine: type(fine).__name__,
 )
-def test_what_passes(fine: Any) -> None:
+def test_matrices_and_frames_of_numbers_are_accepted(fine: Any) -> None:
     refuse_misplaced(fine)
 
 
-def test_shards_pass_where_they_are_taken() -> None:
+def test_shards_are_accepted_by_fit() -> None:
     refuse_misplaced(SHARDED, takes_shards=True)
 
 
@@ -146,7 +146,7 @@ CALLS: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
         (call, mistake)
         for call in CALLS
         for mistake in ("interactions", "text column", "pyarrow table", "path", "tuple", "shards")
-        if (call, mistake) != ("fit", "shards")  # which it takes
+        if (call, mistake) != ("fit", "shards")  # fit accepts shards
     ],
 )
 def test_calls(model: TPUAlternatingLeastSquares, call: str, mistake: str) -> None:
@@ -174,7 +174,7 @@ class TestFinite:
             (1e300, "contains infinity, .* the first is 1e\\+300 in row 1, column 1 .*replace"),
         ],
     )
-    def test_where_and_how_many(self, value: float, message: str) -> None:
+    def test_position_and_number(self, value: float, message: str) -> None:
         wrong = MATRIX.astype(np.float64)
         wrong.data[2] = value
         for call in (

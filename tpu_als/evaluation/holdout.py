@@ -18,7 +18,7 @@ from tpu_als.validation import matrices
 from tpu_als.validation.refusals import require_matrix
 
 CUTOFF = 10
-_SCORED = 0.2  # fraction of a row's positive entries that `score` hides
+_HIDDEN_FRACTION = 0.2  # fraction of a row's positive entries that `score` hides
 _SEED = 20110801
 
 
@@ -28,7 +28,7 @@ def hide(
     at_least: int = 0,
     rng: np.random.Generator | None = None,
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Split the entries of each row into kept and hidden ones; by default the same in every call.
+    """Split the entries of each row into kept and hidden ones, by default in the same way.
 
     Parameters
     ----------
@@ -63,8 +63,8 @@ def least_fraction(rows: sparse.csr_matrix) -> float:
         Canonical.
     """
     counts, chances = positive_counts(rows), np.random.default_rng(_SEED).random(rows.shape[0])
-    able = counts >= 2
-    return float(np.min((1 - chances[able]) / counts[able], initial=np.inf))
+    is_split = counts >= 2
+    return float(np.min((1 - chances[is_split]) / counts[is_split], initial=np.inf))
 
 
 def positive_counts(rows: sparse.csr_matrix) -> np.ndarray:
@@ -94,9 +94,9 @@ def drawn(rows: sparse.csr_matrix, wanted: np.ndarray, rng: np.random.Generator)
     # and a fraction close to 1 could be rounded up to the next row, so it is bounded.
     keys = np.minimum(row_of + rng.random(len(positive)), np.nextafter(row_of + 1.0, 0))
     order = positive[np.argsort(keys, kind="stable")]
-    place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    position = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
     chosen = np.zeros(rows.nnz, dtype=bool)
-    chosen[order[place < np.repeat(wanted, counts)]] = True
+    chosen[order[position < np.repeat(wanted, counts)]] = True
     return chosen
 
 
@@ -113,8 +113,11 @@ def _entries(rows: sparse.csr_matrix, chosen: np.ndarray) -> sparse.csr_matrix:
 
 
 def for_scoring(rows: sparse.csr_matrix) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
-    """Kept and hidden entries (a fixed fifth) of the rows with enough positive entries."""
-    kept, hidden = hide(rows, _SCORED, at_least=1)
+    """Hide a constant fifth of the entries of each row that has at least two positive ones.
+
+    Returns kept and hidden entries; other rows are dropped.
+    """
+    kept, hidden = hide(rows, _HIDDEN_FRACTION, at_least=1)
     measured = np.flatnonzero(np.diff(hidden.indptr))
     return kept[measured], hidden[measured]
 
@@ -172,7 +175,7 @@ def _check_finite(rows: sparse.csr_matrix, name: str) -> None:
 
 
 def relevant(matrix: Any, name: str) -> sparse.csr_matrix:
-    """Positive entries of a matrix, canonical; arguments and errors are those of `canonical`."""
+    """Return the positive entries of a matrix; arguments and errors are those of `canonical`."""
     rows = canonical(matrix, name)
     is_relevant = rows.data > 0
     return rows if is_relevant.all() else _entries(rows, is_relevant)
@@ -255,12 +258,12 @@ def mean_ndcg(ids: np.ndarray, hidden: sparse.csr_matrix) -> float:
     """
     ids = rankings(ids, hidden.shape[0])
     if not len(ids):
-        warn_of_nothing("NDCG")
+        warn_of_undefined("NDCG")
         return float("nan")
     return float(np.mean(ndcg_of_hits(hits_of(ids, hidden), np.diff(hidden.indptr))))
 
 
-def warn_of_nothing(metric: str) -> None:
+def warn_of_undefined(metric: str) -> None:
     """Warn that no row has enough entries for a metric."""
     warnings.warn(
         f"{metric} is not defined: no row has two positive entries, one to fold in and one to find",

@@ -41,7 +41,7 @@ def metrics_of_rankings(
     popularity : array of shape (width,), optional
         Number of users who like each item, for "novelty". 0 for items beyond its length.
     n_users : int, optional
-        Total number of users, with and without held-out entries; required with `popularity`.
+        Total number of users, with and without held-out entries. Required with `popularity`.
     n_items : int, optional
         Size of the catalogue. It is raised to the width of the matrices and to the largest ranked
         id + 1, whichever is larger; this is also the default.
@@ -61,9 +61,9 @@ def metrics_of_rankings(
         * "hit_rate": whether h > 0; "mrr": 1 / rank of the first hit;
         * "map": average precision over min(K, m);
         * "ndcg": sum of 1 / log2(1 + rank) of the hits, over the largest possible sum;
-        * "auc": area under the ROC curve, with items that are not ranked in random order. By
-          implicit's definition all `width` items count. The train items, which are excluded from
-          a ranking, count as negatives that are not ranked, and raise it;
+        * "auc": area under the ROC curve, where items that are not ranked are in random order. By
+          implicit's definition all `width` items count. A ranking excludes the train items, so
+          they count as negatives that are not ranked, and raise the value;
         * "auc_unseen": the same over the catalogue's items that are not stored in `seen`;
 
         "coverage": fraction of the catalogue that is ranked for any user; "novelty": mean of -log2
@@ -74,8 +74,8 @@ def metrics_of_rankings(
     TypeError
         For a `held_out` or `seen` that is not a matrix.
     ValueError
-        For NaN or infinity in them, another number of rows, ids that are not integers; for a
-        popularity without `n_users`, or one above it.
+        For NaN or infinity in a matrix, another number of rows, ids that are not integers, a
+        popularity without `n_users`, or a popularity above `n_users`.
 
     Notes
     -----
@@ -85,7 +85,7 @@ def metrics_of_rankings(
     """
     for name, value in (("n_users", n_users), ("n_items", n_items)):
         if value is not None:
-            inputs.whole_number(name, value, 0)
+            inputs.integer(name, value, 0)
     popularity = _checked_popularity(popularity, n_users)
     held_out = holdout.relevant(held_out, "held_out")
     ids = holdout.rankings(ids, held_out.shape[0])
@@ -133,15 +133,15 @@ def popularity_of(user_items: sparse.csr_matrix) -> np.ndarray:
 def _of_hits(hits: np.ndarray, counts: np.ndarray) -> dict[str, float]:
     """Metrics that depend only on hits (n, K) and numbers of relevant entries (n,) > 0."""
     found, k = np.cumsum(hits, axis=1), hits.shape[1]
-    n_hits, places, most = found[:, -1], np.arange(1, k + 1), np.minimum(counts, k)
+    n_hits, ranks, best = found[:, -1], np.arange(1, k + 1), np.minimum(counts, k)
     return {
-        "precision": float(n_hits.sum() / most.sum()),
+        "precision": float(n_hits.sum() / best.sum()),
         "precision_at_k": float(np.mean(n_hits / k)),
-        "recall": float(np.mean(n_hits / most)),
+        "recall": float(np.mean(n_hits / best)),
         "recall_full": float(np.mean(n_hits / counts)),
         "hit_rate": float(np.mean(n_hits > 0)),
-        "mrr": float(np.mean((hits / places).max(axis=1))),
-        "map": float(np.mean((hits * found / places).sum(axis=1) / most)),
+        "mrr": float(np.mean((hits / ranks).max(axis=1))),
+        "map": float(np.mean((hits * found / ranks).sum(axis=1) / best)),
         "ndcg": float(np.mean(holdout.ndcg_of_hits(hits, counts))),
     }
 
@@ -172,13 +172,13 @@ def _auc_unseen(
     seen: sparse.csr_matrix,
     n_items: int,
 ) -> float:
-    """AUC over the unseen items. Warn about relevant entries that were seen, and ignore them."""
+    """AUC over the unseen items; relevant entries that were seen are ignored, with a warning."""
     width = max(seen.shape[1], held_out.shape[1])
     both = _widened(seen, width).multiply(_pattern(_widened(held_out, width))).tocsr()
     if both.nnz:
         warnings.warn(
             f"{both.nnz} of {held_out.nnz} relevant test entries are stored in the train part "
-            "too: a ranking leaves them out, so they count as misses. Remove them from one of "
+            "too: a ranking excludes them, so they count as misses. Remove them from one of "
             "the parts",
             DataWarning,
             stacklevel=4,
@@ -191,7 +191,7 @@ def _auc_unseen(
 
 
 def _pattern(rows: sparse.csr_matrix) -> sparse.csr_matrix:
-    """True for every stored value, also for zeros."""
+    """Replace every stored value by True, also stored zeros."""
     return sparse.csr_matrix((np.ones(rows.nnz, bool), rows.indices, rows.indptr), shape=rows.shape)
 
 
@@ -232,7 +232,7 @@ def _checked_popularity(popularity: Any, n_users: int | None) -> np.ndarray | No
     most = int(np.max(counts, initial=1))
     if n_users is None or not n_users >= most:
         raise ValueError(
-            "n_users must be the number of users that popularity counts, here at least "
+            "n_users must be given with popularity, and be at least its largest count, "
             f"{most}, got {n_users}"
         )
     return counts

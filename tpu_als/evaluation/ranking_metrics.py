@@ -34,14 +34,14 @@ def ranking_metrics_at_k(
     Parameters
     ----------
     model : object
-        With ``recommend(userids, user_items, N)``: ours, implicit's or another.
+        Any model with ``recommend(userids, user_items, N)``.
     train_user_items : csr_matrix of shape (n_users, n_items)
         Known items of the users, which are excluded from the ranking.
     test_user_items : csr_matrix of shape (n_users, n_items)
         The positive entries are to be found. If both matrices have fewer columns than the model has
         items, the further items are misses. They may have more columns: test entries of items
-        unknown to the model are misses, and train entries of them are passed to the model (ours
-        raises ValueError).
+        unknown to the model are misses. Their train entries are passed to the model; the models of
+        this package then raise ValueError.
     K : int, default=10
         Length of the ranking. Shorter rankings are padded with ids that are not hits.
     show_progress, num_threads
@@ -67,7 +67,7 @@ def ranking_metrics_at_k(
         excluded from the ranking, and lower the metrics.
     """
     del show_progress, num_threads
-    K = inputs.whole_number("K", K)
+    K = inputs.integer("K", K)
     train = holdout.canonical(train_user_items, "train_user_items")
     test = holdout.relevant(test_user_items, "test_user_items")
     if train.shape != test.shape:
@@ -104,7 +104,7 @@ def _rankings(ids: Any, n_rows: int, k: int) -> np.ndarray:
 
 
 def _n_items(model: Any) -> int | None:
-    """Number of items of a model, if it is known. The table is not fetched from the devices."""
+    """Number of items of a model, if it is known, without copying the table from the devices."""
     count = getattr(model, "n_features_in_", None)
     if count is None:
         shape: Any = getattr(getattr(model, "item_factors", None), "shape", None)
@@ -163,7 +163,7 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
     def __init__(self, metric: str, k: int = 10) -> None:
         if metric not in METRICS:
             raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
-        self.metric, self.k = metric, inputs.whole_number("k", k)
+        self.metric, self.k = metric, inputs.integer("k", k)
 
     def __call__(self, estimator: Any, X: Any, y: Any = None) -> float:
         """Score a fitted estimator on new or known rows.
@@ -192,7 +192,7 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
         _check_frame(estimator, X)
         visible, hidden = holdout.for_scoring(arguments.canonical_csr(X))
         model, known = estimator, visible
-        if hasattr(X, "columns"):  # whose order the steps, or the model, compare
+        if hasattr(X, "columns"):  # the steps, or the model, compare the order of the columns
             known = pd.DataFrame(visible.toarray(), columns=X.columns)
         if hasattr(estimator, "steps"):
             model = estimator[-1]
@@ -200,7 +200,7 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
         if hasattr(known, "columns") and isinstance(model, BaseEstimator):
             validate_data(model, known, reset=False, skip_check_array=True)
         if not visible.shape[0]:
-            holdout.warn_of_nothing(self.metric)
+            holdout.warn_of_undefined(self.metric)
             return float("nan")
         known, users = sparse.csr_matrix(known), np.arange(visible.shape[0])
         _require_memory(len(users), self.k)
@@ -225,7 +225,10 @@ def _check_frame(estimator: Any, X: Any) -> None:
 
 
 def _popularity_of_fit(model: Any, rows: sparse.csr_matrix) -> tuple[np.ndarray, int]:
-    """Number of users who like each item (n_items,), and of all users; of `fit` or of `rows`."""
+    """Return how many users like each item (n_items,), and how many users there are.
+
+    Both are those of the data of `fit`, if the model has them, and otherwise those of `rows`.
+    """
     popularity = getattr(model, "item_popularity_", None)
     if popularity is None:
         return popularity_of(rows), rows.shape[0]

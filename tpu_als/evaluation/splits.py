@@ -16,7 +16,7 @@ from scipy import sparse
 
 from tpu_als.evaluation import holdout, inputs
 from tpu_als.parameters import random_generator
-from tpu_als.validation import structure
+from tpu_als.validation import fractions, structure
 
 
 def train_test_split(
@@ -32,8 +32,8 @@ def train_test_split(
         Probability, from 0 to 1, that a positive entry goes to the train part; 1 leaves no test
         part.
     random_state : None, int, RandomState or Generator, default=None
-        Seed. The test part of an integer is implicit's, if `ratings` is a CSR matrix with sorted
-        indices and without duplicates.
+        Seed. For an integer the test part equals implicit's, if `ratings` is a CSR matrix with
+        sorted indices and without duplicates.
 
     Returns
     -------
@@ -41,7 +41,7 @@ def train_test_split(
         They add up to `ratings`. Entries below 0 stay in `train`; implicit drops those that it
         draws for the test part. Duplicates are summed; implicit may put them in both parts.
     """
-    if not inputs.is_number(train_percentage) or not 0 <= train_percentage <= 1:
+    if not fractions.is_number(train_percentage) or not 0 <= train_percentage <= 1:
         raise ValueError(f"train_percentage must be from 0 to 1, got {train_percentage!r}")
     rows = holdout.canonical(ratings, "ratings")
     draws = random_generator(random_state).random(rows.nnz)
@@ -62,8 +62,8 @@ def leave_k_out_split(
     K : int, default=1
         Entries to hold out of a user.
     train_only_size : float, default=0.0
-        Fraction, from 0 to below 1, of the n users with entries for whom nothing is held out. As in
-        implicit, these are ``int(n * train_only_size)`` users, at least one unless it is 0.
+        Fraction, from 0 to below 1, of the n users with entries from whom nothing is held out. As
+        in implicit, these are ``int(n * train_only_size)`` users, but at least one if it is not 0.
     random_state : None, int, RandomState or Generator, default=None
         Seed.
 
@@ -72,8 +72,8 @@ def leave_k_out_split(
     train, test : csr_matrix of shape (n_users, n_items)
         They add up to `ratings`.
     """
-    K = inputs.whole_number("K", K)
-    if not inputs.is_number(train_only_size) or not 0 <= train_only_size < 1:
+    K = inputs.integer("K", K)
+    if not fractions.is_number(train_only_size) or not 0 <= train_only_size < 1:
         raise ValueError(f"train_only_size must be at least 0 and below 1, got {train_only_size!r}")
     rows, rng = holdout.canonical(ratings, "ratings"), random_generator(random_state)
     is_tested = holdout.positive_counts(rows) > K + 1
@@ -118,13 +118,13 @@ def strong_generalization_split(
     Liang, Krishnan, Hoffman, Jebara (2018), Variational Autoencoders for Collaborative Filtering,
     section 4.1; also the protocol of ALX.
     """
-    inputs.fraction("test_users", test_users)
-    inputs.fraction("fold_in", fold_in)
+    fractions.require("test_users", test_users)
+    fractions.require("fold_in", fold_in)
     rows, rng = holdout.canonical(user_items), random_generator(random_state)
-    able = np.flatnonzero(holdout.positive_counts(rows) > 1)
-    if not len(able):
+    testable = np.flatnonzero(holdout.positive_counts(rows) > 1)
+    if not len(testable):
         raise ValueError("no user has two positive entries, one to fold in and one to find")
-    chosen = np.sort(rng.permutation(able)[: max(round(test_users * rows.shape[0]), 1)])
+    chosen = np.sort(rng.permutation(testable)[: max(round(test_users * rows.shape[0]), 1)])
     if len(chosen) == rows.shape[0]:
         raise ValueError(
             f"test_users={test_users} of {rows.shape[0]} users leaves none to train on: hold out "
@@ -140,8 +140,8 @@ def time_split(
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
     """Split entries into the earlier ones and the latest `fraction`; ties stay in the earlier part.
 
-    For a matrix, with one entry for a user and an item. `datasets.split_by_time` makes the same cut
-    in a table of interactions, which may have several rows for a user and an item.
+    A matrix has one entry for a user and an item. `datasets.split_by_time` splits a table of
+    interactions in the same way; it may have several rows for a user and an item.
 
     Parameters
     ----------
@@ -163,15 +163,14 @@ def time_split(
     ValueError
         For a fraction out of range, other entries, or a missing time (NaN).
     """
-    inputs.fraction("fraction", fraction)
+    fractions.require("fraction", fraction)
     entries, times = holdout.canonical(user_items), _earliest(timestamps)
     same = entries.shape == times.shape and np.array_equal(entries.indptr, times.indptr)
     if not same or not np.array_equal(entries.indices, times.indices):
         raise ValueError("timestamps must be a sparse matrix with the entries of user_items")
     if np.isnan(times.data).any():
         raise ValueError("timestamps must have no missing values (NaN): drop those entries first")
-    cut = np.quantile(times.data, 1 - fraction, method="lower") if times.nnz else 0
-    return holdout.parts(entries, times.data > cut)
+    return holdout.parts(entries, fractions.is_latest(times.data, fraction))
 
 
 def _earliest(timestamps: Any) -> sparse.csr_matrix:

@@ -20,7 +20,7 @@ MOST = 1 << 48  # limit on rows, entries and files, so that small sums of them f
 
 
 def parquet_library() -> tuple[ModuleType, ModuleType]:
-    """pyarrow and pyarrow.parquet, or an ImportError that names the extra."""
+    """Import pyarrow and pyarrow.parquet; an ImportError names the extra."""
     try:
         import pyarrow
         import pyarrow.fs
@@ -85,7 +85,7 @@ class Directory:
             try:
                 self.filesystem, self._base = pa.fs.FileSystem.from_uri(text)
             except (pa.ArrowException, OSError, ValueError) as error:
-                raise ValueError(f"{text} is no address that pyarrow can open: {error}") from error
+                raise ValueError(f"pyarrow cannot open the address {text}: {error}") from error
             is_local = self.filesystem.equals(local)
             self.path = Path(self._base) if is_local else text.rstrip("/")
         else:
@@ -120,14 +120,14 @@ class Directory:
         return sorted(found, key=lambda file: file.key.split("/"))
 
     def totals(self, version: int) -> dict[str, Any]:
-        """The totals of the directory, checked; FileNotFoundError if there are none."""
+        """Read and check the totals of the directory; FileNotFoundError if there are none."""
         pa, _ = parquet_library()
         info = self._info(TOTALS)
         file = f"{self.path}/{TOTALS}"
         if info.type == pa.fs.FileType.NotFound:
             raise FileNotFoundError(
-                f"{self.path} has no {TOTALS}, which is written last: the directory is another "
-                "one, or its writing was cut short (then remove it and write it again)"
+                f"{self.path} has no {TOTALS}, which is written last: this is not a directory of "
+                "shards, or writing it was interrupted (then remove it and write it again)"
             )
         if not info.is_file or info.size > _TOTALS_BYTES:
             got = f"a file of {info.size} bytes" if info.is_file else "a directory"
@@ -137,7 +137,7 @@ class Directory:
                 totals = json.loads(stream.read().decode("utf-8"))
         except (ValueError, RecursionError, pa.ArrowException, OSError) as error:
             reason = f"{type(error).__name__}: {error}"[:200]
-            raise ValueError(f"{file} is not JSON that can be read: {reason}") from error
+            raise ValueError(f"{file} cannot be read as JSON: {reason}") from error
         return checked_totals(totals, file, version)
 
     def _info(self, name: str) -> Any:
@@ -185,12 +185,12 @@ def checked_totals(totals: Any, file: str, version: int) -> dict[str, Any]:
     if not isinstance(files, dict) or not all(map(_is_summary, files.values())):
         raise ValueError(
             f"{file}: files must give for each file [rows, entries, digest, bytes, CRC-32 of the "
-            "footer], where the digest is a text and all else an integer of at least 0"
+            "footer], where the digest is text and the others are integers of at least 0"
         )
     if "checksum" in totals and not _has_its_checksum(totals):
         raise ValueError(
-            f"{file} does not have the checksum that it was written with: it is damaged, so "
-            "restore it from a copy; if you edited it, remove its field checksum"
+            f"{file} does not match the checksum in it. It is damaged (restore it from a copy) or "
+            "was edited (remove its field checksum)"
         )
     return totals
 
@@ -198,7 +198,7 @@ def checked_totals(totals: Any, file: str, version: int) -> dict[str, Any]:
 def _has_its_checksum(totals: dict[str, Any]) -> bool:
     try:
         return totals["checksum"] == digests.fields(totals)
-    except RecursionError:  # a further field is nested deeply
+    except RecursionError:  # an additional field is nested too deeply
         return False
 
 
@@ -213,7 +213,7 @@ def _is_summary(value: Any) -> bool:
 
 
 def footer(source: str, filesystem: Any) -> list[int]:
-    """Size of a file, and CRC-32 of the footer at its end.
+    """Return the size of a file, and the CRC-32 of the footer at its end.
 
     Parquet has checksums of pages but not of footers, and Arrow may abort the process if a footer
     is damaged.

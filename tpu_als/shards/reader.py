@@ -1,4 +1,4 @@
-"""Read a Parquet file of sparse rows, which may be damaged or untrusted and so is fully checked."""
+"""Read Parquet files of sparse rows. They may be damaged or untrusted, so all is checked."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class RowReader:
     Raises
     ------
     ValueError
-        By every method, naming the file: if it is not a Parquet file, lacks a column or has one of
-        another type, or if it holds an id out of range, a missing or infinite value, lists of
-        values and ids of different lengths, or a column twice in a row. At its end, if the content
-        differs from totals.json.
+        Every method raises it, and names the file. Reasons: the file is not Parquet, lacks a column
+        or has one of another type; it holds an id out of range, a missing or infinite value, lists
+        of values and ids of different lengths, or a column twice in a row; its content differs from
+        totals.json, which is known only after the last row.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class RowReader:
         self._summary = summary
 
     def counts(self) -> tuple[int, int, int, int]:
-        """From the footer: bounds on the entries, number of rows, and largest row id or -1."""
+        """Read from the footer: bounds on the entries, number of rows, and largest row id or -1."""
         self._verify_footer()
         with self._reading():
             _, pq = parquet_library()
@@ -70,7 +70,9 @@ class RowReader:
                         found = column.statistics.max if column.is_stats_set else None
                         largest = max(largest, found) if isinstance(found, int) else largest
             if not (0 <= n_rows <= MOST and 0 <= most <= MOST and largest <= MOST):
-                raise ValueError(f"its footer counts {n_rows} rows and {most} entries")
+                raise ValueError(
+                    f"its footer has impossible counts, {n_rows} rows and {most} entries"
+                )
         if not is_known and meta.num_row_groups:
             return 0, MOST, n_rows, largest
         # The count includes one value for each row without entries.
@@ -110,7 +112,7 @@ class RowReader:
             self._verify(n_rows, n_entries, f"{digest.total:016x}")
 
     def _verify(self, n_rows: int, n_entries: int, digest: str | None) -> None:
-        """Compare the content with the totals; without digest if only lengths were read."""
+        """Compare the content with the totals; `digest` is None if only lengths were read."""
         if self._summary is not None:
             found = [n_rows, n_entries, *([] if digest is None else [digest])]
             self._compare("rows, entries and digest", found, self._summary[: len(found)])
@@ -172,7 +174,7 @@ class RowReader:
             raise ValueError(f"{self.file} cannot be read as a Parquet file: {reason}") from error
 
     def _find(self, names: list[str], schema: Any) -> list[str]:
-        """The file's names of these columns, after a check of their types."""
+        """Return the names that the file has for these columns, after a check of their types."""
         pa, _ = parquet_library()
         found = []
         for name in names:
@@ -180,7 +182,7 @@ class RowReader:
             here = next((alias for alias in aliases if alias in schema.names), None)
             if here is None:
                 wanted = " or ".join(aliases)
-                raise ValueError(f"{self.file} has no column {wanted}, but {schema.names}")
+                raise ValueError(f"{self.file} must have a column {wanted}, got {schema.names}")
             kind = schema.field(here).type
             is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
             entry = kind.value_type if is_list else kind
@@ -190,7 +192,7 @@ class RowReader:
             if not is_number or is_list == (name == "row_id"):
                 expected = {"row_id": "integers", "values": "lists of numbers"}
                 wanted = expected.get(name, "lists of integers")
-                raise ValueError(f"{self.file}: column {here} must hold {wanted}, not {kind}")
+                raise ValueError(f"{self.file}: column {here} must hold {wanted}, got {kind}")
             found.append(here)
         return found
 
@@ -263,7 +265,10 @@ def cut_rows(
     if rows.nnz <= entries:
         yield row_ids, rows
         return
-    begin, indptr = 0, rows.indptr.astype(np.int64, copy=False)  # `entries` more may not fit int32
+    begin, indptr = (
+        0,
+        rows.indptr.astype(np.int64, copy=False),
+    )  # a sum with `entries` may exceed int32
     while begin < rows.shape[0]:
         end = int(np.searchsorted(indptr, indptr[begin] + entries, side="right")) - 1
         end = max(end, begin + 1)
@@ -275,20 +280,20 @@ def packed(
     readers: list[RowReader], has_values: bool, entries: int
 ) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
     """The rows of files, in order, in blocks of at most `entries` entries or one row."""
-    held: list[tuple[np.ndarray, sparse.csr_matrix]] = []
-    n_held = 0
+    buffer: list[tuple[np.ndarray, sparse.csr_matrix]] = []
+    n_buffered = 0
     for reader in readers:
         for row_ids, rows in reader.rows(has_values):
             for piece in cut_rows(row_ids, rows, entries):
-                # Rows count too, or empty ones would pile up.
+                # Rows count too. Otherwise any number of empty rows would be buffered.
                 size = max(len(piece[0]), piece[1].nnz)
-                if held and n_held + size > entries:
-                    yield joined(held)
-                    held, n_held = [], 0
-                held.append(piece)
-                n_held += size
-    if held:
-        yield joined(held)
+                if buffer and n_buffered + size > entries:
+                    yield joined(buffer)
+                    buffer, n_buffered = [], 0
+                buffer.append(piece)
+                n_buffered += size
+    if buffer:
+        yield joined(buffer)
 
 
 def joined(

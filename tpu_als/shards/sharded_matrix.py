@@ -17,9 +17,9 @@ from tpu_als.shards.reader import RowReader, joined, packed
 from tpu_als.shards.transpose import index_dtype
 from tpu_als.shards.writer import (
     Settings,
-    fitting,
+    checked_data,
+    checked_held_out,
     new_directory,
-    prepared,
     write_sides,
     write_test,
     write_totals,
@@ -30,8 +30,8 @@ FORMAT = 1
 Side = Literal["user", "item"]
 SIDES: tuple[Side, ...] = ("user", "item")
 _FOOTERS_AT_ONCE = 16
-# Plausible numbers of users or items: this many for each id up to the largest, plus a constant.
-_ROWS_A_KNOWN, _ROWS_UNKNOWN = 64, 1 << 20
+# Largest plausible number of rows of a side: a multiple of the known ids, plus a constant.
+_ROWS_PER_ID, _MORE_ROWS = 64, 1 << 20
 _COMPRESSIONS = ("zstd", "snappy", "gzip", "brotli", "lz4", "none")
 
 
@@ -41,8 +41,8 @@ class ShardedMatrix:
 
     It holds no entries and no open files, so it is cheap to pickle and to send to other processes.
     docs/shards.md describes the files. There are two sides ("user": rows are users; "item": rows
-    are items). Of the files of a side, sorted by name, process `part` of `parts` reads the files
-    part, part + parts, ... Every row is complete in one file.
+    are items). The files of a side are sorted by name; process `part` of `parts` reads the files
+    number part, part + parts, ... All entries of a row are in one file.
 
     Attributes
     ----------
@@ -103,7 +103,7 @@ class ShardedMatrix:
         if len(found) != self.n_shards:
             raise ValueError(
                 f"{self.path}/{side} has {len(found)} Parquet files, but {TOTALS} counts "
-                f"{self.n_shards}: files are missing, or not of this data set"
+                f"{self.n_shards}: files are missing, or belong to other data"
             )
         return found[part::parts]
 
@@ -112,7 +112,7 @@ class ShardedMatrix:
         return Directory(self.path, self.filesystem)
 
     def lengths(self, side: Side, part: int = 0, parts: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Count the entries of each row, without holding them.
+        """Count the entries of each row, one row group at a time.
 
         Parameters
         ----------
@@ -135,11 +135,11 @@ class ShardedMatrix:
         row_ids = np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in read)])
         lengths = np.concatenate([np.zeros(0, np.int64), *(counts for _, counts in read)])
         ordered = np.sort(row_ids)
-        again = ordered[1:][ordered[1:] == ordered[:-1]]
-        if len(again):
+        repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+        if len(repeated):
             raise ValueError(
-                f"{self.path}/{side}: row {again[0]} occurs more than once, but a row must be "
-                "whole in one file"
+                f"{self.path}/{side}: row {repeated[0]} occurs more than once, but all entries "
+                "of a row must be in one file"
             )
         if parts == 1 and lengths.sum() != self.nnz:
             raise ValueError(
@@ -204,8 +204,8 @@ class ShardedMatrix:
         indices, values = np.empty(self.nnz, dtype), np.empty(self.nnz, np.float32)
         for row_ids, rows in self.blocks("user"):
             offsets = np.repeat(indptr[row_ids] - rows.indptr[:-1], np.diff(rows.indptr))
-            places = offsets + np.arange(rows.nnz)
-            indices[places], values[places] = rows.indices, rows.data
+            positions = offsets + np.arange(rows.nnz)
+            indices[positions], values[positions] = rows.indices, rows.data
         return sparse.csr_matrix((values, indices, indptr.astype(dtype)), shape=self.shape)
 
     def held_out(self, part: int = 0, parts: int = 1) -> tuple[np.ndarray, sparse.csr_matrix]:
@@ -260,7 +260,7 @@ class ShardedMatrix:
             )
         name, n_rows = f"n_{side}s", self.shape[SIDES.index(side)]
         n_known = max(count[3] for count in counts) + 1
-        if n_known and n_rows > _ROWS_A_KNOWN * n_known + _ROWS_UNKNOWN:
+        if n_known and n_rows > _ROWS_PER_ID * n_known + _MORE_ROWS:
             raise ValueError(
                 f"{self.path}/{TOTALS}: {name} is {n_rows}, but the largest row id in "
                 f"{self.path}/{side} is {n_known - 1}"
@@ -288,12 +288,12 @@ def open_shards(path: str | os.PathLike, filesystem: Any = None) -> ShardedMatri
     Raises
     ------
     FileNotFoundError
-        If there is no totals.json, which is written last.
+        If there is no totals.json. `write_shards` writes it last.
     ValueError
         If the totals are not as described, have a later format, or contradict the files; if a file
         is not a Parquet file.
     ImportError
-        If pyarrow, of the extra ``shards``, is not installed.
+        If pyarrow, which the extra ``shards`` installs, is missing.
     """
     directory = Directory(path, filesystem)
     totals = directory.totals(FORMAT)
@@ -340,7 +340,7 @@ def write_shards(
         For evaluation: the entries to find. The data must then be one matrix of the known entries.
         It is written as the column `gt_tag`, and there is no folder `item`.
     compression : str, default="zstd"
-        Or "snappy", "gzip", "brotli", "lz4" or "none".
+        "zstd", "snappy", "gzip", "brotli", "lz4" or "none".
     memory_entries : int, default=2**24
         Entries in memory at once, at about 40 bytes each, in addition to one block of the data and
         the longest row. With many shards, more entries give longer row groups.
@@ -361,7 +361,7 @@ def write_shards(
         that is too small, no block and no shape, `held_out` that does not match the data, or
         another argument out of range.
     ImportError
-        If pyarrow, of the extra ``shards``, is not installed.
+        If pyarrow, which the extra ``shards`` installs, is missing.
 
     Examples
     --------
@@ -380,8 +380,8 @@ def write_shards(
         raise ValueError(f"compression must be one of {_COMPRESSIONS}, got {compression!r}")
     refuse_misplaced(data, "data", takes_blocks=True)
     if held_out is not None:
-        held_out = fitting(held_out, data)
-    blocks, sizes, has_values = prepared(data, shape)
+        held_out = checked_held_out(held_out, data)
+    blocks, sizes, has_values = checked_data(data, shape)
     local = Directory(path).path
     if not isinstance(local, Path):
         raise ValueError(

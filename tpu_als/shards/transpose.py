@@ -1,4 +1,4 @@
-"""Entries in the order of their rows to the order of their columns, in bounded memory, on disk."""
+"""Sort the entries of a matrix by column, on disk and in bounded memory."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class ExternalTranspose:
     Parameters
     ----------
     folder : Path
-        Where the runs go: 8 to 20 bytes an entry. Whoever owns it removes it.
+        Directory of the runs, which take 8 to 20 bytes per entry. The caller removes it.
     shape : (int, int)
-        Rows and columns; either may be too large a guess, which costs only disk.
+        Rows and columns, or upper bounds of them. A larger dtype of ids costs disk space only.
     has_values : bool
-        Whether to keep the values, or take all of them as 1.
+        Whether to keep the values. Otherwise all of them are taken as 1.
     memory_entries : int
         Entries in memory at once, at up to 28 bytes each.
     """
@@ -38,26 +38,26 @@ class ExternalTranspose:
         self._folder = folder
         self._memory_entries = memory_entries
         self._buffer = np.empty(memory_entries, self._record)
-        self._n_held = 0
+        self._n_buffered = 0
         self._runs: list[_Run] = []
 
     def add(self, row_ids: np.ndarray, rows: sparse.csr_matrix) -> None:
-        """Take the entries of rows, whose ids ascend, and follow those of earlier calls."""
+        """Add the entries of rows. The ids ascend, also from one call to the next."""
         row_ids = np.repeat(row_ids, np.diff(rows.indptr))
         begin = 0
         while begin < rows.nnz:
-            room = self._buffer[self._n_held : self._n_held + rows.nnz - begin]
+            room = self._buffer[self._n_buffered : self._n_buffered + rows.nnz - begin]
             here = slice(begin, begin + len(room))
             room["column"], room["row"] = rows.indices[here], row_ids[here]
             if "value" in _fields(self._record):
                 room["value"] = rows.data[here]
             begin += len(room)
-            self._n_held += len(room)
-            if self._n_held == len(self._buffer):
+            self._n_buffered += len(room)
+            if self._n_buffered == len(self._buffer):
                 self._write_run()
 
     def merged(self, n_rows: int) -> Iterator[tuple[np.ndarray, sparse.csr_matrix]]:
-        """Yield the columns that have entries, ascending and each whole, as rows.
+        """Yield the columns that have entries, as rows in ascending order and never divided.
 
         Parameters
         ----------
@@ -78,55 +78,55 @@ class ExternalTranspose:
         while runs:
             for run in runs:
                 run.fill(share)
-            # The first column of which a run may have more entries than it holds.
+            # Columns before `limit` are complete: no run has more of their entries on disk.
             limit = min((run.last for run in runs if run.n_left), default=None)
             ready = np.concatenate([run.take(limit) for run in runs])
             if len(ready):
                 yield _as_rows(ready[_stable_order(ready["column"])], n_rows)
-            else:  # that column is longer than the share of such a run
+            else:  # a run has more entries of the column `limit` than its share
                 for run in runs:
-                    run.fill(2 * len(run.held) if run.last == limit else 0)
-            runs = [run for run in runs if run.n_left or len(run.held)]
+                    run.fill(2 * len(run.buffer) if run.last == limit else 0)
+            runs = [run for run in runs if run.n_left or len(run.buffer)]
 
     def _write_run(self) -> None:
-        if not self._n_held:
+        if not self._n_buffered:
             return
-        records = self._buffer[: self._n_held]
+        records = self._buffer[: self._n_buffered]
         path = self._folder / f"run-{len(self._runs):06d}"
         order = _stable_order(records["column"])
         with open(path, "xb") as file:
             for begin in range(0, len(order), _WRITTEN_AT_ONCE):
                 records[order[begin : begin + _WRITTEN_AT_ONCE]].tofile(file)
         self._runs.append(_Run(path, self._record, len(records)))
-        self._n_held = 0
+        self._n_buffered = 0
 
 
 class _Run:
-    """A file of sorted records, of which the next ones are held in memory."""
+    """A file of sorted records. The next ones are in `buffer`."""
 
     def __init__(self, path: Path, record: np.dtype, n_records: int) -> None:
-        self.held = np.empty(0, record)
+        self.buffer = np.empty(0, record)
         self.n_left = n_records
         self._path, self._offset = path, 0
 
     @property
     def last(self) -> int:
-        """Column of the last record held."""
-        return int(self.held["column"][-1])
+        """Column of the last record in the buffer."""
+        return int(self.buffer["column"][-1])
 
     def fill(self, n_records: int) -> None:
-        """Hold that many, or all that are left."""
-        wanted = min(n_records - len(self.held), self.n_left)
+        """Read until the buffer has `n_records` records, or the file has no more."""
+        wanted = min(n_records - len(self.buffer), self.n_left)
         if wanted > 0:
-            more = np.fromfile(self._path, self.held.dtype, wanted, offset=self._offset)
-            self.held = np.concatenate([self.held, more])
+            more = np.fromfile(self._path, self.buffer.dtype, wanted, offset=self._offset)
+            self.buffer = np.concatenate([self.buffer, more])
             self._offset += more.nbytes
             self.n_left -= wanted
 
     def take(self, column: int | None) -> np.ndarray:
         """Remove and return the entries before `column`; all if it is None."""
-        end = len(self.held) if column is None else np.searchsorted(self.held["column"], column)
-        taken, self.held = self.held[:end], self.held[end:].copy()
+        end = len(self.buffer) if column is None else np.searchsorted(self.buffer["column"], column)
+        taken, self.buffer = self.buffer[:end], self.buffer[end:].copy()
         return taken
 
 
@@ -144,7 +144,10 @@ def _fields(record: np.dtype) -> tuple[str, ...]:
 
 
 def _stable_order(keys: np.ndarray) -> np.ndarray:
-    """Stable argsort of integers of at least 0: place and key in one number sort 7 times faster."""
+    """Stable argsort of integers of at least 0.
+
+    Key and position are packed into one number where they fit, which is 7 times faster.
+    """
     bits = len(keys).bit_length()
     if int(keys.max(initial=0)).bit_length() + bits > 63:
         return np.argsort(keys, kind="stable")
@@ -156,5 +159,5 @@ def _stable_order(keys: np.ndarray) -> np.ndarray:
 
 
 def index_dtype(n: int) -> type[np.int32] | type[np.int64]:
-    """The smallest dtype for ids of `n` rows that SciPy and Parquet have both."""
+    """The smallest dtype for ids of `n` rows that both SciPy and Parquet support."""
     return np.int32 if n <= np.iinfo(np.int32).max else np.int64

@@ -1,4 +1,4 @@
-"""Write both orientations of streamed rows as Parquet files, in bounded memory."""
+"""Write streamed rows as Parquet files by row and by column, in bounded memory."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write_sides(
     shape : (int or None, int)
         Numbers of users, if known in advance, and items.
     has_values : bool or None
-        Whether any entry is not 1; None if that is not known in advance.
+        Whether some entry is not 1; None if that is not known in advance.
     settings : Settings
 
     Returns
@@ -128,9 +128,9 @@ class PartWriter(contextlib.AbstractContextManager):
     folder : Path
         Must not exist; it is created.
     n_columns : int
-        Decides whether column ids are int32 or int64.
+        Number of columns. It decides whether column ids are int32 or int64.
     values : bool or None
-        Whether the files have values. None: they have, but null for row groups of ones.
+        Whether the files have values. With None they have, but null in row groups of ones.
     settings : Settings
         At most `memory_entries` entries are buffered, over all parts.
     held_out : bool, default=False
@@ -156,8 +156,10 @@ class PartWriter(contextlib.AbstractContextManager):
         self._schema = pa.schema([("row_id", pa.int64()), *lists])
         self._null_if_ones = values is None
         self._group = max(1, min(_ROW_GROUP_ENTRIES, settings.memory_entries // n_shards))
-        self._held: list[list[tuple[np.ndarray, sparse.csr_matrix]]] = [[] for _ in range(n_shards)]
-        self._n_held = [0] * n_shards
+        self._buffered: list[list[tuple[np.ndarray, sparse.csr_matrix]]] = [
+            [] for _ in range(n_shards)
+        ]
+        self._n_buffered = [0] * n_shards
         folder.mkdir()
         self._folder = folder
         self._digests = [digests.EntriesDigest(folder.name, n_columns) for _ in range(n_shards)]
@@ -169,7 +171,7 @@ class PartWriter(contextlib.AbstractContextManager):
                         folder / _name(part),
                         self._schema,
                         compression=settings.compression,
-                        use_dictionary=["values.list.element"],  # ids hardly ever repeat
+                        use_dictionary=["values.list.element"],  # ids rarely repeat
                         write_statistics=["row_id"],
                         write_page_checksum=True,
                     )
@@ -192,7 +194,7 @@ class PartWriter(contextlib.AbstractContextManager):
 
     def add(self, row_ids: np.ndarray, rows: sparse.csr_matrix) -> None:
         """Append rows to their parts; rows without entries are not written."""
-        n_shards = len(self._held)
+        n_shards = len(self._buffered)
         stored = np.flatnonzero(np.diff(rows.indptr))
         order = stored[np.argsort(row_ids[stored] % n_shards, kind="stable")]
         row_ids, rows = row_ids[order], rows[order]
@@ -200,24 +202,24 @@ class PartWriter(contextlib.AbstractContextManager):
         for part, (begin, end) in enumerate(itertools.pairwise(bounds)):
             if begin < end:
                 piece = rows[begin:end]
-                self._held[part].append((row_ids[begin:end].copy(), piece))
-                self._n_held[part] += piece.nnz
-                if self._n_held[part] >= self._group:
+                self._buffered[part].append((row_ids[begin:end].copy(), piece))
+                self._n_buffered[part] += piece.nnz
+                if self._n_buffered[part] >= self._group:
                     self._write(part)
 
     def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
         with self._files:
             if kind is None:
-                for part in range(len(self._held)):
+                for part in range(len(self._buffered)):
                     self._write(part)
 
     def _write(self, part: int) -> None:
-        if not self._held[part]:
+        if not self._buffered[part]:
             return
         pa, _ = parquet_library()
-        row_ids = np.concatenate([ids for ids, _ in self._held[part]])
-        rows = sparse.vstack([rows for _, rows in self._held[part]], format="csr")
-        self._held[part], self._n_held[part] = [], 0
+        row_ids = np.concatenate([ids for ids, _ in self._buffered[part]])
+        rows = sparse.vstack([rows for _, rows in self._buffered[part]], format="csr")
+        self._buffered[part], self._n_buffered[part] = [], 0
         kinds = {field.name: field.type for field in self._schema}
         held_out = None
         if "gt_tag" in kinds:
@@ -246,8 +248,19 @@ def _name(part: int) -> str:
 def _id_lists(rows: sparse.csr_matrix, kind: Any) -> Any:
     """The columns of each row, as an Arrow array of lists."""
     pa, _ = parquet_library()
-    offsets = pa.array(rows.indptr.astype(np.int32))
+    offsets = pa.array(_list_offsets(rows.indptr))
     return pa.ListArray.from_arrays(offsets, pa.array(rows.indices, kind.value_type, safe=False))
+
+
+def _list_offsets(indptr: np.ndarray) -> np.ndarray:
+    """Convert `indptr` to int32, the offsets of Arrow's lists; ValueError if it does not fit."""
+    most = np.iinfo(np.int32).max
+    if indptr[-1] > most:
+        raise ValueError(
+            f"a row group must have at most {most} entries, got {indptr[-1]}: lower "
+            "memory_entries, or raise n_shards"
+        )
+    return indptr.astype(np.int32)
 
 
 def canonical_blocks(
@@ -256,7 +269,7 @@ def canonical_blocks(
     """Yield canonical blocks; ValueError if one is not a matrix or does not match the others."""
     if not isinstance(blocks, Iterable) or isinstance(blocks, np.ndarray):
         raise _not_blocks(blocks)
-    # Of other iterables, such as a frame, the first element (a column name) is no help in an error.
+    # The elements of other iterables, such as the column names of a frame, do not help in an error.
     is_plain = isinstance(blocks, (list, tuple, Iterator))
     n_rows, width = 0, None
     for number, block in enumerate(blocks):
@@ -281,7 +294,7 @@ def canonical_blocks(
 
 
 def _not_blocks(data: Any) -> ValueError:
-    """The error for data that are neither a sparse matrix nor blocks of one."""
+    """Error for data that are neither a sparse matrix nor blocks of one."""
     advice = ""
     if hasattr(data, "columns"):
         advice = f": {IF_EVENTS}; if they are users, pass scipy.sparse.csr_matrix(data)"
@@ -293,8 +306,8 @@ def _not_blocks(data: Any) -> ValueError:
     )
 
 
-def fitting(held_out: Any, data: Any) -> sparse.csr_matrix:
-    """The held-out entries, canonical; ValueError if they do not match the data."""
+def checked_held_out(held_out: Any, data: Any) -> sparse.csr_matrix:
+    """Return the held-out entries, canonical; ValueError if they do not match the data."""
     refuse_misplaced(held_out, "held_out")
     if not sparse.issparse(data):
         raise ValueError("with held_out the data must be one CSR matrix, not blocks")
@@ -306,10 +319,13 @@ def fitting(held_out: Any, data: Any) -> sparse.csr_matrix:
     return next(canonical_blocks([held_out], None))
 
 
-def prepared(
+def checked_data(
     data: Any, shape: tuple[int, int] | None
 ) -> tuple[Iterator[sparse.csr_matrix], tuple[int | None, int], bool | None]:
-    """The checked blocks, (users, items), and whether there are values; None if not known yet."""
+    """Check the data, and return blocks, (users, items), and whether there are values.
+
+    The number of users, and whether there are values, are None if not known yet.
+    """
     is_matrix = sparse.issparse(data)
     if shape is not None and not (len(shape) == 2 and all(is_count(n, 0) for n in shape)):
         raise ValueError(f"shape must be two integers of at least 0, got {shape!r}")
@@ -317,7 +333,7 @@ def prepared(
     first = next(blocks, None)
     if first is None:
         if shape is None:
-            raise ValueError("the data have no block: pass shape=(n_users, n_items)")
+            raise ValueError("the data contain no block: pass shape=(n_users, n_items)")
         return blocks, shape, None
     n_users = data.shape[0] if is_matrix else None
     has_values = bool(np.any(first.data != 1)) if is_matrix else None

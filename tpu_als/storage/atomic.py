@@ -1,4 +1,4 @@
-"""Atomic writing: a file gets its name only after all of it is on disk."""
+"""Atomic writing: a file gets its name only after its content is on disk."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ try:
 except ImportError:  # Windows, which refuses to remove or replace an open file
     fcntl = None  # type: ignore[assignment]
 
-_SHOWN = 24  # characters of the name in the temporary file's name, whose length must be bounded
+_SHOWN = 24  # characters of the name in the temporary file's name, whose length is limited
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that replaces `path` at the end; after an error nothing has changed.
+    """Open a file that replaces `path` when it is closed; an error leaves `path` unchanged.
 
     If `path` is a symbolic link, its target is replaced. The mode of an existing file is kept.
     Temporary files that dead processes left for the same name are removed.
@@ -55,7 +55,7 @@ def _create(path: Path, prefix: str) -> tuple[Path, BinaryIO]:
     while True:
         part = path.with_name(f"{prefix}{uuid.uuid4().hex[:12]}.tmp")
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        # Never more readable than the old file, not even for a moment.
+        # The new file is at no time more readable than the old one.
         file = os.fdopen(os.open(part, flags, 0o666 if mode is None else mode & 0o600), "w+b")
         try:
             if mode is not None and hasattr(os, "fchmod"):
@@ -67,7 +67,7 @@ def _create(path: Path, prefix: str) -> tuple[Path, BinaryIO]:
             file.close()
             part.unlink(missing_ok=True)
             raise
-        file.close()  # another process removed it as a leftover before it was locked
+        file.close()  # before it was locked, another process removed it as a leftover
 
 
 def _lock(descriptor: int) -> bool:
@@ -84,7 +84,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _remove_leftovers(folder: Path, prefix: str) -> None:
-    """Remove temporary files that no process holds a lock on."""
+    """Remove temporary files that no process has locked."""
     found = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         found = [e.name for e in entries if e.name.startswith(prefix) and e.name.endswith(".tmp")]

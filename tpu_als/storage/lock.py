@@ -1,4 +1,4 @@
-"""A lock between processes, which the operating system releases when its process ends."""
+"""A lock between processes. The operating system releases it when the process ends."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class FileLock:
                 msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                log.warning("%s: this file system has no locks, so two fits may write one run",
+                log.warning("%s: this file system has no locks, so two fits may write the same run",
                             self.path)  # fmt: skip
                 self.is_real = False
                 return True

@@ -21,7 +21,7 @@ from tpu_als.validation.arguments import factor_table, same_width
 
 PREFIX = "tpu_als_"
 FORMAT = 1
-# The keys that implicit uses. Its loader stores other keys as attributes that it never reads.
+# The keys that implicit uses. implicit loads other keys as attributes and never reads them.
 _IMPLICIT = frozenset(
     {
         "user_factors",
@@ -44,7 +44,7 @@ _IMPLICIT_ALS = {"factors", "regularization", "iterations", "use_cg"}
 _TABLES = ("user_factors", "item_factors")
 _SERIES, _OWN, _JSON = "history_", "own_", "json_"
 _KNOWN_SCALARS = ("format", "storage_dtype")
-_NEVER_LOADED = ("checkpoint_dir",)  # else the file would choose a path that the next fit writes to
+_NEVER_LOADED = ("checkpoint_dir",)  # a file must not choose where the next fit writes
 
 
 def save_model(
@@ -71,18 +71,18 @@ def save_model(
 
     Returns
     -------
-    left_out : list of str
+    unsaved : list of str
         Names of parameters whose values the file cannot hold.
 
     Raises
     ------
     ValueError
-        Where the tables hold NaN or infinity, differ in width, or have another one than `factors`.
+        If the tables hold NaN or infinity, or if their widths and `factors` are not all equal.
     """
     parameters = {key: _plain_number(value) for key, value in parameters.items()}
     name = rules.storage_dtype(parameters.get("dtype", np.float32))
     values = {k: v for k, v in {**parameters, **fitted}.items() if k not in _NEVER_LOADED}
-    # implicit does not support bfloat16, so "dtype", which it reads, must be float32.
+    # implicit reads "dtype" and does not support bfloat16.
     values.update(dtype=name.replace("bfloat16", "float32"), storage_dtype=name)
     if not isinstance(values.get("devices"), int):
         values["devices"] = None
@@ -91,13 +91,13 @@ def save_model(
     values["assigned"] = ",".join(values.get("assigned") or ()) or None
     for key, series in (values.pop("history_", None) or {}).items():
         values[_SERIES + key] = np.asarray(series, np.float64)
-    # What `load_model` would refuse must not replace a good file.
+    # Make the checks of `load_model` first: a file that it refuses must not replace a good one.
     _fitted({key: value for key, value in values.items() if value is not None})
     packed = {key: _packed(key, value) for key, value in (own or {}).items()}
     values.update(pair for pair in packed.values() if pair is not None)
     save_npz(target, values)
-    lost = [key for key, value in parameters.items() if _is_lost(value, key)]
-    return lost + [key for key, pair in packed.items() if pair is None]
+    unsaved = [key for key, value in parameters.items() if _is_unsaved(value, key)]
+    return unsaved + [key for key, pair in packed.items() if pair is None]
 
 
 def load_model(
@@ -119,7 +119,7 @@ def load_model(
     Returns
     -------
     parameters, fitted : dict
-        Those that the file holds. Other keys and `checkpoint_dir` are ignored.
+        The parameters and attributes in the file. Other keys and `checkpoint_dir` are ignored.
 
     Raises
     ------
@@ -131,7 +131,7 @@ def load_model(
     """
     own_names, name = set(own_names), _name_of(source)
     values = load_npz(source, own_names)
-    with _blamed_on(name):
+    with _errors_naming(name):
         # implicit's GPU models may have float16 tables, which are read as float32.
         dtype = str(values.get("storage_dtype", values.get("dtype", "float32")))
         dtype = dtype.replace("float16", "float32") if dtype == "float16" else dtype
@@ -154,7 +154,7 @@ def load_model(
 
 
 def _fitted(values: dict[str, Any]) -> dict[str, Any]:
-    """Fitted attributes among the values of a file, checked for consistency."""
+    """Read fitted attributes from the values of a file; ValueError if they are inconsistent."""
     found: dict[str, Any] = {n: factor_table(values[n], n) for n in _TABLES if n in values}
     _check_widths([found.get(name) for name in _TABLES], values.get("factors"))
     if "feature_names_in_" in values:
@@ -199,8 +199,8 @@ def _check_widths(tables: list[np.ndarray | None], factors: Any) -> None:
             )
 
 
-def _is_lost(value: Any, name: str) -> bool:
-    """Whether a parameter of ours has a value that the file leaves out."""
+def _is_unsaved(value: Any, name: str) -> bool:
+    """Whether a parameter of the engine has a value that the file cannot hold."""
     if value is None or name in (*_NEVER_LOADED, "dtype"):
         return False
     if name == "devices":
@@ -209,7 +209,7 @@ def _is_lost(value: Any, name: str) -> bool:
 
 
 def _plain_number(value: Any) -> Any:
-    """A float for numbers that NumPy knows as objects only, such as fractions and 2**70."""
+    """Convert numbers that are objects in NumPy, such as fractions and 2**70, to float."""
     is_odd = isinstance(value, Real) and np.asarray(value).dtype.hasobject
     return float(value) if is_odd else value
 
@@ -229,7 +229,7 @@ def _packed(name: str, value: Any) -> tuple[str, Any] | None:
 
 
 def _unpacked(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """A subclass's parameters among the values of a file."""
+    """Read a subclass's parameters from the values of a file."""
     found = {}
     for name in names:
         if _OWN + _JSON + name in values:
@@ -290,17 +290,17 @@ def load_npz(source: str | os.PathLike | BinaryIO, own_names: Iterable[str] = ()
         dtype or shape.
     """
     name, wanted = _name_of(source), _wanted(own_names)
-    with contextlib.ExitStack() as at_end:
+    with contextlib.ExitStack() as at_exit:
         if hasattr(source, "read"):
             file: Any = source
         else:
             path = Path(source)
             if not path.is_file() and (_with_suffix(path).exists() or not path.exists()):
                 path = _with_suffix(path)
-            file = at_end.enter_context(open(path, "rb"))
-        found = at_end.enter_context(NpzFile(file, name, wanted))
+            file = at_exit.enter_context(open(path, "rb"))
+        found = at_exit.enter_context(NpzFile(file, name, wanted))
         _check_origin(found, name)
-        with _blamed_on(name):
+        with _errors_naming(name):
             for key, header in found.headers.items():
                 _check_header(key.removeprefix(PREFIX), header)
         values = {}
@@ -372,7 +372,7 @@ def _check_header(key: str, header: Header) -> None:
 
 
 @contextlib.contextmanager
-def _blamed_on(name: str) -> Iterator[None]:
+def _errors_naming(name: str) -> Iterator[None]:
     """Context in which errors about values become a ModelFileError that names the file."""
     try:
         yield

@@ -20,10 +20,10 @@ import numpy as np
 
 from tpu_als.exceptions import ModelFileError
 
-# Factors hardly compress. Zeros do, and a model may contain some, hence a limit as large as this.
+# Limits on the expansion. Factors hardly compress, but a model may contain many zeros.
 _RATIO, _SMALL = 32, 1 << 26
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-# RuntimeError is raised for an encrypted member or a header with too many nested brackets.
+# An encrypted member, or a header with too many nested brackets, is a RuntimeError.
 _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -90,7 +90,7 @@ class NpzFile:
             _check_count(file.read(), len(self._zip.infolist()))
         for member in self._zip.infolist():
             key = member.filename.removesuffix(".npy")
-            with self._readable(f"key {key!r:.80}", "a member that is as the directory says"):
+            with self._readable(f"key {key!r:.80}", "a member as in the archive's list"):
                 self._zip.open(member).close()  # zipfile compares the two copies of the name
             if wanted(key):
                 self._add(key, member)
@@ -100,7 +100,7 @@ class NpzFile:
             raise ModelFileError(
                 f"{name}: {size} bytes would become {needed}, most of them in key {largest!r}, "
                 f"but a model's tables hardly compress: expected {max(_SMALL, _RATIO * size)} "
-                "bytes at most. Was the file made to exhaust memory?"
+                "bytes at most. It may have been made to exhaust memory"
             )
 
     def __enter__(self) -> Self:
@@ -129,7 +129,7 @@ class NpzFile:
                 raise ValueError(f"compressed by method {member.compress_type}")
             with self._zip.open(member) as stream:
                 version = np.lib.format.read_magic(stream)
-                if version != (1, 0):  # only records need later ones, whose headers are unlimited
+                if version != (1, 0):  # later ones are for records, and have no limit on the header
                     raise ValueError(f"version {version} of NumPy's format")
                 shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
                 begin = stream.tell()
@@ -152,16 +152,16 @@ class NpzFile:
             reason = (f"{error}".splitlines() or [""])[0]
             raise ModelFileError(
                 f"{self._name}: {what} cannot be read: got {reason:.200} "
-                f"({type(error).__name__}), expected {expected}. The file is damaged or is no "
-                "model; save it again, or restore it from a copy"
+                f"({type(error).__name__}), expected {expected}. The file is damaged or is not "
+                "a model; save it again, or restore it from a copy"
             ) from error
 
 
 def _check_count(tail: bytes, count: int) -> None:
-    """Raise ValueError if the number of members differs from the number in the last record.
+    """Raise ValueError if the last record of the archive gives another number of members.
 
     zipfile does not check this: a damaged length in one entry can hide the next entry.
     """
     (expected,) = struct.unpack_from("<H", tail, tail.rfind(_END) + 10)
     if expected not in (count, 0xFFFF):  # 0xFFFF means more members than 16 bits can count
-        raise ValueError(f"{count} members of {expected}")
+        raise ValueError(f"{count} members, but the archive lists {expected}")

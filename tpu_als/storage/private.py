@@ -1,4 +1,4 @@
-"""Directories that code is loaded from, so that only their user may write to them."""
+"""Directories from which code is loaded. Only their user may write to them."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def private_directory(path: str | os.PathLike[str]) -> Path:
         mode = parent.stat().st_mode
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
             raise PermissionError(
-                f"{folder} is to hold code that is run, but all users can replace it, as {parent} "
-                "is writable by all users: choose a directory below your home"
+                f"code is loaded from {folder}, but all users can replace it, because "
+                f"{parent} is writable by all users: choose a directory below your home"
             )
     is_closed = not folder.stat().st_mode & _OTHERS_ENTER
     for entry in _tree(folder):
@@ -53,7 +53,7 @@ def private_directory(path: str | os.PathLike[str]) -> Path:
         else:
             continue
         raise PermissionError(
-            f"{folder} is to hold code that is run, but {entry} {problem}: choose a new directory, "
+            f"code is loaded from {folder}, but {entry} {problem}: choose a new directory, "
             f"or remove files that others may have put there and run chmod -R go-w {folder}"
         )
     return folder

@@ -34,7 +34,7 @@ class Training:
     iterations : int
         Number of iterations to run in total.
     over_relaxation : float
-        omega of equation (6) in all iterations except the first and the last.
+        omega of equation (5) in all iterations except the first and the last.
     with_loss : bool
         Whether to compute the loss after each iteration.
     monitor : EarlyStopping or None

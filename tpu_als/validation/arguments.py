@@ -16,7 +16,7 @@ from tpu_als.validation.matrices import canonical_csr as canonical_csr
 from tpu_als.validation.matrices import rows_for as rows_for
 from tpu_als.validation.matrices import warn_if_converted as warn_if_converted
 
-GROWTH = 1_000_000  # rows that a partial fit may add to any table, in addition to doubling it
+GROWTH = 1_000_000  # rows that a partial fit may add to a table, in addition to doubling it
 _FEW = 1 << 13  # numbers of an array that need no blocks
 _ROWS_AT_ONCE = 1 << 16  # rows of a table that are checked for NaN at once
 
@@ -68,7 +68,7 @@ def ids_of(
     ids : int, sequence, set, range, memoryview or ndarray of int, or a mask of bool
         A 0-d array is a single id.
     count : int or None
-        Rows of the table; None does not look at the range.
+        Rows of the table; None skips the check of the range.
     name : str
         The argument's name, for messages.
 
@@ -83,8 +83,8 @@ def ids_of(
     Raises
     ------
     IndexError
-        For ids that are not integers, negative, or beyond the table. JAX would clamp the latter
-        silently, and NumPy would wrap the former.
+        For ids that are not integers, are negative or are beyond the table. NumPy would count
+        negative ids from the end, and JAX would clamp ids beyond the table.
     """
     if type(ids) is int and count is not None and 0 <= ids < count:  # a server's usual call
         return np.array([ids]), True, None
@@ -98,7 +98,7 @@ def ids_of(
 def _integers(
     ids: Any, name: str, count: int | None = None
 ) -> tuple[np.ndarray, bool, np.ndarray | None]:
-    """Ids (n,); whether a single id was given; and the mask, if the ids were one."""
+    """Return ids (n,), whether a single id was given, and the mask if a mask was given."""
     if np.ma.is_masked(ids):
         raise IndexError(f"{name} must have no masked values: pass {name}.compressed()")
     given = list(ids) if isinstance(ids, Collection) and _unordered(ids) else ids
@@ -164,9 +164,9 @@ def ids_to_store(ids: Any, n_rows: int, name: str) -> tuple[np.ndarray, np.ndarr
     if array.size and int(array.max()) >= bound:
         raise IndexError(
             f"{name} {array.max()} is too far beyond the table, which has {n_rows} rows: one call "
-            f"grows it to {bound} rows at most, twice its size and {GROWTH:,}, because the rows in "
-            f"between are zero. Number new {name.removesuffix('ids')}s from {n_rows} on, or assign "
-            f"{name.removesuffix('ids')}_factors a larger table first"
+            f"grows it to {bound} rows at most, twice its size plus {GROWTH:,}, because the rows "
+            f"in between are zero. Number new {name.removesuffix('ids')}s from {n_rows} on, or "
+            f"assign {name.removesuffix('ids')}_factors with more rows first"
         )
     return array.astype(np.int64), mask
 
@@ -194,7 +194,7 @@ def selection(
     chosen : ndarray of int64 or None
         Sorted and distinct.
     excluded : ndarray of int64 or None
-        Likewise those dropped.
+        The dropped ids, also sorted and distinct.
     """
     kept = None if chosen is None else np.unique(ids_of(chosen, count, names[0])[0])
     out = None if dropped is None else np.unique(ids_of(dropped, count, names[1])[0])
@@ -257,7 +257,7 @@ def solver_arguments(X: Any, Y: Any, regularization: Any, num_threads: Any) -> N
         got = type(X).__name__
         if isinstance(X, np.ndarray):
             got = f"{X.dtype} of shape {X.shape}, writeable={X.flags.writeable}"
-        raise ValueError(f"X must be a writeable 2-D array of floats, as it is solved; got {got}")
+        raise ValueError(f"X must be a writeable 2-D array of floats, as it is modified; got {got}")
     shape = np.shape(Y)
     if len(shape) != 2 or shape[1] != X.shape[1]:
         raise ValueError(
@@ -270,7 +270,7 @@ def solver_arguments(X: Any, Y: Any, regularization: Any, num_threads: Any) -> N
 
 
 def factor_table(table: Any, name: str) -> np.ndarray | None:
-    """Check an assigned table: None, or a 2-D array of float32 or float64, not copied if it is.
+    """Check an assigned table, and return it as float32 or float64; copied only to convert it.
 
     Parameters
     ----------
@@ -335,7 +335,7 @@ def same_width(user_width: int, item_width: int) -> None:
     if user_width != item_width:
         raise ValueError(
             f"user_factors and item_factors must have equally many columns to be multiplied, got "
-            f"{user_width} and {item_width}: assign two tables of one model"
+            f"{user_width} and {item_width}: assign two tables of the same model"
         )
 
 
@@ -360,7 +360,7 @@ def user_weights(value: Any, width: int) -> tuple[np.ndarray, bool]:
         got = f"{value!r:.60}"
     raise ValueError(
         f"user_weights must be what explain returned for this user, a pair with a factor of "
-        f"shape {(width, width)}, got {got}. Leave it out to have it computed"
+        f"shape {(width, width)}, got {got}. Omit it, and it is computed"
     )
 
 
@@ -383,13 +383,13 @@ def derived(value: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
         )
         raise ValueError(
             f"{name} must hold finite {expected} of shape {shape}, got values of {array.dtype} and "
-            f"shape {array.shape}{others}. Set {name} to None to have it computed"
+            f"shape {array.shape}{others}. Set {name} to None, and it is computed"
         )
     return array
 
 
 def finite_rows(rows: np.ndarray, what: str) -> np.ndarray:
-    """Return solved rows, or raise ModelFitError where one is not finite."""
+    """Return solved rows; ModelFitError if one of them is not finite."""
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if bad.size:
         raise ModelFitError(
@@ -400,7 +400,7 @@ def finite_rows(rows: np.ndarray, what: str) -> np.ndarray:
 
 
 def finite_counts(counts: Iterable[int], iteration: int) -> None:
-    """Raise ModelFitError where an epoch reports rows that are not finite, users first."""
+    """Raise ModelFitError if an epoch reports rows that are not finite; users come first."""
     for side, count in zip(("user", "item"), counts, strict=True):
         if count:
             raise ModelFitError(

@@ -1,4 +1,4 @@
-"""Convert callers' matrices to canonical CSR, or say what was passed and what was expected."""
+"""Convert callers' matrices to canonical CSR. Errors say what was passed and what was expected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("tpu_als")
 
 
 def warn_if_converted(matrix: Any) -> None:
-    """Warn, as implicit does, if a sparse matrix is not CSR and has to be converted."""
+    """Warn as implicit does if a sparse matrix is not CSR and must be converted."""
     if sparse.issparse(matrix) and matrix.ndim == 2 and matrix.format != "csr":
         warnings.warn(
             f"Method expects CSR input, and was passed {type(matrix).__name__} instead: it is "
@@ -56,7 +56,7 @@ def canonical_csr(matrix: Any, name: str = "user_items") -> sparse.csr_matrix:
     require_finite(csr, values, name)
     if is_ascending and values is csr.data and _is_plain(csr):
         return csr
-    out = sparse.csr_matrix(_in_order(csr, values), shape=csr.shape)
+    out = sparse.csr_matrix(_contiguous(csr, values), shape=csr.shape)
     if not is_ascending:
         out = out.copy()
         out.sum_duplicates()
@@ -78,13 +78,13 @@ def canonical(matrix: Any, name: str = "user_items") -> sparse.csr_matrix:
     dtype = csr.dtype if csr is matrix or not sparse.issparse(matrix) else matrix.dtype
     if is_ascending and csr.dtype == dtype and _is_plain(csr):
         return csr
-    out = sparse.csr_matrix(_in_order(csr, csr.data), shape=csr.shape)
+    out = sparse.csr_matrix(_contiguous(csr, csr.data), shape=csr.shape)
     if not is_ascending:
         if dtype.kind in "iu":
             _refuse_beyond_int64(np.abs(out.data.astype(np.float64)).sum(), name)
         out = out.astype(np.int64, copy=True) if dtype.kind in "iu" else out.copy()
         out.sum_duplicates()
-    elif dtype.kind in "iu" and out.dtype != dtype:  # another format, whose conversion summed
+    elif dtype.kind in "iu" and out.dtype != dtype:  # the conversion summed duplicates
         _refuse_beyond_int64(np.abs(out.data).max(initial=0), name)
     if dtype.kind in "biu" and out.dtype != dtype:
         fits = dtype.kind == "b" or np.array_equal(out.data.astype(dtype), out.data)
@@ -119,7 +119,7 @@ def _as_csr(matrix: Any, name: str) -> tuple[Any, bool]:
     return csr, structure.check_compressed(csr, name)
 
 
-def _in_order(csr: Any, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _contiguous(csr: Any, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The arrays of a CSR matrix, made contiguous for the compiled loops."""
     values, indices, indptr = map(np.ascontiguousarray, (values, csr.indices, csr.indptr))
     return values, indices, indptr
@@ -208,7 +208,7 @@ def _fit_columns(
     if rows.shape[1] == n_columns:
         return rows
     ids, width = rows.indices, n_columns
-    # Ids were checked against the shape, so narrow matrices need no further check.
+    # Ids are within the shape of the matrix, so only a wider matrix needs a check.
     if rows.nnz and rows.shape[1] > n_columns and ids.max() >= n_columns:
         kind = "items" if name == "user_items" else "users"
         if not allow_unknown:

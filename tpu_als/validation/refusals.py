@@ -1,4 +1,4 @@
-"""Errors for inputs that are not a matrix of finite numbers; each says what to pass instead."""
+"""Errors for inputs that are not a matrix of finite numbers. Each says what to pass instead."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _USERS = {
     "visitorid",
 }
 _ITEMS = {"item", "itemid", "iid", "product", "productid", "movieid", "trackid", "artistid", "asin"}
-_FEW = 16  # most columns of a table of events; a wider frame may be a matrix with such item names
+_FEW = 16  # most columns of a table of events; wider frames may be matrices with such item names
 IF_EVENTS = (
     "if its rows are events, turn them into a matrix first, with "
     "tpu_als.datasets.interactions_from_frame(frame, user, item).matrix"
@@ -58,7 +58,7 @@ def refuse_misplaced(
     # Types are compared by name, so that pandas, polars and pyarrow need not be imported.
     kinds = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(X).__mro__}
     problem = None if takes_shards else _sharded_problem(kinds, name, takes_blocks)
-    problem = problem or _own_problem(X, kinds, name, takes_blocks)
+    problem = problem or _other_problem(X, kinds, name, takes_blocks)
     problem = problem or _table_problem(X, kinds, name)
     if problem is not None:
         sides = "items by users" if name == "item_users" else "users by items"
@@ -93,7 +93,7 @@ def require_matrix(X: Any, name: str = "X", *, takes_frames: bool = True) -> Non
 
 
 def require_finite(rows: Any, values: np.ndarray, name: str = "X") -> None:
-    """Raise ValueError where a stored value is not finite.
+    """Raise ValueError if a stored value is not finite.
 
     Parameters
     ----------
@@ -123,10 +123,10 @@ def require_finite(rows: Any, values: np.ndarray, name: str = "X") -> None:
 
 
 def _sharded_problem(kinds: set[str], name: str, takes_blocks: bool) -> str | None:
-    """What is wrong with a ShardedMatrix."""
+    """Describe a misplaced ShardedMatrix, or return None."""
     if "tpu_als.ShardedMatrix" not in kinds:
         return None
-    if takes_blocks:  # but not {name}.blocks('user'), whose rows may be in any order
+    if takes_blocks:  # not {name}.blocks('user'): its rows may be in any order
         return f"a ShardedMatrix: copy its directory, {name}.path, or pass {name}.to_csr()"
     return (
         f"a ShardedMatrix, which only `fit` takes: pass rows in memory, {name}.to_csr() or those "
@@ -134,8 +134,8 @@ def _sharded_problem(kinds: set[str], name: str, takes_blocks: bool) -> str | No
     )
 
 
-def _own_problem(X: Any, kinds: set[str], name: str, takes_blocks: bool) -> str | None:
-    """What is wrong with an Interactions, a path, or several matrices."""
+def _other_problem(X: Any, kinds: set[str], name: str, takes_blocks: bool) -> str | None:
+    """Describe a misplaced Interactions, path, or list of matrices, or return None."""
     if "tpu_als.Interactions" in kinds:
         return f"an Interactions: pass {name}.matrix"
     if isinstance(X, (str, bytes, os.PathLike)):
@@ -144,7 +144,7 @@ def _own_problem(X: Any, kinds: set[str], name: str, takes_blocks: bool) -> str 
             "`fit` on a directory of shards, with tpu_als.shards.open_shards"
         )
     if isinstance(X, np.ma.MaskedArray) and np.ma.is_masked(X):
-        return f"an array with masked values: pass {name}.filled(0), in which they are no entries"
+        return f"an array with masked values: pass {name}.filled(0), where they are zero"
     # An open file is an iterator too, of its lines.
     if takes_blocks and isinstance(X, (tuple, list, Iterator)) and not hasattr(X, "read"):
         return None
@@ -160,11 +160,13 @@ def _own_problem(X: Any, kinds: set[str], name: str, takes_blocks: bool) -> str 
 
 
 def _table_problem(X: Any, kinds: set[str], name: str) -> str | None:
-    """What is wrong with a frame, a table or an array."""
+    """Describe a misplaced frame, table or array, or return None."""
     if "pandas.DataFrame" in kinds:
-        others = (not _is_number_in_pandas(X, place, dtype) for place, dtype in enumerate(X.dtypes))
+        others = (
+            not _is_number_in_pandas(X, position, dtype) for position, dtype in enumerate(X.dtypes)
+        )
         return _events("a frame of events", name) if _has_events(X.columns, any(others)) else None
-    if "polars.DataFrame" in kinds:  # scikit-learn's checks accept frames of numbers, so we do too
+    if "polars.DataFrame" in kinds:  # frames of numbers are accepted, as in scikit-learn
         others = (
             _NUMERIC_IN_POLARS.match(str(dtype)) is None for dtype in getattr(X, "dtypes", [""])
         )
@@ -187,18 +189,18 @@ def _events(what: str, frame: str) -> str:
     )
 
 
-def _has_events(columns: Any, has_other_things: bool) -> bool:
+def _has_events(columns: Any, has_other_types: bool) -> bool:
     """Whether a frame has columns that are not numbers, or columns of users and of items."""
     few = columns if len(columns) <= _FEW else ()
     names = {re.sub("[^a-z]", "", str(column).lower()) for column in few}
-    return has_other_things or bool(names & _USERS and names & _ITEMS)
+    return has_other_types or bool(names & _USERS and names & _ITEMS)
 
 
-def _is_number_in_pandas(frame: Any, place: int, dtype: Any) -> bool:
+def _is_number_in_pandas(frame: Any, position: int, dtype: Any) -> bool:
     dtype = getattr(getattr(dtype, "categories", None), "dtype", dtype)
     if dtype != np.dtype(object):
         return dtype.kind in "biufc"
-    return not _has_text(frame.iloc[:, place].to_numpy(object))
+    return not _has_text(frame.iloc[:, position].to_numpy(object))
 
 
 def _has_text(values: np.ndarray) -> bool:

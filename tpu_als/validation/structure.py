@@ -2,7 +2,7 @@
 
 SciPy, the compiled loops and XLA address memory with the numbers in `indptr` and `indices`. A wrong
 number there can crash the process, and the flags of a SciPy matrix can be wrong. So the arrays are
-checked here before compiled code reads them, whatever the flags say.
+checked here before compiled code reads them, and the flags are ignored.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def check_compressed(matrix: sparse.csr_matrix, name: str = "user_items") -> boo
     Returns
     -------
     bool
-        Whether each row's ids strictly increase, which is what "canonical" means.
+        Whether the matrix is canonical, that is, the ids of each row strictly increase.
     """
     shape = matrix.shape if matrix.ndim == 2 else (1, *matrix.shape)
     major, minor = shape if matrix.format == "csr" else shape[::-1]
@@ -111,7 +111,7 @@ def checked_with_order(matrix: Any, name: str, *, widen: bool) -> tuple[Any, boo
     if kind == "csr":
         is_ascending = check_compressed(matrix, name)
         return _real(matrix, name), is_ascending
-    if kind in ("lil", "dok"):  # these hold Python objects instead of arrays
+    if kind in ("lil", "dok"):  # made of Python objects instead of arrays
         matrix = _from_objects(matrix, name)
         kind = matrix.format
     if kind == "csc":
@@ -218,10 +218,10 @@ def real_numbers(values: np.ndarray, name: str) -> np.ndarray:
     Raises
     ------
     ValueError
-        For complex numbers, whose imaginary part would be lost, strings, dates and other objects.
+        For complex numbers, strings, dates and other objects.
     """
     if np.ma.is_masked(values):
-        raise ValueError(f"{name} must have no masked values: build it from the others only")
+        raise ValueError(f"{name} must have no masked values: pass the unmasked values only")
     kind = values.dtype.kind
     if kind in "fiub":
         return values

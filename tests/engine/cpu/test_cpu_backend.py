@@ -23,7 +23,7 @@ from scipy import sparse
 
 from tpu_als import DataWarning, ModelFitError, TPUAlternatingLeastSquares, host
 from tpu_als.engine import als, backends
-from tpu_als.engine.cpu import compiled, half_epoch, loops, memory
+from tpu_als.engine.cpu import compiled, half_epoch, jit, loops, memory
 from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams, Data
 from tpu_als.engine.objective import Objective
