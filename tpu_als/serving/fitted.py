@@ -18,6 +18,7 @@ from scipy import sparse
 from tpu_als.engine.als import AlsState
 from tpu_als.engine.backends import Backend, Catalog
 from tpu_als.engine.cpu import half_epoch
+from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams, Data
 from tpu_als.engine.objective import Objective
 from tpu_als.host import single_blas_thread
@@ -167,7 +168,11 @@ class FactorTable:
         if table is not None and self.given_gramian is None:
             return table.solve(rows, objective)
         name = f"source for {type(backend).__name__}"
-        source = self._once(name, (params, backend), lambda: backend.source(self.read(), params))
+        is_on_cpu = isinstance(backend, CpuBackend)
+        stamp = params if is_on_cpu else (params, backend)
+        source = self._once(name, stamp, lambda: backend.source(self.read(), params))
+        if is_on_cpu:
+            source = source.on(backend.n_threads)
         is_given = source.wants_gramian or self.given_gramian is not None
         gram = self.gramian() if is_given else None
         return source.solve(rows, objective, gram=gram).astype(self.dtype, copy=False)
@@ -336,9 +341,8 @@ def norms(table: np.ndarray) -> np.ndarray:
 
 
 def _gramian(table: np.ndarray) -> np.ndarray:
-    # On one thread, so that the last bits do not depend on the number of threads.
     with single_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
-        return half_epoch.gramian(table, n_threads=1)
+        return half_epoch.gramian(table, 1, table.dtype)
 
 
 def _divisible(lengths: np.ndarray) -> np.ndarray:

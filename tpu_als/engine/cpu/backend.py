@@ -215,7 +215,9 @@ class CpuBackend:
         own = typed(objective, data.params.compute_dtype)
         with single_blas_thread():
             entries = half_epoch.measure_side(*state, data.users.entries, own, self.n_threads)
-            users, items = (half_epoch.gramian(table, self.n_threads) for table in state)
+            users, items = (
+                half_epoch.gramian(table, self.n_threads, np.float64) for table in state
+            )
         squares = [np.einsum("nk,nk->n", table, table) for table in state]
         return LossParts(entries, (users, items), (squares[0], squares[1]))
 

@@ -17,7 +17,7 @@ from tpu_als.engine import compilation_cache, objective
 from tpu_als.engine.objective import Objective
 from tpu_als.exceptions import DataWarning
 
-_SOURCES = "jit.py", "kept_code.py", "loops.py", "selection.py"
+_SOURCES = "jit.py", "kept_code.py", "loops.py", "converging.py", "selection.py"
 _loading, _importing = threading.Lock(), threading.Lock()
 
 
@@ -48,6 +48,12 @@ def loops() -> Any:
 def selection() -> Any:
     """The module `engine.cpu.selection`, whose functions numba compiles when they are called."""
     return _load("selection")
+
+
+@functools.cache
+def converging() -> Any:
+    """The module `engine.cpu.converging`, whose functions numba compiles when they are called."""
+    return _load("converging")
 
 
 def _load(name: str) -> Any:

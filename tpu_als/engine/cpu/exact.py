@@ -1,7 +1,9 @@
 """Solutions of equation (1) against a fixed table on a CPU: fold-in, and the callable `solver`.
 
-With "cholesky" each row's system is built and solved in float64 by BLAS and LAPACK. So a row's
-result does not depend on the other rows, bit for bit. With "cg" the compiled loops solve the rows.
+Compiled loops solve the rows by conjugate gradients, to convergence. A row that does not converge
+is solved in float64 by BLAS and LAPACK, as are all rows where the gramian is another one than the
+table's or numba does not load. Either way a row's result does not depend on the other rows, bit for
+bit. With the solver "cg" the number of steps is fixed, as in `fit`.
 
 Axis letters: M rows to solve, N source rows, K factors, E entries.
 """
@@ -9,14 +11,18 @@ Axis letters: M rows to solve, N source rows, K factors, E entries.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import ClassVar
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy import linalg, sparse
 
+from tpu_als.engine.cpu import compiled
 from tpu_als.engine.cpu.half_epoch import Rows, Settings, gramian, solve_side
 from tpu_als.engine.cpu.memory import Memory
+from tpu_als.engine.cpu.rotated import RotatedTable
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective, confidence, largest_weight, ridge, typed
 from tpu_als.host import single_blas_thread, threads
@@ -44,7 +50,9 @@ class Source:
     table: np.ndarray
     params: AlsParams
     n_threads: int
-    wants_gramian: ClassVar[bool] = True
+    wants_gramian: ClassVar[bool] = False
+    _kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def solve(
         self,
@@ -66,7 +74,7 @@ class Source:
         start : array (M, K), optional
             Start of "cg"; zero by default.
         gram : array (K, K), optional
-            Used in place of the table's own gramian. "cg" ignores it.
+            Used in place of the table's own gramian.
 
         Returns
         -------
@@ -81,10 +89,38 @@ class Source:
             if gram is not None:
                 raise ValueError('"cg" uses the gramian of the table, and takes no other one')
             return self._by_cg(rows, objective, start)
-        with single_blas_thread():
-            if gram is None:
-                gram = gramian(self.table, self.n_threads)
-            return self._exactly(rows, objective, gram.astype(np.float64))
+        if gram is not None or not compiled.is_available():
+            gram = self._gramian() if gram is None else gram.astype(np.float64)
+            return self._directly(rows, objective, gram)
+        out = self._once("rotated", self._rotated).solve(rows, objective, self.n_threads)
+        failed = np.flatnonzero(~np.isfinite(out).all(axis=1))
+        if len(failed):
+            out[failed] = self._directly(rows[failed], objective, self._gramian())
+        return out
+
+    def on(self, n_threads: int) -> Source:
+        """The same source for another number of threads."""
+        return self if n_threads == self.n_threads else replace(self, n_threads=n_threads)
+
+    def _rotated(self) -> RotatedTable:
+        return RotatedTable(self.table, self.n_threads)
+
+    def _gramian(self) -> np.ndarray:
+        """The table's gramian in float64."""
+
+        def compute() -> np.ndarray:
+            with single_blas_thread():
+                return gramian(self.table, self.n_threads, np.float64)
+
+        return self._once("gramian", compute)
+
+    def _once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """A value that is computed in the first call."""
+        if name not in self._kept:
+            with self._lock:
+                if name not in self._kept:
+                    self._kept[name] = compute()
+        return self._kept[name]
 
     def _by_cg(
         self, rows: sparse.csr_matrix, objective: Objective, start: np.ndarray | None
@@ -109,7 +145,7 @@ class Source:
         with single_blas_thread():
             return solve_side(begin, self.table, given, settings, Memory(), self.n_threads)
 
-    def _exactly(
+    def _directly(
         self, rows: sparse.csr_matrix, objective: Objective, gram: np.ndarray
     ) -> np.ndarray:
         n_source, factors = self.table.shape
@@ -128,15 +164,13 @@ class Source:
                         ids, values = ids[known], values[known]
                     out[row] = solution(*system(self.table, ids, values, gram, objective, lam))
 
-        if self.n_threads == 1:  # a few rows, for which a plan takes longer than the work
-            work((0, rows.shape[0]))
-            return out
         ends = np.cumsum((np.diff(rows.indptr) + factors / 3) * factors**2)
         total = float(ends[-1]) if len(ends) else 0.0
         count = min(self.n_threads * _PARTS, 1 + int(total / _LEAST))
         bounds = np.searchsorted(ends, np.linspace(0, total, count + 1)[1:-1]) + 1
         bounds = np.unique([0, *bounds[bounds < len(ends)], len(ends)])
-        threads(work, list(itertools.pairwise(bounds.tolist())), self.n_threads)
+        with single_blas_thread():
+            threads(work, list(itertools.pairwise(bounds.tolist())), self.n_threads)
         return out
 
 

@@ -25,6 +25,7 @@ from tpu_als.host import threads
 _PARTS = 16  # for each thread; many, so that threads end together and scratch is small
 _LEAST_PART = 1 << 19  # least entries times factors of a part, a fifth of a millisecond of work
 _LEAST_PRODUCT = 1 << 22  # least multiplications for which a thread pays
+_GRAMIAN_PARTS = 8
 _GRAMIAN_ROWS = 1 << 13  # rows of a table that one product of BLAS sums over
 _ROW_ENTRIES = 4  # cost of a row in addition to its entries, in entries; that of its rotations
 _LARGE = 1 << 23  # bytes of a source table that does not fit into a core's cache
@@ -61,16 +62,17 @@ class Rows(NamedTuple):
 
     def parts(self, n_threads: int, factors: int) -> list[slice]:
         """Split the rows into parts of about equal cost, if there is enough work."""
+        n_rows = len(self.lengths)
+        if n_rows * _ROW_ENTRIES + len(self.ids) < _LEAST_PART // factors:
+            return [slice(0, n_rows)] if n_rows else []
         ends = np.cumsum(self.lengths + _ROW_ENTRIES, dtype=np.int64)
-        if not len(ends):
-            return []
         count = min(_PARTS * n_threads, 1 + int(ends[-1]) * factors // _LEAST_PART)
         bounds = np.searchsorted(ends, np.linspace(0, ends[-1], count + 1)[1:-1]) + 1
         bounds = np.unique([0, *bounds[bounds < len(ends)], len(ends)])
         return [slice(low, high) for low, high in itertools.pairwise(bounds)]
 
 
-def _ahead(source: np.ndarray) -> int:
+def prefetched(source: np.ndarray) -> int:
     """How many entries ahead rows are prefetched; 0 for a table that may fit into a cache."""
     return max(_AHEAD // source[0].nbytes, 4) if source.nbytes >= _LARGE else 0
 
@@ -132,10 +134,10 @@ def solve_side(
     rotated_source = memory.empty((len(source), width), dtype, largest * width)
     rotate(source, rotation, n_threads, rotated_source)
     loops = compiled.ready(dtype.name)
-    diagonal = _diagonal(loops, spectrum, len(source), factors, settings)
+    diagonal = diagonal_of(spectrum, len(source), factors, settings)
     objective = settings.objective
     solver = loops.Solver(dtype.type(settings.relaxation), settings.steps)
-    fixed, ahead = read_only(rotated_source), _ahead(rotated_source)
+    fixed, ahead = read_only(rotated_source), prefetched(rotated_source)
     parts = rows.parts(n_threads, factors)
     out = memory.empty(target.shape, dtype, largest * width)
     most = max((at.stop - at.start for at in parts), default=0)
@@ -157,11 +159,9 @@ def solve_side(
     return out
 
 
-def _diagonal(
-    loops: Any, spectrum: np.ndarray, n_source: int, factors: int, settings: Settings
-) -> Any:
+def diagonal_of(spectrum: np.ndarray, n_source: int, factors: int, settings: Settings) -> Any:
     """`loops.Diagonal` for a spectrum (P,), in its dtype; no sum of two numbers overflows."""
-    kind, limits = spectrum.dtype.type, np.finfo(spectrum.dtype)
+    loops, kind, limits = compiled.loops(), spectrum.dtype.type, np.finfo(spectrum.dtype)
     most, wide = limits.max / 4, spectrum.astype(np.float64)
 
     def bounded(number: Any) -> Any:
@@ -182,7 +182,7 @@ def measure_side(
     dtype, out = source.dtype, np.empty(len(rows.lengths))
     loops, fixed = compiled.ready(dtype.name), read_only(source)
     offset, without_offset = objective.offset, objective._replace(offset=dtype.type(0))
-    ahead = _ahead(source) if len(source) else 0
+    ahead = prefetched(source) if len(source) else 0
 
     def work(at: slice) -> None:
         part = rows.part(at, dtype)
@@ -195,34 +195,43 @@ def measure_side(
 
 
 def eigenbasis(table: np.ndarray, n_threads: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rotation (K, P) into the eigenbasis of a table's gramian, and its spectrum (P,).
+    """`eigenbasis_of` the gramian of a table (N, K), in its dtype."""
+    return eigenbasis_of(gramian(table, n_threads, table.dtype), table.dtype)
+
+
+def eigenbasis_of(gram: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Rotation (K, P) into the eigenbasis of a gramian (K, K), and its spectrum (P,).
 
     Columns beyond K, which pad a row to whole cache lines, are zero; their spectrum is one. If the
-    gramian is not finite, nor is the result.
+    gramian is not finite, nor is the result. Both are rounded to the dtype of the tables.
     """
-    gram, limits = gramian(table, n_threads), np.finfo(table.dtype)
+    limits = np.finfo(gram.dtype)
     try:
         spectrum, rotation = linalg.eigh(gram, driver="evd")
     except (linalg.LinAlgError, ValueError):  # not finite
         spectrum, rotation = gram[0] * np.nan, gram * np.nan
     # Rounding may make eigenvalues zero or negative, which would make the systems singular.
     spectrum = np.maximum(spectrum, limits.eps * spectrum[-1] + limits.tiny)
-    pads = 0, -table.shape[1] % (LINE // table.itemsize)
+    pads = 0, -len(gram) % (LINE // dtype.itemsize)
+    rotation, spectrum = rotation.astype(dtype), spectrum.astype(dtype)
     return np.pad(rotation, ((0, 0), pads)), np.pad(spectrum, pads, constant_values=1)
 
 
-def gramian(table: np.ndarray, n_threads: int) -> np.ndarray:
-    """Y^T Y of a table (N, K): products of blocks of rows, summed in float64."""
+def gramian(table: np.ndarray, n_threads: int, dtype: Any) -> np.ndarray:
+    """Y^T Y of a table (N, K): products of blocks of rows in a dtype, summed in float64.
+
+    The number of threads does not change a bit of it.
+    """
 
     def work(at: slice) -> np.ndarray:
         total = np.zeros((table.shape[1],) * 2)
         for low in range(at.start, at.stop, _GRAMIAN_ROWS):
-            rows = table[low : min(low + _GRAMIAN_ROWS, at.stop)]
+            rows = table[low : min(low + _GRAMIAN_ROWS, at.stop)].astype(dtype, copy=False)
             total += rows.T @ rows
         return total
 
-    parts = threads(work, _even(table, n_threads), n_threads)
-    return np.asarray(sum(parts[1:], parts[0]).astype(table.dtype))
+    parts = threads(work, _even(table, _GRAMIAN_PARTS), n_threads)
+    return np.asarray(sum(parts[1:], parts[0]).astype(dtype))
 
 
 def rotate(table: np.ndarray, rotation: np.ndarray, n_threads: int, out: np.ndarray) -> None:
@@ -234,8 +243,8 @@ def rotate(table: np.ndarray, rotation: np.ndarray, n_threads: int, out: np.ndar
     threads(work, _even(table, n_threads), n_threads)
 
 
-def _even(table: np.ndarray, n_threads: int) -> list[slice]:
-    """Consecutive rows for each thread, if their product with a (K, K) matrix is large enough."""
-    count = min(n_threads, 1 + table.size * table.shape[1] // _LEAST_PRODUCT)
+def _even(table: np.ndarray, most: int) -> list[slice]:
+    """At most so many parts of consecutive rows, each a product large enough for a thread."""
+    count = min(most, 1 + table.size * table.shape[1] // _LEAST_PRODUCT)
     bounds = np.linspace(0, len(table), count + 1).astype(int)
     return [slice(low, high) for low, high in itertools.pairwise(bounds)]
