@@ -20,6 +20,7 @@ from sklearn.model_selection import GridSearchCV
 
 from tpu_als import ModelFitError, TPUAlternatingLeastSquares
 from tpu_als.engine import als
+from tpu_als.engine.cpu.backend import Table as CpuTable
 from tpu_als.engine.xla.resident import Table
 from tpu_als.shards import write_shards
 
@@ -163,15 +164,18 @@ class TestFailure:
 
 
 class TestCallback:
-    def test_tables_are_fetched_only_when_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        fetched, original = [], Table.fetch
+    @pytest.mark.parametrize(("table", "native"), [(Table, False), (CpuTable, True)])
+    def test_tables_are_fetched_only_when_read(
+        self, table: Any, native: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        fetched, original = [], table.fetch
 
-        def counted(table: Table) -> Any:
+        def counted(table: Any) -> Any:
             fetched.append(1)
             return original(table)
 
-        monkeypatch.setattr(Table, "fetch", counted)
-        model().fit(COUNTS, show_progress=False, callback=lambda *_: None)
+        monkeypatch.setattr(table, "fetch", counted)
+        model(use_native=native).fit(COUNTS, show_progress=False, callback=lambda *_: None)
         assert len(fetched) == 2
 
     def test_the_tables_are_current(self) -> None:

@@ -26,9 +26,9 @@ def objective_of(estimator: Any) -> Objective:
 
 
 def linear_solver_of(estimator: Any, objective: Objective) -> str:
-    """The linear solver for an objective: "auto", "cg" or "cholesky"."""
+    """The linear solver for an objective: "auto", "cg", "exact" or "cholesky"."""
     parameters.check(estimator, ("linear_solver", "use_cg"))
-    requested = estimator.linear_solver or ("cg" if estimator.use_cg else "cholesky")
+    requested = estimator.linear_solver or ("cg" if estimator.use_cg else "exact")
     return solver_for(requested, objective)
 
 

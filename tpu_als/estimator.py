@@ -62,11 +62,12 @@ class TPUAlternatingLeastSquares(
         float32.
     use_native : bool, default=True
         Whether a CPU runs loops compiled by numba, without JAX, instead of XLA's programs. They
-        give the same result up to rounding, in less time. In `fit` they need "cg", a single process
-        and float32 or float64. Several CPU devices then become threads, unless `table_layout` is
-        set. Where numba does not load, one DataWarning says so and XLA does the work.
+        give the same result up to rounding, in less time. In `fit` they need "cg" or "exact", a
+        single process, and float32 or float64. Several CPU devices then become threads, unless
+        `table_layout` is set. Where numba does not load, one DataWarning says so and XLA does the
+        work.
     use_cg : bool, default=True
-        Whether `linear_solver=None` means "cg" rather than "cholesky".
+        Whether `linear_solver=None` means "cg" rather than "exact".
     iterations : int, default=15
         Number of iterations, each of which solves all users and then all items.
     calculate_training_loss : bool, default=False
@@ -87,11 +88,12 @@ class TPUAlternatingLeastSquares(
     regularization_exponent : float, default=None
         The ridge of a row with n entries is ``regularization * (n + unobserved_weight *
         n_columns) ** regularization_exponent``. None means 0 for "implicit" and 1 for "ials".
-    linear_solver : {None, "auto", "cg", "cholesky"}, default=None
+    linear_solver : {None, "auto", "cg", "exact", "cholesky"}, default=None
         How the rows' systems are solved in `fit`. Fold-in is always exact. None means "cg", unless
-        `use_cg` is False. "auto" chooses "cg" or "cholesky", whichever a cost model predicts to
-        be faster. "cholesky" imports JAX. If `regularization` and
-        `unobserved_weight` are negligible beside `alpha`, "cg" and "auto" mean "cholesky".
+        `use_cg` is False. "exact" solves each row to rounding: on a CPU by CG to convergence,
+        elsewhere by "cholesky". "auto" chooses "cg" or "cholesky", whichever a cost model predicts
+        to be faster. "cholesky" imports JAX. If `regularization` and `unobserved_weight` are
+        negligible beside `alpha`, the others mean "cholesky".
     cg_steps : int, default=3
         Steps of "cg".
     devices : None, int, list of jax.Device or jax.sharding.Mesh, default=None

@@ -59,7 +59,9 @@ def prepare(
 
         checkpoints = Checkpoints(estimator.checkpoint_dir, estimator.checkpoint_every)
         at_end.callback(checkpoints.close)
-        settings = settings_of(estimator, objective, params.linear_solver, given, on_devices)
+        # "exact" and "cholesky" differ by rounding only, so either resumes the other's checkpoint.
+        solver = params.linear_solver.replace("exact", "cholesky")
+        settings = settings_of(estimator, objective, solver, given, on_devices)
     fitted_to = identity, initial.warn_if_restarted(estimator, identity)
     if estimator.early_stopping:
         fraction = float(estimator.validation_fraction)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-LINEAR_SOLVERS = ("auto", "cg", "cholesky")
+LINEAR_SOLVERS = ("auto", "cg", "exact", "cholesky")
 OBJECTIVES = ("implicit", "ials")
 LAYOUTS = ("auto", "replicated", "sharded")
 DTYPES = ("float32", "float64", "bfloat16")

@@ -80,7 +80,7 @@ READERS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "catalog": (CpuBackend, "catalog", lambda m: m.recommend(USERS, COUNTS, N=5)),
     "similar items": (fitted, "norms", lambda m: m.similar_items(3, N=5)),
     "all similar users": (fitted, "norms", lambda m: m.similar_users(USERS, N=5)),
-    "gramian": (fitted, "_gramian", lambda m: m.recalculate_user(0, COUNTS[0])),
+    "gramian": (exact.Source, "_gramian", lambda m: m.recalculate_user(0, COUNTS[0])),
     "source": (CpuBackend, "source", lambda m: m.transform(COUNTS)),
     "score": (exact.Source, "solve", lambda m: m.score(COUNTS)),
     "pairs": (fitted.FactorTable, "rows", lambda m: m.score_pairs(USERS[:20], USERS[:20])),
@@ -117,7 +117,7 @@ def test_rows_solved_against_a_model_that_is_gone_are_solved_again(
 ) -> None:
     model, row = _fitted(), COUNTS[:1]
     expected = copy.deepcopy(model)
-    _in_the_middle(monkeypatch, fitted, "_gramian", lambda: _refit(model))
+    _in_the_middle(monkeypatch, exact.Source, "_gramian", lambda: _refit(model))
     model.partial_fit_users([3], row)
     _refit(expected)
     expected.partial_fit_users([3], row)

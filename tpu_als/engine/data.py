@@ -24,8 +24,9 @@ class AlsParams:
         K.
     dtype : {"float32", "float64", "bfloat16"}
         Dtype of the tables. Sums are float32, or float64 with "float64".
-    linear_solver : {"cg", "cholesky", "auto"}
-        How the rows' systems (1) are solved; "auto" uses `cheapest_solver`. If every w is 0, the
+    linear_solver : {"cg", "exact", "cholesky", "auto"}
+        How the rows' systems (1) are solved. "exact" runs CG to convergence on the CPU backend, and
+        means "cholesky" on the XLA backend; "auto" uses `cheapest_solver`. If every w is 0, the
         systems are diagonal, and are solved by division ("diagonal").
     cg_steps : int
         Steps of "cg".

@@ -61,7 +61,7 @@ class Objective(NamedTuple):
 
 
 def solver_for(name: str, objective: Objective) -> str:
-    """The solver to use when `name` is requested: "cholesky" for "cg" if the diagonal is too small.
+    """The solver to use when `name` is requested: "cholesky" if the diagonal is too small for CG.
 
     CG is preconditioned by a0 s + lam. If a0 and lam are both below the rounding error of alpha, a
     few steps are not enough, and only a direct solve finds the least-norm solution of singular
@@ -69,7 +69,7 @@ def solver_for(name: str, objective: Objective) -> str:
     """
     least = float(np.finfo(np.float32).eps) * objective.alpha
     is_bare = max(objective.regularization, objective.unobserved_weight) <= least
-    return "cholesky" if is_bare and name in ("cg", "auto") else name
+    return "cholesky" if is_bare else name
 
 
 def confidence(objective: Objective, values: Any) -> tuple[Any, Any]:

@@ -203,9 +203,9 @@ class NewRows:
         own = engine_options.objective_of(self)
         objective = own._replace(alpha=1.0, regularization=regularization)
         linear_solver = engine_options.linear_solver_of(self, objective)
-        params = engine_options.params_against(self, Y, linear_solver)
+        is_exact = linear_solver in ("exact", "cholesky")
+        params = engine_options.params_against(self, Y, "cholesky" if is_exact else linear_solver)
         # The caller's tables change from call to call, so nothing is cached.
-        is_exact = linear_solver == "cholesky"
         chosen = engine_options.backend_of(self, None if is_exact else params, num_threads)
         backend = chosen.alone
         solved = backend.source(Y, params).solve(rows, objective, start=X)

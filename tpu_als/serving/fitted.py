@@ -17,7 +17,7 @@ from scipy import sparse
 
 from tpu_als.engine.als import AlsState
 from tpu_als.engine.backends import Backend, Catalog
-from tpu_als.engine.cpu import half_epoch
+from tpu_als.engine.cpu import exact, half_epoch
 from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams, Data
 from tpu_als.engine.objective import Objective
@@ -168,10 +168,10 @@ class FactorTable:
         if table is not None and self.given_gramian is None:
             return table.solve(rows, objective)
         name = f"source for {type(backend).__name__}"
-        is_on_cpu = isinstance(backend, CpuBackend)
-        stamp = params if is_on_cpu else (params, backend)
+        # On a CPU the number of threads changes from call to call.
+        stamp = params if isinstance(backend, CpuBackend) else (params, backend)
         source = self._once(name, stamp, lambda: backend.source(self.read(), params))
-        if is_on_cpu:
+        if isinstance(backend, CpuBackend) and isinstance(source, exact.Source):
             source = source.on(backend.n_threads)
         is_given = source.wants_gramian or self.given_gramian is not None
         gram = self.gramian() if is_given else None

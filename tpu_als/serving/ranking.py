@@ -103,7 +103,7 @@ def _fill(ids: np.ndarray, limits: Limits) -> None:
     Callers of implicit expect that all ids of a whitelist are returned, filtered items last.
     """
     seen, chosen, excluded = limits
-    if ids.item(-1) != NO_ID and len(ids) == 1:
+    if len(ids) == 1 and ids.item(-1) != NO_ID:  # the usual call of a service
         return
     for row in (ids[:, -1] == NO_ID).nonzero()[0]:
         out = np.empty(0, np.int64) if excluded is None else excluded

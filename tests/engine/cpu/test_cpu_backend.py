@@ -139,7 +139,7 @@ def test_rows_fetched_ahead_change_nothing(
     found = []
     for large in (1 << 40, 0):
         monkeypatch.setattr(half_epoch, "_LARGE", large)
-        assert (half_epoch._ahead(np.zeros((9, factors), np.float32)) == 0) == bool(large)
+        assert (half_epoch.prefetched(np.zeros((9, factors), np.float32)) == 0) == bool(large)
         data = CpuBackend(2).place(COUNTS, AlsParams(factors))
         state, objective = (
             als.draw(data, 0, 0.1, normal=True),

@@ -193,18 +193,25 @@ class CpuBackend:
         target: str,
     ) -> np.ndarray:
         """See `als.half_epoch`."""
-        params, side = data.params, getattr(data, target)
-        numbers = objective, data.magnitudes, params.compute_dtype
+        params, side, dtype = data.params, getattr(data, target), data.params.compute_dtype
+        numbers = objective, data.magnitudes, dtype
         settings = Settings(
-            typed(objective, params.compute_dtype),
+            typed(objective, dtype),
             relaxation,
             0 if weights_vanish(*numbers) else params.cg_steps,
             largest_weight(*numbers),
         )
+        if params.linear_solver == "exact" and settings.steps:
+            steps, tolerance = half_epoch.most_steps(params.factors), half_epoch.TOLERANCE[dtype]
+            settings = settings._replace(steps=steps, tolerance=tolerance)
         with single_blas_thread():
-            return half_epoch.solve_side(
+            solved = half_epoch.solve_side(
                 target_table, source_table, side.entries, settings, data.memory, self.n_threads
             )
+        if settings.tolerance:
+            source = exact.Source(source_table, params, self.n_threads)
+            exact.solve_failed(solved, target_table, source, side.entries, settings)
+        return solved
 
     def count_failed(self, table: np.ndarray, side: CpuSide, data: CpuData) -> int:
         """Number of rows of a table that are not finite."""

@@ -45,26 +45,30 @@ class Limits(NamedTuple):
 
 @compiled
 def rotate(table: Any, ids: Any, rotation: Any, out: Any) -> None:
-    """Write the products of some rows of a table (N, K) and a rotation (K, P) to `out` (N, P)."""
-    n_factors, kind = table.shape[1], table.dtype.type
-    last = n_factors - n_factors % 4
+    """Write the products of n rows of a table (N, K) and a rotation (K, P) to `out` (n, P).
+
+    The id N stands for a row of zeros.
+    """
+    n_factors, zero = table.shape[1], table.dtype.type(0)
     for at in range(len(ids)):
         row = ids[at]
         for p in range(rotation.shape[1]):
-            out[row, p] = kind(0)
-        for k in range(0, last, 4):
+            out[at, p] = zero
+        if row == len(table):
+            continue
+        for k in range(0, n_factors - 3, 4):
             y0, y1, y2, y3 = table[row, k], table[row, k + 1], table[row, k + 2], table[row, k + 3]
             for p in range(rotation.shape[1]):
-                out[row, p] += (
+                out[at, p] += (
                     y0 * rotation[k, p]
                     + y1 * rotation[k + 1, p]
                     + y2 * rotation[k + 2, p]
                     + y3 * rotation[k + 3, p]
                 )
-        for k in range(last, n_factors):
+        for k in range(n_factors - n_factors % 4, n_factors):
             y0 = table[row, k]
             for p in range(rotation.shape[1]):
-                out[row, p] += y0 * rotation[k, p]
+                out[at, p] += y0 * rotation[k, p]
 
 
 @inner
@@ -158,13 +162,13 @@ def solve_rows(
             z[k] = 0.0 if is_new else rows[row, k]
         left, is_solved = most, False
         for turn in range(_ROUNDS):
-            size, energy = 0.0, 0.0
+            size = energy = np.float64(0)
             for k in range(width):
                 residual[k] = -d[k] * z[k]
                 energy += d[k] * z[k] * z[k]
             on_targets, on_predictions = np.float64(scale), -np.float64(scale)
             if energy == 0:
-                on_predictions = 0.0
+                on_predictions = np.float64(0)
             span, scales = (first, n), (on_targets, on_predictions)
             add_products(entries, objective, span, scales, z, residual)
             for k in range(width):

@@ -22,7 +22,7 @@ from scipy import linalg, sparse
 from tpu_als.engine.cpu import compiled
 from tpu_als.engine.cpu.half_epoch import Rows, Settings, gramian, solve_side
 from tpu_als.engine.cpu.memory import Memory
-from tpu_als.engine.cpu.rotated import RotatedTable
+from tpu_als.engine.cpu.rotated import Eigenbasis
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective, confidence, largest_weight, ridge, typed
 from tpu_als.host import single_blas_thread, threads
@@ -92,18 +92,23 @@ class Source:
         if gram is not None or not compiled.is_available():
             gram = self._gramian() if gram is None else gram.astype(np.float64)
             return self._directly(rows, objective, gram)
-        out = self._once("rotated", self._rotated).solve(rows, objective, self.n_threads)
+        out = self._eigenbasis().solve(rows, objective, self.n_threads)
         failed = np.flatnonzero(~np.isfinite(out).all(axis=1))
         if len(failed):
-            out[failed] = self._directly(rows[failed], objective, self._gramian())
+            out[failed] = self.directly(rows[failed], objective)
         return out
+
+    def directly(self, rows: sparse.csr_matrix, objective: Objective) -> np.ndarray:
+        """`solve` without `start` and `gram`, by LAPACK."""
+        return self._directly(rows, objective, self._gramian())
 
     def on(self, n_threads: int) -> Source:
         """The same source for another number of threads."""
         return self if n_threads == self.n_threads else replace(self, n_threads=n_threads)
 
-    def _rotated(self) -> RotatedTable:
-        return RotatedTable(self.table, self.n_threads)
+    def _eigenbasis(self) -> Eigenbasis:
+        gram = self._gramian()
+        return self._once("eigenbasis", lambda: Eigenbasis(self.table, gram))
 
     def _gramian(self) -> np.ndarray:
         """The table's gramian in float64."""
@@ -172,6 +177,28 @@ class Source:
         with single_blas_thread():
             threads(work, list(itertools.pairwise(bounds.tolist())), self.n_threads)
         return out
+
+
+def solve_failed(
+    solved: np.ndarray, before: np.ndarray, source: Source, rows: Rows, settings: Settings
+) -> None:
+    """Solve the rows of a half-epoch that are not finite by LAPACK, in place.
+
+    Parameters
+    ----------
+    solved, before : array (M, K)
+        The side's table after and before the half-epoch.
+    source : Source
+        The other table.
+    rows : Rows
+        The rows and their entries.
+    settings : Settings
+        The equations and the relaxation.
+    """
+    failed = np.flatnonzero(~np.isfinite(solved).all(axis=1))
+    if len(failed):
+        found = source.directly(rows.some(failed, len(source.table)), settings.objective)
+        solved[failed] = before[failed] + settings.relaxation * (found - before[failed])
 
 
 def system(

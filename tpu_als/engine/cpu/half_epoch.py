@@ -14,7 +14,7 @@ from collections import deque
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import linalg
+from scipy import linalg, sparse
 
 from tpu_als.engine.cpu import compiled
 from tpu_als.engine.cpu.compiled import read_only
@@ -22,6 +22,9 @@ from tpu_als.engine.cpu.memory import LINE, Memory
 from tpu_als.engine.objective import DOMINANT, Objective
 from tpu_als.host import threads
 
+# Bounds on the error's energy as a multiple of the solution's, for which errors stay below 1e-5
+# and 1e-10 of the solution's length.
+TOLERANCE = {"float32": 5e-6, "float64": 1e-11}
 _PARTS = 16  # for each thread; many, so that threads end together and scratch is small
 _LEAST_PART = 1 << 19  # least entries times factors of a part, a fifth of a millisecond of work
 _LEAST_PRODUCT = 1 << 22  # least multiplications for which a thread pays
@@ -30,6 +33,11 @@ _GRAMIAN_ROWS = 1 << 13  # rows of a table that one product of BLAS sums over
 _ROW_ENTRIES = 4  # cost of a row in addition to its entries, in entries; that of its rotations
 _LARGE = 1 << 23  # bytes of a source table that does not fit into a core's cache
 _AHEAD = 1 << 13  # bytes of such a table to prefetch
+
+
+def most_steps(factors: int) -> int:
+    """Steps of CG after which a direct solve is expected to be cheaper."""
+    return max(factors, 32)
 
 
 class Rows(NamedTuple):
@@ -59,6 +67,15 @@ class Rows(NamedTuple):
             low, high = int(cells[0]), int(cells[-1] + lengths[-1])
             cells, ids, values = cells - low, ids[low:high], values[low:high].astype(dtype)
         return Rows(*map(read_only, (cells, lengths, ids, values)))
+
+    def some(self, at: np.ndarray, n_source: int) -> sparse.csr_matrix:
+        """Some rows, as a matrix over `n_source` columns."""
+        lengths = self.lengths[at]
+        indptr = np.concatenate([[0], np.cumsum(lengths)])
+        entries = np.repeat(self.cells[at] - indptr[:-1], lengths) + np.arange(indptr[-1])
+        values = np.ones(len(entries), np.float32) if self.values is None else self.values[entries]
+        shape = len(at), n_source
+        return sparse.csr_matrix((values.astype(np.float64), self.ids[entries], indptr), shape)
 
     def parts(self, n_threads: int, factors: int) -> list[slice]:
         """Split the rows into parts of about equal cost, if there is enough work."""
@@ -90,12 +107,16 @@ class Settings(NamedTuple):
         Steps of CG; 0 where every weight w is 0.
     weight : float
         Bound on the weights w.
+    tolerance : float, default=0
+        0 for exactly so many steps. Otherwise rows are solved to convergence, as in
+        `converging.Limits`; rows that did not converge are NaN.
     """
 
     objective: Objective
     relaxation: float
     steps: int
     weight: float
+    tolerance: float = 0.0
 
 
 def solve_side(
@@ -135,8 +156,15 @@ def solve_side(
     rotate(source, rotation, n_threads, rotated_source)
     loops = compiled.ready(dtype.name)
     diagonal = diagonal_of(spectrum, len(source), factors, settings)
-    objective = settings.objective
-    solver = loops.Solver(dtype.type(settings.relaxation), settings.steps)
+    objective, relaxation = settings.objective, settings.relaxation
+    if settings.tolerance:
+        converging = compiled.converging()
+        solve_rows, how = (
+            converging.solve_rows,
+            converging.Limits(settings.tolerance, settings.steps, float(relaxation)),
+        )
+    else:
+        solve_rows, how = loops.solve_rows, loops.Solver(dtype.type(relaxation), settings.steps)
     fixed, ahead = read_only(rotated_source), prefetched(rotated_source)
     parts = rows.parts(n_threads, factors)
     out = memory.empty(target.shape, dtype, largest * width)
@@ -147,10 +175,10 @@ def solve_side(
         own = scratch.pop()
         part, rotated = rows.part(at, dtype), own[: at.stop - at.start]
         np.matmul(target[at], rotation, out=rotated)
-        loops.solve_rows(
+        solve_rows(
             rotated, (part.cells, part.lengths),
             loops.Entries(fixed, part.ids, part.values, ahead),
-            objective, diagonal, solver,
+            objective, diagonal, how,
         )  # fmt: skip
         np.matmul(rotated, rotation.T, out=out[at])
         scratch.append(own)

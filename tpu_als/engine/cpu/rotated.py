@@ -1,11 +1,11 @@
-"""A fixed table in the eigenbasis of its gramian, to solve rows against.
+"""Rows solved to convergence in the eigenbasis of a fixed table's gramian.
 
 Axis letters: M rows to solve, N source rows, K factors, P of them and pads to whole cache lines.
 """
 
 from __future__ import annotations
 
-import threading
+import itertools
 from typing import Any
 
 import numpy as np
@@ -16,103 +16,94 @@ from tpu_als.engine.cpu.compiled import read_only
 from tpu_als.engine.cpu.half_epoch import Rows, Settings
 from tpu_als.engine.cpu.memory import Memory
 from tpu_als.engine.objective import Objective, largest_weight, typed
-from tpu_als.host import single_blas_thread, threads
+from tpu_als.host import threads
 
-# Bounds on the error's energy as a multiple of the solution's, for which errors stay below 1e-5
-# and 1e-10 of the solution's length.
-TOLERANCE = {"float32": 5e-6, "float64": 1e-11}
 _LEAST_ROTATION = 1 << 21  # multiplications for which a thread pays
 
 
-def most_steps(factors: int) -> int:
-    """Steps of CG after which a direct solve is expected to be cheaper."""
-    return max(factors, 32)
+class Eigenbasis:
+    """The eigenbasis of a table (N, K).
 
-
-class RotatedTable:
-    """A table (N, K) whose rows are rotated when they are first needed.
-
-    As the gramian, the rotated rows do not change with the table.
+    It follows the rule of the gramian: it does not change when someone writes into the table.
 
     Parameters
     ----------
     table : array (N, K)
-        float32 or float64.
-    n_threads : int
-        Number of threads that compute the gramian.
+        float32 or float64. Its rows are read in each call.
+    gram : float64 array (K, K)
+        Its gramian.
     """
 
-    def __init__(self, table: np.ndarray, n_threads: int) -> None:
-        self._table, self._lock = table, threading.Lock()
-        with single_blas_thread():
-            gram = half_epoch.gramian(table, n_threads, np.float64)
-            rotation, spectrum = half_epoch.eigenbasis_of(gram, table.dtype)
-        self._rotation, self._spectrum = read_only(rotation), spectrum
-        # One more row, of zeros, stands for source rows that the table lacks.
-        shape = len(table) + 1, rotation.shape[1]
-        self._rows = Memory().empty(shape, table.dtype)
-        self._rows[-1] = 0
-        self._is_rotated = np.zeros(len(table) + 1, bool)
-        self._is_rotated[-1] = True
-        self._is_complete = False
-        self._diagonal: tuple[Settings, Any] | None = None  # of the latest call
+    def __init__(self, table: np.ndarray, gram: np.ndarray) -> None:
+        rotation, spectrum = half_epoch.eigenbasis_of(gram, table.dtype)
+        self._table, self._rotation, self._spectrum = table, read_only(rotation), spectrum
+        self._latest: tuple[Settings, Any] | None = None  # settings and diagonal part of a call
+        self._memory = Memory()
 
     def solve(self, rows: sparse.csr_matrix, objective: Objective, n_threads: int) -> np.ndarray:
         """Solutions (M, K) of equation (1); NaN in rows that did not converge.
 
         Column N of the rows (M, N or N + 1) stands for a source row of zeros.
         """
-        self._rotate(rows.indices, n_threads)
-        dtype, loops = self._table.dtype, compiled.converging()
-        sizes = np.abs(rows.data)
-        magnitudes = sizes.min(initial=np.inf), sizes.max(initial=0)
-        factors, ahead = self._table.shape[1], half_epoch.prefetched(self._rows)
-        settings = Settings(
-            typed(objective, dtype), 1.0, most_steps(factors),
-            largest_weight(objective, magnitudes, dtype),
-        )  # fmt: skip
-        limits = loops.Limits(TOLERANCE[dtype.name], settings.steps, settings.relaxation)
-        latest = self._diagonal
-        if latest is None or latest[0] != settings:
-            diagonal = half_epoch.diagonal_of(self._spectrum, len(self._table), factors, settings)
-            self._diagonal = latest = settings, diagonal
+        loops, factors = compiled.converging(), self._table.shape[1]
+        settings, diagonal = self._settings(rows.data, objective)
+        limits = loops.Limits(settings.tolerance, settings.steps, settings.relaxation)
+        source, ids = self._rotated(rows, n_threads)
+        is_ones = len(rows.data) and rows.data.min() == 1 == rows.data.max()
         given = Rows(
-            rows.indptr[:-1].astype(np.int64), np.diff(rows.indptr).astype(np.int64),
-            rows.indices.view(np.uint32) if rows.indices.dtype == np.int32
-            else rows.indices.astype(np.uint32),
-            None if magnitudes == (1, 1) and rows.data.min() == 1 else rows.data,
+            rows.indptr[:-1].astype(np.int64), np.diff(rows.indptr).astype(np.int64), ids,
+            None if is_ones else rows.data,
         )  # fmt: skip
-        fixed, out = read_only(self._rows), np.empty((rows.shape[0], factors), dtype)
+        ahead, out = half_epoch.prefetched(source), np.empty((rows.shape[0], factors), source.dtype)
 
         def work(at: slice) -> None:
-            part = given.part(at, dtype)
-            rotated = np.zeros((at.stop - at.start, self._rows.shape[1]), dtype)
+            part = given.part(at, source.dtype)
+            rotated = np.zeros((at.stop - at.start, source.shape[1]), source.dtype)
             loops.solve_rows(
                 rotated, (part.cells, part.lengths),
-                loops.Entries(fixed, part.ids, part.values, ahead),
-                settings.objective, latest[1], limits,
+                loops.Entries(read_only(source), part.ids, part.values, ahead),
+                settings.objective, diagonal, limits,
             )  # fmt: skip
             loops.rotate_back(rotated, self._rotation, out[at])
 
         threads(work, given.parts(n_threads, factors), n_threads)
         return out
 
-    def _rotate(self, ids: np.ndarray, n_threads: int) -> None:
-        """Rotate the rows with these ids, unless they are rotated already."""
-        if self._is_complete or self._is_rotated[ids].all():
-            return
-        with self._lock:
-            is_missing = np.zeros(len(self._is_rotated), bool)
-            is_missing[ids] = True
-            is_missing &= ~self._is_rotated
-            missing = np.flatnonzero(is_missing).astype(np.uint32)
-            loops = compiled.converging()
-            work = len(missing) * self._table.shape[1] ** 2
-            count = min(n_threads, 1 + work // _LEAST_ROTATION)
+    def _settings(self, values: np.ndarray, objective: Objective) -> tuple[Settings, Any]:
+        """How to solve rows with these values, and the diagonal part of their equations."""
+        sizes, dtype, factors = np.abs(values), self._table.dtype, self._table.shape[1]
+        magnitudes = sizes.min(initial=np.inf), sizes.max(initial=0)
+        settings = Settings(
+            typed(objective, dtype), 1.0, half_epoch.most_steps(factors),
+            largest_weight(objective, magnitudes, dtype), half_epoch.TOLERANCE[dtype.name],
+        )  # fmt: skip
+        latest = self._latest
+        if latest is None or latest[0] != settings:
+            n_source = len(self._table)
+            diagonal = half_epoch.diagonal_of(self._spectrum, n_source, factors, settings)
+            self._latest = latest = settings, diagonal
+        return latest
 
-            def rotate(part: np.ndarray) -> None:
-                loops.rotate(read_only(self._table), read_only(part), self._rotation, self._rows)
+    def _rotated(self, rows: sparse.csr_matrix, n_threads: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rotated source rows (n, P) of the entries, and the one of each entry."""
+        ids, n_source = rows.indices, len(self._table)
+        if rows.shape[0] == 1:
+            needed, positions = ids, np.arange(len(ids), dtype=np.uint32)
+        else:
+            is_needed = np.zeros(n_source + 1, bool)
+            is_needed[ids] = True
+            needed = np.flatnonzero(is_needed)
+            position = np.empty(n_source + 1, np.uint32)
+            position[needed] = np.arange(len(needed))
+            positions = position[ids]
+        needed = read_only(needed.astype(np.int64))
+        out = self._memory.empty((len(needed), self._rotation.shape[1]), self._table.dtype)
+        loops, table = compiled.converging(), read_only(self._table)
+        count = min(n_threads, 1 + out.size * table.shape[1] // _LEAST_ROTATION)
+        bounds = np.linspace(0, len(needed), count + 1).astype(int)
 
-            threads(rotate, np.array_split(missing, count), count)
-            self._is_rotated[missing] = True
-            self._is_complete = bool(self._is_rotated.all())
+        def rotate(at: tuple[int, int]) -> None:
+            loops.rotate(table, needed[slice(*at)], self._rotation, out[slice(*at)])
+
+        threads(rotate, list(itertools.pairwise(bounds)), count)
+        return out, positions

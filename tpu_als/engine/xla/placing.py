@@ -125,6 +125,8 @@ def lay_out(
     if isinstance(user_items, sparse.csr_matrix):
         _check_same(user_items, place)
     lengths, owners = zip(*(_lengths(entries, side, place) for side in SIDES), strict=True)
+    if params.linear_solver == "exact":
+        params = replace(params, linear_solver="cholesky")
     if params.linear_solver == "auto":
         solver = cheapest_solver(lengths, params, backend_kind(place))
         params = replace(params, linear_solver=solver)
