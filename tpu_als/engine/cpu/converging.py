@@ -47,28 +47,31 @@ class Limits(NamedTuple):
 def rotate(table: Any, ids: Any, rotation: Any, out: Any) -> None:
     """Write the products of n rows of a table (N, K) and a rotation (K, P) to `out` (n, P).
 
-    The id N stands for a row of zeros.
+    n is a multiple of four, and so many rows are processed at once, as the rotation does not fit
+    into the nearest cache. The id N stands for a row of zeros.
     """
-    n_factors, zero = table.shape[1], table.dtype.type(0)
-    for at in range(len(ids)):
-        row = ids[at]
-        for p in range(rotation.shape[1]):
-            out[at, p] = zero
-        if row == len(table):
-            continue
-        for k in range(0, n_factors - 3, 4):
-            y0, y1, y2, y3 = table[row, k], table[row, k + 1], table[row, k + 2], table[row, k + 3]
+    n_rows, n_factors, zero = len(table), table.shape[1], table.dtype.type(0)
+    scalars = np.empty((4, n_factors + n_factors % 2), table.dtype)
+    for at in range(0, len(ids), 4):
+        for j in range(4):
+            row = ids[at + j]
+            scalars[j, n_factors - 1 + n_factors % 2] = zero
+            for k in range(n_factors):
+                scalars[j, k] = table[row, k] if row < n_rows else zero
             for p in range(rotation.shape[1]):
-                out[at, p] += (
-                    y0 * rotation[k, p]
-                    + y1 * rotation[k + 1, p]
-                    + y2 * rotation[k + 2, p]
-                    + y3 * rotation[k + 3, p]
-                )
-        for k in range(n_factors - n_factors % 4, n_factors):
-            y0 = table[row, k]
+                out[at + j, p] = zero
+        for k in range(0, n_factors, 2):
+            k2 = min(k + 1, n_factors - 1)
+            a0, a1, a2, a3 = scalars[0, k], scalars[1, k], scalars[2, k], scalars[3, k]
+            b0, b1, b2, b3 = (
+                scalars[0, k + 1], scalars[1, k + 1], scalars[2, k + 1], scalars[3, k + 1],
+            )  # fmt: skip
             for p in range(rotation.shape[1]):
-                out[at, p] += y0 * rotation[k, p]
+                first, second = rotation[k, p], rotation[k2, p]
+                out[at, p] += a0 * first + b0 * second
+                out[at + 1, p] += a1 * first + b1 * second
+                out[at + 2, p] += a2 * first + b2 * second
+                out[at + 3, p] += a3 * first + b3 * second
 
 
 @inner

@@ -36,7 +36,8 @@ class Eigenbasis:
 
     def __init__(self, table: np.ndarray, gram: np.ndarray) -> None:
         rotation, spectrum = half_epoch.eigenbasis_of(gram, table.dtype)
-        self._table, self._rotation, self._spectrum = table, read_only(rotation), spectrum
+        self._rotation = read_only(np.ascontiguousarray(rotation))
+        self._table, self._spectrum = table, spectrum
         self._latest: tuple[Settings, Any] | None = None  # settings and diagonal part of a call
         self._memory = Memory()
 
@@ -96,14 +97,15 @@ class Eigenbasis:
             position = np.empty(n_source + 1, np.uint32)
             position[needed] = np.arange(len(needed))
             positions = position[ids]
-        needed = read_only(needed.astype(np.int64))
-        out = self._memory.empty((len(needed), self._rotation.shape[1]), self._table.dtype)
-        loops, table = compiled.converging(), read_only(self._table)
+        quads = np.full((len(needed) + 3) // 4 * 4, n_source)
+        quads[: len(needed)] = needed
+        out = self._memory.empty((len(quads), self._rotation.shape[1]), self._table.dtype)
+        loops, table, padded = compiled.converging(), read_only(self._table), read_only(quads)
         count = min(n_threads, 1 + out.size * table.shape[1] // _LEAST_ROTATION)
-        bounds = np.linspace(0, len(needed), count + 1).astype(int)
+        bounds = 4 * np.linspace(0, len(quads) // 4, count + 1).astype(int)
 
         def rotate(at: tuple[int, int]) -> None:
-            loops.rotate(table, needed[slice(*at)], self._rotation, out[slice(*at)])
+            loops.rotate(table, padded[slice(*at)], self._rotation, out[slice(*at)])
 
         threads(rotate, list(itertools.pairwise(bounds)), count)
         return out, positions
