@@ -18,15 +18,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy import special, stats
 
 from tpu_als.engine import cells, layout, reading
-from tpu_als.engine.cells import Long
+from tpu_als.engine.cells import LongRows
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.layout import Plan, RowMap, Rung
 from tpu_als.engine.xla import exchange, placing
 from tpu_als.engine.xla.data import XlaData as Data
 from tpu_als.engine.xla.data import XlaSide as Side
 from tpu_als.engine.xla.exchange import Route
-from tpu_als.engine.xla.mesh import AXIS, Workplace
-from tpu_als.engine.xla.sweep import Own
+from tpu_als.engine.xla.mesh import AXIS, DeviceMesh
+from tpu_als.engine.xla.sweep import ShardCells
 
 SAMPLE = 1 << 20  # rows of a side that the planner sees
 _BUCKETS = 20_000
@@ -114,45 +114,45 @@ class Problem:
     values: Any = None
 
 
-def solver(problem: Problem, place: Workplace) -> AlsParams:
+def solver(problem: Problem, mesh: DeviceMesh) -> AlsParams:
     """The parameters, with "auto" replaced as `placing.lay_out` does."""
     params = problem.params
     if params.linear_solver != "auto":
         return params
     # The choice rests on entries a row alone, so a sample will do.
     lengths = (problem.users.sample(), problem.items.sample())
-    name = reading.cheapest_solver(lengths, params, placing.backend_kind(place))
+    name = reading.cheapest_solver(lengths, params, placing.backend_kind(mesh))
     return AlsParams(params.factors, params.dtype, name, params.cg_steps)
 
 
-def data(problem: Problem, place: Workplace, shape: Callable[..., Any] | None = None) -> Data:
-    """What `placing.lay_out` would return, with shapes in place of arrays.
+def data(problem: Problem, mesh: DeviceMesh, shape: Callable[..., Any] | None = None) -> Data:
+    """What `placing.lay_out` would return, with shapes in mesh of arrays.
 
     `shape` makes an abstract array of the shape of a shard and a dtype; by default one that is
-    sharded over the workplace's mesh.
+    sharded over the mesh.
     """
-    params = solver(problem, place)
+    params = solver(problem, mesh)
     samples = problem.users.sample(), problem.items.sample()
-    plan = placing.make_plan(np.concatenate(samples), params, place)
-    shape = shape or sharded(place)
+    plan = placing.make_plan(np.concatenate(samples), params, mesh)
+    shape = shape or sharded(mesh)
     sides = (problem.users, problem.items)
     users, items = (
-        _side(own, other, plan, place, shape, problem.values)
+        _side(own, other, plan, mesh, shape, problem.values)
         for own, other in zip(sides, sides[::-1], strict=True)
     )
     return Data(
         users=users, items=items, params=params, backend=None,
-        n_entries=int(problem.users.n_entries), absolute_sum=0.0, plan=plan, place=place,
+        n_entries=int(problem.users.n_entries), absolute_sum=0.0, plan=plan, mesh=mesh,
     )  # fmt: skip
 
 
-def sharded(place: Workplace) -> Callable[..., Any]:
+def sharded(mesh: DeviceMesh) -> Callable[..., Any]:
     """Maker of abstract arrays with a leading axis of shards."""
-    assert place.mesh is not None
-    sharding = NamedSharding(place.mesh, PartitionSpec(AXIS))
+    assert mesh.jax_mesh is not None
+    sharding = NamedSharding(mesh.jax_mesh, PartitionSpec(AXIS))
 
     def make(shape: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((place.n_shards, *shape), dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct((mesh.n_shards, *shape), dtype, sharding=sharding)
 
     return make
 
@@ -161,7 +161,7 @@ def _side(
     own: Lengths,
     source: Lengths,
     plan: Plan,
-    place: Workplace,
+    mesh: DeviceMesh,
     shape: Callable[..., Any],
     values: Any,
 ) -> Side:
@@ -169,24 +169,24 @@ def _side(
     rows = np.bincount(rung_of, own.counts, minlength=len(plan.lengths) + 1)
     most = [math.ceil(count / plan.n_shards) for count in rows]
     rungs, n_slots, n_cells = layout.stack(most, plan)
-    routes = tuple(_route(rung, source, place.n_shards) for rung in rungs)
+    routes = tuple(_route(rung, source, mesh.n_shards) for rung in rungs)
     long = own.over(plan.lengths[-1])
     row_map = RowMap(
         np.empty(0, np.int64), np.empty(0, np.int64), np.empty(round(long.n_rows), np.int8),
-        rungs, n_slots, n_cells, place.n_shards,
+        rungs, n_slots, n_cells, mesh.n_shards,
     )  # fmt: skip
     sends = sum(
-        route.groups(rung.n_chunks) * route.rows * place.n_shards
+        route.groups(rung.n_chunks) * route.rows * mesh.n_shards
         for route, rung in zip(routes, rungs, strict=True)
     )
-    entries = Own(
+    entries = ShardCells(
         shape((n_cells,), np.int32), None if values is None else shape((n_cells,), values),
         shape((n_slots,), np.int32), shape((sends,), np.int32),
     )  # fmt: skip
-    blocks = _long(long, plan, place, values, shape) if len(row_map.long) else None
+    blocks = _long(long, plan, mesh, values, shape) if len(row_map.long) else None
     return Side(
         lengths=np.broadcast_to(np.int64(0), round(own.n_rows)),
-        rows=row_map, own=entries, long=blocks, routes=routes,
+        rows=row_map, cells=entries, long=blocks, routes=routes,
     )  # fmt: skip
 
 
@@ -208,11 +208,11 @@ def distinct(source: Lengths, draws: int) -> float:
 
 
 def _long(
-    long: Lengths, plan: Plan, place: Workplace, values: Any, shape: Callable[..., Any]
-) -> Long:
+    long: Lengths, plan: Plan, mesh: DeviceMesh, values: Any, shape: Callable[..., Any]
+) -> LongRows:
     """Blocks of long rows; the entries of each are spread over all shards by their source rows."""
-    length = placing.long_block(plan, place)
-    share = long.values / place.n_shards
+    length = placing.long_block(plan, mesh)
+    share = long.values / mesh.n_shards
     full = share / length
     blocks = full + 0.5
     few = full < 8
@@ -221,7 +221,7 @@ def _long(
     count = float(long.counts @ blocks)
     n_blocks = layout.round_up(math.ceil(count + 6 * math.sqrt(count)))
     n_rows = -(-round(long.n_rows) // cells.LONG_ROWS) * cells.LONG_ROWS
-    return Long(
+    return LongRows(
         shape((n_blocks, length), np.int32),
         None if values is None else shape((n_blocks, length), values),
         shape((n_blocks,), np.int32), shape((n_blocks,), np.int32),

@@ -1,4 +1,4 @@
-"""Memory of the host that is used again; its threads are tested with `Workplace`'s."""
+"""Memory of the host that is used again; its threads are tested with `DeviceMesh`'s."""
 
 from __future__ import annotations
 

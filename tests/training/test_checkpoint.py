@@ -31,14 +31,14 @@ from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import backend, placing, relayout
 from tpu_als.engine.xla.data import XlaData
-from tpu_als.engine.xla.mesh import Workplace, workplace
+from tpu_als.engine.xla.mesh import DeviceMesh, device_mesh
 from tpu_als.exceptions import DataWarning
 from tpu_als.training.checkpoint import FOLDER, FORMAT, Checkpoints, Resumed
 
 pytest.importorskip("orbax.checkpoint")
 
 # devices, threads, layout of the source table
-PLACES = {
+MESHES = {
     "one": (1, 1, "auto"),
     "threads": (1, 2, "auto"),
     "two": (2, 0, "sharded"),
@@ -61,12 +61,12 @@ def placed() -> Any:
 
     def get(name: str, dtype: str = "float32") -> XlaData:
         if (name, dtype) not in made:
-            devices, threads, table_layout = PLACES[name]
-            place = workplace(devices, num_threads=threads, table_layout=table_layout)
+            devices, threads, table_layout = MESHES[name]
+            mesh = device_mesh(devices, num_threads=threads, table_layout=table_layout)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(placing, "make_plan", small)
                 made[name, dtype] = backend.place(
-                    matrix, AlsParams(7, dtype=dtype), place, with_digest=True
+                    matrix, AlsParams(7, dtype=dtype), mesh, with_digest=True
                 )
             assert len(made[name, dtype].users.rows.long) > 0
             assert len(made[name, dtype].users.rows.rungs) == 2
@@ -132,10 +132,10 @@ def test_the_same_layout_has_the_same_bits(
         assert np.asarray(ours).tobytes() == np.asarray(saved).tobytes()
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", MESHES)
 def test_any_other_layout_has_the_same_rows(name: str, placed: Any, tmp_path: Path) -> None:
     saved = _rows(_save(tmp_path, placed(name)), placed(name))
-    for other in PLACES:
+    for other in MESHES:
         data = placed(other)
         found = _restore(tmp_path, data)
         assert found is not None
@@ -154,13 +154,13 @@ def test_rows_travel_in_pieces(
 ) -> None:
     saved = _rows(_save(tmp_path, placed("three", dtype)), placed("three", dtype))
     data, sizes = placed("two", dtype), []
-    gather = Workplace.gather_processes
+    gather = DeviceMesh.gather_processes
 
-    def counting(place: Workplace, values: np.ndarray) -> np.ndarray:
+    def counting(mesh: DeviceMesh, values: np.ndarray) -> np.ndarray:
         sizes.append(values.nbytes)
-        return gather(place, values)
+        return gather(mesh, values)
 
-    monkeypatch.setattr(Workplace, "gather_processes", counting)
+    monkeypatch.setattr(DeviceMesh, "gather_processes", counting)
     monkeypatch.setattr(relayout, "_PIECE_BYTES", 1000)
     found = _restore(tmp_path, data)
     assert found is not None and len(sizes) > 12 and max(sizes) <= 1000
@@ -295,12 +295,12 @@ ALTERED = {
 
 @pytest.mark.parametrize("name", ALTERED)
 def test_other_data_are_another_run(name: str, tmp_path: Path) -> None:
-    matrix, place = random_counts(90, 40, density=0.3, seed=2), workplace(1)
+    matrix, mesh = random_counts(90, 40, density=0.3, seed=2), device_mesh(1)
     matrix.data[:2] = 1, 2
     other = ALTERED[name](matrix)
     assert (other != matrix).nnz
     data, altered = (
-        backend.place(each, AlsParams(7), place, with_digest=True) for each in (matrix, other)
+        backend.place(each, AlsParams(7), mesh, with_digest=True) for each in (matrix, other)
     )
     _save(tmp_path, data)
     assert _restore(tmp_path, altered) is None
@@ -308,7 +308,7 @@ def test_other_data_are_another_run(name: str, tmp_path: Path) -> None:
 
 
 def test_data_need_a_digest(tmp_path: Path) -> None:
-    data = backend.place(random_counts(9, 5), AlsParams(2), workplace(1))
+    data = backend.place(random_counts(9, 5), AlsParams(2), device_mesh(1))
     with pytest.raises(ValueError, match=r"place\(..., with_digest=True\)"):
         _restore(tmp_path, data)
 

@@ -121,7 +121,7 @@ def test_devices_stop_alike_and_keep_sharded_tables(monkeypatch: pytest.MonkeyPa
                     raise AssertionError("a table was fetched")
 
                 patch.setattr(resident.Table, "fetch", refuse)
-                patch.setattr(mesh.Workplace, "get", refuse)
+                patch.setattr(mesh.DeviceMesh, "get", refuse)
             many.fit(COUNTS, show_progress=False)
         assert many.n_iter_ == one.n_iter_
         np.testing.assert_allclose(many.history_["ndcg"], one.history_["ndcg"], atol=1e-6)

@@ -190,12 +190,12 @@ def choose(wishes: Wishes, linear_solver: str | None = "cg", dtype: str = "float
     if fits and is_plain and not wishes.use_gpu and not may_have_accelerator():
         return CpuBackend(thread_count(wishes.num_threads))
     from tpu_als.engine.xla.backend import XlaBackend
-    from tpu_als.engine.xla.mesh import workplace
+    from tpu_als.engine.xla.mesh import device_mesh
 
-    place = workplace(wishes.devices, wishes.num_threads, wishes.use_gpu, wishes.table_layout)
-    if fits and place.platform == "cpu" and len(place.processes) == 1:
-        return CpuBackend(place.as_threads.n_threads)
-    return XlaBackend(place)
+    mesh = device_mesh(wishes.devices, wishes.num_threads, wishes.use_gpu, wishes.table_layout)
+    if fits and mesh.platform == "cpu" and len(mesh.processes) == 1:
+        return CpuBackend(mesh.as_threads.n_threads)
+    return XlaBackend(mesh)
 
 
 def may_have_accelerator() -> bool:

@@ -26,7 +26,7 @@ def as_entries(user_items: sparse.csr_matrix | Entries) -> Entries:
     if not isinstance(user_items, sparse.csr_matrix):
         return user_items
     structure.check_compressed(user_items)
-    return InMemory.turned(user_items)
+    return InMemory.with_transpose(user_items)
 
 
 def require_tables(shape: tuple[int, int], params: AlsParams, n_processes: int = 1) -> None:

@@ -28,7 +28,7 @@ from tpu_als.engine import digests
 from tpu_als.engine.als import AlsState
 from tpu_als.engine.xla import relayout, table_checksums
 from tpu_als.engine.xla.data import XlaData, XlaSide
-from tpu_als.engine.xla.mesh import Shards, Workplace, precision
+from tpu_als.engine.xla.mesh import DeviceMesh, Shards, precision
 from tpu_als.exceptions import DataWarning
 from tpu_als.training import orbax_io
 from tpu_als.training.checkpoint_reader import (
@@ -139,7 +139,7 @@ class Checkpoints:
         steps = sorted(s for s in manager.all_steps() if at_most is None or s <= at_most)
         with contextlib.ExitStack() as at_end:
             if steps:
-                alone = orbax_io.reader(run.path, data.place.processes[data.place.process])
+                alone = orbax_io.reader(run.path, data.mesh.processes[data.mesh.process])
                 at_end.callback(alone.close)
             while steps and found is None:
                 step = steps.pop()
@@ -157,7 +157,7 @@ class Checkpoints:
                 "choose another directory"
             )
         if damaged:
-            self._warn(data.place, damaged, found.iteration if found else 0)
+            self._warn(data.mesh, damaged, found.iteration if found else 0)
         self._log_beginning(run, found, len(manager.all_steps()))
         return found
 
@@ -210,7 +210,7 @@ class Checkpoints:
         if any(step >= iteration and step not in self._damaged for step in manager.all_steps()):
             return False
         assert self._run is not None
-        _by_first(self._run.probe, data.place)
+        _by_first(self._run.probe, data.mesh)
         if iteration in self._damaged:
             manager.delete(iteration)
             self._damaged.discard(iteration)
@@ -218,8 +218,8 @@ class Checkpoints:
         how = self._orbax.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
         items, checksums = {}, {}
         for name, table in zip(SIDES, state, strict=True):
-            tree = {"rows": relayout.listed(known.rows[name]), "table": relayout.listed(table)}
-            checksum = table_checksums.of_table(tree["rows"], tree["table"], data.place)
+            tree = {"rows": relayout.as_list(known.rows[name]), "table": relayout.as_list(table)}
+            checksum = table_checksums.of_table(tree["rows"], tree["table"], data.mesh)
             checksums[name] = f"{checksum:016x}"
             options = {key: [how] * len(arrays) for key, arrays in tree.items()}
             items[name] = args.PyTreeSave(tree, options)
@@ -264,25 +264,25 @@ class Checkpoints:
 
     def _open(self, settings: dict[str, Any], data: XlaData) -> Any:
         """Open the run of these settings and data; close the open run if it is another one."""
-        place, known = data.place, self._know(settings, data)
+        mesh, known = data.mesh, self._know(settings, data)
         if self._run is not None and self._run.path.name != known.identity:
             self.close()
             known = self._know(settings, data)
         if self._run is None:
-            if not place.is_complete:
+            if not mesh.is_complete:
                 raise ValueError(
                     "checkpoints are written by all processes of a job together, but these "
-                    f"devices are of process {list(place.processes)} only; fit on devices of all "
+                    f"devices are of process {list(mesh.processes)} only; fit on devices of all "
                     "processes, or in a job of this process alone"
                 )
-            _check_identity(known.identity, place)
+            _check_identity(known.identity, mesh)
             self._damaged = set()
             self._at_close.enter_context(orbax_io.handlers_kept())
             run = RunFolder(self._root, known.identity, known.about)
-            _by_first(run.open, place)
+            _by_first(run.open, mesh)
             self._run = run
             self._at_close.callback(run.close)
-            self._manager = orbax_io.manager(run.path, self._keep, place.processes)
+            self._manager = orbax_io.manager(run.path, self._keep, mesh.processes)
         return self._manager
 
     def _know(self, settings: dict[str, Any], data: XlaData) -> _Known:
@@ -291,19 +291,19 @@ class Checkpoints:
             rows, slots = {}, {}
             for name in SIDES:
                 side: XlaSide = getattr(data, name)
-                rows[name] = data.place.put(relayout.row_numbers(side.rows, data.place))
-                slots[name] = relayout.described(side.rows, data.params.factors, data.place)
+                rows[name] = data.mesh.put(relayout.row_numbers(side.rows, data.mesh))
+                slots[name] = relayout.describe(side.rows, data.params.factors, data.mesh)
             identity = digests.text(json.dumps(about, sort_keys=True))
             self._known = _Known(data, about, identity, rows, slots)
         return self._known
 
-    def _warn(self, place: Workplace, damaged: dict[int, str], iteration: int) -> None:
+    def _warn(self, mesh: DeviceMesh, damaged: dict[int, str], iteration: int) -> None:
         message = (
             f"{len(damaged)} damaged checkpoints were skipped, and training resumes from "
             f"iteration {iteration}: {'; '.join(damaged.values())}"
         )
         log.warning(message)
-        if place.process == 0:
+        if mesh.process == 0:
             warnings.warn(message, DataWarning, stacklevel=3)
 
     def _log_beginning(self, run: RunFolder, found: Resumed | None, n_steps: int) -> None:
@@ -342,10 +342,10 @@ def _fingerprint(data: XlaData) -> dict[str, Any]:
     }
 
 
-def _check_identity(identity: str, place: Workplace) -> None:
+def _check_identity(identity: str, mesh: DeviceMesh) -> None:
     """Raise ValueError in all processes unless all have the same run."""
     own = np.array([int(identity[:8], 16), int(identity[8:], 16)], np.int64)
-    every = place.gather_processes(own)
+    every = mesh.gather_processes(own)
     if (every != every[0]).any():
         raise ValueError(
             "the processes were given different parameters, data or initial tables, but must "
@@ -353,21 +353,21 @@ def _check_identity(identity: str, place: Workplace) -> None:
         )
 
 
-def _by_first(work: Any, place: Workplace) -> None:
+def _by_first(work: Any, mesh: DeviceMesh) -> None:
     """Call `work` in the first process; its error is raised in all of them."""
     error: Exception | None = None
-    if place.process == 0:
+    if mesh.process == 0:
         try:
             work()
         except Exception as caught:
-            if len(place.processes) == 1:
+            if len(mesh.processes) == 1:
                 raise
             error = caught
-    if len(place.processes) > 1:
+    if len(mesh.processes) > 1:
         text = np.zeros(1000, np.uint8)
         told = f"{type(error).__name__}: {error}".encode()[:1000] if error else b""
         text[: len(told)] = np.frombuffer(told, np.uint8)
-        told = place.gather_processes(text)[0].tobytes().rstrip(b"\0")
+        told = mesh.gather_processes(text)[0].tobytes().rstrip(b"\0")
         if error is not None:
             raise error
         if told:

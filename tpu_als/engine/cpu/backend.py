@@ -239,7 +239,7 @@ class CpuBackend:
         """The data in the form that checkpoints have, which is that of the XLA backend."""
         from tpu_als.engine.xla import bridge
 
-        return bridge.described(data)
+        return bridge.describe(data)
 
     def to_checkpoint(self, state: AlsState, data: CpuData) -> AlsState:
         """A state in that form."""
