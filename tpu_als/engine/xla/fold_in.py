@@ -9,9 +9,8 @@ Axis letters: M rows to solve, N source rows, K factors, R rows of a chunk, L pa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from tpu_als.engine.xla import solve, sweep
 from tpu_als.engine.xla.data import static_of
 from tpu_als.engine.xla.mesh import DeviceMesh, precision
 from tpu_als.engine.xla.placing import backend_kind, chunk_sizes
+from tpu_als.engine.xla.programs import Program, PyTree
 from tpu_als.engine.xla.solve import Basis, Cells
 from tpu_als.engine.xla.sweep import Rows, Static
 from tpu_als.validation import structure
@@ -87,7 +87,9 @@ def source(table: np.ndarray, params: AlsParams, mesh: DeviceMesh) -> Source:
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _rotated(table: Array, gramian: Array | None, n_source: Any, dtype: str) -> tuple[Array, Basis]:
+def _rotated(
+    table: Array, gramian: Array | None, n_source: Array | np.floating, dtype: str
+) -> tuple[Array, Basis]:
     """The table in the eigenbasis of a gramian, by default its own, and that basis."""
     gramian = solve.gramian(table, dtype) if gramian is None else gramian
     basis = solve.basis(gramian, n_source)
@@ -148,14 +150,14 @@ def solve_rows(
                 source.table, gramian.astype(dtype), basis.n_source, params.compute_dtype
             )
 
-    def program(rung: Rung) -> Callable[..., Array]:
+    def program(rung: Rung) -> Program:
         return _program(static_of(params, rung.rows, rung.length))
 
     def slots(rung: Rung, number: int) -> slice:
         first = rung.first_slot + number * rung.rows
         return slice(first, first + rung.rows)
 
-    def arguments(rung: Rung, number: int) -> tuple[Any, ...]:
+    def arguments(rung: Rung, number: int) -> tuple[PyTree, ...]:
         at, size = slots(rung, number), rung.rows * rung.length
         first = rung.first_cell + number * size
         chunk = (array[0, first : first + size] for array in (ids, values))
@@ -183,7 +185,7 @@ def _plan(lengths: np.ndarray, params: AlsParams, mesh: DeviceMesh) -> Plan:
 
 
 @functools.cache
-def _program(static: Static) -> Callable[..., Array]:
+def _program(static: Static) -> Program:
     """Compiled program that solves the rows of one chunk."""
 
     def chunk(

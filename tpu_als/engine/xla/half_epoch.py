@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,9 @@ from tpu_als.engine.objective import Objective, largest_weight, typed, weights_v
 from tpu_als.engine.xla import solve, sweep
 from tpu_als.engine.xla.data import XlaData, XlaSide, static_of
 from tpu_als.engine.xla.mesh import Collectives, ShardPass, Shards, precision
-from tpu_als.engine.xla.programs import REPLICATED, SHARDED
+from tpu_als.engine.xla.programs import REPLICATED, SHARDED, PyTree
 from tpu_als.engine.xla.solve import Basis
-from tpu_als.engine.xla.sweep import LossInputs, SharedInputs, Span
+from tpu_als.engine.xla.sweep import LongLossInputs, LossInputs, SharedInputs, Span
 from tpu_als.host import give_back_memory, single_blas_thread
 
 _RUNGS_PER_PROGRAM = 4
@@ -50,9 +50,9 @@ class DrawInputs(NamedTuple):
         Factor for the numbers, in the dtype they are drawn in.
     """
 
-    seed: Any
-    side: Any
-    scale: Any
+    seed: Array | np.uint32
+    side: Array | np.uint32
+    scale: Array | np.floating
 
 
 def draw(data: XlaData, seed: int, scale: float, normal: bool) -> list[Shards]:
@@ -142,14 +142,14 @@ class Prepared(NamedTuple):
         A copy of the target table in that basis, to start from.
     """
 
-    basis: Any
-    source_table: Any
-    start: Any
+    basis: Basis
+    source_table: Array
+    start: Shards
 
 
 def prepare_program(data: XlaData) -> Callable[..., Prepared]:
     """Compile the program ((source, target, lengths), n_source) -> Prepared of a half-epoch."""
-    out_specs = Prepared(REPLICATED, data.mesh.collectives.source_spec, SHARDED)
+    out_specs = Prepared._make((REPLICATED, data.mesh.collectives.source_spec, SHARDED))
     return data.mesh.all_shards_program(_prepare, data.params.compute_dtype, out_specs)
 
 
@@ -158,8 +158,8 @@ def _prepare(
 ) -> Prepared:
     """Rotate the source table, and a copy of the target table to start from."""
     source, target, lengths = tables
-    parts = collectives.local_parts(source)
-    gram = collectives.sum(sum(solve.gramian(part, dtype) for part in parts))
+    grams = [solve.gramian(part, dtype) for part in collectives.local_parts(source)]
+    gram = collectives.sum(sum(grams[1:], grams[0]))
     basis = solve.basis(gram, n_source.astype(dtype))
 
     def rotate(rows: Array) -> Array:
@@ -187,8 +187,8 @@ def _count_failed(
     Unused slots are ignored: if the basis is not finite, they are not finite either.
     """
     parts = zip(*(collectives.local_parts(shards) for shards in rows), strict=True)
-    failed = sum(jnp.sum(~solve.finite_rows(table) & (lengths > 0)) for table, lengths in parts)
-    return collectives.sum(failed)
+    failed = [jnp.sum(~solve.finite_rows(table) & (lengths > 0)) for table, lengths in parts]
+    return collectives.sum(sum(failed[1:], failed[0]))
 
 
 def _shared_inputs(
@@ -203,7 +203,7 @@ def _shared_inputs(
 def _rung_passes(
     sweep_rungs: Callable[..., Array],
     side: XlaSide,
-    sharded: Any,
+    sharded: PyTree,
     data: XlaData,
     shared: SharedInputs,
 ) -> list[ShardPass]:
@@ -232,7 +232,7 @@ def _rung_passes(
 def _long_pass(
     sweep_long: Callable[..., Array],
     side: XlaSide,
-    sharded: Any,
+    sharded: PyTree,
     data: XlaData,
     shared: SharedInputs,
 ) -> ShardPass:
@@ -248,19 +248,19 @@ def _long_pass(
 class Summary(NamedTuple):
     """Gramian (K, K) and squared row norms (W, S) of a table."""
 
-    gramian: Any
-    squares: Any
+    gramian: Array
+    squares: Shards
 
 
 class LossSource(NamedTuple):
     """A table as the source of the loss, in its own basis, and its summary."""
 
-    basis: Any
-    source_table: Any
-    summary: Any
+    basis: Basis
+    source_table: Array
+    summary: Summary
 
 
-SUMMARY_SPECS = Summary(REPLICATED, SHARDED)
+SUMMARY_SPECS = Summary._make((REPLICATED, SHARDED))
 
 
 def loss_parts(state: AlsState, data: XlaData, objective: Objective) -> LossParts:
@@ -268,7 +268,7 @@ def loss_parts(state: AlsState, data: XlaData, objective: Objective) -> LossPart
     mesh, users, items = data.mesh, data.users, data.items
     dtype = data.params.compute_dtype
     with precision(data.params.dtype):
-        specs = LossSource(REPLICATED, mesh.collectives.source_spec, SUMMARY_SPECS)
+        specs = LossSource._make((REPLICATED, mesh.collectives.source_spec, SUMMARY_SPECS))
         program = mesh.all_shards_program(_loss_source, dtype, specs)
         source = program(state.items, np.int32(items.n_rows))
         of_items, of_users = source.summary, program(state.users, np.int32(users.n_rows)).summary
@@ -292,8 +292,8 @@ def _entries_loss(
     inputs = LossInputs(users.cells, state.users)
     loss_passes = _rung_passes(sweep.loss_rungs, users, inputs, data, shared)
     if users.long is not None:
-        inputs = LossInputs(users.long, state.users)
-        loss_passes.append(_long_pass(sweep.loss_long, users, inputs, data, shared))
+        long_inputs = LongLossInputs(users.long, state.users)
+        loss_passes.append(_long_pass(sweep.loss_long, users, long_inputs, data, shared))
     out = mesh.zeros((users.rows.n_slots,), np.dtype(params.compute_dtype))
     return mesh.get(mesh.run(loss_passes, out, source.source_table, params.dtype))
 

@@ -16,16 +16,26 @@ import logging
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
+from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from numpy.typing import DTypeLike
 
 from tpu_als.engine.xla import programs
-from tpu_als.engine.xla.programs import AXIS, Collectives, ShardPass, precision
+from tpu_als.engine.xla.programs import (
+    AXIS,
+    Call,
+    Collectives,
+    Program,
+    PyTree,
+    ShardPass,
+    Shards,
+    precision,
+)
 from tpu_als.host import cores, memory_bytes, thread_count, threads
 from tpu_als.parameters import LAYOUTS
 
@@ -40,11 +50,9 @@ __all__ = [
     "precision",
 ]
 
-# With several devices, one array with a leading axis of shards; on a single device, a list of one
-# array per shard.
-Shards = Any
-
 log = logging.getLogger("tpu_als")
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
 _REPLICATED_SHARE = 1 / 8  # of a device's memory that a copy of the source table may take
 _started_in: int | None = None  # id of the process that first called `device_mesh`
 _PIECE_BYTES = 1 << 26  # of a table fetched at once from several processes
@@ -163,7 +171,7 @@ class DeviceMesh:
 
     def get(self, shards: Shards) -> np.ndarray:
         """Copy shards to the host: a writeable array (W, ...) on every process."""
-        if self.jax_mesh is None:
+        if isinstance(shards, list):
             return np.stack([np.asarray(part) for part in shards])
         if len(self.processes) == 1:
             return np.array(shards)
@@ -204,8 +212,8 @@ class DeviceMesh:
         return int(self.gather_processes(np.array(number, np.int64)).max())
 
     def all_shards_program(
-        self, fn: Callable[..., Any], static: Hashable, out_specs: Any
-    ) -> Callable[..., Any]:
+        self, fn: Callable[..., PyTree], static: Hashable, out_specs: PyTree
+    ) -> Program:
         """Compile fn(static, collectives, sharded, replicated) for all shards at once.
 
         With several devices the result runs on each of them, with its part of `sharded`. On a
@@ -228,7 +236,7 @@ class DeviceMesh:
         """
         return programs.all_shards_program(fn, static, out_specs, self.jax_mesh, self.collectives)
 
-    def per_shard_program(self, fn: Callable[..., Any], static: Hashable) -> Callable[..., Any]:
+    def per_shard_program(self, fn: Callable[..., PyTree], static: Hashable) -> Program:
         """Compile fn(static, out, sharded, source_table, replicated) -> out for one shard.
 
         The buffer of `out` is donated. `source_table` is the result of
@@ -239,7 +247,7 @@ class DeviceMesh:
         )
 
     def run(
-        self, passes: Sequence[ShardPass], out: Shards, source_table: Any, dtype: str
+        self, passes: Sequence[ShardPass], out: Shards, source_table: Array, dtype: str
     ) -> Shards:
         """Run programs of `per_shard_program` in turn over every shard of `out`."""
         if self.jax_mesh is not None:
@@ -251,7 +259,7 @@ class DeviceMesh:
         split = [(p.program, _unzip(p.sharded, self.n_shards), p.replicated) for p in passes]
         self.compile([(p, (out[0], parts[0], source_table, r)) for p, parts, r in split], dtype)
 
-        def work(shard: int) -> Any:
+        def work(shard: int) -> Array:
             with precision(dtype):
                 part = out[shard]
                 for program, parts, replicated in split:
@@ -260,20 +268,20 @@ class DeviceMesh:
 
         return self.threads(work, range(self.n_shards))
 
-    def compile(self, calls: Iterable[tuple[Any, tuple[Any, ...]]], dtype: str) -> None:
+    def compile(self, calls: Iterable[Call], dtype: str) -> None:
         """Compile the programs that are new for these arguments, in parallel."""
         programs.compile_new(calls, dtype, self.threads)
 
     def threads(
-        self, work: Callable[[Any], Any], jobs: Sequence[Any], most: int | None = None
-    ) -> list[Any]:
+        self, work: Callable[[_Job], _Result], jobs: Sequence[_Job], most: int | None = None
+    ) -> list[_Result]:
         """Map `work` over the jobs with as many threads as there are shards or cores, or `most`."""
         if most is None:
             most = self.n_shards if len(jobs) <= self.n_shards else max(self.n_shards, cores())
         return threads(work, jobs, most)
 
 
-def _unzip(sharded: Any, n_shards: int) -> list[Any]:
+def _unzip(sharded: PyTree, n_shards: int) -> list[PyTree]:
     """Convert a structure of lists of shards to a list of structures."""
     is_list = lambda node: isinstance(node, list)  # noqa: E731
     return [
@@ -283,7 +291,7 @@ def _unzip(sharded: Any, n_shards: int) -> list[Any]:
 
 
 def device_mesh(
-    devices: Any = None,
+    devices: object = None,
     num_threads: int = 0,
     use_gpu: bool | None = None,
     table_layout: str = "auto",
@@ -349,13 +357,12 @@ def _memory(device: jax.Device) -> int:
     return memory_bytes() // len(jax.local_devices(backend=device.platform))
 
 
-def _devices(devices: Any) -> tuple[jax.Device, ...]:
+def _devices(devices: object) -> tuple[jax.Device, ...]:
     if isinstance(devices, Mesh):
         devices = list(devices.devices.flat)
     if devices is None:
         return tuple(jax.devices())
-    is_number = isinstance(devices, (int, np.integer)) and not isinstance(devices, bool)
-    if is_number:
+    if isinstance(devices, (int, np.integer)) and not isinstance(devices, bool):
         have = jax.devices()
         if not 1 <= devices <= len(have):
             raise ValueError(

@@ -10,14 +10,23 @@ import contextlib
 import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from tpu_als.engine import compilation_cache
 from tpu_als.host import give_back_memory
+
+# With several devices, one array with a leading axis of shards. On a single device, a list of one
+# array per shard.
+Shards = Array | list[Array]
+PyTree = Any  # arrays in any structure of tuples, lists and named tuples
+Program = jax.stages.Wrapped  # a compiled program
+Call = tuple[Program, tuple[PyTree, ...]]  # a program and its arguments
+_Tree = TypeVar("_Tree")
 
 AXIS = "shards"  # name of the mesh axis
 # Specs of inputs and outputs: each device has its part of a leading axis of shards, or all of it.
@@ -52,46 +61,45 @@ class Collectives:
         """Spec of the source table of a half-epoch (`source_table`)."""
         return SHARDED if self.is_sharded else REPLICATED
 
-    def sum(self, value: Any) -> Any:
+    def sum(self, value: _Tree) -> _Tree:
         """Sum over the shards."""
         return value if self.axis is None else jax.lax.psum(value, self.axis)
 
-    def local_parts(self, shards: Any) -> list[jax.Array]:
+    def local_parts(self, shards: Shards) -> list[Array]:
         """The parts of an array that this program has: all shards, or only the device's own."""
-        return shards if self.axis is None else [shards]
+        return shards if isinstance(shards, list) else [shards]
 
     def concatenate(
-        self, shards: Any, change: Callable[[jax.Array], jax.Array] = lambda rows: rows
-    ) -> jax.Array:
+        self, shards: Shards, change: Callable[[Array], Array] = lambda rows: rows
+    ) -> Array:
         """Apply `change` to the rows of this program's shards, and concatenate the results.
 
         On a single device this is done in pieces, into one array: a concatenation of whole changed
         shards would need twice the memory.
         """
-        if self.axis is not None or len(shards) == 1:
-            return change(shards[0] if self.axis is None else shards)
-        shape = (sum(len(shard) for shard in shards), *shards[0].shape[1:])
-        rows, low = jnp.zeros(shape, shards[0].dtype), 0
-        for shard in shards:
-            rows = _write_changed(rows, shard, low, change)
-            low += len(shard)
+        parts = self.local_parts(shards)
+        if len(parts) == 1:
+            return change(parts[0])
+        shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+        rows, low = jnp.zeros(shape, parts[0].dtype), 0
+        for part in parts:
+            rows = _write_changed(rows, part, low, change)
+            low += len(part)
         return rows
 
-    def source_table(self, rows: jax.Array) -> jax.Array:
+    def source_table(self, rows: Array) -> Array:
         """The rows of a source table that a half-epoch reads: all rows, or only the device's."""
         if self.axis is None or self.is_sharded:
             return rows
         return jax.lax.all_gather(rows, self.axis, tiled=True)
 
 
-def _write_changed(
-    rows: jax.Array, shard: jax.Array, low: int, change: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
+def _write_changed(rows: Array, shard: Array, low: int, change: Callable[[Array], Array]) -> Array:
     """Change a shard piece by piece, and write it into `rows`, starting at row `low`."""
     # The largest power of two that divides the length. `layout.round_up` makes sure it is large.
     size = min(len(shard) & -len(shard), _PIECE_ROWS)
 
-    def write(step: Any, rows: jax.Array) -> jax.Array:
+    def write(step: int, rows: Array) -> Array:
         piece = jax.lax.dynamic_slice_in_dim(shard, step * size, size)
         return jax.lax.dynamic_update_slice_in_dim(rows, change(piece), low + step * size, 0)
 
@@ -100,17 +108,17 @@ def _write_changed(
 
 @functools.cache
 def all_shards_program(
-    fn: Callable[..., Any],
+    fn: Callable[..., PyTree],
     static: Hashable,
-    out_specs: Any,
+    out_specs: PyTree,
     mesh: Mesh | None,
     collectives: Collectives,
-) -> Callable[..., Any]:
+) -> Program:
     """See `DeviceMesh.all_shards_program`."""
     if mesh is None:
         return _registered(jax.jit(functools.partial(fn, static, collectives)))
 
-    def on_device(sharded: Any, replicated: Any) -> Any:
+    def on_device(sharded: PyTree, replicated: PyTree) -> PyTree:
         outputs = fn(static, collectives, _without_axis(sharded), replicated)
         return jax.tree.map(
             lambda spec, output: _with_axis(output) if spec == SHARDED else output,
@@ -130,19 +138,19 @@ def all_shards_program(
 
 @functools.cache
 def per_shard_program(
-    fn: Callable[..., Any],
+    fn: Callable[..., PyTree],
     static: Hashable,
     mesh: Mesh | None,
     collectives: Collectives,
     platform: str,
-) -> Callable[..., Any]:
+) -> Program:
     """See `DeviceMesh.per_shard_program`."""
     options = _compiler_options(platform)
     if mesh is None:
         on_shard = functools.partial(fn, static)
         return _registered(jax.jit(on_shard, donate_argnums=0, compiler_options=options))
 
-    def on_device(out: Any, sharded: Any, source: Any, replicated: Any) -> Any:
+    def on_device(out: Array, sharded: PyTree, source: Array, replicated: PyTree) -> Array:
         source = source[0] if collectives.is_sharded else source
         return fn(static, out[0], _without_axis(sharded), source, replicated)[None]
 
@@ -169,15 +177,15 @@ class ShardPass(NamedTuple):
         Inputs that all shards share.
     """
 
-    program: Callable[..., Any]
-    sharded: Any
-    replicated: Any
+    program: Program
+    sharded: PyTree
+    replicated: PyTree
 
 
 def compile_new(
-    calls: Iterable[tuple[Any, tuple[Any, ...]]],
+    calls: Iterable[Call],
     dtype: str,
-    run_all: Callable[[Callable[[Any], Any], Sequence[Any]], Any],
+    run_all: Callable[[Callable[[Hashable], None], Sequence[Hashable]], object],
 ) -> None:
     """Compile programs that were not compiled for arguments of these shapes before.
 
@@ -190,14 +198,14 @@ def compile_new(
     run_all : callable
         Maps a function over a sequence, with several threads.
     """
-    new = {}
+    new: dict[Hashable, Call] = {}
     for program, args in calls:
         leaves, structure = jax.tree.flatten(args)
         key = (program, structure, tuple((a.shape, a.dtype) for a in leaves))
         if key not in _compiled:
             new[key] = (program, args)
 
-    def work(key: Any) -> None:
+    def work(key: Hashable) -> None:
         with precision(dtype):
             program, args = new[key]
             program.lower(*args).compile()
@@ -210,7 +218,7 @@ def compile_new(
         give_back_memory()
 
 
-def _registered(program: Callable[..., Any]) -> Callable[..., Any]:
+def _registered(program: Program) -> Program:
     """Count this program's compiled versions in `count`."""
     _jitted.append(program)
     return program
@@ -232,21 +240,21 @@ def forget() -> None:
     _compiled.clear()
 
 
-def _without_axis(sharded: Any) -> Any:
+def _without_axis(sharded: _Tree) -> _Tree:
     """A device's part of each array, without the axis of shards."""
     return jax.tree.map(lambda part: part[0], sharded)
 
 
-def _with_axis(parts: Any) -> Any:
+def _with_axis(parts: _Tree) -> _Tree:
     """A device's part of each array, with an axis of shards of length 1."""
     return jax.tree.map(lambda part: part[None], parts)
 
 
-def _compiler_options(platform: str) -> dict[str, Any] | None:
+def _compiler_options(platform: str) -> dict[str, int] | None:
     """Options for loops over chunks on CPU, where LLVM's level 2 gives faster code than level 3."""
     return {"xla_backend_optimization_level": 2} if platform == "cpu" else None
 
 
-def precision(dtype: str) -> contextlib.AbstractContextManager[Any]:
+def precision(dtype: str) -> contextlib.AbstractContextManager[object]:
     """Context that enables this dtype: 64-bit types are disabled in JAX by default."""
     return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,34 +32,42 @@ _SHORTEST = 1e-10  # replaces the length of a zero row, to allow division
 
 
 class CatalogParts(NamedTuple):
-    """Rows (W, S, K), lengths (W, S) or None, and whether a slot is ranked (W, S); or one part."""
+    """Rows (W, S, K), lengths (W, S) or None, and whether a slot is ranked (W, S)."""
 
-    rows: Any
-    lengths: Any
-    shown: Any
+    rows: Shards
+    lengths: Shards | None
+    shown: Shards
+
+
+class CatalogPart(NamedTuple):
+    """One part of a catalog: rows (S, K), lengths (S,) or None, and whether a slot is ranked."""
+
+    rows: Array
+    lengths: Array | None
+    shown: Array
 
 
 class SeenItems(NamedTuple):
     """Items to leave out: the query, and the shard and slot of the item, padded with shard -1."""
 
-    query: Any
-    shard: Any
-    slot: Any
+    query: Array | np.ndarray
+    shard: Array | np.ndarray
+    slot: Array | np.ndarray
 
 
 class Queries(NamedTuple):
     """Queries (B, K), and the items to leave out of each result."""
 
-    rows: Any
+    rows: Array | np.ndarray
     seen: SeenItems
 
 
 class Best(NamedTuple):
     """The best items of each query, best first: scores, shards and slots (B, k)."""
 
-    scores: Any
-    shards: Any
-    slots: Any
+    scores: Array
+    shards: Array
+    slots: Array
 
 
 @dataclass(frozen=True)
@@ -150,9 +158,10 @@ class Catalog:
             padded[:count] = queries[at]
             hidden = _seen_items(seen[at] if seen is not None else None, self)
             with precision(self.dtype):
-                best = Best(*map(np.asarray, program(parts, Queries(padded, hidden))))
-            found = self.ids[best.shards, best.slots][:count, :width]
-            keep(ids[at, :width], scores[at, :width], found, best.scores[:count, :width])
+                best = program(parts, Queries(padded, hidden))
+                values, shards, slots = (np.asarray(array) for array in best)
+            found = self.ids[shards, slots][:count, :width]
+            keep(ids[at, :width], scores[at, :width], found, values[:count, :width])
         return ids, scores
 
 
@@ -203,7 +212,7 @@ def catalog_of(
     lengths : array (N,), optional
         Divide scores by these instead.
     """
-    first = table if mesh.jax_mesh is not None else table[0]
+    first = table[0] if isinstance(table, list) else table
     dtype = "float64" if first.dtype == np.float64 else "float32"
     shape = (rows.n_shards, rows.n_slots)
     catalog = _catalog(table, rows.slots, shape, mesh, lengths, dtype)
@@ -339,15 +348,16 @@ def _rank(
     return Best(best, at // width, slots)
 
 
-def _local(collectives: Collectives, parts: CatalogParts) -> list[CatalogParts]:
+def _local(collectives: Collectives, parts: CatalogParts) -> list[CatalogPart]:
     """The parts that this program has: a device's own, or all."""
-    if collectives.axis is not None:
-        return [parts]
-    lengths = parts.lengths or [None] * len(parts.rows)
-    return [CatalogParts(*part) for part in zip(parts.rows, lengths, parts.shown, strict=True)]
+    rows, shown = collectives.local_parts(parts.rows), collectives.local_parts(parts.shown)
+    if parts.lengths is None:
+        return [CatalogPart(*part) for part in zip(rows, [None] * len(rows), shown, strict=True)]
+    lengths = collectives.local_parts(parts.lengths)
+    return [CatalogPart(*part) for part in zip(rows, lengths, shown, strict=True)]
 
 
-def _scores(queries: Array, part: CatalogParts, dtype: str) -> Array:
+def _scores(queries: Array | np.ndarray, part: CatalogPart, dtype: str) -> Array:
     """Scores (B, S) of one part of the catalog."""
     scores = jnp.matmul(queries, part.rows.astype(dtype).T, precision=lax.Precision.HIGHEST)
     return scores if part.lengths is None else scores / part.lengths[None, :]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 from jax import Array
@@ -21,7 +20,7 @@ def row_numbers(rows: RowMap, mesh: DeviceMesh) -> np.ndarray:
     return (layout.rows_of_slots(rows, mesh.local_shards) + 1).astype(np.int32)
 
 
-def describe(rows: RowMap, factors: int, mesh: DeviceMesh) -> dict[str, Any]:
+def describe(rows: RowMap, factors: int, mesh: DeviceMesh) -> dict[str, object]:
     """Shapes of a table's arrays, and a digest of the rows' slots."""
     shape = [rows.n_slots, factors]
     shapes = [shape] * rows.n_shards if mesh.jax_mesh is None else [[rows.n_shards, *shape]]

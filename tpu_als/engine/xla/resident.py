@@ -120,5 +120,5 @@ def _take(
         return jnp.where((shard == number)[:, None], rows, 0)
 
     parts = jax.tree.map(part, *sharded)
-    rows = sum(parts[1:], parts[0]) if isinstance(parts, list) else parts
-    return collectives.sum(rows)
+    local = collectives.local_parts(parts)
+    return collectives.sum(sum(local[1:], local[0]))

@@ -6,11 +6,12 @@ Axis letters: R rows, L padded length, K factors, N source rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from tpu_als.engine.objective import DOMINANT, Objective, confidence, ridge
 from tpu_als.engine.xla.cholesky import direct
@@ -39,7 +40,7 @@ class Basis(NamedTuple):
 
     rotation: Array
     spectrum: Array
-    n_source: Any
+    n_source: Array | np.floating
 
 
 def gramian(table: Array, dtype: Dtype) -> Array:
@@ -66,7 +67,7 @@ def _block_rows(n_rows: int, most: int) -> int:
     return size
 
 
-def basis(gram: Array, n_source: Array) -> Basis:
+def basis(gram: Array, n_source: Array | np.floating) -> Basis:
     """Eigenbasis of the gramian (K, K) of a table of N = `n_source` rows."""
     spectrum, rotation = jnp.linalg.eigh(gram)
     # Rounding may make eigenvalues zero or negative, which would make the systems singular.
@@ -88,7 +89,7 @@ def rounded(rows: Array, dtype: Dtype) -> Array:
     return rows.astype(dtype)
 
 
-def diagonal(basis: Basis, objective: Objective, lengths: Array) -> Array:
+def diagonal(basis: Basis, objective: Objective, lengths: Array | np.ndarray) -> Array:
     """Diagonal part a0 s + lam_u of equation (3) for rows of `lengths` (R,): (R, K)."""
     spectrum = objective.unobserved_weight * basis.spectrum
     lam = ridge(objective, lengths.astype(spectrum.dtype), basis.n_source)
@@ -98,7 +99,7 @@ def diagonal(basis: Basis, objective: Objective, lengths: Array) -> Array:
     return jnp.minimum(spectrum, most)[None, :] + lam[:, None]
 
 
-def equation_scale(d: Array, weight: Any) -> Array:
+def equation_scale(d: Array, weight: ArrayLike) -> Array:
     """Factor (R, 1) that brings the numbers of equation (3) near 1, so that no product overflows.
 
     Multiplying both sides by it does not change the solution. `d` (R, K) is the diagonal part, and
@@ -109,7 +110,7 @@ def equation_scale(d: Array, weight: Any) -> Array:
     return 1 / jnp.clip(size, kind.tiny, kind.max / 256)
 
 
-def initial_rows(z: Array, d: Array, weight: Any, basis: Basis) -> Array:
+def initial_rows(z: Array, d: Array, weight: ArrayLike, basis: Basis) -> Array:
     """Initial rows of CG: the rows z (R, K), or zero where the diagonal part d dominates.
 
     If d dominates, three steps from zero are exact. Steps from a z that is far too large would
@@ -168,7 +169,7 @@ def scale_weights(block: Block, factor: Array) -> Block:
     return Block(block.rows, block.w * factor, block.v * factor)
 
 
-def entry_mask(shape: tuple[int, ...], n_entries: Array) -> Array:
+def entry_mask(shape: tuple[int, ...], n_entries: Array | np.ndarray) -> Array:
     """Which cells (R, L) are entries, and not pads: the first `n_entries` (R,) of each row."""
     return lax.broadcasted_iota(jnp.int32, shape, 1) < n_entries[:, None]
 
@@ -266,7 +267,7 @@ def rows_cg(
     return z + size / jnp.maximum(bend, tiny) * p
 
 
-def relax(before: Array, solved: Array, relaxation: Any) -> Array:
+def relax(before: Array, solved: Array, relaxation: Array | np.floating) -> Array:
     """Move from the rows `before` towards `solved` (R, K), by `relaxation` times the distance.
 
     ALS is a block Gauss-Seidel method; this makes it successive over-relaxation. The loss is
@@ -316,7 +317,7 @@ def rows_exact(block: Block, d: Array, positive: bool) -> Array:
     return rows_direct(accumulate(block), d)
 
 
-def cells_loss(block: Block, z: Array, is_entry: Array, offset: Any) -> Array:
+def cells_loss(block: Block, z: Array, is_entry: Array, offset: ArrayLike) -> Array:
     """Contribution of stored cells to the loss beyond the unobserved term: (R,).
 
     Each cell is computed as a square. Sums of (w t - 2 v) t and of |c| nearly cancel if a model
@@ -344,6 +345,6 @@ def finite_rows(z: Array) -> Array:
     return jnp.all(jnp.isfinite(z), axis=-1)
 
 
-def zero_empty(z: Array, lengths: Array) -> Array:
+def zero_empty(z: Array, lengths: Array | np.ndarray) -> Array:
     """Rows without entries, and unused ones, are zero: equation (1) has right-hand side 0."""
     return jnp.where(lengths[..., None] > 0, z, jnp.zeros((), z.dtype))

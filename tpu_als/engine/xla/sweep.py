@@ -9,18 +9,22 @@ Axis letters: S slots of the shard, R rows of a chunk, L padded length, K factor
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from tpu_als.engine.cells import LONG_ROWS, LongRows
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import exchange, solve
 from tpu_als.engine.xla.exchange import Route
-from tpu_als.engine.xla.mesh import Collectives
+from tpu_als.engine.xla.programs import Collectives, PyTree
 from tpu_als.engine.xla.solve import Basis, Block, Cells
+
+Index = int | Array  # a counter of a loop
+_Sums = TypeVar("_Sums")  # arrays with a leading axis of long rows
 
 
 class ShardCells(NamedTuple):
@@ -48,13 +52,13 @@ class ShardCells(NamedTuple):
 class Span(NamedTuple):
     """A rung's first cell, first slot, first send, and number of chunks; traced.
 
-    For long rows only the count is used: the number of batches.
+    For long rows only the last is used: their number of batches.
     """
 
-    first_cell: Any
-    first_slot: Any
-    first_send: Any
-    count: Any
+    first_cell: Array
+    first_slot: Array
+    first_send: Array
+    n_chunks: Array
 
 
 class Static(NamedTuple):
@@ -107,8 +111,8 @@ class SharedInputs(NamedTuple):
 
     basis: Basis
     objective: Objective
-    relaxation: Any
-    weight: Any
+    relaxation: Array | np.floating
+    weight: Array | np.floating
     spans: tuple[Span, ...]
 
 
@@ -119,26 +123,33 @@ class Rows(NamedTuple):
     """
 
     block: Block
-    lengths: Array
+    lengths: Array | np.ndarray
     start: Array
 
 
 class LongBatch(NamedTuple):
     """A batch of `LONG_ROWS` long rows: its number, all long rows, and the source table."""
 
-    number: Any
+    number: Index
     long: LongRows
     source_table: Array
 
 
 class LossInputs(NamedTuple):
-    """Inputs of a shard's loss: its cells or long rows, and its part (S, K) of the target table."""
+    """Inputs of a shard's loss: its cells, and its part (S, K) of the target table."""
 
-    cells: Any
+    cells: ShardCells
     table: Array
 
 
-Body = Callable[[Any, Array, Array], Array]
+class LongLossInputs(NamedTuple):
+    """Inputs of the loss of long rows: the rows, and the shard's part of the target table."""
+
+    long: LongRows
+    table: Array
+
+
+Body = Callable[[int, Array, Array], Array]
 
 
 def _over_chunks(
@@ -150,31 +161,31 @@ def _over_chunks(
     """
     route, axis = static.route, static.collectives.axis
     if route is None:
-        return lax.fori_loop(0, span.count, lambda step, out: body(step, source_table, out), out)
+        return lax.fori_loop(0, span.n_chunks, lambda step, out: body(step, source_table, out), out)
     assert axis is not None
 
-    def group(number: Any, out: Array) -> Array:
+    def group(number: int, out: Array) -> Array:
         first = span.first_send + number * route.rows * lax.axis_size(axis)
         received = exchange.receive(source_table, cells.sends, first, route.rows, axis)
         low = number * route.chunks
-        high = jnp.minimum(low + route.chunks, span.count)
+        high = jnp.minimum(low + route.chunks, span.n_chunks)
         return lax.fori_loop(low, high, lambda step, out: body(step, received, out), out)
 
-    groups = (span.count + route.chunks - 1) // route.chunks
+    groups = (span.n_chunks + route.chunks - 1) // route.chunks
     return lax.fori_loop(0, groups, group, out)
 
 
 class Chunk(NamedTuple):
     """First slot, lengths (R,) and gathered block of a chunk of a rung."""
 
-    slot: Any
+    slot: Array
     lengths: Array
     block: Block
 
 
 def _gather_chunk(
     static: Static, span: Span, cells: ShardCells, source_rows: Array, objective: Objective,
-    step: Any,
+    step: Index,
 ) -> Chunk:  # fmt: skip
     """Gather chunk `step` of the rung."""
     size = static.rows * static.length
@@ -193,7 +204,11 @@ def _gather_chunk(
 
 
 def solve_block(
-    static: Static, basis: Basis, objective: Objective, rows: Rows, relaxation: Any = None
+    static: Static,
+    basis: Basis,
+    objective: Objective,
+    rows: Rows,
+    relaxation: Array | np.floating | None = None,
 ) -> Array:
     """Solve rows whose entries are in one block: (R, K), in the caller's basis."""
     block, lengths, before = rows
@@ -214,7 +229,7 @@ def solve_block(
     return finish(basis, lengths, z if relaxation is None else solve.relax(before, z, relaxation))
 
 
-def finish(basis: Basis, lengths: Array, z: Array) -> Array:
+def finish(basis: Basis, lengths: Array | np.ndarray, z: Array) -> Array:
     """Rotate solved rows (R, K) back to the caller's basis; rows without entries become zero."""
     return solve.zero_empty(solve.rotate(z, basis.rotation.T), lengths)
 
@@ -240,7 +255,7 @@ def _solve_rung(
     source_table: Array,
     shared: SharedInputs,
 ) -> Array:
-    def body(step: Any, source_rows: Array, out: Array) -> Array:
+    def body(step: int, source_rows: Array, out: Array) -> Array:
         slot, lengths, block = _gather_chunk(
             static, span, cells, source_rows, shared.objective, step
         )
@@ -256,9 +271,9 @@ def _sum_over_blocks(
     static: Static,
     batch: LongBatch,
     objective: Objective,
-    function: Callable[[Block, Any, Array], Any],
-    zero: Any,
-) -> Any:
+    function: Callable[[Block, Array, Array], _Sums],
+    zero: _Sums,
+) -> _Sums:
     """Sum function(block, row, n_entries) over the blocks of each row of a batch, and the shards.
 
     Only one block is in memory at a time. `zero` and the result have a leading axis of rows. Sums
@@ -266,7 +281,7 @@ def _sum_over_blocks(
     """
     dtype, long = jnp.dtype(static.dtype), batch.long
 
-    def body(step: Any, sums: Any) -> Any:
+    def body(step: int, sums: PyTree) -> PyTree:
         cells = jax.tree.map(
             lambda array: lax.dynamic_slice_in_dim(array, step, 1),
             Cells(long.ids, long.values, long.n_entries),
@@ -291,7 +306,7 @@ def _sum_over_blocks(
 
 
 def _batch_rows(
-    static: Static, long: LongRows, table: Array, batch: Any
+    static: Static, long: LongRows, table: Array, batch: Index
 ) -> tuple[Array, Array, Array]:
     """Slots and lengths of a batch of long rows, and their rows (LONG_ROWS, K) of a table."""
     slots, lengths = (
@@ -308,15 +323,15 @@ def solve_long(
     """Solve the long rows, a batch at a time; the shards' sums over their entries are added."""
     objective, basis = shared.objective, shared.basis
 
-    def body(number: Any, out: Array) -> Array:
+    def body(number: int, out: Array) -> Array:
         slots, lengths, before = _batch_rows(static, long, out, number)
         batch, vector = LongBatch(number, long, source_table), jnp.zeros_like(before)
 
-        def take(p: Array, row: Any) -> Array:
+        def take(p: Array, row: Array) -> Array:
             return lax.dynamic_slice_in_dim(p, row, 1)
 
-        def summed(function: Callable[[Block, Any], Any], zero: Any) -> Any:
-            def scaled(block: Block, row: Any, _: Array) -> Any:
+        def summed(function: Callable[[Block, Array], _Sums], zero: _Sums) -> _Sums:
+            def scaled(block: Block, row: Array, _: Array) -> _Sums:
                 return function(solve.scale_weights(block, take(scale, row)), row)
 
             return _sum_over_blocks(static, batch, objective, scaled, zero)
@@ -341,10 +356,10 @@ def solve_long(
         z = finish(basis, lengths, solve.relax(before, z, shared.relaxation))
         return out.at[slots].set(solve.rounded(z, out.dtype), mode="drop")
 
-    return lax.fori_loop(0, shared.spans[0].count, body, out)
+    return lax.fori_loop(0, shared.spans[0].n_chunks, body, out)
 
 
-def _without_offset(objective: Objective) -> tuple[Objective, Any]:
+def _without_offset(objective: Objective) -> tuple[Objective, Array]:
     """The objective with weights w = abs(c), for `solve.cells_loss`, and its original offset."""
     return objective._replace(offset=jnp.zeros_like(objective.offset)), objective.offset
 
@@ -372,7 +387,7 @@ def _loss_rung(
 ) -> Array:
     objective, offset = _without_offset(shared.objective)
 
-    def body(step: Any, source_rows: Array, out: Array) -> Array:
+    def body(step: int, source_rows: Array, out: Array) -> Array:
         slot, lengths, block = _gather_chunk(
             static, span, inputs.cells, source_rows, objective, step
         )
@@ -385,16 +400,16 @@ def _loss_rung(
 
 
 def loss_long(
-    static: Static, out: Array, inputs: LossInputs, source_table: Array, shared: SharedInputs
+    static: Static, out: Array, inputs: LongLossInputs, source_table: Array, shared: SharedInputs
 ) -> Array:
     """Write the loss of the stored cells of each long row into `out` (S,)."""
     objective, offset = _without_offset(shared.objective)
 
-    def body(number: Any, out: Array) -> Array:
-        batch = LongBatch(number, inputs.cells, source_table)
+    def body(number: int, out: Array) -> Array:
+        batch = LongBatch(number, inputs.long, source_table)
         slots, _, z = _batch_rows(static, batch.long, inputs.table, number)
 
-        def loss(block: Block, row: Any, n_entries: Array) -> Array:
+        def loss(block: Block, row: Array, n_entries: Array) -> Array:
             is_entry = solve.entry_mask(block.w.shape, n_entries)
             return solve.cells_loss(block, lax.dynamic_slice_in_dim(z, row, 1), is_entry, offset)
 
@@ -402,4 +417,4 @@ def loss_long(
         sums = _sum_over_blocks(static, batch, objective, loss, zero)
         return out.at[slots].set(sums, mode="drop")
 
-    return lax.fori_loop(0, shared.spans[0].count, body, out)
+    return lax.fori_loop(0, shared.spans[0].n_chunks, body, out)

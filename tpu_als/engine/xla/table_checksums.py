@@ -5,8 +5,6 @@ A table on an accelerator is not fetched for its checksum: a program on the devi
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +55,7 @@ def total(part: int, mesh: DeviceMesh) -> int:
 @jax.jit
 def on_devices(numbers: Array, rows: Array) -> Array:
     """`digests.table` in 64-bit arithmetic on the devices, summed over the devices."""
-    bits: Any = jnp.uint16 if rows.dtype.itemsize == 2 else jnp.uint32
+    bits = jnp.uint16 if rows.dtype.itemsize == 2 else jnp.uint32
     words = lax.bitcast_convert_type(rows, bits)
     if rows.dtype.itemsize == 8:
         words = words.reshape(*rows.shape[:-1], -1)
