@@ -104,8 +104,9 @@ def ranking_program(
         np.empty(0, np.int64), np.broadcast_to(np.int32(0), slots), mesh, "float32",
     )  # fmt: skip
     batch = ranking.batch_size(n_queries, catalog)
-    queries = jax.ShapeDtypeStruct((batch, data.params.factors), np.float32)
-    seen = ranking.SeenItems(*(jax.ShapeDtypeStruct((ranking.SEEN,), np.int32) for _ in range(3)))
+    vectors: Any = jax.ShapeDtypeStruct((batch, data.params.factors), np.float32)
+    items: Any = jax.ShapeDtypeStruct((ranking.SEEN,), np.int32)
+    queries = ranking.Queries(vectors, ranking.SeenItems(items, items, items))
     parts = ranking.CatalogParts(catalog.rows, catalog.lengths, catalog.shown)
     work = {
         "batch": batch,
@@ -114,11 +115,7 @@ def ranking_program(
         # The table once; scores written, and read for the largest of each block.
         "memory": rows.n_slots * (data.params.factors * dtype.itemsize + 2 * 4 * batch),
     }
-    return work, (
-        "rank",
-        ranking.top_k_program(catalog, k),
-        (parts, ranking.Queries(queries, seen)),
-    )
+    return work, ("rank", ranking.top_k_program(catalog, k), (parts, queries))
 
 
 def compiled(name: str, program: Any, args: tuple[Any, ...]) -> dict[str, Any]:

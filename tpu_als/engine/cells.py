@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import DTypeLike
 from scipy import sparse
 
 from tpu_als.engine import layout
@@ -112,7 +113,12 @@ class InMemory:
 
 
 def fill(
-    blocks: Blocks, rows: RowMap, source_slots: np.ndarray, pad: int, shards: range, dtype: Any
+    blocks: Blocks,
+    rows: RowMap,
+    source_slots: np.ndarray,
+    pad: int,
+    shards: range,
+    dtype: DTypeLike | None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Write entries into the cells of a row map; long rows are left out.
 
@@ -150,7 +156,7 @@ def fill(
             first, block = first[mine], block[mine]
         shift = first - block.indptr[:-1]
         if len(shift) and (shift == shift[0]).all():  # rows are consecutive in the cells
-            where: Any = slice(shift[0], shift[0] + block.nnz)
+            where: slice | np.ndarray = slice(shift[0], shift[0] + block.nnz)
         else:
             where = np.repeat(shift, np.diff(block.indptr)) + np.arange(block.nnz)
         ids[where] = block.indices if is_same else source_slots[block.indices]

@@ -1,9 +1,8 @@
-"""Steps of `place` that both backends share: checks, dtype of values, totals, "auto"."""
+"""Steps of `Backend.place` for both backends: checks, dtype of values, totals, "auto"."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -30,7 +29,7 @@ def as_entries(user_items: sparse.csr_matrix | Entries) -> Entries:
 
 
 def require_tables(shape: tuple[int, int], params: AlsParams, n_processes: int = 1) -> None:
-    """Raise MemoryError if the tables of a fit, and arrays computed from them, cannot fit.
+    """Raise MemoryError if the tables of a fit, and arrays computed from them, do not fit.
 
     On a CPU a half-epoch needs at least both tables and a copy of the larger one.
     """
@@ -46,11 +45,11 @@ def require_tables(shape: tuple[int, int], params: AlsParams, n_processes: int =
     require_memory(parts, f"fit with fewer factors than {factors}, or with a smaller dtype")
 
 
-def kept_as(entries: Entries, params: AlsParams) -> Any:
-    """Dtype in which values are stored: None if all values are 1, because none is stored then.
+def kept_as(entries: Entries, params: AlsParams) -> np.dtype | None:
+    """Choose the dtype of stored values; None if all values are 1, which are not stored.
 
-    bfloat16 if the matrix is in memory and bfloat16 represents all its values; else the dtype of
-    sums.
+    It is bfloat16 if the matrix is in memory and bfloat16 represents all its values exactly; else
+    it is the dtype of sums.
     """
     if not entries.has_values:
         return None
@@ -65,14 +64,14 @@ def kept_as(entries: Entries, params: AlsParams) -> Any:
 
 
 class Totals:
-    """Sum and extremes of the absolute values of entries that pass through.
+    """Sum, minimum and maximum of the absolute values of entries.
 
     Attributes
     ----------
     absolute_sum : float
-        Their sum.
+        The sum.
     magnitudes : (float, float)
-        The smallest and the largest.
+        The minimum and the maximum.
     """
 
     def __init__(self) -> None:

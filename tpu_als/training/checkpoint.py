@@ -19,10 +19,11 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tpu_als.engine import digests
 from tpu_als.engine.als import AlsState
@@ -100,7 +101,7 @@ class Checkpoints:
         self.close()
 
     def restore(
-        self, settings: dict[str, Any], data: XlaData, at_most: int | None = None
+        self, settings: Mapping[str, object], data: XlaData, at_most: int | None = None
     ) -> Resumed | None:
         """Read a run's latest checkpoint that is not damaged.
 
@@ -166,9 +167,9 @@ class Checkpoints:
         iteration: int,
         state: AlsState,
         data: XlaData,
-        settings: dict[str, Any],
+        settings: Mapping[str, object],
         history: dict[str, list[float]],
-        extra: dict[str, np.ndarray] | None = None,
+        extra: Mapping[str, ArrayLike] | None = None,
         *,
         force: bool = False,
     ) -> bool:
@@ -262,7 +263,7 @@ class Checkpoints:
                 "full? The checkpoints before it stay"
             ) from error
 
-    def _open(self, settings: dict[str, Any], data: XlaData) -> Any:
+    def _open(self, settings: Mapping[str, object], data: XlaData) -> Any:
         """Open the run of these settings and data; close the open run if it is another one."""
         mesh, known = data.mesh, self._know(settings, data)
         if self._run is not None and self._run.path.name != known.identity:
@@ -285,7 +286,7 @@ class Checkpoints:
             self._manager = orbax_io.manager(run.path, self._keep, mesh.processes)
         return self._manager
 
-    def _know(self, settings: dict[str, Any], data: XlaData) -> _Known:
+    def _know(self, settings: Mapping[str, object], data: XlaData) -> _Known:
         about = {**_plain(settings), **_fingerprint(data)}
         if self._known is None or self._known.data is not data or self._known.about != about:
             rows, slots = {}, {}
@@ -319,13 +320,13 @@ class _Known(NamedTuple):
     """Values that all checkpoints of a run share."""
 
     data: XlaData
-    about: dict[str, Any]
+    about: dict[str, object]
     identity: str
     rows: dict[str, Shards]
-    slots: dict[str, dict[str, Any]]
+    slots: dict[str, dict[str, object]]
 
 
-def _fingerprint(data: XlaData) -> dict[str, Any]:
+def _fingerprint(data: XlaData) -> dict[str, object]:
     """Entries that differ for another matrix or other shapes of tables."""
     if data.digest is None:
         raise ValueError(
@@ -353,7 +354,7 @@ def _check_identity(identity: str, mesh: DeviceMesh) -> None:
         )
 
 
-def _by_first(work: Any, mesh: DeviceMesh) -> None:
+def _by_first(work: Callable[[], object], mesh: DeviceMesh) -> None:
     """Call `work` in the first process; its error is raised in all of them."""
     error: Exception | None = None
     if mesh.process == 0:
@@ -374,6 +375,6 @@ def _by_first(work: Any, mesh: DeviceMesh) -> None:
             raise RuntimeError(f"the first process: {told.decode(errors='replace')}")
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+def _plain(settings: Mapping[str, object]) -> dict[str, object]:
     """Settings after a round trip through JSON, which turns tuples into lists."""
     return json.loads(json.dumps(settings))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
+from jax import Array
+from jax.sharding import Sharding
 
 from tpu_als.engine import digests
 from tpu_als.engine.als import AlsState
@@ -13,6 +15,10 @@ from tpu_als.engine.xla import relayout, table_checksums
 from tpu_als.engine.xla.data import XlaData, XlaSide
 from tpu_als.engine.xla.mesh import DeviceMesh, Shards, precision
 from tpu_als.training import orbax_io
+
+if TYPE_CHECKING:
+    from etils import epath
+    from orbax.checkpoint import CheckpointManager
 
 FORMAT = 2
 SIDES = ("users", "items")
@@ -61,7 +67,7 @@ class Reader:
         The data of the training that resumes.
     """
 
-    def __init__(self, manager: Any, folder: Any, data: XlaData) -> None:
+    def __init__(self, manager: CheckpointManager, folder: epath.Path, data: XlaData) -> None:
         self._manager, self._folder, self._data = manager, folder, data
         self._orbax = orbax_io.load()
 
@@ -102,7 +108,7 @@ class Reader:
             raise DamagedError(f"it is of iteration {meta['iteration']} of the run {meta['run']}")
         return meta
 
-    def _table(self, step: int, name: str, meta: dict[str, Any], path: Any) -> Shards:
+    def _table(self, step: int, name: str, meta: dict[str, Any], path: epath.Path) -> Shards:
         """Read a table into the slots of the data."""
         side: XlaSide = getattr(self._data, name)
         mesh = self._data.mesh
@@ -116,7 +122,7 @@ class Reader:
 
     def _expected(
         self, name: str, meta: dict[str, Any]
-    ) -> tuple[bool, list[tuple[tuple[int, ...], Any]], int]:
+    ) -> tuple[bool, list[tuple[tuple[int, ...], Sharding]], int]:
         """Whether a side has the same layout; shapes and shardings to read; its checksum."""
         side: XlaSide = getattr(self._data, name)
         mesh, saved = self._data.mesh, meta["slots"][name]
@@ -132,8 +138,8 @@ class Reader:
         return is_same, arrays, int(meta["checksums"][name], 16)
 
     def _arrays(
-        self, step: int, name: str, arrays: list[tuple[tuple[int, ...], Any]]
-    ) -> dict[str, list[Any]]:
+        self, step: int, name: str, arrays: list[tuple[tuple[int, ...], Sharding]]
+    ) -> dict[str, list[Array]]:
         """Row numbers and table of one side, each array in the given shape and sharding."""
         args = self._orbax.args
         how = {
@@ -166,7 +172,7 @@ class Reader:
         return arrays
 
 
-def _agreed(read: Callable[[], _Found], path: Any, mesh: DeviceMesh) -> _Found:
+def _agreed(read: Callable[[], _Found], path: epath.Path, mesh: DeviceMesh) -> _Found:
     """Return the result of `read`, or raise DamagedError in all processes if one fails."""
     found, failure = None, ""
     try:

@@ -8,7 +8,12 @@ import os
 import re
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from etils import epath
+    from orbax.checkpoint import CheckpointManager
+    from orbax.checkpoint.path.step import Metadata
 
 _ITERATION = re.compile("0|[1-9][0-9]*")
 
@@ -25,7 +30,7 @@ def load() -> ModuleType:
     return ocp
 
 
-def path(directory: str | os.PathLike[str]) -> Any:
+def path(directory: str | os.PathLike[str]) -> epath.Path:
     """An absolute path, local or in a bucket; NotADirectoryError if it is a file."""
     from etils import epath
 
@@ -38,7 +43,7 @@ def path(directory: str | os.PathLike[str]) -> Any:
     return found
 
 
-def manager(root: Any, keep: int, processes: tuple[int, ...]) -> Any:
+def manager(root: epath.Path, keep: int, processes: tuple[int, ...]) -> CheckpointManager:
     """Open an existing directory for these processes, which must all make this call."""
     ocp, first = load(), min(processes)
     together = ocp.options.MultiprocessingOptions(
@@ -58,7 +63,7 @@ def manager(root: Any, keep: int, processes: tuple[int, ...]) -> Any:
     return ocp.CheckpointManager(root, options=options)
 
 
-def reader(root: Any, process: int) -> Any:
+def reader(root: epath.Path, process: int) -> CheckpointManager:
     """Open a directory for this process alone, which must only read.
 
     If a read fails in one process, the others then do not wait for it.
@@ -90,11 +95,11 @@ class _IterationFolders:
         """Name of the folder of an iteration."""
         return self._standard.build_name(step)
 
-    def find_step(self, base_path: Any, step: int) -> Any:
+    def find_step(self, base_path: epath.Path, step: int) -> Metadata:
         """Orbax's description of a checkpoint; ValueError if it is absent or incomplete."""
         return self._standard.find_step(base_path, step)
 
-    def find_all(self, base_path: Any) -> Iterator[Any]:
+    def find_all(self, base_path: epath.Path) -> Iterator[Metadata]:
         """Orbax's descriptions of all checkpoints, except incomplete ones."""
         for folder in base_path.glob("*"):
             if _ITERATION.fullmatch(folder.name):

@@ -54,6 +54,8 @@ class CpuData(Data):
         Memory of unused tables, which the next half-epoch uses again.
     """
 
+    users: CpuSide
+    items: CpuSide
     memory: Memory = field(default_factory=Memory, repr=False, compare=False)
 
 

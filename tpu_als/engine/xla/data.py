@@ -55,12 +55,16 @@ class XlaData(Data):
 
     Attributes
     ----------
+    users, items : XlaSide
+        The orientations.
     plan : Plan
         Shapes of chunks.
     mesh : DeviceMesh
         The devices.
     """
 
+    users: XlaSide
+    items: XlaSide
     plan: Plan
     mesh: DeviceMesh
 
