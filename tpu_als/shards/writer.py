@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import sparse
@@ -22,6 +22,9 @@ from tpu_als.shards.transpose import ExternalTranspose, index_dtype
 from tpu_als.storage.atomic import replacing
 from tpu_als.validation.arguments import canonical_csr
 from tpu_als.validation.refusals import IF_EVENTS, refuse_misplaced
+
+if TYPE_CHECKING:
+    pass
 
 _ROW_GROUP_ENTRIES = 1 << 20
 _UNKNOWN_ROWS = 1 << 40
@@ -42,7 +45,7 @@ def write_sides(
     shape: tuple[int | None, int],
     has_values: bool | None,
     settings: Settings,
-) -> tuple[int, int, bool, dict[str, list[Any]]]:
+) -> tuple[int, int, bool, dict[str, list[int | str]]]:
     """Write the folders `user` and `item` from blocks of consecutive users.
 
     Parameters
@@ -93,7 +96,7 @@ def write_test(
     folder: Path,
     n_columns: int,
     settings: Settings,
-) -> tuple[int, int, bool, dict[str, list[Any]]]:
+) -> tuple[int, int, bool, dict[str, list[int | str]]]:
     """Write the folder `user` of data for evaluation, with the column `gt_tag`.
 
     Parameters
@@ -205,7 +208,7 @@ class PartWriter(contextlib.AbstractContextManager):
                 if self._n_held[part] >= self._group:
                     self._write(part)
 
-    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         with self._files:
             if kind is None:
                 for part in range(len(self._held)):
@@ -280,7 +283,7 @@ def canonical_blocks(
         yield canonical_csr(block)
 
 
-def _not_blocks(data: Any) -> ValueError:
+def _not_blocks(data: object) -> ValueError:
     """The error for data that are neither a sparse matrix nor blocks of one."""
     advice = ""
     if hasattr(data, "columns"):
@@ -342,7 +345,7 @@ def new_directory(folder: Path, names: Iterable[str]) -> Iterator[Path]:
         raise
 
 
-def write_totals(file: Path, totals: dict[str, Any]) -> None:
+def write_totals(file: Path, totals: dict[str, object]) -> None:
     """Write a JSON file atomically, with a checksum of its fields."""
     with replacing(file) as stream:
         checked = {**totals, "checksum": digests.fields(totals)}
