@@ -1,4 +1,4 @@
-"""One fit of the estimator: lay out the data, start or resume, iterate, publish the model."""
+"""One fit of the estimator: lay out the data, initialise or resume, iterate, publish the model."""
 
 from __future__ import annotations
 

@@ -249,7 +249,9 @@ def _plain(column: pd.Series) -> pd.Series:
     return values
 
 
-def _distinct(values: pd.Series) -> tuple[np.ndarray, pd.Index]:
+def _distinct(
+    values: pd.Series,
+) -> tuple[np.ndarray, np.ndarray | pd.api.extensions.ExtensionArray]:
     """The position of each value among the distinct values (n,), and the distinct values."""
     return pd.factorize(values.to_numpy() if isinstance(values.dtype, np.dtype) else values.array)
 

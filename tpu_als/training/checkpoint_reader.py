@@ -1,4 +1,4 @@
-"""Read a checkpoint, and check everything that damaged storage may have changed."""
+"""Read a checkpoint, and verify its content."""
 
 from __future__ import annotations
 
@@ -82,12 +82,12 @@ class Reader:
             If a later version wrote it.
         """
         mesh, folder = self._data.mesh, self._folder / str(step)
-        meta = _agreed(lambda: self._meta(step), folder / "meta", mesh)
+        meta = _in_all_processes(lambda: self._meta(step), folder / "meta", mesh)
         tables = []
         for name in SIDES:
             with precision(self._data.params.dtype):
                 tables.append(self._table(step, name, meta, folder / name))
-        extra = _agreed(lambda: self._extra(step, meta["extra"]), folder / "extra", mesh)
+        extra = _in_all_processes(lambda: self._extra(step, meta["extra"]), folder / "extra", mesh)
         return Resumed(AlsState(*tables), step, meta["history"], extra)
 
     def _meta(self, step: int) -> dict[str, Any]:
@@ -112,8 +112,10 @@ class Reader:
         """Read a table into the slots of the data."""
         side: XlaSide = getattr(self._data, name)
         mesh = self._data.mesh
-        is_same, arrays, checksum = _agreed(lambda: self._expected(name, meta), path, mesh)
-        found = _agreed(lambda: self._arrays(step, name, arrays), path, mesh)
+        is_same, arrays, checksum = _in_all_processes(
+            lambda: self._expected(name, meta), path, mesh
+        )
+        found = _in_all_processes(lambda: self._arrays(step, name, arrays), path, mesh)
         if table_checksums.of_table(found["rows"], found["table"], mesh) != checksum:
             raise DamagedError(f"{path} does not have the checksum that it was saved with")
         if not is_same:
@@ -172,8 +174,8 @@ class Reader:
         return arrays
 
 
-def _agreed(read: Callable[[], _Found], path: epath.Path, mesh: DeviceMesh) -> _Found:
-    """Return the result of `read`, or raise DamagedError in all processes if one fails."""
+def _in_all_processes(read: Callable[[], _Found], path: epath.Path, mesh: DeviceMesh) -> _Found:
+    """Return the result of `read`. If it fails in one process, raise DamagedError in all."""
     found, failure = None, ""
     try:
         found = read()

@@ -115,16 +115,16 @@ def state(
 
 
 def check_columns(before: np.ndarray | None, now: np.ndarray | None) -> None:
-    """Raise ValueError where a fit would start items from the tables of other items.
+    """Raise ValueError if a fit would start items from the rows of other items.
 
     Parameters
     ----------
     before, now : ndarray of str, or None
-        Names of the columns that the present item table is of, and of those to be fitted. There
-        may be further ones at the end. None where they have no names.
+        Names of the columns of the current item table, and of those to be fitted, which may have
+        more columns at the end. None if they have no names.
     """
     if before is None or now is None or len(now) < len(before):
-        return  # too few columns are refused when the tables are made
+        return  # `tables` raises an error for too few columns
     wrong = np.flatnonzero(before != now[: len(before)])
     if len(wrong):
         at = wrong[0]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Training:
-    """Runs iterations one by one, from initial tables or from a checkpoint.
+    """Runs single iterations, from initial tables or from a checkpoint.
 
     Attributes
     ----------
@@ -43,7 +43,7 @@ class Training:
     with_loss : bool
         Whether to compute the loss after each iteration.
     monitor : EarlyStopping or None
-        Early stopping, which may end the fit sooner.
+        Early stopping, which may end the fit before `iterations`.
     checkpoints : Checkpoints or None
         Where to save checkpoints.
     settings : dict
@@ -91,7 +91,7 @@ class Training:
             return False
         self.state = self.data.backend.from_checkpoint(found.state, self.data)
         self.done, self.history = found.iteration, found.history
-        if self.with_loss:  # an earlier fit of the run may not have measured it
+        if self.with_loss:  # the earlier fit may not have computed it
             self.history.setdefault("loss", [math.nan] * self.done)
         if self.monitor is not None:
             best: tuple[Factors, Factors] = found.extra["best_users"], found.extra["best_items"]
@@ -101,10 +101,10 @@ class Training:
         return True
 
     def step(self) -> dict[str, float]:
-        """Run one iteration; return its seconds, loss and NDCG, as far as computed."""
+        """Run one iteration; return its seconds and, if they are computed, its loss and NDCG."""
         started = time.perf_counter()
-        # Plain ALS in the first iteration, which starts from random tables, and in the last, so
-        # that the final rows are solutions.
+        # The first iteration starts from random tables, and the rows of the last must be solutions:
+        # both are plain ALS.
         is_outer = self.done in (0, self.iterations - 1)
         relaxation = 1.0 if is_outer else self.over_relaxation
         self.state, failed = als.epoch(self.state, self.data, self.objective, relaxation)
@@ -201,7 +201,7 @@ def settings_of(
 
 
 class _Fetched:
-    """A table on the devices that is fetched to the host when a checkpoint is written.
+    """A table on the devices; it is fetched to the host when a checkpoint is written.
 
     Checkpoints hold the best tables as whole arrays; the current tables are saved in parts.
     """
