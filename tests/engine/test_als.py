@@ -177,7 +177,7 @@ def test_half_epochs_epochs_and_losses_equal_the_oracles(
 @pytest.mark.slow
 @pytest.mark.parametrize(("solver", "mesh"), list(zip(EXACT, MESHES[1:3], strict=True)), ids=str)
 @pytest.mark.parametrize(("weight", "sign"), [(1.0, 1), (0.4, -1)])
-def test_without_weights_one_division_is_exact(
+def test_rows_without_weights_are_solved_by_division(
     solver: str,
     mesh: MeshArgs,
     weight: float,
@@ -318,7 +318,7 @@ def test_the_loss_never_rises(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("solver", "mesh"), list(zip(EXACT, MESHES[3:], strict=True)), ids=str)
-def test_relaxed_rows_lie_beyond_the_solved_ones(solver: str, mesh: MeshArgs) -> None:
+def test_relaxed_rows_extend_the_step_beyond_the_solution(solver: str, mesh: MeshArgs) -> None:
     data = _data(MIXED, EXACT[solver], _mesh(*mesh))
     tables = _tables(MIXED, EXACT[solver].factors)
     objective, exact = Objective.of("implicit", 0.5, 2.0), oracle.Objective("implicit", 0.5, 2.0)
@@ -370,7 +370,7 @@ def test_tables_are_fetched_as_they_were_placed(dtype: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4])
-def test_tables_and_cells_stand_in_equal_parts_on_the_devices(devices: int) -> None:
+def test_devices_have_equal_parts_of_tables_and_cells(devices: int) -> None:
     mesh = _mesh(devices, 0)
     data = _data(MIXED, EXACT["cg"], mesh)
     state = als.start(data, *_tables(MIXED, 4))
@@ -489,7 +489,7 @@ def test_the_cheapest_solver_is_one_of_the_solvers(entries: float) -> None:
 
 @pytest.mark.parametrize("positive", [False, True])
 @pytest.mark.parametrize("kind", ["cpu", "other"])
-def test_auto_takes_only_what_was_measured(kind: str, positive: bool) -> None:
+def test_auto_chooses_cg_or_cholesky(kind: str, positive: bool) -> None:
     lengths = (np.full(10_000, 150), np.full(2_000, 750))
     params = AlsParams(256, linear_solver="auto", positive=positive)
     assert reading.cheapest_solver(lengths, params, kind) in ("cg", "cholesky")

@@ -1,4 +1,4 @@
-"""Every entry in exactly one cell, whatever the shapes and however the entries come."""
+"""Every entry is in exactly one cell, for all shapes and orders of reading."""
 
 from __future__ import annotations
 

@@ -294,7 +294,7 @@ class TestDamage:
     @pytest.mark.parametrize(
         "count", [20, pytest.param(500, marks=pytest.mark.nightly)], ids=["few", "many"]
     )
-    def test_no_flipped_bit_passes(
+    def test_a_flipped_bit_never_changes_restored_tables(
         self, folder: Path, count: int, record_property: Callable[[str, Any], None]
     ) -> None:
         rng, noticed = np.random.default_rng(1), 0

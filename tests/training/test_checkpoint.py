@@ -133,7 +133,7 @@ def test_the_same_layout_has_the_same_bits(
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_any_other_layout_has_the_same_rows(name: str, placed: Any, tmp_path: Path) -> None:
+def test_another_layout_reads_the_same_rows(name: str, placed: Any, tmp_path: Path) -> None:
     saved = _rows(_save(tmp_path, placed(name)), placed(name))
     for other in MESHES:
         data = placed(other)
@@ -149,7 +149,7 @@ def test_any_other_layout_has_the_same_rows(name: str, placed: Any, tmp_path: Pa
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_rows_travel_in_pieces(
+def test_rows_are_moved_in_pieces(
     dtype: str, placed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = _rows(_save(tmp_path, placed("three", dtype)), placed("three", dtype))
@@ -169,7 +169,7 @@ def test_rows_travel_in_pieces(
 
 
 @pytest.mark.parametrize("name", ["threads", pytest.param("four", marks=pytest.mark.slow)])
-def test_training_goes_on_exactly(name: str, placed: Any, tmp_path: Path) -> None:
+def test_resumed_training_is_exact(name: str, placed: Any, tmp_path: Path) -> None:
     data = placed(name)
     state = _start(data)
     with Checkpoints(tmp_path, every=2) as checkpoints:
@@ -370,7 +370,7 @@ def _flipped(file: Path, rng: np.random.Generator) -> None:
 @pytest.mark.parametrize(
     "count", [40, pytest.param(500, marks=pytest.mark.nightly)], ids=["few", "many"]
 )
-def test_no_flipped_bit_passes(
+def test_a_flipped_bit_never_changes_restored_tables(
     count: int, placed: Any, tmp_path: Path, record_property: Callable[[str, Any], None]
 ) -> None:
     """Where one bit of the latest checkpoint is flipped: the same tables, or those before."""
@@ -488,7 +488,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_named_without_much_memory(name: str, placed: Any, tmp_path: Path) -> None:
+def test_damage_is_reported_without_much_memory(name: str, placed: Any, tmp_path: Path) -> None:
     data = placed("one")
     _save(tmp_path, data, 1, best=np.arange(3.0))
     DAMAGES[name](_run(tmp_path) / "1")
@@ -579,7 +579,7 @@ def test_fewer_iterations(placed: Any, tmp_path: Path) -> None:
     assert _steps(tmp_path) == ["3", "4", "5"]
 
 
-def test_what_was_cut_short_is_removed_and_what_lies_beside_stays(
+def test_incomplete_checkpoints_are_removed_and_other_files_stay(
     placed: Any, tmp_path: Path
 ) -> None:
     for beside in ("7", "8.orbax-checkpoint-tmp", "model.npz"):
@@ -718,7 +718,7 @@ def test_a_second_job_ends_at_once_and_the_lock_ends_with_its_owner(tmp_path: Pa
 
 
 @pytest.mark.nightly
-def test_teams_hand_over_to_each_other(tmp_path: Path) -> None:
+def test_other_numbers_of_processes_resume_a_run(tmp_path: Path) -> None:
     """Two processes, then one with eight devices, then four with one each."""
     whole = _train(tmp_path / "whole", 4, tmp_path / "whole.npz", (2, 2))
     assert len(whole["loss"]) == 4

@@ -110,7 +110,9 @@ def test_a_fit_stops_and_keeps_its_best_tables(place: str) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
-def test_devices_stop_alike_and_keep_sharded_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_stop_at_the_same_iteration_and_keep_sharded_tables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     one = stopped(**PLACES["threads"]).fit(COUNTS, show_progress=False)
     for place in ("replicated", "sharded"):
         many = stopped(**PLACES[place])

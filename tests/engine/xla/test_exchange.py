@@ -39,7 +39,7 @@ def _planned(
 @given(
     seed=st.integers(0, 1000), devices=st.integers(1, 4), cells=st.sampled_from([8, 64, 1 << 17])
 )
-def test_cells_point_at_what_was_requested(seed: int, devices: int, cells: int) -> None:
+def test_ids_refer_to_the_requested_rows(seed: int, devices: int, cells: int) -> None:
     matrix = random_counts(60, 40, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "GROUP_CELLS", cells)
@@ -62,7 +62,7 @@ def test_cells_point_at_what_was_requested(seed: int, devices: int, cells: int) 
 
 
 @pytest.mark.parametrize("devices", [2, 4])
-def test_rows_arrive_as_requested(devices: int) -> None:
+def test_requested_rows_are_received(devices: int) -> None:
     groups, rows, n_slots = 3, 8, 10
     rng = np.random.default_rng(0)
     requests = rng.integers(0, n_slots, (devices, groups, devices, rows)).astype(np.int32)

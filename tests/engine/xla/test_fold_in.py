@@ -90,7 +90,7 @@ def test_a_row_of_thousands_of_entries() -> None:
     np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-3 * np.abs(exact).max())
 
 
-def test_a_start_near_the_solution_needs_no_step_more() -> None:
+def test_cg_starts_from_the_given_rows() -> None:
     params = AlsParams(4, "float64", cg_steps=1)
     table, rows, objective = _table(4), _rows(3), OBJECTIVES[1]
     source = fold_in.source(table, params, device_mesh(1, num_threads=1))
@@ -104,7 +104,7 @@ def test_a_start_near_the_solution_needs_no_step_more() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", EXACT)
-def test_a_given_gramian_takes_the_place_of_the_tables_own(solver: str) -> None:
+def test_a_given_gramian_replaces_the_tables_own(solver: str) -> None:
     """Of a table with one more block of rows, whose items no row has met."""
     params = dataclasses.replace(EXACT[solver], dtype="float64")
     rng = np.random.default_rng(0)
@@ -119,7 +119,7 @@ def test_a_given_gramian_takes_the_place_of_the_tables_own(solver: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", EXACT)
-def test_a_row_that_failed_is_not_finite_and_spoils_no_other(solver: str) -> None:
+def test_a_failed_row_does_not_change_other_rows(solver: str) -> None:
     params = EXACT[solver]
     rows = _rows(0)
     bad = int(np.argmax(np.diff(rows.indptr) > 3))

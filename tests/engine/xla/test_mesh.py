@@ -64,7 +64,7 @@ def test_no_number_of_threads_means_all_cores(monkeypatch: pytest.MonkeyPatch) -
     assert device_mesh(1).n_shards == 1
 
 
-def test_many_threads_are_cut_down_to_the_cores() -> None:
+def test_the_number_of_threads_is_limited_to_the_cores() -> None:
     most = max(16, joblib.cpu_count())
     assert device_mesh(1, num_threads=16).n_shards == 16
     mesh = device_mesh(1, num_threads=1000)
@@ -139,7 +139,7 @@ MESHES = [(1, 1), (1, 2), (2, 0), (4, 0)]
 
 @pytest.mark.parametrize(("devices", "threads"), MESHES)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "int32"])
-def test_arrays_come_back_as_they_went(devices: int, threads: int, dtype: str) -> None:
+def test_placed_arrays_are_fetched_unchanged(devices: int, threads: int, dtype: str) -> None:
     mesh = device_mesh(devices, num_threads=threads)
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     rng = np.random.default_rng(0)
@@ -153,7 +153,7 @@ def test_arrays_come_back_as_they_went(devices: int, threads: int, dtype: str) -
 
 
 @pytest.mark.parametrize("devices", [2, 4])
-def test_a_slice_stands_on_each_device(devices: int) -> None:
+def test_each_device_has_one_slice(devices: int) -> None:
     mesh = device_mesh(devices)
     assert mesh.jax_mesh is not None
     placed = mesh.put(np.arange(devices * 6, dtype=np.float32).reshape(devices, 3, 2))
@@ -166,7 +166,7 @@ def test_a_slice_stands_on_each_device(devices: int) -> None:
         np.testing.assert_array_equal(shard.data[0], np.arange(6).reshape(3, 2) + 6 * number)
 
 
-def test_one_devices_shards_are_all_on_it() -> None:
+def test_all_shards_of_a_single_device_are_on_it() -> None:
     mesh = device_mesh(jax.devices()[1:2], num_threads=3)
     placed = mesh.put(np.zeros((3, 2, 2), np.float32))
     assert len(placed) == 3
@@ -174,7 +174,7 @@ def test_one_devices_shards_are_all_on_it() -> None:
 
 
 @pytest.mark.parametrize("n_rows", [8, 8192, 8192 + 1024, 5 * 4096])
-def test_shards_are_joined_and_changed(n_rows: int) -> None:
+def test_shards_are_changed_and_concatenated(n_rows: int) -> None:
     shards = [np.arange(n_rows * 2, dtype=np.float32).reshape(n_rows, 2) + i for i in range(3)]
     joined = jax.jit(lambda shards: Collectives().concatenate(shards, lambda rows: 2 * rows))
     np.testing.assert_array_equal(joined(shards), 2 * np.concatenate(shards))
@@ -220,7 +220,7 @@ def test_no_more_threads_than_allowed(most: int) -> None:
     assert len(seen) == most
 
 
-def test_doubles_exist_only_inside_their_scope() -> None:
+def test_float64_is_enabled_only_inside_the_context() -> None:
     with precision("float64"):
         assert jax.numpy.asarray(np.zeros(2)).dtype == np.float64
     with precision("float32"):

@@ -1,4 +1,4 @@
-"""What is kept of a matrix on the devices: values as narrow as they can be, with equal results."""
+"""Values of a matrix on the devices: the narrowest exact dtype, with equal results."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ CASES = {"ones": ([1.0], None), "ratings": ([0.5, 3.0, -4.5, 0.0], ml_dtypes.bfl
          "counts": ([1.0, 257.0], np.float32)}  # fmt: skip
 
 
-def test_a_value_beyond_what_is_narrow_is_kept_wide() -> None:
+def test_values_beyond_bfloat16_are_stored_as_float32() -> None:
     most = np.finfo(np.float32).max
     data = backend.place(_matrix([1.0, most]), AlsParams(FACTORS), device_mesh(1))
     assert data.users.cells.values[0].dtype == np.float32
@@ -60,7 +60,7 @@ def test_a_value_beyond_what_is_narrow_is_kept_wide() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [None, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_values_are_as_narrow_as_they_can_be(
+def test_values_have_the_narrowest_exact_dtype(
     case: str, devices: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values, expected = CASES[case]

@@ -1,4 +1,4 @@
-"""Exact top-k against a full sort in NumPy, whatever is hidden, on one device and on four."""
+"""Exact top-k against a full sort in NumPy, with any items excluded, on one device and on four."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_large_catalog_with_much_seen(devices: int, threads: int, k: int) -> N
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_best_items_side_by_side(devices: int) -> None:
+def test_best_items_in_consecutive_rows(devices: int) -> None:
     """All the best in one stretch of the catalog, as items sorted by popularity stand."""
     table = np.linspace(1, 0, 3000, dtype=np.float32)[:, None]
     catalog = ranking.catalog(table, _mesh(devices, 2))
@@ -217,7 +217,7 @@ def _in_slots(table: np.ndarray, mesh: DeviceMesh, dtype: str) -> tuple[Shards, 
 )
 @settings(max_examples=6)
 @given(problem=problems(), k=st.sampled_from([1, 10, 45]))
-def test_a_table_is_ranked_where_it_lies(
+def test_a_table_on_the_devices_is_ranked_without_a_copy(
     devices: tuple[int, int], dtype: str, problem: tuple, k: int
 ) -> None:
     queries, table, seen, excluded = problem
@@ -252,7 +252,7 @@ def test_cosines(devices: tuple[int, int], dtype: str) -> None:
         np.testing.assert_array_equal(found[0][:7, 0], np.arange(7))
 
 
-def test_only_the_best_of_each_part_travel() -> None:
+def test_devices_exchange_only_the_best_of_each_part() -> None:
     """No array that a collective makes is as large as a part of the table, or of its scores."""
     mesh = _mesh(4, 0)
     shards, rows, _ = _in_slots(np.ones((20_000, 8)), mesh, "float32")

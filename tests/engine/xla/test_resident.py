@@ -1,4 +1,4 @@
-"""Tables on the devices answer as their NumPy copies would, wherever their rows are."""
+"""Tables on the devices give the results of their NumPy copies, on every mesh."""
 
 from __future__ import annotations
 

@@ -227,7 +227,7 @@ def test_the_spectrum_of_a_deficient_table_is_positive(rank: int) -> None:
     assert np.all(np.isfinite(np.asarray(rotated)))
 
 
-def test_pad_cells_weigh_nothing_wherever_they_point() -> None:
+def test_pad_cells_have_zero_weights() -> None:
     objective = Objective(*(np.float32(n) for n in Objective.of("implicit", 0.1, 2.0, 3)))
     table = jnp.ones((6, K))
     ids, values = np.zeros((2, 3), np.int32), np.full((2, 3), 5, np.float32)
