@@ -113,7 +113,8 @@ def cheapest_solver(
     backend_kind : {"cpu", "other"}
         Which speeds to assume.
     """
-    entries, rows = (float(sum(f(each) for each in lengths)) for f in (np.sum, len))
+    entries = float(sum(side.sum() for side in lengths))
+    rows = float(sum(len(side) for side in lengths))
     read, multiply = _SPEEDS[backend_kind]
     by_cg = entries * params.factors * 4 * 2 * (params.cg_steps + 1) / read
     by_cholesky = 2 * entries * params.factors**2 + rows * params.factors**3 / 3

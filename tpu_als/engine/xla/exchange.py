@@ -5,7 +5,7 @@ rows the chunks of a *group* need, and which device has them. For each group one
 these rows only, and the group's cells refer to the received rows. In ALX every device gathers its
 rows for all devices, so each receives as much however many devices there are; here it falls as 1/D.
 
-Axis letters: W shards of this process, D devices, G groups, P rows from each device to each.
+Axis letters: W shards of this process, D devices, G groups, P rows of a message.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def solve_rows(
     start : array (M, K), optional
         Start of the iterative solvers; zero by default.
     gramian : array (K, K), optional
-        Used instead of the table's own.
+        Replaces the table's gramian.
 
     Returns
     -------

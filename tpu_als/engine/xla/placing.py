@@ -137,7 +137,7 @@ def lay_out(
     mesh = mesh.with_layout(max(entries.shape) * row_bytes)
     plan = make_plan(np.concatenate(lengths), params, mesh)
     pairs = zip(lengths, owners, strict=True)
-    users, items = (layout.map_rows(n, plan, own) for n, own in pairs)
+    users, items = (layout.map_rows(n, plan, owner) for n, owner in pairs)
     users, items = layout.share_shapes(users, items, _SHARED_WASTE // row_bytes)
     if not mesh.collectives.is_sharded:  # else messages differ, so sides cannot share programs
         users, items = layout.share_rungs(users, items)
