@@ -226,7 +226,7 @@ def padded_cells(side: Side) -> int:
     size = sum(rung.n_chunks * rung.rows * rung.length for rung in side.rows.rungs)
     size *= side.rows.n_shards
     if side.long is not None:
-        blocks = sum(int((np.asarray(part) > 0).sum()) for part in side.long.left)
+        blocks = sum(int((np.asarray(part) > 0).sum()) for part in side.long.n_entries)
         size += blocks * side.long.ids[0].shape[1]
     return size
 

@@ -53,7 +53,7 @@ def floors(data: Data, rate: dict[str, float]) -> dict[str, dict[str, float]]:
     if isinstance(data, XlaData):
         # Unused slots are processed too. A chunk is written once, and read for each product.
         rows, reads = sum(s.rows.n_slots * s.rows.n_shards for s in sides), 1 + products
-        kept = [(side.own, side.long) for side in sides]
+        kept = [(side.cells, side.long) for side in sides]
     else:
         # One pass over the entries does both products of a step.
         rows, reads = sum(s.n_rows for s in sides), data.params.cg_steps + 1
@@ -102,7 +102,7 @@ def by_loops(model: Ours, repeats: int) -> dict[str, float]:
 
 def by_xla(model: Ours, repeats: int) -> dict[str, float]:
     """Median seconds of the phases on the XLA backend; its solve includes a rotation."""
-    data, place = model.data, model.data.place
+    data, mesh = model.data, model.data.mesh
     users, items = model.state
     sides = (
         (data.users, users, items, data.items.n_rows),
@@ -111,18 +111,20 @@ def by_xla(model: Ours, repeats: int) -> dict[str, float]:
 
     def run_prepare() -> list[Any]:
         return [
-            xla_half_epoch.preparing(data)((source, target, side.own.lengths), np.int32(n_source))
+            xla_half_epoch.prepare_program(data)(
+                (source, target, side.cells.lengths), np.int32(n_source)
+            )
             for side, target, source, n_source in sides
         ]
 
     ready, solves = run_prepare(), []
     for _ in range(repeats):
         total = 0.0
-        for (side, *_), (basis, rotated, begin) in zip(sides, ready, strict=True):
+        for (side, *_), (basis, source_table, begin) in zip(sides, ready, strict=True):
             # Copies, because the programs overwrite their input.
             start = jax.tree.map(lambda part: part.copy(), begin)
             passes = xla_half_epoch.passes(side, data, basis, model.objective)
-            run = functools.partial(place.run, passes, start, rotated, data.params.dtype)
+            run = functools.partial(mesh.run, passes, start, source_table, data.params.dtype)
             total += common.seconds(lambda run=run: jax.block_until_ready(run()))  # type: ignore[misc]
         solves.append(total)
     calls = {

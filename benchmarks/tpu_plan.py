@@ -40,29 +40,29 @@ from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import half_epoch, placing, ranking
 from tpu_als.engine.xla.data import XlaData as Data
 from tpu_als.engine.xla.data import XlaSide as Side
-from tpu_als.engine.xla.mesh import Workplace
+from tpu_als.engine.xla.mesh import DeviceMesh
 from tpu_als.parameters import LINEAR_SOLVERS
 
 _ALL_TO_ALL = re.compile(r"= (\w+\[[\d,]+\])\S* all-to-all\(")
 OBJECTIVE = Objective.of("ials", 1e-3, 1.0, 1e-3)
 
 
-def workplace(topology: str, slices: int = 1) -> Workplace:
-    """The chips of a topology as a workplace whose tables are sharded."""
+def device_mesh(topology: str, slices: int = 1) -> DeviceMesh:
+    """The chips of a topology as a mesh whose tables are sharded."""
     kind = topology.partition(":")[0]
     # Both cores of a v4 chip are one device, as on a real TPU.
     config: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
     if slices > 1:
         config["num_slices"] = slices
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **config)
-    return Workplace(tuple(found.devices), len(found.devices), "sharded")
+    return DeviceMesh(tuple(found.devices), len(found.devices), "sharded")
 
 
 def programs(data: Data) -> list[tuple[str, Any, tuple[Any, ...]]]:
     """Name, program and abstract arguments of all programs of an epoch and of placing the data."""
-    make = tpu_sizes.sharded(data.place)
-    assert data.place.mesh is not None
-    everywhere = NamedSharding(data.place.mesh, PartitionSpec())
+    make = tpu_sizes.sharded(data.mesh)
+    assert data.mesh.jax_mesh is not None
+    everywhere = NamedSharding(data.mesh.jax_mesh, PartitionSpec())
     tables = [
         make((side.rows.n_slots, data.params.factors), DTYPES[data.params.dtype])
         for side in (data.users, data.items)
@@ -71,21 +71,24 @@ def programs(data: Data) -> list[tuple[str, Any, tuple[Any, ...]]]:
     pairs = (data.users, tables[0], tables[1], "users"), (data.items, tables[1], tables[0], "items")
     for side, target, source, name in pairs:
         count = np.int32(side.n_rows)
-        prepare, given = half_epoch.preparing(data), ((source, target, side.own.lengths), count)
+        prepare, given = (
+            half_epoch.prepare_program(data),
+            ((source, target, side.cells.lengths), count),
+        )
         found.append((f"{name}: rotate", prepare, given))
-        basis = jax.eval_shape(prepare, *given)[0]
+        basis = jax.eval_shape(prepare, *given).basis
         basis = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), basis
         )
-        for number, (program, own, shared) in enumerate(
+        for number, (program, entries, shared) in enumerate(
             half_epoch.passes(side, data, basis, OBJECTIVE)
         ):
-            long = side.long is not None and own is side.long
+            long = side.long is not None and entries is side.long
             label = "long rows" if long else f"solve {number}"
-            found.append((f"{name}: {label}", program, (target, own, source, shared)))
+            found.append((f"{name}: {label}", program, (target, entries, source, shared)))
         assert side.routes is not None
-        turning = placing.turning(side.rows, side.routes, data.place)
-        found.append((f"{name}: requests, once", turning, (side.own.sends, None)))
+        requests = placing.requests_program(side.rows, side.routes, data.mesh)
+        found.append((f"{name}: requests, once", requests, (side.cells.sends, None)))
     return found
 
 
@@ -93,17 +96,18 @@ def ranking_program(
     data: Data, k: int, n_queries: int
 ) -> tuple[dict[str, Any], tuple[str, Any, tuple[Any, ...]]]:
     """The program that ranks queries against the sharded item table, and its work."""
-    make, chips, rows = tpu_sizes.sharded(data.place), data.place, data.items.rows
+    make, mesh, rows = tpu_sizes.sharded(data.mesh), data.mesh, data.items.rows
     dtype = np.dtype(DTYPES[data.params.dtype])
-    slots = (chips.n_shards, rows.n_slots)
+    slots = (mesh.n_shards, rows.n_slots)
     catalog = ranking.Catalog(
         make((rows.n_slots, data.params.factors), dtype), None, make((rows.n_slots,), bool),
-        np.empty(0, np.int64), np.broadcast_to(np.int32(0), slots), chips, "float32",
+        np.empty(0, np.int64), np.broadcast_to(np.int32(0), slots), mesh, "float32",
     )  # fmt: skip
     batch = ranking.batch_size(n_queries, catalog)
-    queries = jax.ShapeDtypeStruct((batch, data.params.factors), np.float32)
-    seen = ranking.Seen(*(jax.ShapeDtypeStruct((ranking.SEEN,), np.int32) for _ in range(3)))
-    own = (catalog.rows, catalog.lengths, catalog.shown)
+    vectors: Any = jax.ShapeDtypeStruct((batch, data.params.factors), np.float32)
+    items: Any = jax.ShapeDtypeStruct((ranking.SEEN,), np.int32)
+    queries = ranking.Queries(vectors, ranking.SeenItems(items, items, items))
+    parts = ranking.CatalogParts(catalog.rows, catalog.lengths, catalog.shown)
     work = {
         "batch": batch,
         "k": k,
@@ -111,7 +115,7 @@ def ranking_program(
         # The table is read once; scores are written, and read for the largest of each block.
         "memory": rows.n_slots * (data.params.factors * dtype.itemsize + 2 * 4 * batch),
     }
-    return work, ("rank", ranking.ranking(catalog, k), (own, (queries, seen)))
+    return work, ("rank", ranking.top_k_program(catalog, k), (parts, queries))
 
 
 def compiled(name: str, program: Any, args: tuple[Any, ...]) -> dict[str, Any]:
@@ -153,10 +157,10 @@ def resident(data: Data) -> dict[str, int]:
         "tables": slots * row,
         # The rotated source, and the target that is being written.
         "tables_of_a_half_epoch": slots * row,
-        "entries": size([(side.own.ids, side.own.values) for side in sides]),
+        "entries": size([(side.cells.ids, side.cells.values) for side in sides]),
         "long_entries": size([side.long for side in sides if side.long is not None]),
-        "messages": size([side.own.sends for side in sides]),
-        "lengths": size([side.own.lengths for side in sides]),
+        "messages": size([side.cells.sends for side in sides]),
+        "lengths": size([side.cells.lengths for side in sides]),
     }
 
 
@@ -258,8 +262,8 @@ def main() -> None:
         ),
         None if args.values is None else np.dtype(DTYPES[args.values]),
     )
-    chips = workplace(args.topology, args.slices)
-    data = tpu_sizes.data(problem, chips)
+    mesh = device_mesh(args.topology, args.slices)
+    data = tpu_sizes.data(problem, mesh)
     common.emit(
         benchmark="tpu_plan", what="assumptions", topology=args.topology, slices=args.slices,
         n_chips=where.n_chips, shape=[rows, cols], entries=args.entries, factors=args.factors,

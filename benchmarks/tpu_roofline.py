@@ -150,7 +150,7 @@ def phases(side: Side, source: Side, data: Data) -> dict[str, Work]:
     found["exchange"] = _exchange(side, data)
     found["solve"], found["write"] = _solve(side, params), _write(side, params)
     if side.long is not None:
-        found["long"] = _long(side, params, data.place.n_shards)
+        found["long"] = _long(side, params, data.mesh.n_shards)
     return found
 
 
@@ -184,7 +184,7 @@ def _exchange(side: Side, data: Data) -> Work:
     row = data.params.factors * _stored(data.params)
     pairs = list(zip(side.routes, side.rows.rungs, strict=True))
     groups = sum(route.groups(rung.n_chunks) for route, rung in pairs)
-    handled = side.received_rows * data.place.n_shards / (data.place.n_shards - 1)
+    handled = side.received_rows * data.mesh.n_shards / (data.mesh.n_shards - 1)
     # A position is read; the row is read, written to the message, read from it, and written.
     sent = side.received_rows * row
     return Work(memory=handled * (4 + 4 * row), interconnect=sent, trips=groups)
@@ -199,7 +199,7 @@ def _solve(side: Side, params: AlsParams) -> Work:
     chunks = [(rung.n_chunks, rung.rows, rung.length) for rung in side.rows.rungs]
     n_cells = sum(n * rows * length for n, rows, length in chunks)
     factors, reads = params.factors, products(params)
-    moved = n_cells * (_cell(side.own) + _stored(params) * factors * (2 + reads))
+    moved = n_cells * (_cell(side.cells) + _stored(params) * factors * (2 + reads))
     work = Work(memory=moved, trips=sum(n for n, _, _ in chunks))
     if params.linear_solver == "cg":
         work.vector_flops = n_cells * 2 * factors * reads

@@ -18,15 +18,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy import special, stats
 
 from tpu_als.engine import cells, layout, reading
-from tpu_als.engine.cells import Long
+from tpu_als.engine.cells import LongRows
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.layout import Plan, RowMap, Rung
 from tpu_als.engine.xla import exchange, placing
 from tpu_als.engine.xla.data import XlaData as Data
 from tpu_als.engine.xla.data import XlaSide as Side
 from tpu_als.engine.xla.exchange import Route
-from tpu_als.engine.xla.mesh import AXIS, Workplace
-from tpu_als.engine.xla.sweep import Own
+from tpu_als.engine.xla.mesh import AXIS, DeviceMesh
+from tpu_als.engine.xla.sweep import ShardCells
 
 SAMPLE = 1 << 20  # rows of a side that the planner sees
 _BUCKETS = 20_000
@@ -114,45 +114,45 @@ class Problem:
     values: Any = None
 
 
-def solver(problem: Problem, workplace: Workplace) -> AlsParams:
+def solver(problem: Problem, mesh: DeviceMesh) -> AlsParams:
     """The parameters, with "auto" replaced as `placing.lay_out` does."""
     params = problem.params
     if params.linear_solver != "auto":
         return params
     # The choice depends only on the lengths of rows, so a sample is enough.
     lengths = (problem.users.sample(), problem.items.sample())
-    name = reading.cheapest_solver(lengths, params, placing.backend_kind(workplace))
+    name = reading.cheapest_solver(lengths, params, placing.backend_kind(mesh))
     return AlsParams(params.factors, params.dtype, name, params.cg_steps)
 
 
-def data(problem: Problem, workplace: Workplace, shape: Callable[..., Any] | None = None) -> Data:
+def data(problem: Problem, mesh: DeviceMesh, shape: Callable[..., Any] | None = None) -> Data:
     """Return the result of `placing.lay_out`, with shapes instead of arrays.
 
     `shape` makes an abstract array of the shape of a shard and a dtype; by default one that is
-    sharded over the workplace's mesh.
+    sharded over the mesh.
     """
-    params = solver(problem, workplace)
+    params = solver(problem, mesh)
     samples = problem.users.sample(), problem.items.sample()
-    plan = placing.make_plan(np.concatenate(samples), params, workplace)
-    shape = shape or sharded(workplace)
+    plan = placing.make_plan(np.concatenate(samples), params, mesh)
+    shape = shape or sharded(mesh)
     sides = (problem.users, problem.items)
     users, items = (
-        _side(target, source, plan, workplace, shape, problem.values)
+        _side(target, source, plan, mesh, shape, problem.values)
         for target, source in zip(sides, sides[::-1], strict=True)
     )
     return Data(
         users=users, items=items, params=params, backend=None,
-        n_entries=int(problem.users.n_entries), absolute_sum=0.0, plan=plan, place=workplace,
+        n_entries=int(problem.users.n_entries), absolute_sum=0.0, plan=plan, mesh=mesh,
     )  # fmt: skip
 
 
-def sharded(workplace: Workplace) -> Callable[..., Any]:
+def sharded(mesh: DeviceMesh) -> Callable[..., Any]:
     """Maker of abstract arrays with a leading axis of shards."""
-    assert workplace.mesh is not None
-    sharding = NamedSharding(workplace.mesh, PartitionSpec(AXIS))
+    assert mesh.jax_mesh is not None
+    sharding = NamedSharding(mesh.jax_mesh, PartitionSpec(AXIS))
 
     def make(shape: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((workplace.n_shards, *shape), dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct((mesh.n_shards, *shape), dtype, sharding=sharding)
 
     return make
 
@@ -161,7 +161,7 @@ def _side(
     target: Lengths,
     source: Lengths,
     plan: Plan,
-    workplace: Workplace,
+    mesh: DeviceMesh,
     shape: Callable[..., Any],
     values: Any,
 ) -> Side:
@@ -169,24 +169,24 @@ def _side(
     rows = np.bincount(rung_of, target.counts, minlength=len(plan.lengths) + 1)
     most = [math.ceil(count / plan.n_shards) for count in rows]
     rungs, n_slots, n_cells = layout.stack(most, plan)
-    routes = tuple(_route(rung, source, workplace.n_shards) for rung in rungs)
+    routes = tuple(_route(rung, source, mesh.n_shards) for rung in rungs)
     long = target.over(plan.lengths[-1])
     row_map = RowMap(
         np.empty(0, np.int64), np.empty(0, np.int64), np.empty(round(long.n_rows), np.int8),
-        rungs, n_slots, n_cells, workplace.n_shards,
+        rungs, n_slots, n_cells, mesh.n_shards,
     )  # fmt: skip
     sends = sum(
-        route.groups(rung.n_chunks) * route.rows * workplace.n_shards
+        route.groups(rung.n_chunks) * route.rows * mesh.n_shards
         for route, rung in zip(routes, rungs, strict=True)
     )
-    entries = Own(
+    entries = ShardCells(
         shape((n_cells,), np.int32), None if values is None else shape((n_cells,), values),
         shape((n_slots,), np.int32), shape((sends,), np.int32),
     )  # fmt: skip
-    blocks = _long(long, plan, workplace, values, shape) if len(row_map.long) else None
+    blocks = _long(long, plan, mesh, values, shape) if len(row_map.long) else None
     return Side(
         lengths=np.broadcast_to(np.int64(0), round(target.n_rows)),
-        rows=row_map, own=entries, long=blocks, routes=routes,
+        rows=row_map, cells=entries, long=blocks, routes=routes,
     )  # fmt: skip
 
 
@@ -208,11 +208,11 @@ def distinct(source: Lengths, draws: int) -> float:
 
 
 def _long(
-    long: Lengths, plan: Plan, workplace: Workplace, values: Any, shape: Callable[..., Any]
-) -> Long:
+    long: Lengths, plan: Plan, mesh: DeviceMesh, values: Any, shape: Callable[..., Any]
+) -> LongRows:
     """Blocks of long rows, whose entries are on the shards of their source rows."""
-    length = placing.long_block(plan, workplace)
-    share = long.values / workplace.n_shards
+    length = placing.long_block(plan, mesh)
+    share = long.values / mesh.n_shards
     full = share / length
     blocks = full + 0.5
     few = full < 8
@@ -221,7 +221,7 @@ def _long(
     count = float(long.counts @ blocks)
     n_blocks = layout.round_up(math.ceil(count + 6 * math.sqrt(count)))
     n_rows = -(-round(long.n_rows) // cells.LONG_ROWS) * cells.LONG_ROWS
-    return Long(
+    return LongRows(
         shape((n_blocks, length), np.int32),
         None if values is None else shape((n_blocks, length), values),
         shape((n_blocks,), np.int32), shape((n_blocks,), np.int32),

@@ -15,7 +15,8 @@ from scipy import sparse
 from tpu_als.engine import als
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective
-from tpu_als.engine.xla import backend, fold_in, mesh, ranking
+from tpu_als.engine.xla import backend, fold_in, ranking
+from tpu_als.engine.xla.mesh import device_mesh
 
 GROUPS, N_USERS, N_ITEMS, PER_USER = 8, 4000, 1600, 30
 
@@ -39,11 +40,11 @@ def main() -> None:
     rng = np.random.default_rng(0)
     user_items, user_groups, item_groups = grouped(rng)
 
-    workplace = mesh.workplace(table_layout="sharded")
+    mesh = device_mesh(table_layout="sharded")
     params = AlsParams(factors=16)
     objective = Objective.of("implicit", regularization=1.0, alpha=10.0)
-    data = backend.place(user_items, params, workplace)
-    print(f"{len(workplace.devices)} {workplace.platform} devices, {user_items.nnz:,} entries")
+    data = backend.place(user_items, params, mesh)
+    print(f"{len(mesh.devices)} {mesh.platform} devices, {user_items.nnz:,} entries")
     for name, side in (("users", data.users), ("items", data.items)):
         rungs = ", ".join(f"{rung.rows} x {rung.length}" for rung in side.rows.rungs)
         cells = side.rows.n_shards * side.rows.n_cells
@@ -62,14 +63,14 @@ def main() -> None:
         print(f"iteration {iteration}: {seconds:.3f} s, loss {loss:.6f}, failed rows {failed}")
 
     users, items = als.user_factors(state, data), als.item_factors(state, data)
-    catalog = ranking.catalog(items, workplace)
+    catalog = ranking.catalog(items, mesh)
     ids, _ = catalog.top_k(users[:1000], 10, seen=user_items[:1000])
     hits = item_groups[ids] == user_groups[:1000, None]
     print(f"unseen items recommended from the user's own group: {hits.mean():.1%}")
 
     new_user = sparse.csr_matrix((np.ones(3, np.float32), [3, 11, 19], [0, 3]), shape=(1, N_ITEMS))
     exact = AlsParams(factors=16, linear_solver="cholesky")
-    rows = fold_in.source(items, exact, workplace).solve(new_user, objective)
+    rows = fold_in.source(items, exact, mesh).solve(new_user, objective)
     ids, _ = catalog.top_k(rows, 5, seen=new_user)
     print(f"a new user with three items of group 3 gets items of groups {item_groups[ids[0]]}")
 

@@ -19,7 +19,7 @@ from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import backend
 from tpu_als.engine.xla.data import XlaData
-from tpu_als.engine.xla.mesh import workplace
+from tpu_als.engine.xla.mesh import device_mesh
 from tpu_als.training.checkpoint import Checkpoints
 from tpu_als.training.checkpoint_reader import Reader
 
@@ -31,8 +31,8 @@ def begin(n_shards: int) -> tuple[XlaData, als.AlsState]:
     matrix = random_counts(70, 50, seed=3)
     rng = np.random.default_rng(4)
     tables = (rng.normal(0, 0.1, (n, 6)).astype(np.float32) for n in matrix.shape)
-    place = workplace(None, num_threads=n_shards)
-    data = backend.place(matrix, AlsParams(6), place, with_digest=True)
+    mesh = device_mesh(None, num_threads=n_shards)
+    data = backend.place(matrix, AlsParams(6), mesh, with_digest=True)
     return data, als.start(data, *tables)
 
 

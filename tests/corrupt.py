@@ -80,7 +80,7 @@ def _calls(group: str) -> dict[str, Callable[[Any], Any]]:
     import tpu_als
     from tpu_als import TPUAlternatingLeastSquares, evaluation, weighting
     from tpu_als.engine.xla import fold_in
-    from tpu_als.engine.xla.mesh import workplace
+    from tpu_als.engine.xla.mesh import device_mesh
     from tpu_als.shards import write_shards
 
     if cache := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -92,8 +92,8 @@ def _calls(group: str) -> dict[str, Callable[[Any], Any]]:
     matrix, users = valid(), np.arange(N_USERS)
     model = new().fit(matrix, show_progress=False)
     flipped = new().fit(sparse.csr_matrix(matrix.T), show_progress=False)
-    params, place = AlsParams(4), workplace(1)
-    source = fold_in.source(model.item_factors, params, place)
+    params, mesh = AlsParams(4), device_mesh(1)
+    source = fold_in.source(model.item_factors, params, mesh)
     objective = Objective.of("implicit", 0.1, 1.0)
 
     def write(rows: Any) -> None:
@@ -125,7 +125,7 @@ def _calls(group: str) -> dict[str, Callable[[Any], Any]]:
             "partial_fit_items": lambda m: flipped.partial_fit_items(users, m),
         },
         "engine": {
-            "place": lambda m: backend.place(m, params, place),
+            "place": lambda m: backend.place(m, params, mesh),
             "solve_rows": lambda m: source.solve(m, objective),
             "write_shards": write,
         },

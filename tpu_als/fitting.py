@@ -1,4 +1,4 @@
-"""One fit of the estimator: lay out the data, start or resume, iterate, publish the model."""
+"""One fit of the estimator: lay out the data, initialise or resume, iterate, publish the model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
@@ -23,11 +23,16 @@ from tpu_als.training import initial, progress
 from tpu_als.training.early_stopping import EarlyStopping
 from tpu_als.training.loop import Training, settings_of
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from tpu_als.estimator import TPUAlternatingLeastSquares
+
 log = logging.getLogger("tpu_als")
 
 
 def prepare(
-    estimator: Any,
+    estimator: TPUAlternatingLeastSquares,
     rows: sparse.csr_matrix | ShardedMatrix,
     fitted: FittedModel,
     params: AlsParams,
@@ -94,11 +99,11 @@ def prepare(
 
 
 def run(
-    estimator: Any,
+    estimator: TPUAlternatingLeastSquares,
     training: Training,
     fitted: FittedModel,
-    callback: Callable[[int, float, float | None], Any] | None,
-    bar: Any,
+    callback: Callable[[int, float, float | None], object] | None,
+    bar: tqdm,
 ) -> None:
     """Run the iterations, and publish the model as a whole.
 
@@ -128,7 +133,11 @@ def run(
         raise
 
 
-def _chosen(estimator: Any, rows: Any, params: AlsParams) -> tuple[AlsParams, Backend]:
+def _chosen(
+    estimator: TPUAlternatingLeastSquares,
+    rows: sparse.csr_matrix | ShardedMatrix,
+    params: AlsParams,
+) -> tuple[AlsParams, Backend]:
     """The parameters and the backend for a fit.
 
     On a CPU the solver "auto" is replaced by "cg" or "cholesky"; the XLA backend replaces it when

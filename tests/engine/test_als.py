@@ -20,10 +20,10 @@ from tpu_als.engine.data import DTYPES, AlsParams
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import backend, placing
 from tpu_als.engine.xla.data import XlaData
-from tpu_als.engine.xla.mesh import Workplace, workplace
+from tpu_als.engine.xla.mesh import DeviceMesh, device_mesh
 
-# devices, threads, layout of the source table
-PLACES = [
+MeshArgs = tuple[int, int, str]  # devices, threads, layout of the source table
+MESHES = [
     (1, 1, "auto"),
     (1, 2, "auto"),
     (2, 0, "auto"),
@@ -44,14 +44,14 @@ OBJECTIVES = [
 TOLERANCE = {"float32": 2e-3, "float64": 1e-9, "bfloat16": 0.06}
 
 
-def _place(devices: int, threads: int, table_layout: str = "auto") -> Workplace:
-    return workplace(devices, num_threads=threads, table_layout=table_layout)
+def _mesh(devices: int, threads: int, table_layout: str = "auto") -> DeviceMesh:
+    return device_mesh(devices, num_threads=threads, table_layout=table_layout)
 
 
 def _data(
     matrix: sparse.csr_matrix,
     params: AlsParams,
-    place: Workplace,
+    mesh: DeviceMesh,
     lengths: tuple[int, ...] = (8, 16),
     chunk: int = 32,
 ) -> XlaData:
@@ -63,7 +63,7 @@ def _data(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placing, "make_plan", small)
-        data = backend.place(matrix, params, place)
+        data = backend.place(matrix, params, mesh)
     assert data.plan.lengths == lengths
     return data
 
@@ -109,7 +109,7 @@ def _pads(data: XlaData, state: AlsState) -> list[np.ndarray]:
     """Table rows at slots that are no row's."""
     found = []
     for table, side in ((state.users, data.users), (state.items, data.items)):
-        rows = data.place.get(table).reshape(-1, data.params.factors)
+        rows = data.mesh.get(table).reshape(-1, data.params.factors)
         unused = np.ones(len(rows), bool)
         unused[side.rows.slots] = False
         found.append(rows[unused].astype(np.float32))
@@ -123,21 +123,21 @@ def test_the_mixed_matrix_has_rows_in_every_rung() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "place"),
+    ("dtype", "mesh"),
     [
-        ("float32", PLACES[-1]),
-        *(pytest.param("float32", place, marks=pytest.mark.slow) for place in PLACES[:-1]),
-        pytest.param("float64", PLACES[1], marks=pytest.mark.slow),
-        pytest.param("bfloat16", PLACES[3], marks=pytest.mark.slow),
+        ("float32", MESHES[-1]),
+        *(pytest.param("float32", m, marks=pytest.mark.slow) for m in MESHES[:-1]),
+        pytest.param("float64", MESHES[1], marks=pytest.mark.slow),
+        pytest.param("bfloat16", MESHES[3], marks=pytest.mark.slow),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("solver", EXACT)
 def test_half_epochs_epochs_and_losses_equal_the_oracles(
-    solver: str, dtype: str, place: tuple[int, int, str]
+    solver: str, dtype: str, mesh: MeshArgs
 ) -> None:
     params = dataclasses.replace(EXACT[solver], dtype=dtype)
-    data = _data(MIXED, params, _place(*place))
+    data = _data(MIXED, params, _mesh(*mesh))
     tables = _tables(MIXED, params.factors, DTYPES[dtype])
     state = als.start(data, *tables)
     for given_objective in OBJECTIVES:
@@ -175,11 +175,11 @@ def test_half_epochs_epochs_and_losses_equal_the_oracles(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("solver", "place"), list(zip(EXACT, PLACES[1:3], strict=True)), ids=str)
+@pytest.mark.parametrize(("solver", "mesh"), list(zip(EXACT, MESHES[1:3], strict=True)), ids=str)
 @pytest.mark.parametrize(("weight", "sign"), [(1.0, 1), (0.4, -1)])
-def test_without_weights_one_division_is_exact(
+def test_rows_without_weights_are_solved_by_division(
     solver: str,
-    place: tuple[int, int, str],
+    mesh: MeshArgs,
     weight: float,
     sign: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -188,15 +188,18 @@ def test_without_weights_one_division_is_exact(
     signs = np.where(np.arange(MIXED.nnz) % 3 == 0, sign, 1)
     matrix = sparse.csr_matrix((signs * np.float32(2), MIXED.indices, MIXED.indptr), MIXED.shape)
     params = dataclasses.replace(EXACT[solver], factors=12, cg_steps=1)
-    data = _data(matrix, params, _place(*place))
+    data = _data(matrix, params, _mesh(*mesh))
     tables = _tables(matrix, 12)
     state = als.start(data, *tables)
     exact = oracle.Objective("implicit", 0.5, weight / 2, weight)
     objective = Objective.of(*exact)
-    compiled_in, each = [], Workplace.each
-    monkeypatch.setattr(
-        Workplace, "each", lambda self, f, shape: compiled_in.append(shape) or each(self, f, shape)
-    )
+    compiled_in, compiled = [], DeviceMesh.per_shard_program
+
+    def spy(mesh: DeviceMesh, fn: object, static: object) -> object:
+        compiled_in.append(static)
+        return compiled(mesh, fn, static)
+
+    monkeypatch.setattr(DeviceMesh, "per_shard_program", spy)
     for target, source, one in (
         ("users", tables[1], matrix),
         ("items", tables[0], matrix.T.tocsr()),
@@ -208,19 +211,19 @@ def test_without_weights_one_division_is_exact(
         )
         table = (als.user_factors if target == "users" else als.item_factors)(state_of, data)
         _close(table, oracle.half_epoch(one, source.astype(np.float64), exact), "float32")
-    assert compiled_in and all("'diagonal'" in repr(shape) for shape in compiled_in)
+    assert compiled_in and all("'diagonal'" in repr(static) for static in compiled_in)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("solver", "place"), list(zip(EXACT, PLACES[2:4], strict=True)), ids=str)
-def test_rows_longer_than_the_longest_rung(solver: str, place: tuple[int, int, str]) -> None:
+@pytest.mark.parametrize(("solver", "mesh"), list(zip(EXACT, MESHES[2:4], strict=True)), ids=str)
+def test_rows_longer_than_the_longest_rung(solver: str, mesh: MeshArgs) -> None:
     """Real lengths: over 4096 entries, on the plan that `place` makes itself."""
     rng = np.random.default_rng(0)
     stored = rng.random((5, 9000)) < np.array([[0.99], [0.6], [0.001], [0], [0.4]])
     matrix = sparse.csr_matrix(np.where(stored, rng.integers(1, 4, stored.shape), 0), dtype="f4")
     assert np.count_nonzero(np.diff(matrix.indptr) > layout.LONGEST) == 2
     params = EXACT[solver]
-    data = backend.place(matrix, params, _place(*place))
+    data = backend.place(matrix, params, _mesh(*mesh))
     tables = _tables(matrix, params.factors)
     state = als.start(data, *tables)
     objective = oracle.Objective("ials", 0.01, 2.0, 0.1)
@@ -240,8 +243,8 @@ def test_tables_do_not_depend_on_the_mesh_or_the_ladder(solver: str) -> None:
     # In the first all but the shortest rows are long; in the second none is.
     ladders = [((8,), 32), ((64,), 256)]
     found = []
-    for place, (lengths, chunk) in zip((PLACES[1], PLACES[3]), ladders, strict=True):
-        data = _data(MIXED, params, _place(*place), lengths, chunk)
+    for mesh, (lengths, chunk) in zip((MESHES[1], MESHES[3]), ladders, strict=True):
+        data = _data(MIXED, params, _mesh(*mesh), lengths, chunk)
         state = als.start(data, *_tables(MIXED, 6))
         for _ in range(2):
             state, _ = als.epoch(state, data, objective)
@@ -292,7 +295,7 @@ def test_the_loss_never_rises(
 ) -> None:
     """Not from one half-epoch to the next, not where a solve stops early, nor where it goes on."""
     params = AlsParams(4, "float64", solver, steps)
-    data = _data(matrix, params, _place(1, 2), (8,), 256)
+    data = _data(matrix, params, _mesh(1, 2), (8,), 256)
     state = als.start(data, *_tables(matrix, 4, np.float64))
     ours = Objective.of(*objective)
     losses = [als.loss(state, data, ours)]
@@ -314,9 +317,9 @@ def test_the_loss_never_rises(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("solver", "place"), list(zip(EXACT, PLACES[3:], strict=True)), ids=str)
-def test_relaxed_rows_lie_beyond_the_solved_ones(solver: str, place: tuple[int, int, str]) -> None:
-    data = _data(MIXED, EXACT[solver], _place(*place))
+@pytest.mark.parametrize(("solver", "mesh"), list(zip(EXACT, MESHES[3:], strict=True)), ids=str)
+def test_relaxed_rows_extend_the_step_beyond_the_solution(solver: str, mesh: MeshArgs) -> None:
+    data = _data(MIXED, EXACT[solver], _mesh(*mesh))
     tables = _tables(MIXED, EXACT[solver].factors)
     objective, exact = Objective.of("implicit", 0.5, 2.0), oracle.Objective("implicit", 0.5, 2.0)
     state, failed = als.epoch(als.start(data, *tables), data, objective, 1.5)
@@ -332,9 +335,9 @@ def test_relaxed_rows_lie_beyond_the_solved_ones(solver: str, place: tuple[int, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", [PLACES[1], PLACES[-1]], ids=str)
-def test_an_epoch_leaves_the_old_state_valid(place: tuple[int, int, str]) -> None:
-    data = _data(MIXED, EXACT["cg"], _place(*place))
+@pytest.mark.parametrize("mesh", [MESHES[1], MESHES[-1]], ids=str)
+def test_an_epoch_leaves_the_old_state_valid(mesh: MeshArgs) -> None:
+    data = _data(MIXED, EXACT["cg"], _mesh(*mesh))
     tables = _tables(MIXED, 4)
     state = als.start(data, *tables)
     objective = Objective.of("implicit", 0.5, 2.0)
@@ -351,7 +354,7 @@ def test_an_epoch_leaves_the_old_state_valid(place: tuple[int, int, str]) -> Non
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_tables_are_fetched_as_they_were_placed(dtype: str) -> None:
-    data = _data(MIXED, AlsParams(6, dtype), _place(1, 2))
+    data = _data(MIXED, AlsParams(6, dtype), _mesh(1, 2))
     users, items = _tables(MIXED, 6, np.float64)
     state = als.start(data, users, items)
     for ours, theirs in (
@@ -367,28 +370,28 @@ def test_tables_are_fetched_as_they_were_placed(dtype: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4])
-def test_tables_and_cells_stand_in_equal_parts_on_the_devices(devices: int) -> None:
-    place = _place(devices, 0)
-    data = _data(MIXED, EXACT["cg"], place)
+def test_devices_have_equal_parts_of_tables_and_cells(devices: int) -> None:
+    mesh = _mesh(devices, 0)
+    data = _data(MIXED, EXACT["cg"], mesh)
     state = als.start(data, *_tables(MIXED, 4))
     after, _ = als.epoch(state, data, Objective.of("implicit", 0.5, 2.0))
-    assert place.mesh is not None
-    for array in (*state, *after, *data.users.own, *data.items.own):
-        expected = NamedSharding(place.mesh, PartitionSpec(place.mesh.axis_names[0]))
+    assert mesh.jax_mesh is not None
+    for array in (*state, *after, *data.users.cells, *data.items.cells):
+        expected = NamedSharding(mesh.jax_mesh, PartitionSpec(mesh.jax_mesh.axis_names[0]))
         assert array.sharding.is_equivalent_to(expected, array.ndim)
-        assert [shard.device for shard in array.addressable_shards] == list(place.devices)
+        assert [shard.device for shard in array.addressable_shards] == list(mesh.devices)
         assert {shard.data.shape[0] for shard in array.addressable_shards} == {1}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", [PLACES[1], PLACES[-1]], ids=str)
+@pytest.mark.parametrize("mesh", [MESHES[1], MESHES[-1]], ids=str)
 @pytest.mark.parametrize("solver", EXACT)
 @pytest.mark.parametrize("row", [int(np.argmax(_rungs(MIXED, "users") == n)) for n in (1, 2, 3)])
-def test_rows_that_failed_are_counted(solver: str, place: tuple[int, int, str], row: int) -> None:
+def test_rows_that_failed_are_counted(solver: str, mesh: MeshArgs, row: int) -> None:
     """A weight that overflows spoils its own row, and the next half-epoch's gramian."""
     matrix = MIXED.copy()
     matrix.data[matrix.indptr[row]] = 3e38
-    data = _data(matrix, EXACT[solver], _place(*place))
+    data = _data(matrix, EXACT[solver], _mesh(*mesh))
     state = als.start(data, *_tables(matrix, EXACT[solver].factors))
     objective = Objective.of("implicit", 0.5, 100.0)
     after, failed = als.epoch(state, data, objective)
@@ -400,20 +403,17 @@ def test_rows_that_failed_are_counted(solver: str, place: tuple[int, int, str], 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("solver", "place"), list(zip(EXACT, (PLACES[1], PLACES[-1]), strict=True)), ids=str
+    ("solver", "mesh"), list(zip(EXACT, (MESHES[1], MESHES[-1]), strict=True)), ids=str
 )
-def test_other_values_compile_nothing(
-    solver: str, place: tuple[int, int, str], new_compilations
-) -> None:
+def test_other_values_compile_nothing(solver: str, mesh: MeshArgs, new_compilations) -> None:
     """Neither other data of about the same lengths, nor any number of either objective.
 
     The direct solver has a program for each objective: only "ials" never has a negative weight.
     """
     params = dataclasses.replace(EXACT[solver], factors=4)
-    where = _place(*place)
 
     def fit(matrix: sparse.csr_matrix, objective: Objective) -> float:
-        data = backend.place(matrix, params, where)
+        data = backend.place(matrix, params, _mesh(*mesh))
         state = als.start(data, *_tables(matrix, 4))
         for _ in range(2):
             state, _ = als.epoch(state, data, objective)
@@ -431,13 +431,11 @@ def test_other_values_compile_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("solver", "place"), list(zip(EXACT, PLACES[1:3], strict=True)), ids=str)
-def test_a_matrix_without_entries_gives_zero_tables(
-    solver: str, place: tuple[int, int, str]
-) -> None:
+@pytest.mark.parametrize(("solver", "mesh"), list(zip(EXACT, MESHES[1:3], strict=True)), ids=str)
+def test_a_matrix_without_entries_gives_zero_tables(solver: str, mesh: MeshArgs) -> None:
     matrix = sparse.csr_matrix((6, 5), dtype=np.float32)
     params = EXACT[solver]
-    data = backend.place(matrix, params, _place(*place))
+    data = backend.place(matrix, params, _mesh(*mesh))
     state = als.start(data, *_tables(matrix, params.factors))
     objective = oracle.Objective("implicit", 0.5, 2.0)
     ours = Objective.of(*objective)
@@ -453,7 +451,7 @@ def test_a_matrix_without_entries_gives_zero_tables(
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1)])
 def test_matrices_of_one_row_or_column(shape: tuple[int, int]) -> None:
     matrix = sparse.csr_matrix(np.arange(1, 1 + shape[0] * shape[1], dtype="f4").reshape(shape))
-    data = backend.place(matrix, EXACT["cholesky"], _place(4, 0))
+    data = backend.place(matrix, EXACT["cholesky"], _mesh(4, 0))
     tables = _tables(matrix, 16)
     objective = oracle.Objective("ials", 0.1, 2.0, 0.5)
     after, failed = als.epoch(als.start(data, *tables), data, Objective.of(*objective))
@@ -467,7 +465,7 @@ def test_without_a_ridge_the_solutions_still_fit() -> None:
     """Fewer items than factors leave equation (1) singular: any solution predicts the same."""
     matrix = sparse.csr_matrix(np.random.default_rng(0).integers(0, 3, (8, 4)).astype(np.float64))
     params = AlsParams(6, "float64", "cholesky")
-    data = backend.place(matrix, params, _place(1, 2))
+    data = backend.place(matrix, params, _mesh(1, 2))
     tables = _tables(matrix, 6, np.float64)
     objective = oracle.Objective("implicit", 0.0, 2.0)
     state = als.start(data, *tables)
@@ -481,7 +479,7 @@ def test_without_a_ridge_the_solutions_still_fit() -> None:
 @pytest.mark.parametrize("entries", [0.05, 0.9])
 def test_the_cheapest_solver_is_one_of_the_solvers(entries: float) -> None:
     matrix = sparse.random(40, 30, entries, "csr", np.float32, random_state=0)
-    data = backend.place(matrix, AlsParams(6, linear_solver="auto"), _place(1, 2))
+    data = backend.place(matrix, AlsParams(6, linear_solver="auto"), _mesh(1, 2))
     assert data.params.linear_solver in ("cg", "cholesky")
     _, failed = als.epoch(
         als.start(data, *_tables(matrix, 6)), data, Objective.of("ials", 0.1, 2.0)
@@ -491,7 +489,7 @@ def test_the_cheapest_solver_is_one_of_the_solvers(entries: float) -> None:
 
 @pytest.mark.parametrize("positive", [False, True])
 @pytest.mark.parametrize("kind", ["cpu", "other"])
-def test_auto_takes_only_what_was_measured(kind: str, positive: bool) -> None:
+def test_auto_chooses_cg_or_cholesky(kind: str, positive: bool) -> None:
     lengths = (np.full(10_000, 150), np.full(2_000, 750))
     params = AlsParams(256, linear_solver="auto", positive=positive)
     assert reading.cheapest_solver(lengths, params, kind) in ("cg", "cholesky")
@@ -499,7 +497,7 @@ def test_auto_takes_only_what_was_measured(kind: str, positive: bool) -> None:
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_table_of_another_shape_is_refused(which: int) -> None:
-    data = _data(MIXED, EXACT["cg"], _place(1, 1))
+    data = _data(MIXED, EXACT["cg"], _mesh(1, 1))
     tables = list(_tables(MIXED, 4))
     tables[which] = tables[which][:-1]
     with pytest.raises(ValueError, match="initial table has shape .* expected"):

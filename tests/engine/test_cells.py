@@ -1,4 +1,4 @@
-"""Every entry in exactly one cell, whatever the shapes and however the entries come."""
+"""Every entry is in exactly one cell, for all shapes and orders of reading."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from plans import PLANS
 from scipy import sparse
 
 from tpu_als.engine import cells, layout
-from tpu_als.engine.cells import InMemory, Long
+from tpu_als.engine.cells import InMemory, LongCells, LongRows
 from tpu_als.engine.layout import Plan, RowMap
 
 
@@ -26,9 +26,9 @@ def matrices(draw: st.DrawFn) -> sparse.csr_matrix:
 
 
 def _maps(matrix: sparse.csr_matrix, plan: Plan) -> tuple[RowMap, RowMap]:
-    turned = matrix.T.tocsr()
+    transposed = matrix.T.tocsr()
     return layout.map_rows(np.diff(matrix.indptr), plan), layout.map_rows(
-        np.diff(turned.indptr), plan
+        np.diff(transposed.indptr), plan
     )
 
 
@@ -65,42 +65,42 @@ def test_every_entry_of_a_short_row_is_in_one_cell(matrix: sparse.csr_matrix, pl
     assert np.all(flat_ids[free] == source.pad_slot) and np.all(flat_values[free] == 0)
 
 
-def _unpacked(long: Long, shard: int, block: int) -> dict[int, list[tuple[int, float]]]:
-    """Entries of each long row that a shard has: (what the cell points at, value)."""
+def _unpacked(long: LongRows, shard: int, block: int) -> dict[int, list[tuple[int, float]]]:
+    """Entries of each long row that a shard has: (id of the cell, value)."""
     found: dict[int, list[tuple[int, float]]] = {}
     starts = long.starts[shard]
     for batch in range(len(starts) - 1):
         for at in range(starts[batch], starts[batch + 1]):
-            assert 0 < long.left[shard, at] <= block
+            assert 0 < long.n_entries[shard, at] <= block
             row = batch * cells.LONG_ROWS + int(long.rows[shard, at])
-            kept = slice(0, long.left[shard, at])
+            kept = slice(0, long.n_entries[shard, at])
             own = found.setdefault(row, [])
             own += zip(long.ids[shard, at, kept], long.values[shard, at, kept], strict=True)
     return found
 
 
-@given(matrix=matrices(), plan=PLANS, spread=st.booleans(), turned=st.booleans())
+@given(matrix=matrices(), plan=PLANS, spread=st.booleans(), is_transposed=st.booleans())
 def test_every_entry_of_a_long_row_is_in_one_block(
-    matrix: sparse.csr_matrix, plan: Plan, spread: bool, turned: bool
+    matrix: sparse.csr_matrix, plan: Plan, spread: bool, is_transposed: bool
 ) -> None:
     rows, source = _maps(matrix, plan)
     lengths, block = np.diff(matrix.indptr), plan.lengths[-1]
     both = _in_memory(matrix)
-    blocks = both.blocks("item" if turned else "user")
-    found = cells.long_entries(blocks, rows, turned, np.float32)
+    blocks = both.blocks("item" if is_transposed else "user")
+    found = cells.long_entries(blocks, rows, is_transposed, np.dtype(np.float32))
     of_row = rows.slots[rows.long] // rows.n_slots
     slots = source.slots[found.source]
     shard = slots // source.n_slots if spread else of_row[found.long]
     every = range(plan.n_shards)
-    long = cells.fill_long(found, shard, slots, rows, lengths, block, every, _same)
+    long = cells.fill_long(LongCells(found, shard, slots), rows, lengths, block, every, _same)
     total: dict[int, list[tuple[int, float]]] = {}
     for number in every:
-        for place, entries in _unpacked(long, number, block).items():
-            total.setdefault(place, []).extend(entries)
+        for index, entries in _unpacked(long, number, block).items():
+            total.setdefault(index, []).extend(entries)
             if spread:
                 assert all(slot // source.n_slots == number for slot, _ in entries)
             else:
-                assert of_row[place] == number
+                assert of_row[index] == number
         mine = long.slots[number] < rows.n_slots
         np.testing.assert_array_equal(np.flatnonzero(mine), np.flatnonzero(of_row == number))
         np.testing.assert_array_equal(
@@ -108,11 +108,11 @@ def test_every_entry_of_a_long_row_is_in_one_block(
         )
         np.testing.assert_array_equal(long.lengths[number][: len(rows.long)], lengths[rows.long])
         assert not long.lengths[number][len(rows.long) :].any()
-    for place, row in enumerate(rows.long):
+    for index, row in enumerate(rows.long):
         entries = slice(matrix.indptr[row], matrix.indptr[row + 1])
         slots = source.slots[matrix.indices[entries]]
         expected = zip(slots, matrix.data[entries], strict=True)
-        assert sorted(total.pop(place)) == sorted(expected)
+        assert sorted(total.pop(index)) == sorted(expected)
     assert not total
 
 
@@ -129,11 +129,11 @@ def test_blocks_of_a_matrix_are_the_matrix(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @given(matrix=matrices(), values=st.sampled_from([1, 2]))
-def test_a_matrix_of_ones_is_turned_without_its_values(
+def test_a_matrix_of_ones_is_transposed_with_values_of_one_byte(
     matrix: sparse.csr_matrix, values: int
 ) -> None:
     matrix.data[:] = values
-    entries = InMemory.turned(matrix)
+    entries = InMemory.with_transpose(matrix)
     assert entries.item_users is not None
     assert (entries.item_users.dtype == np.int8) == (values == 1 or not matrix.nnz)
     assert (entries.item_users != matrix.T).nnz == 0

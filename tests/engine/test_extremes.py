@@ -17,7 +17,7 @@ from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams, Data
 from tpu_als.engine.objective import Objective, solver_for
 from tpu_als.engine.xla import backend, placing
-from tpu_als.engine.xla.mesh import workplace
+from tpu_als.engine.xla.mesh import device_mesh
 
 K = 4
 COUNTS = random_counts(40, 30, density=0.3, negatives=True, seed=2)
@@ -36,7 +36,7 @@ def _data(way: str, monkeypatch: pytest.MonkeyPatch, solver: str = "cg", steps: 
     params = AlsParams(K, "float32", solver, steps)
     if way == "loops":
         return CpuBackend(1).place(COUNTS, params)
-    data = backend.place(COUNTS, params, workplace(1, num_threads=1))
+    data = backend.place(COUNTS, params, device_mesh(1, num_threads=1))
     assert bool(len(data.users.rows.long)) == (way == "long rows")
     return data
 

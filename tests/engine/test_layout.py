@@ -71,7 +71,7 @@ def test_rows_stay_with_their_owners(
 
 
 @given(first=LENGTHS, second=LENGTHS, plan=PLANS, waste=st.integers(0, 200))
-def test_sides_share_shapes_where_it_is_cheap(
+def test_sides_share_shapes_if_few_slots_are_added(
     first: np.ndarray, second: np.ndarray, plan: Plan, waste: int
 ) -> None:
     before = layout.map_rows(first, plan), layout.map_rows(second, plan)
@@ -111,7 +111,7 @@ def test_sides_of_one_size_share_their_rungs(
 
 
 @given(lengths=LENGTHS, plan=PLANS)
-def test_tables_travel_there_and_back(lengths: np.ndarray, plan: Plan) -> None:
+def test_tables_are_moved_to_another_layout_and_back(lengths: np.ndarray, plan: Plan) -> None:
     rows = layout.map_rows(lengths, plan)
     table = np.random.default_rng(0).normal(size=(len(lengths), 3)).astype(np.float32)
     slots = layout.to_slots(table, rows, range(rows.n_shards))

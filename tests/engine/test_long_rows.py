@@ -19,12 +19,12 @@ from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams, Data
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import backend, fold_in, placing, solve
-from tpu_als.engine.xla.mesh import workplace
+from tpu_als.engine.xla.mesh import device_mesh
 
 N, K = 1_000_000, 8
 OBJECTIVE = Objective.of("implicit", 0.01, 40.0)
 # devices, layout of the source table, solver, compiled loops
-PLACES = {
+MESHES = {
     "loops": (1, "auto", "cg", True),
     "one device": (1, "auto", "cg", False),
     "replicated": (4, "replicated", "cholesky", False),
@@ -107,17 +107,17 @@ def _close(users: np.ndarray, problem: Problem) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["loops", *(pytest.param(name, marks=pytest.mark.slow) for name in PLACES if name != "loops")],
+    ["loops", *(pytest.param(name, marks=pytest.mark.slow) for name in MESHES if name != "loops")],
 )
 def test_rows_of_a_million_entries(name: str, problem: Problem) -> None:
     """Their loss and their solution, which the loops and the devices sum each in its own way."""
-    devices, table_layout, solver, is_native = PLACES[name]
+    devices, table_layout, solver, is_native = MESHES[name]
     params = AlsParams(K, "float32", solver, cg_steps=8)
     if is_native:
         data: Any = CpuBackend(2).place(problem.matrix, params)
     else:
-        where = workplace(devices, num_threads=2, table_layout=table_layout)
-        data = backend.place(problem.matrix, params, where)
+        mesh = device_mesh(devices, num_threads=2, table_layout=table_layout)
+        data = backend.place(problem.matrix, params, mesh)
     _check(problem, data)
 
 
@@ -132,14 +132,14 @@ def test_a_long_row_of_very_many_blocks(solver: str, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(placing, "make_plan", small)
     problem = _problem(200_000)
-    data = backend.place(problem.matrix, AlsParams(K, "float32", solver, 8), workplace(1))
+    data = backend.place(problem.matrix, AlsParams(K, "float32", solver, 8), device_mesh(1))
     _check(problem, data)
 
 
 @pytest.mark.slow
 def test_a_fold_in_of_a_million_entries(problem: Problem) -> None:
     params = AlsParams(K, linear_solver="cholesky")
-    source = fold_in.source(problem.items, params, workplace(1))
+    source = fold_in.source(problem.items, params, device_mesh(1))
     _close(source.solve(problem.matrix, OBJECTIVE), problem)
 
 

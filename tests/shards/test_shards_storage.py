@@ -19,7 +19,7 @@ from scipy import sparse
 from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.xla import backend
-from tpu_als.engine.xla.mesh import workplace
+from tpu_als.engine.xla.mesh import device_mesh
 from tpu_als.shards import ShardedMatrix, open_shards, write_shards
 
 pa = pytest.importorskip("pyarrow")
@@ -234,7 +234,7 @@ def _read_all(folder: Path) -> list[Any]:
     for side in ("user", "item"):
         found.lengths(side)
         list(found.blocks(side))
-    return [found.to_csr(), backend.place(found, AlsParams(2), workplace(1))]
+    return [found.to_csr(), backend.place(found, AlsParams(2), device_mesh(1))]
 
 
 def _attempt(folder: Path) -> tuple[sparse.csr_matrix | None, str]:
@@ -289,7 +289,7 @@ class TestDamage:
             change_totals(folder, files="absent")
         message = "damaged or another file" if has_totals else "different entries or values"
         with pytest.raises(ValueError, match=f"{folder}.*{message}"):
-            backend.place(open_shards(folder), AlsParams(2), workplace(1))
+            backend.place(open_shards(folder), AlsParams(2), device_mesh(1))
 
     @pytest.mark.parametrize(
         "count", [20, pytest.param(500, marks=pytest.mark.nightly)], ids=["few", "many"]

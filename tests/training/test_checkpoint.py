@@ -32,14 +32,14 @@ from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import backend, placing, relayout
 from tpu_als.engine.xla.data import XlaData
-from tpu_als.engine.xla.mesh import Workplace, workplace
+from tpu_als.engine.xla.mesh import DeviceMesh, device_mesh
 from tpu_als.exceptions import DataWarning
 from tpu_als.training.checkpoint import FOLDER, FORMAT, Checkpoints, Resumed
 
 pytest.importorskip("orbax.checkpoint")
 
 # devices, threads, layout of the source table
-PLACES = {
+MESHES = {
     "one": (1, 1, "auto"),
     "threads": (1, 2, "auto"),
     "two": (2, 0, "sharded"),
@@ -62,12 +62,12 @@ def placed() -> Any:
 
     def get(name: str, dtype: str = "float32") -> XlaData:
         if (name, dtype) not in made:
-            devices, threads, table_layout = PLACES[name]
-            place = workplace(devices, num_threads=threads, table_layout=table_layout)
+            devices, threads, table_layout = MESHES[name]
+            mesh = device_mesh(devices, num_threads=threads, table_layout=table_layout)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(placing, "make_plan", small)
                 made[name, dtype] = backend.place(
-                    matrix, AlsParams(7, dtype=dtype), place, with_digest=True
+                    matrix, AlsParams(7, dtype=dtype), mesh, with_digest=True
                 )
             assert len(made[name, dtype].users.rows.long) > 0
             assert len(made[name, dtype].users.rows.rungs) == 2
@@ -133,10 +133,10 @@ def test_the_same_layout_has_the_same_bits(
         assert np.asarray(ours).tobytes() == np.asarray(saved).tobytes()
 
 
-@pytest.mark.parametrize("name", PLACES)
-def test_any_other_layout_has_the_same_rows(name: str, placed: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", MESHES)
+def test_another_layout_reads_the_same_rows(name: str, placed: Any, tmp_path: Path) -> None:
     saved = _rows(_save(tmp_path, placed(name)), placed(name))
-    for other in PLACES:
+    for other in MESHES:
         data = placed(other)
         found = _restore(tmp_path, data)
         assert found is not None
@@ -150,18 +150,18 @@ def test_any_other_layout_has_the_same_rows(name: str, placed: Any, tmp_path: Pa
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_rows_travel_in_pieces(
+def test_rows_are_moved_in_pieces(
     dtype: str, placed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = _rows(_save(tmp_path, placed("three", dtype)), placed("three", dtype))
     data, sizes = placed("two", dtype), []
-    gather = Workplace.gather_processes
+    gather = DeviceMesh.gather_processes
 
-    def counting(place: Workplace, values: np.ndarray) -> np.ndarray:
+    def counting(mesh: DeviceMesh, values: np.ndarray) -> np.ndarray:
         sizes.append(values.nbytes)
-        return gather(place, values)
+        return gather(mesh, values)
 
-    monkeypatch.setattr(Workplace, "gather_processes", counting)
+    monkeypatch.setattr(DeviceMesh, "gather_processes", counting)
     monkeypatch.setattr(relayout, "_PIECE_BYTES", 1000)
     found = _restore(tmp_path, data)
     assert found is not None and len(sizes) > 12 and max(sizes) <= 1000
@@ -170,7 +170,7 @@ def test_rows_travel_in_pieces(
 
 
 @pytest.mark.parametrize("name", ["threads", pytest.param("four", marks=pytest.mark.slow)])
-def test_training_goes_on_exactly(name: str, placed: Any, tmp_path: Path) -> None:
+def test_resumed_training_is_exact(name: str, placed: Any, tmp_path: Path) -> None:
     data = placed(name)
     state = _start(data)
     with Checkpoints(tmp_path, every=2) as checkpoints:
@@ -296,12 +296,12 @@ ALTERED = {
 
 @pytest.mark.parametrize("name", ALTERED)
 def test_other_data_are_another_run(name: str, tmp_path: Path) -> None:
-    matrix, place = random_counts(90, 40, density=0.3, seed=2), workplace(1)
+    matrix, mesh = random_counts(90, 40, density=0.3, seed=2), device_mesh(1)
     matrix.data[:2] = 1, 2
     other = ALTERED[name](matrix)
     assert (other != matrix).nnz
     data, altered = (
-        backend.place(each, AlsParams(7), place, with_digest=True) for each in (matrix, other)
+        backend.place(each, AlsParams(7), mesh, with_digest=True) for each in (matrix, other)
     )
     _save(tmp_path, data)
     assert _restore(tmp_path, altered) is None
@@ -309,7 +309,7 @@ def test_other_data_are_another_run(name: str, tmp_path: Path) -> None:
 
 
 def test_data_need_a_digest(tmp_path: Path) -> None:
-    data = backend.place(random_counts(9, 5), AlsParams(2), workplace(1))
+    data = backend.place(random_counts(9, 5), AlsParams(2), device_mesh(1))
     with pytest.raises(ValueError, match=r"place\(..., with_digest=True\)"):
         _restore(tmp_path, data)
 
@@ -371,7 +371,7 @@ def _flipped(file: Path, rng: np.random.Generator) -> None:
 @pytest.mark.parametrize(
     "count", [40, pytest.param(500, marks=pytest.mark.nightly)], ids=["few", "many"]
 )
-def test_no_flipped_bit_passes(
+def test_a_flipped_bit_never_changes_restored_tables(
     count: int, placed: Any, tmp_path: Path, record_property: Callable[[str, Any], None]
 ) -> None:
     """Where one bit of the latest checkpoint is flipped: the same tables, or those before."""
@@ -489,7 +489,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_named_without_much_memory(name: str, placed: Any, tmp_path: Path) -> None:
+def test_damage_is_reported_without_much_memory(name: str, placed: Any, tmp_path: Path) -> None:
     data = placed("one")
     _save(tmp_path, data, 1, best=np.arange(3.0))
     DAMAGES[name](_run(tmp_path) / "1")
@@ -580,7 +580,7 @@ def test_fewer_iterations(placed: Any, tmp_path: Path) -> None:
     assert _steps(tmp_path) == ["3", "4", "5"]
 
 
-def test_what_was_cut_short_is_removed_and_what_lies_beside_stays(
+def test_incomplete_checkpoints_are_removed_and_other_files_stay(
     placed: Any, tmp_path: Path
 ) -> None:
     for beside in ("7", "8.orbax-checkpoint-tmp", "model.npz"):
@@ -749,7 +749,7 @@ def test_a_second_job_ends_at_once_and_the_lock_ends_with_its_owner(tmp_path: Pa
 
 
 @pytest.mark.nightly
-def test_teams_hand_over_to_each_other(tmp_path: Path) -> None:
+def test_other_numbers_of_processes_resume_a_run(tmp_path: Path) -> None:
     """Two processes, then one with eight devices, then four with one each."""
     whole = _train(tmp_path / "whole", 4, tmp_path / "whole.npz", (2, 2))
     assert len(whole["loss"]) == 4

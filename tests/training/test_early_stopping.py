@@ -110,7 +110,9 @@ def test_a_fit_stops_and_keeps_its_best_tables(place: str) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
-def test_devices_stop_alike_and_keep_sharded_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_stop_at_the_same_iteration_and_keep_sharded_tables(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     one = stopped(**PLACES["threads"]).fit(COUNTS, show_progress=False)
     for place in ("replicated", "sharded"):
         many = stopped(**PLACES[place])
@@ -121,7 +123,7 @@ def test_devices_stop_alike_and_keep_sharded_tables(monkeypatch: pytest.MonkeyPa
                     raise AssertionError("a table was fetched")
 
                 patch.setattr(resident.Table, "fetch", refuse)
-                patch.setattr(mesh.Workplace, "get", refuse)
+                patch.setattr(mesh.DeviceMesh, "get", refuse)
             many.fit(COUNTS, show_progress=False)
         assert many.n_iter_ == one.n_iter_
         np.testing.assert_allclose(many.history_["ndcg"], one.history_["ndcg"], atol=1e-6)

@@ -56,7 +56,7 @@ class TestGrownMatrices:
         assert (start.user_factors[:20] == 1).all() and (start.user_factors[20:] < 0.01).all()
 
     @pytest.mark.slow
-    def test_the_fit_goes_on_from_there(self) -> None:
+    def test_a_grown_fit_scores_as_a_fresh_one(self) -> None:
         wide = random_counts(40, 25)
         grown = model(warm_start=True, iterations=12).fit(wide[:30, :20], show_progress=False)
         grown.fit(wide, show_progress=False)
@@ -77,7 +77,7 @@ class TestGrownMatrices:
 
 
 class TestShortFits:
-    def test_a_loop_of_them_warns_once(self) -> None:
+    def test_repeated_short_fits_warn_once(self) -> None:
         short = model(iterations=1)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -33,7 +33,9 @@ def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
         (None, 0, True),
     ],
 )
-def test_who_wins(given: Any, verbose: Any, disabled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_progress_overrides_verbose(
+    given: Any, verbose: Any, disabled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert progress.is_disabled(given, verbose) is disabled
     monkeypatch.setenv("TQDM_DISABLE", "1")
     assert progress.is_disabled(given, verbose) is True
@@ -63,7 +65,7 @@ def test_a_terminal_has_bars(counts: sparse.csr_matrix, monkeypatch: pytest.Monk
         assert ("2/2" in sys.stderr.getvalue()) == shown
 
 
-def test_a_search_is_silent_where_asked(
+def test_a_search_without_verbose_shows_no_bar(
     counts: sparse.csr_matrix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())

@@ -25,7 +25,7 @@ _INFERRED = {
 _ZONE = r"[T ].*(?:Z|[+-]\d\d:?(?:\d\d)?)$"  # the end of an ISO 8601 text with an offset
 
 
-def columns_of(frame: Any, names: list[str]) -> list[pd.Series]:
+def columns_of(frame: object, names: list[str]) -> list[pd.Series]:
     """Columns of an event frame, without missing values.
 
     Parameters
@@ -65,7 +65,7 @@ def columns_of(frame: Any, names: list[str]) -> list[pd.Series]:
     return [frame[name] for name in names]
 
 
-def ids_and_positions(column: pd.Series, given: Any, name: str) -> tuple[pd.Index, np.ndarray]:
+def ids_and_positions(column: pd.Series, given: object, name: str) -> tuple[pd.Index, np.ndarray]:
     """Return distinct ids, and the position of each value of a column among them.
 
     Parameters
@@ -250,7 +250,9 @@ def _plain(column: pd.Series) -> pd.Series:
     return values
 
 
-def _distinct(values: pd.Series) -> tuple[np.ndarray, Any]:
+def _distinct(
+    values: pd.Series,
+) -> tuple[np.ndarray, np.ndarray | pd.api.extensions.ExtensionArray]:
     """The position of each value among the distinct values (n,), and the distinct values."""
     return pd.factorize(values.to_numpy() if isinstance(values.dtype, np.dtype) else values.array)
 
@@ -287,7 +289,7 @@ def _kind(values: pd.Series | pd.Index, label: str) -> str:
     return first or "nothing"
 
 
-def _kind_of(value: Any) -> str:
+def _kind_of(value: object) -> str:
     if isinstance(value, (bool, np.bool_)):
         return "booleans"
     if isinstance(value, (Real, Decimal)):
@@ -299,7 +301,7 @@ def _kind_of(value: Any) -> str:
     return f"{type(value).__name__} objects"
 
 
-def _time_kind(zone: Any) -> str:
+def _time_kind(zone: object) -> str:
     return "times without a time zone" if zone is None else "times with a time zone"
 
 
@@ -336,17 +338,17 @@ def _as_float(value: Any) -> float:
         return float("inf")
 
 
-def _refusal(name: Any, row: int, value: Any, expected: str, advice: str) -> ValueError:
+def _refusal(name: object, row: int, value: object, expected: str, advice: str) -> ValueError:
     return ValueError(
         f"column {name!r} holds {shown(value)} ({type(_unboxed(value)).__name__}) in row {row} "
         f"(counted from 0), expected {expected}: {advice}"
     )
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value formatted for messages."""
     return f"{_unboxed(value)!r:.60}"
 
 
-def _unboxed(value: Any) -> Any:
+def _unboxed(value: object) -> object:
     return value.item() if isinstance(value, np.generic) else value

@@ -24,7 +24,7 @@ def power_law(
     n_entries: int,
     *,
     exponent: float = 0.6,
-    random_state: Any = 0,
+    random_state: object = 0,
 ) -> sparse.csr_matrix:
     """Generate a binary matrix with heavy tails on both sides, as ratings have.
 
@@ -80,7 +80,7 @@ def web_graph(
     n_links: int,
     *,
     n_sites: int | None = None,
-    random_state: Any = 0,
+    random_state: object = 0,
 ) -> sparse.csr_matrix:
     """Generate a directed graph of pages that link within their site, and to popular pages.
 

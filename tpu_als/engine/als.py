@@ -1,20 +1,22 @@
 """Alternating least squares over laid-out data: start, epoch, half-epoch, loss.
 
-One `half_epoch` serves both sides: *target* is the table being solved, *source* the one held fixed.
-The functions work on any backend; tables are in the backend's form, and `user_factors` and
-`item_factors` copy them to arrays in the caller's order.
+`half_epoch` solves either side: *target* is the table being solved, *source* the fixed one. The
+functions work on any backend. Tables are in the backend's form; `user_factors` and `item_factors`
+copy them to arrays in the caller's order.
 
 Axis letters: K factors, M users, N items.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from tpu_als.engine.data import DTYPES, Data, Side
 from tpu_als.engine.objective import Objective, ridge
+
+_Table = TypeVar("_Table")  # a table in the backend's form
 
 
 class AlsState(NamedTuple):
@@ -36,10 +38,10 @@ def start(data: Data, user_factors: np.ndarray, item_factors: np.ndarray) -> Als
 
 
 def draw(data: Data, seed: int, scale: float, *, normal: bool) -> AlsState:
-    """Draw initial tables: a row's values depend on the seed and its number alone.
+    """Draw initial tables; the values of a row depend only on the seed and the row's number.
 
-    Uniform from [0, scale), or normal with that deviation. With several devices or processes no
-    host ever holds a table. The generator is JAX's, on every backend.
+    They are uniform in [0, scale), or normal with standard deviation `scale`. No host has a whole
+    table if there are several processes. All backends use JAX's generator.
     """
     return AlsState(*data.backend.draw(data, seed, scale, normal))
 
@@ -68,7 +70,7 @@ def epoch(
     objective : Objective
         Equations (1)-(2).
     relaxation : float, default=1.0
-        How far to go towards the solved rows, between 0 and 2; 1 is ALS.
+        Step towards the solved rows, between 0 and 2; 1 is ALS.
 
     Returns
     -------
@@ -87,15 +89,15 @@ def epoch(
 
 
 def half_epoch(
-    target_table: Any,
-    source_table: Any,
+    target_table: _Table,
+    source_table: _Table,
     data: Data,
     objective: Objective,
     relaxation: float = 1.0,
     *,
     target: str,
-) -> Any:
-    """Solve all rows of the target table against the source table, which is held fixed.
+) -> _Table:
+    """Solve all rows of the target table against the fixed source table.
 
     Parameters
     ----------
@@ -118,9 +120,8 @@ def half_epoch(
 def loss(state: AlsState, data: Data, objective: Objective) -> float:
     """Loss at the tables, in implicit's normalisation: over the sum of all cells' weights.
 
-    The sum over all cells is a0 tr(X^T X Y^T Y), to which the differences of the stored cells are
-    added. Sums over rows are in float64; docs/math.md bounds the error of sums over the entries of
-    a row.
+    It is a0 tr(X^T X Y^T Y), the sum over all cells, plus the differences of the stored cells. Sums
+    over rows are in float64; docs/math.md bounds the error of sums over the entries of a row.
     """
     users, items = data.users, data.items
     parts = data.backend.loss_parts(state, data, objective)
@@ -130,7 +131,7 @@ def loss(state: AlsState, data: Data, objective: Objective) -> float:
     total = parts.entries + objective.unobserved_weight * np.sum(user_gram * item_gram) + ridges
     weights = objective.alpha * data.absolute_sum - objective.offset * data.n_entries
     weights += objective.unobserved_weight * users.n_rows * items.n_rows
-    return float(total / weights) if weights else float(total)  # without a weight there are no sums
+    return float(total / weights) if weights else float(total)  # no weights if there are no cells
 
 
 def _ridges(objective: Objective, side: Side, n_source: int, squares: np.ndarray) -> float:

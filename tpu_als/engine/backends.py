@@ -1,4 +1,4 @@
-"""Which backend does the work: the loops of a CPU without JAX, or XLA on JAX's devices.
+"""The interface of backends, and the choice of one: a CPU's loops without JAX, or XLA's programs.
 
 `choose` imports JAX only if an argument needs it, if numba is needed and not available, or if JAX
 may have an accelerator or other processes. JAX then reports its devices.
@@ -13,11 +13,13 @@ import importlib.util
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import DTypeLike
 from scipy import sparse
 
+from tpu_als.engine.als import AlsState
 from tpu_als.engine.cells import Entries
 from tpu_als.engine.cpu import compiled
 from tpu_als.engine.cpu.backend import CpuBackend
@@ -26,12 +28,15 @@ from tpu_als.engine.objective import Objective
 from tpu_als.host import thread_count
 from tpu_als.parameters import LAYOUTS
 
+if TYPE_CHECKING:
+    from tpu_als.engine.xla.data import XlaData
+
 
 class Catalog(Protocol):
     """A table whose rows can be ranked."""
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> DTypeLike:
         """Dtype of queries and scores."""
 
     def top_k(
@@ -69,8 +74,31 @@ class Source(Protocol):
         """Solutions (M, K) of equation (1)."""
 
 
-class Backend(Protocol):
-    """What `als`, training and serving ask of a backend. Tables are in the backend's own form."""
+class Table(Protocol):
+    """A table of a state that does not keep the matrix in memory."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, K)."""
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether it stays on the devices, because it may be too large for one host."""
+
+    def fetch(self) -> np.ndarray:
+        """Copy it to the host, in the caller's order."""
+
+
+_TableT = TypeVar("_TableT")  # a table in the backend's form
+_DataT = TypeVar("_DataT")  # the backend's subclass of `engine.data.Data`
+_SideT = TypeVar("_SideT", contravariant=True)  # its subclass of `engine.data.Side`
+
+
+class Backend(Protocol[_TableT, _SideT, _DataT]):
+    """Operations that `als`, training and serving need of a backend.
+
+    The tables of a state are in the backend's own form.
+    """
 
     @property
     def process(self) -> int:
@@ -81,7 +109,7 @@ class Backend(Protocol):
         """Number of those processes."""
 
     @property
-    def alone(self) -> Backend:
+    def alone(self) -> Backend[_TableT, _SideT, _DataT]:
         """The backend on this process's devices only."""
 
     def agree(self, number: int) -> int:
@@ -96,63 +124,60 @@ class Backend(Protocol):
         params: AlsParams,
         *,
         with_digest: bool = False,
-    ) -> Any:
+    ) -> _DataT:
         """Lay out a matrix in both orientations: `engine.data.Data`."""
 
-    def put(self, table: np.ndarray, side: Any, data: Any) -> Any:
+    def put(self, table: np.ndarray, side: _SideT, data: _DataT) -> _TableT:
         """Place a table (M, K) in the caller's order."""
 
-    def draw(self, data: Any, seed: int, scale: float, normal: bool) -> Any:
+    def draw(self, data: _DataT, seed: int, scale: float, normal: bool) -> list[_TableT]:
         """See `als.draw`."""
 
     def half_epoch(
         self,
-        target_table: Any,
-        source_table: Any,
-        data: Any,
+        target_table: _TableT,
+        source_table: _TableT,
+        data: _DataT,
         objective: Objective,
         relaxation: float,
         *,
         target: str,
-    ) -> Any:
+    ) -> _TableT:
         """See `als.half_epoch`."""
 
-    def count_failed(self, table: Any, side: Any, data: Any) -> int:
+    def count_failed(self, table: _TableT, side: _SideT, data: _DataT) -> int:
         """Number of rows of a table that are not finite."""
 
-    def loss_parts(self, state: Any, data: Any, objective: Objective) -> LossParts:
-        """What `als.loss` adds up."""
+    def loss_parts(self, state: AlsState, data: _DataT, objective: Objective) -> LossParts:
+        """Compute the terms of `als.loss`."""
 
-    def table(self, table: Any, side: Any, data: Any) -> Any:
-        """A table of a state that does not keep the matrix in memory.
-
-        Its method `fetch` returns a copy in the caller's order.
-        """
+    def table(self, table: _TableT, side: _SideT, data: _DataT) -> Table:
+        """Return a table of a state that does not keep the matrix in memory."""
 
     def source(self, table: np.ndarray, params: AlsParams) -> Source:
-        """A fixed table (N, K), to solve rows against."""
+        """Place a fixed table (N, K), to solve rows against."""
 
     def catalog(self, table: np.ndarray, lengths: np.ndarray | None = None) -> Catalog:
-        """A table (N, K), to rank its rows by product, divided by `lengths` if given."""
+        """Place a table (N, K), to rank its rows by product, divided by `lengths` if given."""
 
-    def release(self, data: Any) -> None:
+    def release(self, data: _DataT) -> None:
         """Free memory that is kept between half-epochs."""
 
-    def describe_for_checkpoint(self, data: Any) -> Any:
-        """The data in the form that checkpoints have."""
+    def describe_for_checkpoint(self, data: _DataT) -> XlaData:
+        """Return the data in the form that checkpoints have."""
 
-    def to_checkpoint(self, state: Any, data: Any) -> Any:
+    def to_checkpoint(self, state: AlsState, data: _DataT) -> AlsState:
         """Convert a state from this backend's form to the form that checkpoints have."""
 
-    def from_checkpoint(self, state: Any, data: Any) -> Any:
+    def from_checkpoint(self, state: AlsState, data: _DataT) -> AlsState:
         """Convert a state from the form that checkpoints have to this backend's form."""
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What a caller wants of a backend; the attributes are the estimator's parameters."""
+    """A caller's requirements for the backend; the attributes are the estimator's parameters."""
 
-    devices: Any = None
+    devices: object = None
     num_threads: int = 0
     use_gpu: bool | None = None
     table_layout: str = "auto"
@@ -190,20 +215,20 @@ def choose(wishes: Wishes, linear_solver: str | None = "cg", dtype: str = "float
     if fits and is_plain and not wishes.use_gpu and not may_have_accelerator():
         return CpuBackend(thread_count(wishes.num_threads))
     from tpu_als.engine.xla.backend import XlaBackend
-    from tpu_als.engine.xla.mesh import workplace
+    from tpu_als.engine.xla.mesh import device_mesh
 
-    place = workplace(wishes.devices, wishes.num_threads, wishes.use_gpu, wishes.table_layout)
-    if fits and place.platform == "cpu" and len(place.processes) == 1:
-        return CpuBackend(place.as_threads.n_threads)
-    return XlaBackend(place)
+    mesh = device_mesh(wishes.devices, wishes.num_threads, wishes.use_gpu, wishes.table_layout)
+    if fits and mesh.platform == "cpu" and len(mesh.processes) == 1:
+        return CpuBackend(mesh.as_threads.n_threads)
+    return XlaBackend(mesh)
 
 
 def may_have_accelerator() -> bool:
     """Whether JAX may have other devices than this machine's CPU, or other processes.
 
-    JAX need not be imported to know: plugins for GPUs and TPUs are packages of their own. The
-    environment variable JAX_PLATFORMS, and JAX's option of that name if JAX is imported already,
-    can rule them out.
+    This does not import JAX: plugins for GPUs and TPUs are separate packages. The environment
+    variable JAX_PLATFORMS, and JAX's option of that name if JAX is imported already, can exclude
+    them.
     """
     jax = sys.modules.get("jax")
     if jax is not None and jax.distributed.is_initialized():

@@ -1,7 +1,7 @@
-"""Entries into the padded cells that a layout has for them. NumPy only.
+"""Write entries into the padded cells of a layout. NumPy only.
 
-Entries come in blocks of rows, from memory or from disk, and only the shards of this process are
-filled. Axis letters as in `layout`; J long rows, B blocks of long rows of one shard.
+Entries are read in blocks of rows, from memory or from disk, and only the shards of this process
+are filled. Axis letters as in `layout`; J long rows, B blocks of long rows of one shard.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import DTypeLike
 from scipy import sparse
 
 from tpu_als.engine import layout
@@ -26,7 +27,7 @@ Blocks = Iterable[tuple[np.ndarray, sparse.csr_matrix]]
 class Entries(Protocol):
     """A matrix that can be read by rows of either side ("user", "item"), in blocks.
 
-    `part` of `parts` is this process's part if the matrix is on disk.
+    If the matrix is on disk, this process reads part number `part` of `parts`.
     """
 
     @property
@@ -42,27 +43,28 @@ class Entries(Protocol):
         """Whether any stored value is other than 1."""
 
     def lengths(self, side: str, part: int = 0, parts: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Row ids and their stored entries; rows that are missing have none."""
+        """Row ids, and the number of stored entries of each; rows that are missing have none."""
 
     def blocks(self, side: str, part: int = 0, parts: int = 1) -> Blocks:
-        """Row ids (m,) and canonical CSR (m, n_columns), block after block."""
+        """Yield row ids (m,) and a canonical CSR matrix (m, n_columns) for each block."""
 
 
 @dataclass(frozen=True)
 class InMemory:
     """A canonical CSR matrix as `Entries`. Every process has all of it.
 
-    The other orientation may be left out where only users are to be solved.
+    `item_users` is None if only users are solved.
     """
 
     user_items: sparse.csr_matrix
     item_users: sparse.csr_matrix | None
 
     @classmethod
-    def turned(cls, user_items: sparse.csr_matrix) -> InMemory:
-        """Both orientations; where all values are 1, which are not kept, the other has small ones.
+    def with_transpose(cls, user_items: sparse.csr_matrix) -> InMemory:
+        """Both orientations of a matrix.
 
-        Turned, they would take as much memory as the ids.
+        If all values are 1, they are not stored in cells, and the transposed matrix has values of
+        one byte: float32 values would take as much memory as its ids.
         """
         only = cls(user_items, None)
         small = user_items
@@ -87,7 +89,7 @@ class InMemory:
         return bool((self.user_items.data != 1).any())
 
     def lengths(self, side: str, part: int = 0, parts: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and stored entries of all rows."""
+        """Ids of all rows, and the number of stored entries of each."""
         lengths = np.diff(self._matrix(side).indptr)
         return np.arange(len(lengths)), lengths
 
@@ -102,8 +104,8 @@ class InMemory:
             high = int(np.searchsorted(indptr, indptr[low] + _BLOCK_ENTRIES, side="right")) - 1
             high = min(max(high, low + 1), n_rows)
             at = slice(indptr[low], indptr[high])
-            parts_ = (matrix.data[at], matrix.indices[at], indptr[low : high + 1] - indptr[low])
-            yield np.arange(low, high), sparse.csr_matrix(parts_, (high - low, matrix.shape[1]))
+            arrays = (matrix.data[at], matrix.indices[at], indptr[low : high + 1] - indptr[low])
+            yield np.arange(low, high), sparse.csr_matrix(arrays, (high - low, matrix.shape[1]))
             low = high
 
     def _matrix(self, side: str) -> sparse.csr_matrix:
@@ -111,24 +113,29 @@ class InMemory:
 
 
 def fill(
-    blocks: Blocks, rows: RowMap, source_slots: np.ndarray, pad: int, shards: range, dtype: Any
+    blocks: Blocks,
+    rows: RowMap,
+    source_slots: np.ndarray,
+    pad: int,
+    shards: range,
+    dtype: DTypeLike | None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Lay entries into the cells that a row map names; long rows are left out.
+    """Write entries into the cells of a row map; long rows are left out.
 
     Parameters
     ----------
     blocks : iterable of (row ids, CSR matrix)
-        Rows of other shards are passed over.
+        Rows of other shards are skipped.
     rows : RowMap
         The map of the target rows.
     source_slots : int array (N,)
         Global slot of each source row.
     pad : int
-        The source row that a cell without an entry refers to.
+        The source slot that cells without an entry refer to.
     shards : range
         The shards to fill.
     dtype : dtype or None
-        Of the values; None keeps none.
+        Dtype of the values; with None no values are stored.
 
     Returns
     -------
@@ -148,8 +155,8 @@ def fill(
         if not mine.all():
             first, block = first[mine], block[mine]
         shift = first - block.indptr[:-1]
-        if len(shift) and (shift == shift[0]).all():  # one row after the other, as they come
-            where: Any = slice(shift[0], shift[0] + block.nnz)
+        if len(shift) and (shift == shift[0]).all():  # rows are consecutive in the cells
+            where: slice | np.ndarray = slice(shift[0], shift[0] + block.nnz)
         else:
             where = np.repeat(shift, np.diff(block.indptr)) + np.arange(block.nnz)
         ids[where] = block.indices if is_same else source_slots[block.indices]
@@ -159,11 +166,11 @@ def fill(
     return ids.reshape(shape), None if values is None else values.reshape(shape)
 
 
-class Long(NamedTuple):
-    """Long rows, in blocks of at most L entries; of each shard of a leading axis.
+class LongRows(NamedTuple):
+    """Long rows, in blocks of at most L entries; all arrays have a leading axis of shards.
 
-    The blocks of `LONG_ROWS` rows at a time follow each other. A shard may hold blocks of rows that
-    live on another: then the shards' sums are added.
+    The blocks of each batch of `LONG_ROWS` rows are consecutive. A shard may have blocks of rows
+    whose slots are on another shard: the shards' sums are added.
 
     Attributes
     ----------
@@ -173,20 +180,20 @@ class Long(NamedTuple):
         Stored values; None where all are 1.
     rows : int32 array (B,)
         Row of each block, counted within its batch of rows.
-    left : int32 array (B,)
-        Entries of each block.
+    n_entries : int32 array (B,)
+        Number of entries of each block.
     starts : int32 array (J / LONG_ROWS + 1,)
         First block of each batch of rows.
     slots : int32 array (J,)
-        Local slot of each long row, or the number of slots where another shard has it.
+        Local slot of each long row, or the number of slots if another shard has the row.
     lengths : int32 array (J,)
-        Stored entries of each long row, over all shards.
+        Number of stored entries of each long row, over all shards.
     """
 
     ids: Any
     values: Any
     rows: Any
-    left: Any
+    n_entries: Any
     starts: Any
     slots: Any
     lengths: Any
@@ -198,11 +205,11 @@ class LongEntries(NamedTuple):
     Attributes
     ----------
     long : int32 array (E,)
-        Row of each entry, as its place in ``RowMap.long``.
+        Row of each entry, as an index into ``RowMap.long``.
     source : int32 array (E,)
-        Its source row.
+        Source row of each entry.
     values : array (E,) or None
-        Its stored value.
+        Stored values.
     """
 
     long: np.ndarray
@@ -210,64 +217,79 @@ class LongEntries(NamedTuple):
     values: np.ndarray | None
 
 
-def long_entries(blocks: Blocks, rows: RowMap, turned: bool, dtype: Any) -> LongEntries:
-    """Collect the entries of long rows, with values of this dtype; None keeps none.
+class LongCells(NamedTuple):
+    """The entries of long rows, with the shards and ids of their cells.
 
-    `turned` says that the blocks hold rows of the source side, whose columns are target rows.
+    Attributes
+    ----------
+    entries : LongEntries
+        The entries.
+    shard : int array (E,)
+        Shard of each entry. Entries of other processes' shards are left out.
+    ids : int array (E,)
+        Source slot of each entry, as its shard numbers the slots.
     """
-    place = np.full(len(rows.slots), -1, np.int32)
-    place[rows.long] = np.arange(len(rows.long))
-    found = [tuple(np.empty(0, each) for each in (np.int32, np.int32, dtype or np.int8))]
+
+    entries: LongEntries
+    shard: np.ndarray
+    ids: np.ndarray
+
+
+def long_entries(
+    blocks: Blocks, rows: RowMap, is_transposed: bool, dtype: np.dtype | None
+) -> LongEntries:
+    """Collect the entries of long rows, with values of this dtype, or without values if None.
+
+    If `is_transposed`, the blocks have rows of the source side, and their columns are target rows.
+    """
+    index = np.full(len(rows.slots), -1, np.int32)  # into rows.long
+    index[rows.long] = np.arange(len(rows.long))
+    found = [tuple(np.empty(0, kind) for kind in (np.int32, np.int32, dtype or np.int8))]
     for row_ids, block in blocks:
-        if turned:
-            long, source = place[block.indices], np.repeat(row_ids, np.diff(block.indptr))
-            keep = long >= 0
-            long, source, values = long[keep], source[keep], block.data[keep]
+        if is_transposed:
+            long, source = index[block.indices], np.repeat(row_ids, np.diff(block.indptr))
+            is_long = long >= 0
+            long, source, values = long[is_long], source[is_long], block.data[is_long]
         else:
-            mine = place[row_ids] >= 0
-            block = block[mine]
-            long = np.repeat(place[row_ids[mine]], np.diff(block.indptr))
+            is_long = index[row_ids] >= 0
+            block = block[is_long]
+            long = np.repeat(index[row_ids[is_long]], np.diff(block.indptr))
             source, values = block.indices, block.data
         values = np.empty(0, np.int8) if dtype is None else values.astype(dtype)
         found.append((long, source.astype(np.int32), values))
-    long, source, values = (np.concatenate(each) for each in zip(*found, strict=True))
+    long, source, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return LongEntries(long, source, None if dtype is None else values)
 
 
 def fill_long(
-    entries: LongEntries,
-    shard: np.ndarray,
-    ids: np.ndarray,
+    long_cells: LongCells,
     rows: RowMap,
     lengths: np.ndarray,
     block: int,
     shards: range,
     agree: Callable[[int], int],
-) -> Long:
-    """Lay the entries of long rows into blocks.
+) -> LongRows:
+    """Write the entries of long rows into blocks.
 
     Parameters
     ----------
-    entries : LongEntries
-        Those of all long rows.
-    shard : int array
-        The shard of each entry; those of other processes are left out.
-    ids : int array
-        The source row for the cell of each entry.
+    long_cells : LongCells
+        The entries of all long rows.
     rows : RowMap
         The map of the target rows.
     lengths : int array (M,)
-        Stored entries of each row.
+        Number of stored entries of each row.
     block : int
         Entries L of a block.
     shards : range
         The shards to fill.
     agree : callable
-        The largest of a number over all processes.
+        Returns the maximum of a number over all processes.
     """
+    entries, shard, ids = long_cells
     n_rows = max(-(-len(rows.long) // LONG_ROWS), 1) * LONG_ROWS
     mine = np.flatnonzero((shard >= shards.start) & (shard < shards.stop))
-    # by shard, then by row; the row's own order stays
+    # Sort by shard, then by row. The sort is stable, so a row's entries keep their order.
     key = (shard[mine] - shards.start) * n_rows + entries.long[mine]
     order = np.argsort(key, kind="stable")
     mine, key = mine[order], key[order]
@@ -280,35 +302,34 @@ def fill_long(
     where = (first_cell - (np.cumsum(counts) - counts.ravel()))[key] + np.arange(len(mine))
     size = (len(shards), n_blocks, block)
 
-    def laid(values: np.ndarray) -> np.ndarray:
+    def in_blocks(values: np.ndarray) -> np.ndarray:
         out = np.zeros(size, values.dtype)
         out.reshape(-1)[where] = values[mine]
         return out
 
-    out_ids = laid(ids.astype(np.int32, copy=False))
-    out_values = None if entries.values is None else laid(entries.values)
-    of_block = np.zeros((len(shards), n_blocks), np.int32)
-    left = np.zeros((len(shards), n_blocks), np.int32)
+    out_ids = in_blocks(ids.astype(np.int32, copy=False))
+    out_values = None if entries.values is None else in_blocks(entries.values)
+    row_of_block = np.zeros((len(shards), n_blocks), np.int32)
+    n_entries = np.zeros((len(shards), n_blocks), np.int32)
     for at in range(len(shards)):
         row = np.repeat(np.arange(n_rows), blocks[at])
         number = np.arange(len(row)) - first[at][row]
-        of_block[at, : len(row)] = row % LONG_ROWS
-        left[at, : len(row)] = np.minimum(counts[at][row] - number * block, block)
+        row_of_block[at, : len(row)] = row % LONG_ROWS
+        n_entries[at, : len(row)] = np.minimum(counts[at][row] - number * block, block)
     starts = np.concatenate([first[:, ::LONG_ROWS], ends[:, -1:]], axis=1).astype(np.int32)
-    return Long(
-        out_ids, out_values, of_block, left, starts, *_long_tables(rows, lengths, n_rows, shards)
-    )
+    slots, row_lengths = _slots_and_lengths(rows, lengths, n_rows, shards)
+    return LongRows(out_ids, out_values, row_of_block, n_entries, starts, slots, row_lengths)
 
 
-def _long_tables(
+def _slots_and_lengths(
     rows: RowMap, lengths: np.ndarray, n_rows: int, shards: range
 ) -> tuple[np.ndarray, np.ndarray]:
     """Slots and lengths of the long rows, for each shard."""
     shard, slot = np.divmod(rows.slots[rows.long], rows.n_slots)
     slots = np.full((len(shards), n_rows), rows.n_slots, np.int32)
     for at, number in enumerate(shards):
-        own = np.flatnonzero(shard == number)
-        slots[at, own] = slot[own]
-    table = np.zeros((len(shards), n_rows), np.int32)
-    table[:, : len(rows.long)] = lengths[rows.long]
-    return slots, table
+        on_shard = np.flatnonzero(shard == number)
+        slots[at, on_shard] = slot[on_shard]
+    row_lengths = np.zeros((len(shards), n_rows), np.int32)
+    row_lengths[:, : len(rows.long)] = lengths[rows.long]
+    return slots, row_lengths

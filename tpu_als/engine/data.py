@@ -1,4 +1,4 @@
-"""What is laid out for a fit: its static parameters, and both orientations of a matrix.
+"""The data of a fit: static parameters, and both orientations of a matrix.
 
 Axis letters: M rows of a side, K factors.
 """
@@ -16,7 +16,7 @@ DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bf
 
 @dataclass(frozen=True)
 class AlsParams:
-    """Static parameters, whose changes recompile programs; everything else is traced.
+    """Static parameters. Programs are compiled for their values; all other numbers are traced.
 
     Attributes
     ----------
@@ -26,13 +26,13 @@ class AlsParams:
         Dtype of the tables. Sums are float32, or float64 with "float64".
     linear_solver : {"cg", "exact", "cholesky", "auto"}
         How the rows' systems (1) are solved. "exact" runs CG to convergence on the CPU backend, and
-        means "cholesky" on the XLA backend; "auto" uses `cheapest_solver`. If every w is 0, the
-        systems are diagonal, and are solved by division ("diagonal").
+        means "cholesky" on the XLA backend; "auto" chooses by `cheapest_solver`. If every w is 0,
+        the systems are diagonal, and are solved by division ("diagonal").
     cg_steps : int
         Steps of "cg".
     positive : bool
-        Whether all weights w are nonnegative, as with the objective "ials". "cholesky" can then
-        solve short rows through a system of their own length.
+        Whether all weights w are nonnegative, as with the objective "ials". Then "cholesky" can
+        solve a row with few entries by a system whose size is their number.
     """
 
     factors: int
@@ -49,7 +49,7 @@ class AlsParams:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One orientation of a matrix; backends add how its entries are laid out.
+    """One orientation of a matrix; each backend adds its layout of the entries.
 
     Attributes
     ----------
@@ -76,7 +76,7 @@ class Data:
     params : AlsParams
         The static parameters.
     backend : Backend
-        The backend that laid it out, which alone can use it (`tpu_als.engine.backends`).
+        The backend that laid it out, and the only one that can use it.
     n_entries : int
         Number of stored entries.
     absolute_sum : float
@@ -98,7 +98,7 @@ class Data:
 
 
 class LossParts(NamedTuple):
-    """What a backend contributes to the loss of both tables; see `als.loss`.
+    """The terms of the loss that a backend computes; see `als.loss`.
 
     Attributes
     ----------

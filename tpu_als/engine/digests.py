@@ -1,9 +1,9 @@
 """Digests of matrices and tables that do not depend on the order of rows, blocks or processes.
 
 A digest is the sum, modulo a power of two, of one hash for each entry or row. So it can be computed
-from a stream, and the digests of parts can be added, however the data are divided among devices or
-processes. One changed entry, or one changed bit of a row, always changes the digest. Other changes
-do so with a probability of about 1 - 2**-60. It protects against accidents, not against forgery.
+from a stream, and the digests of the parts on several devices or processes can be added. One
+changed entry, or one changed bit of a row, always changes the digest; other changes do so with a
+probability of about 1 - 2**-60. A digest detects accidental damage, but not forgery.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from scipy import sparse
@@ -168,7 +167,7 @@ def text(content: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def fields(record: dict[str, Any]) -> str:
+def fields(record: Mapping[str, object]) -> str:
     """Digest of a JSON object without its field "checksum", which stores this digest."""
     rest = {name: value for name, value in record.items() if name != "checksum"}
     return text(json.dumps(rest, sort_keys=True))

@@ -1,17 +1,17 @@
-"""The slot and the cells of every row of a table, planned from row lengths alone. NumPy only.
+"""Plan the slot and the cells of every row of a table from the rows' lengths. NumPy only.
 
 Axis letters: W work shards, S slots of one shard's table, R rows of a chunk, L padded length.
 
 Every row of a table gets a *slot*. Rows are sorted by length into *rungs*: all rows of a rung are
-padded to one length ``L`` and dealt to the shards in turn, ``R`` rows a chunk, so that the shards
-have equal work. Chunks of a rung follow each other, in the cells as in the table, so a solved
-chunk is written as one slice and nothing is scattered::
+padded to one length ``L`` and assigned to the shards in turn, ``R`` rows per chunk, so that the
+shards have equal work. The chunks of a rung are consecutive in the cells and in the table, so a
+solved chunk is written as one slice, without a scatter::
 
     one shard's table      | rung 0: chunk, chunk, ... | rung 1: ... | long rows | unused, zero |
     one shard's cells      | rung 0: R x L, R x L, ... | rung 1: ... | unused       |
 
 Rows longer than the last rung are *long*: `cells.fill_long` puts their entries in other blocks.
-The last slot of the last shard has no row: it is always zero, and pad cells point at it.
+The last slot of the last shard has no row: it is always zero, and pad cells refer to it.
 
 The CPU backend has no rungs, chunks or pads: rows and entries keep their order (`in_order`).
 """
@@ -24,14 +24,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-SHORTEST = 8  # cells; below this, padding costs less than a compiled program
-LONGEST = 4096  # cells by default; a longer row is worked on in blocks of the last rung
+SHORTEST = 8  # cells; shorter rungs would save less padding than a program costs
+LONGEST = 4096  # cells by default; longer rows are divided into blocks of the last rung
 _SMALL_CELLS = 1 << 18
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Shapes that both sides, refits and candidates share, so that they share programs.
+    """Shapes of chunks for both sides. Fits with equal plans use the same compiled programs.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class Plan:
     chunk : int
         Cells of a chunk; a chunk of rung L has ``max(1, min(chunk // L, most_rows))`` rows.
     most_rows : int
-        Upper bound on R, which bounds the scratch of solvers that keep a K x K system a row.
+        Upper bound on R. It bounds the scratch of solvers that store a K x K system per row.
     n_shards : int
         Work shards W.
     n_owners : int, default=1
@@ -60,7 +60,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Rung:
-    """A run of chunks of one shape, maybe none, at the same place in every shard."""
+    """Consecutive chunks of one shape, at the same positions in every shard; maybe none."""
 
     length: int
     rows: int
@@ -71,7 +71,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class RowMap:
-    """Where each row of a table lives; planned from the row lengths alone.
+    """The slot and the cells of each row of a table.
 
     Attributes
     ----------
@@ -99,32 +99,32 @@ class RowMap:
 
     @property
     def pad_slot(self) -> int:
-        """The global slot that pad cells point at; its table row is always zero."""
+        """The global slot that pad cells refer to; its row is always zero."""
         return self.n_shards * self.n_slots - 1
 
 
 def ladder(lengths: np.ndarray, rung_cells: float, longest: int = LONGEST) -> tuple[int, ...]:
     """Choose the rungs' lengths for given row lengths, at a low total cost.
 
-    Each row is padded to the next rung, and a rung itself costs as much as `rung_cells` cells,
-    since each is a program to compile. First, powers of two are chosen by dynamic programming. Then
+    Each row is padded to the next rung. Each rung costs as much as `rung_cells` cells, because it
+    is a program to compile. First, powers of two are chosen by dynamic programming. Then
     a length of about 0.7 times a chosen rung is added if it saves more than it costs. The result
-    depends on the arguments only. At the same cost a finer grid does not pad less, and its best
-    choice changes with a few rows: then each fold of a matrix would need other programs.
+    depends on the arguments only. A finer grid does not pad less at the same cost. Its best choice
+    also changes with a few rows, so that each fold of a matrix would need other programs.
 
     Parameters
     ----------
     lengths : int array
         Stored entries of the rows, of both orientations.
     rung_cells : float
-        Cells whose work in all iterations takes as long as compiling a rung.
+        Number of cells whose work in all iterations takes as long as compiling a rung.
     longest : int, default=LONGEST
         Bound on the rungs' lengths.
 
     Returns
     -------
     tuple of int
-        Ascending. The last one holds the longest row, or is `longest`.
+        Ascending. The last is at least the longest row, or `longest`.
     """
     grid = doubling(int(lengths.max(initial=1)), longest)
     ordered = np.sort(lengths)
@@ -172,16 +172,16 @@ def _cheapest_rungs(ordered: np.ndarray, grid: np.ndarray, rung_cells: float) ->
 
 
 def padded_cells(lengths: np.ndarray, ladder: tuple[int, ...]) -> int:
-    """Cells that rows of these lengths take on a ladder; whole last rungs for longer rows."""
+    """Padded cells of rows of these lengths; long rows take multiples of the last rung."""
     rungs = np.array(ladder)
     at = np.minimum(np.searchsorted(rungs, lengths), len(rungs) - 1)
     return int((rungs[at] * np.maximum(-(-lengths // rungs[at]), 1)).sum())
 
 
 def round_up(count: int, small: int = 1 << 13) -> int:
-    """Round a size up, so that nearby sizes share a compiled shape.
+    """Round a size up, so that nearby sizes have the same shape and programs.
 
-    To a power of two below `small`, where memory is no concern; by at most an eighth above.
+    The result is a power of two up to `small`, and at most an eighth larger than a size above it.
     """
     bits = max(int(count) - 1, 7).bit_length()
     if count <= small:
@@ -200,8 +200,8 @@ def map_rows(lengths: np.ndarray, plan: Plan, owners: np.ndarray | None = None) 
     plan : Plan
         The shapes.
     owners : int array (M,), optional
-        For each row, which of the ``plan.n_owners`` equal runs of shards must have it. By default
-        any shard may.
+        For each row, which of the ``plan.n_owners`` equal groups of consecutive shards must have
+        it. By default any shard may have it.
 
     Raises
     ------
@@ -214,7 +214,7 @@ def map_rows(lengths: np.ndarray, plan: Plan, owners: np.ndarray | None = None) 
     *short, long = np.split(order, ends)
     turns, most = [], []
     for members in (*short, long):
-        shard_of[members], turn = _deal(members, plan, owners)
+        shard_of[members], turn = _assign(members, plan, owners)
         turns.append(turn)
         most.append(int(turn.max(initial=-1)) + 1)
     rungs, n_slots, n_cells = stack(most, plan)
@@ -242,9 +242,9 @@ def _check_addressable(n_slots: int, n_cells: int) -> None:
 
 
 def in_order(lengths: np.ndarray) -> RowMap:
-    """Rows (M,) of these lengths as they come on one shard, their cells without padding or rungs.
+    """Map rows (M,) of these lengths to one shard in their order, without padding or rungs.
 
-    For the CPU backend, which needs no chunks of one shape.
+    This is for the CPU backend, which needs no chunks of one shape.
     """
     ends = np.cumsum(lengths, dtype=np.int64)
     none, n_rows = np.empty(0, np.int64), len(lengths)
@@ -269,29 +269,29 @@ def stack(rows: Sequence[int], plan: Plan) -> tuple[tuple[Rung, ...], int, int]:
     return tuple(rungs), round_up(slot + rows[-1] + 1), round_up(cell, _SMALL_CELLS)
 
 
-def _deal(
+def _assign(
     members: np.ndarray, plan: Plan, owners: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The shard of each row, and its position among the rows that are dealt to that shard.
+    """The shard of each row, and its position among the rows assigned to that shard.
 
-    Members are sorted by length. Every second round goes through the shards backwards, so that all
-    shards get about the same total length.
+    Rows must be sorted by length. Every second round assigns them to the shards in reverse order,
+    so that all shards get about the same total length.
     """
     count = len(members)
-    each, at, first = plan.n_shards, np.arange(count), 0
+    n_shards, at, first = plan.n_shards, np.arange(count), 0
     if owners is not None:
-        each = plan.n_shards // plan.n_owners
-        own = owners[members]
-        order = np.argsort(own, kind="stable")
-        begins = np.searchsorted(own[order], np.arange(plan.n_owners))
-        at[order] = np.arange(count) - begins[own[order]]
-        first = own * each
-    turn, seat = np.divmod(at, each)
-    return first + np.where(turn % 2 == 0, seat, each - 1 - seat), turn
+        n_shards = plan.n_shards // plan.n_owners
+        owner = owners[members]
+        order = np.argsort(owner, kind="stable")
+        begins = np.searchsorted(owner[order], np.arange(plan.n_owners))
+        at[order] = np.arange(count) - begins[owner[order]]
+        first = owner * n_shards
+    turn, index = np.divmod(at, n_shards)
+    return first + np.where(turn % 2 == 0, index, n_shards - 1 - index), turn
 
 
 def share_shapes(first: RowMap, second: RowMap, most_waste: int) -> tuple[RowMap, RowMap]:
-    """Grow both maps to common sizes where that wastes at most `most_waste` slots.
+    """Enlarge both maps to common sizes if that adds at most `most_waste` slots.
 
     Two sides of equal shapes run the same compiled programs.
     """
@@ -304,7 +304,7 @@ def share_shapes(first: RowMap, second: RowMap, most_waste: int) -> tuple[RowMap
 
 
 def share_rungs(first: RowMap, second: RowMap) -> tuple[RowMap, RowMap]:
-    """Give maps of one size each other's rungs as well, without chunks where they have no rows.
+    """Add each map's rungs to the other, without chunks, if the maps have one size.
 
     One program processes several rungs. Both sides can use it only if all these rungs are equal.
     """
@@ -315,8 +315,10 @@ def share_rungs(first: RowMap, second: RowMap) -> tuple[RowMap, RowMap]:
 
 
 def _with_rungs(rows: RowMap, shapes: dict[int, int]) -> RowMap:
-    own = {rung.length: rung for rung in rows.rungs}
-    rungs = (own.get(length, Rung(length, shapes[length], 0, 0, 0)) for length in sorted(shapes))
+    present = {rung.length: rung for rung in rows.rungs}
+    rungs = (
+        present.get(length, Rung(length, shapes[length], 0, 0, 0)) for length in sorted(shapes)
+    )
     return replace(rows, rungs=tuple(rungs))
 
 
@@ -330,26 +332,26 @@ def _resize(rows: RowMap, n_slots: int, n_cells: int) -> RowMap:
 
 
 def rows_of_slots(rows: RowMap, shards: range) -> np.ndarray:
-    """Row of every slot (len(shards), S) of some shards; -1 where no row lives."""
-    table = np.full(len(shards) * rows.n_slots, -1, np.int64)
-    place = rows.slots - shards.start * rows.n_slots
-    mine = np.flatnonzero((place >= 0) & (place < len(table)))
-    table[place[mine]] = mine
-    return table.reshape(len(shards), rows.n_slots)
+    """Row of every slot (len(shards), S) of some shards; -1 for unused slots."""
+    numbers = np.full(len(shards) * rows.n_slots, -1, np.int64)
+    slots = rows.slots - shards.start * rows.n_slots
+    found = np.flatnonzero((slots >= 0) & (slots < len(numbers)))
+    numbers[slots[found]] = found
+    return numbers.reshape(len(shards), rows.n_slots)
 
 
 def to_slots(table: np.ndarray, rows: RowMap, shards: range) -> np.ndarray:
-    """Caller's rows (M, ...) to slot order (len(shards), S, ...); zero where no row lives."""
+    """Copy rows (M, ...) to slot order (len(shards), S, ...); unused slots are zero."""
     out = np.zeros((len(shards) * rows.n_slots, *table.shape[1:]), table.dtype)
-    place = rows.slots - shards.start * rows.n_slots
-    mine = (place >= 0) & (place < len(out))
-    if mine.all():
-        out[place] = table
+    slots = rows.slots - shards.start * rows.n_slots
+    is_inside = (slots >= 0) & (slots < len(out))
+    if is_inside.all():
+        out[slots] = table
     else:
-        out[place[mine]] = table[mine]
+        out[slots[is_inside]] = table[is_inside]
     return out.reshape(len(shards), rows.n_slots, *table.shape[1:])
 
 
 def from_slots(table: np.ndarray, rows: RowMap) -> np.ndarray:
-    """Table in slot order (W, S, K) to the caller's rows (M, K), a writeable copy."""
+    """Copy a table in slot order (W, S, K) to the caller's rows (M, K)."""
     return table.reshape(-1, table.shape[-1])[rows.slots]

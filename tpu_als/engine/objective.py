@@ -1,16 +1,19 @@
-"""Equations (1)-(2) of docs/math.md: the only place that knows them.
+"""Equations (1)-(2) of docs/math.md; no other module defines them.
 
 The loops of the CPU backend, XLA's programs, fold-in, the loss and `explain` call these functions,
-with NumPy numbers, NumPy arrays or JAX arrays. numba compiles `confidence` and `ridge` as well.
+with numbers, NumPy arrays or JAX arrays. numba compiles `confidence` and `ridge`.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from tpu_als.parameters import OBJECTIVES
+
+_Values = TypeVar("_Values")  # floating-point numbers: NumPy or JAX arrays, or scalars
 
 # CG starts at zero if the diagonal is this many times what the entries can add.
 DOMINANT = 1e3
@@ -72,7 +75,7 @@ def solver_for(name: str, objective: Objective) -> str:
     return "cholesky" if is_bare else name
 
 
-def confidence(objective: Objective, values: Any) -> tuple[Any, Any]:
+def confidence(objective: Objective, values: _Values) -> tuple[_Values, _Values]:
     """Weights w and v of equation (1) for stored values; works on NumPy and JAX arrays.
 
     A negative value is a disliked item: its target is 0 and its weight |alpha x|.
@@ -82,13 +85,13 @@ def confidence(objective: Objective, values: Any) -> tuple[Any, Any]:
     return size - objective.offset, (size + c) / 2
 
 
-def ridge(objective: Objective, n_entries: Any, n_source: Any) -> Any:
+def ridge(objective: Objective, n_entries: _Values, n_source: Any) -> _Values:
     """Ridge lam_u of equation (2) for rows of `n_entries`; works on NumPy and JAX arrays."""
     scale = n_entries + objective.unobserved_weight * n_source
     return objective.regularization * scale**objective.exponent
 
 
-def typed(objective: Objective, dtype: Any) -> Objective:
+def typed(objective: Objective, dtype: DTypeLike) -> Objective:
     """The objective's numbers in the dtype that sums are done in."""
     kind = np.dtype(dtype).type
     with np.errstate(over="ignore"):  # an infinite ridge is bounded where it is used
@@ -96,7 +99,7 @@ def typed(objective: Objective, dtype: Any) -> Objective:
 
 
 def largest_weight(
-    objective: Objective, magnitudes: tuple[float, float] | None, dtype: Any
+    objective: Objective, magnitudes: tuple[float, float] | None, dtype: DTypeLike
 ) -> float:
     """Bound on the absolute weights w of (1), at most a quarter of the dtype's largest number.
 
@@ -115,7 +118,7 @@ def largest_weight(
 
 
 def weights_vanish(
-    objective: Objective, magnitudes: tuple[float, float] | None, dtype: Any
+    objective: Objective, magnitudes: tuple[float, float] | None, dtype: DTypeLike
 ) -> bool:
     """Whether every weight w of (1) is 0, as for binary data with alpha 1 and "implicit"."""
     if magnitudes is None or magnitudes[0] != magnitudes[1]:

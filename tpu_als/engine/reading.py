@@ -1,9 +1,8 @@
-"""Steps of `place` that both backends share: checks, dtype of values, totals, "auto"."""
+"""Steps of `Backend.place` for both backends: checks, dtype of values, totals, "auto"."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -26,11 +25,11 @@ def as_entries(user_items: sparse.csr_matrix | Entries) -> Entries:
     if not isinstance(user_items, sparse.csr_matrix):
         return user_items
     structure.check_compressed(user_items)
-    return InMemory.turned(user_items)
+    return InMemory.with_transpose(user_items)
 
 
 def require_tables(shape: tuple[int, int], params: AlsParams, n_processes: int = 1) -> None:
-    """Raise MemoryError if the tables of a fit, and arrays computed from them, cannot fit.
+    """Raise MemoryError if the tables of a fit, and arrays computed from them, do not fit.
 
     On a CPU a half-epoch needs at least both tables and a copy of the larger one.
     """
@@ -46,11 +45,11 @@ def require_tables(shape: tuple[int, int], params: AlsParams, n_processes: int =
     require_memory(parts, f"fit with fewer factors than {factors}, or with a smaller dtype")
 
 
-def kept_as(entries: Entries, params: AlsParams) -> Any:
-    """Dtype in which values are stored: None if all values are 1, because none is stored then.
+def kept_as(entries: Entries, params: AlsParams) -> np.dtype | None:
+    """Choose the dtype of stored values; None if all values are 1, which are not stored.
 
-    bfloat16 if the matrix is in memory and bfloat16 represents all its values; else the dtype of
-    sums.
+    It is bfloat16 if the matrix is in memory and bfloat16 represents all its values exactly; else
+    it is the dtype of sums.
     """
     if not entries.has_values:
         return None
@@ -65,14 +64,14 @@ def kept_as(entries: Entries, params: AlsParams) -> Any:
 
 
 class Totals:
-    """Sum and extremes of the absolute values of entries that pass through.
+    """Sum, minimum and maximum of the absolute values of entries.
 
     Attributes
     ----------
     absolute_sum : float
-        Their sum.
+        The sum.
     magnitudes : (float, float)
-        The smallest and the largest.
+        The minimum and the maximum.
     """
 
     def __init__(self) -> None:
@@ -114,7 +113,8 @@ def cheapest_solver(
     backend_kind : {"cpu", "other"}
         Which speeds to assume.
     """
-    entries, rows = (float(sum(f(each) for each in lengths)) for f in (np.sum, len))
+    entries = float(sum(side.sum() for side in lengths))
+    rows = float(sum(len(side) for side in lengths))
     read, multiply = _SPEEDS[backend_kind]
     by_cg = entries * params.factors * 4 * 2 * (params.cg_steps + 1) / read
     by_cholesky = 2 * entries * params.factors**2 + rows * params.factors**3 / 3

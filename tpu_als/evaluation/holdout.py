@@ -7,9 +7,9 @@ values are not relevant.
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import sparse
 from sklearn.exceptions import UndefinedMetricWarning
 
@@ -122,7 +122,7 @@ def for_scoring(rows: sparse.csr_matrix) -> tuple[sparse.csr_matrix, sparse.csr_
     return kept[measured], hidden[measured]
 
 
-def canonical(matrix: Any, name: str = "user_items") -> sparse.csr_matrix:
+def canonical(matrix: object, name: str = "user_items") -> sparse.csr_matrix:
     """Return a csr_matrix with sorted indices and summed duplicates; the input is not modified.
 
     Parameters
@@ -150,7 +150,7 @@ def canonical(matrix: Any, name: str = "user_items") -> sparse.csr_matrix:
     return rows
 
 
-def require_users_by_items(matrix: Any, name: str) -> Any:
+def require_users_by_items(matrix: object, name: str) -> sparse.spmatrix:
     """Return sparse matrices unchanged and others as 2-D arrays; errors as in `canonical`."""
     require_matrix(matrix, name, takes_frames=False)
     if sparse.issparse(matrix):
@@ -174,14 +174,14 @@ def _check_finite(rows: sparse.csr_matrix, name: str) -> None:
     )
 
 
-def relevant(matrix: Any, name: str) -> sparse.csr_matrix:
+def relevant(matrix: object, name: str) -> sparse.csr_matrix:
     """Return the positive entries of a matrix; arguments and errors are those of `canonical`."""
     rows = canonical(matrix, name)
     is_relevant = rows.data > 0
     return rows if is_relevant.all() else _entries(rows, is_relevant)
 
 
-def rankings(ids: Any, n_rows: int) -> np.ndarray:
+def rankings(ids: ArrayLike, n_rows: int) -> np.ndarray:
     """Check ranked ids.
 
     Parameters

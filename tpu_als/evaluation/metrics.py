@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import sparse
 
 from tpu_als import host
@@ -212,7 +213,7 @@ def _catalogue(
     return max([*widths, *([] if n_items is None else [n_items])])
 
 
-def _checked_popularity(popularity: Any, n_users: int | None) -> np.ndarray | None:
+def _checked_popularity(popularity: ArrayLike | None, n_users: int | None) -> np.ndarray | None:
     if popularity is None:
         return None
     counts = np.asarray(popularity)

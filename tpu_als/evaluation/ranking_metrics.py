@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy import sparse
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import validate_data
@@ -23,8 +24,8 @@ _BYTES_PER_ID = 64  # of ids, hits, misses and their cumulative sums
 
 def ranking_metrics_at_k(
     model: Any,
-    train_user_items: Any,
-    test_user_items: Any,
+    train_user_items: sparse.spmatrix | sparse.sparray,
+    test_user_items: sparse.spmatrix | sparse.sparray,
     K: int = 10,
     show_progress: bool = False,
     num_threads: int = 0,
@@ -90,7 +91,7 @@ def _require_memory(n_rows: int, k: int) -> None:
     host.require_memory(parts, "measure fewer users, or lower K (k of a scorer)")
 
 
-def _rankings(ids: Any, n_rows: int, k: int) -> np.ndarray:
+def _rankings(ids: ArrayLike, n_rows: int, k: int) -> np.ndarray:
     """Check the ids that a model recommends, and pad them to (n_rows, k) with -1."""
     array = np.asarray(ids)
     if array.ndim != 2 or len(array) != n_rows or not holdout.are_ids(array):
@@ -115,8 +116,8 @@ def _n_items(model: Any) -> int | None:
 def _metric_at_k(name: str) -> Callable[..., float]:
     def metric(
         model: Any,
-        train_user_items: Any,
-        test_user_items: Any,
+        train_user_items: sparse.spmatrix | sparse.sparray,
+        test_user_items: sparse.spmatrix | sparse.sparray,
         K: int = 10,
         show_progress: bool = False,
         num_threads: int = 0,
@@ -165,7 +166,7 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
             raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
         self.metric, self.k = metric, inputs.integer("k", k)
 
-    def __call__(self, estimator: Any, X: Any, y: Any = None) -> float:
+    def __call__(self, estimator: Any, X: object, y: object = None) -> float:
         """Score a fitted estimator on new or known rows.
 
         Parameters
@@ -213,7 +214,7 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
         return found[self.metric]
 
 
-def _check_frame(estimator: Any, X: Any) -> None:
+def _check_frame(estimator: Any, X: object) -> None:
     """Refuse objects that are not a matrix, and frames without the estimator's columns."""
     require_matrix(X)
     expected = getattr(estimator, "n_features_in_", None)

@@ -9,8 +9,6 @@ are errors.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from scipy import sparse
 
@@ -20,7 +18,9 @@ from tpu_als.validation import fractions, structure
 
 
 def train_test_split(
-    ratings: Any, train_percentage: float = 0.8, random_state: Any = None
+    ratings: sparse.spmatrix | sparse.sparray,
+    train_percentage: float = 0.8,
+    random_state: object = None,
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
     """Split entries at random.
 
@@ -49,7 +49,10 @@ def train_test_split(
 
 
 def leave_k_out_split(
-    ratings: Any, K: int = 1, train_only_size: float = 0.0, random_state: Any = None
+    ratings: sparse.spmatrix | sparse.sparray,
+    K: int = 1,
+    train_only_size: float = 0.0,
+    random_state: object = None,
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
     """Hold out K positive entries of every user with more than K + 1 of them.
 
@@ -87,10 +90,10 @@ def leave_k_out_split(
 
 
 def strong_generalization_split(
-    user_items: Any,
+    user_items: sparse.spmatrix | sparse.sparray,
     test_users: float = 0.1,
     fold_in: float = 0.8,
-    random_state: Any = None,
+    random_state: object = None,
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix, sparse.csr_matrix]:
     """Split users into training users and unseen users, and split the entries of the latter.
 
@@ -136,7 +139,9 @@ def strong_generalization_split(
 
 
 def time_split(
-    user_items: Any, timestamps: Any, fraction: float = 0.2
+    user_items: sparse.spmatrix | sparse.sparray,
+    timestamps: sparse.spmatrix | sparse.sparray,
+    fraction: float = 0.2,
 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
     """Split entries into the earlier ones and the latest `fraction`; ties stay in the earlier part.
 
@@ -173,7 +178,7 @@ def time_split(
     return holdout.parts(entries, fractions.is_latest(times.data, fraction))
 
 
-def _earliest(timestamps: Any) -> sparse.csr_matrix:
+def _earliest(timestamps: sparse.spmatrix | sparse.sparray) -> sparse.csr_matrix:
     """Canonical CSR with the smallest of the values stored for each entry."""
     name = "timestamps"
     times = holdout.require_users_by_items(timestamps, name)

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tpu_als.engine import digests
+
+if TYPE_CHECKING:
+    from pyarrow import fs as pa_fs
 
 TOTALS = "totals.json"
 _TAIL = 1 << 16  # bytes to read at the end of a file; most footers are shorter
@@ -32,7 +35,7 @@ def parquet_library() -> tuple[ModuleType, ModuleType]:
     return pyarrow, pyarrow.parquet
 
 
-def is_count(number: Any, least: int = 1) -> bool:
+def is_count(number: object, least: int = 1) -> bool:
     """Whether `number` is an integer of at least `least`."""
     return isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= least
 
@@ -74,7 +77,7 @@ class Directory:
         The file system of `path`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], filesystem: Any = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], filesystem: object = None) -> None:
         pa, _ = parquet_library()
         text, local = os.fspath(path), pa.fs.LocalFileSystem()
         self.path: Path | str
@@ -140,7 +143,7 @@ class Directory:
             raise ValueError(f"{file} cannot be read as JSON: {reason}") from error
         return checked_totals(totals, file, version)
 
-    def _info(self, name: str) -> Any:
+    def _info(self, name: str) -> pa_fs.FileInfo:
         pa, _ = parquet_library()
         try:
             return self.filesystem.get_file_info(f"{self._base}/{name}")
@@ -148,7 +151,7 @@ class Directory:
             raise ValueError(f"{self.path}/{name} cannot be read: {error}") from error
 
 
-def _arrow_filesystem(filesystem: Any) -> Any:
+def _arrow_filesystem(filesystem: object) -> pa_fs.FileSystem:
     """Return a file system of pyarrow; file systems of fsspec are wrapped."""
     pa, _ = parquet_library()
     if isinstance(filesystem, pa.fs.FileSystem):
@@ -195,14 +198,14 @@ def checked_totals(totals: Any, file: str, version: int) -> dict[str, Any]:
     return totals
 
 
-def _has_its_checksum(totals: dict[str, Any]) -> bool:
+def _has_its_checksum(totals: dict[str, object]) -> bool:
     try:
         return totals["checksum"] == digests.fields(totals)
     except RecursionError:  # an additional field is nested too deeply
         return False
 
 
-def _is_summary(value: Any) -> bool:
+def _is_summary(value: object) -> bool:
     """Whether `value` is [rows, entries, digest, bytes, CRC-32 of the footer]."""
     return (
         isinstance(value, list)
@@ -212,7 +215,7 @@ def _is_summary(value: Any) -> bool:
     )
 
 
-def footer(source: str, filesystem: Any) -> list[int]:
+def footer(source: str, filesystem: pa_fs.FileSystem) -> list[int]:
     """Return the size of a file, and the CRC-32 of the footer at its end.
 
     Parquet has checksums of pages but not of footers, and Arrow may abort the process if a footer

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
@@ -13,6 +13,10 @@ from tpu_als.engine.digests import EntriesDigest
 from tpu_als.host import require_memory
 from tpu_als.shards.files import MOST, TOTALS, ShardFile, footer, parquet_library
 from tpu_als.shards.transpose import index_dtype
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyarrow import fs as pa_fs
 
 _ALIASES = {"row_id": ("row_id", "row_tag"), "col_ids": ("col_ids", "col_tag")}
 
@@ -46,8 +50,8 @@ class RowReader:
         file: ShardFile,
         shape: tuple[int, int],
         side: str,
-        filesystem: Any,
-        summary: list[Any] | None = None,
+        filesystem: pa_fs.FileSystem,
+        summary: list[int | str] | None = None,
     ) -> None:
         self.file, self.shape = file.name, shape
         self._source, self._side, self._filesystem = file.source, side, filesystem
@@ -124,7 +128,7 @@ class RowReader:
                 found = footer(self._source, self._filesystem)
             self._compare("bytes and checksum of the footer", found, self._summary[3:])
 
-    def _compare(self, what: str, found: list[Any], expected: list[Any]) -> None:
+    def _compare(self, what: str, found: Sequence[object], expected: Sequence[object]) -> None:
         if found != expected:
             raise ValueError(
                 f"{self.file} is damaged or another file: it has {what} {found}, but {TOTALS} says "
@@ -137,7 +141,7 @@ class RowReader:
             _, pq = parquet_library()
             return list(pq.read_schema(self._source, filesystem=self._filesystem).names)
 
-    def _groups(self, names: list[str]) -> Iterator[tuple[np.ndarray, list[Any]]]:
+    def _groups(self, names: list[str]) -> Iterator[tuple[np.ndarray, list[pa.Array]]]:
         pa, pq = parquet_library()
         file = None
         self._verify_footer()
@@ -173,7 +177,7 @@ class RowReader:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ValueError(f"{self.file} cannot be read as a Parquet file: {reason}") from error
 
-    def _find(self, names: list[str], schema: Any) -> list[str]:
+    def _find(self, names: list[str], schema: pa.Schema) -> list[str]:
         """Return the names that the file has for these columns, after a check of their types."""
         pa, _ = parquet_library()
         found = []
@@ -196,7 +200,7 @@ class RowReader:
             found.append(here)
         return found
 
-    def _row_ids(self, column: Any) -> np.ndarray:
+    def _row_ids(self, column: pa.Array) -> np.ndarray:
         if column.null_count:
             raise ValueError(f"{self.file}: {column.null_count} rows have no row_id")
         row_ids = column.to_numpy().astype(np.int64)
@@ -208,13 +212,13 @@ class RowReader:
             )
         return row_ids
 
-    def _flat(self, column: Any, name: str) -> np.ndarray:
+    def _flat(self, column: pa.Array, name: str) -> np.ndarray:
         flat = column.flatten()
         if flat.null_count:
             raise ValueError(f"{self.file}: lists in {name} have {flat.null_count} missing entries")
         return flat.to_numpy()
 
-    def _values(self, column: Any, lengths: np.ndarray) -> np.ndarray:
+    def _values(self, column: pa.Array, lengths: np.ndarray) -> np.ndarray:
         stored = column.is_valid().to_numpy(zero_copy_only=False)
         if np.any(_lengths(column)[stored] != lengths[stored]):
             raise ValueError(f"{self.file}: a list in values is not as long as the one in col_ids")
@@ -252,7 +256,7 @@ class RowReader:
         return rows
 
 
-def _lengths(column: Any) -> np.ndarray:
+def _lengths(column: pa.Array) -> np.ndarray:
     """Lengths (m,) of the lists of an Arrow array, int64; 0 for null."""
     lengths = column.value_lengths().fill_null(0)
     return lengths.to_numpy().astype(np.int64)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from scipy import sparse
@@ -65,7 +65,7 @@ class ShardedMatrix:
     nnz: int
     n_shards: int
     has_values: bool
-    filesystem: Any = field(default=None, repr=False)
+    filesystem: object = field(default=None, repr=False)
 
     @property
     def dtype(self) -> type[np.float32]:
@@ -267,7 +267,7 @@ class ShardedMatrix:
             )
 
 
-def open_shards(path: str | os.PathLike, filesystem: Any = None) -> ShardedMatrix:
+def open_shards(path: str | os.PathLike, filesystem: object = None) -> ShardedMatrix:
     """Open a directory written by `write_shards`, Spark, Beam or BigQuery.
 
     Reads the totals and the footer of each file.

@@ -42,7 +42,7 @@ def write_sides(
     shape: tuple[int | None, int],
     has_values: bool | None,
     settings: Settings,
-) -> tuple[int, int, bool, dict[str, list[Any]]]:
+) -> tuple[int, int, bool, dict[str, list[int | str]]]:
     """Write the folders `user` and `item` from blocks of consecutive users.
 
     Parameters
@@ -93,7 +93,7 @@ def write_test(
     folder: Path,
     n_columns: int,
     settings: Settings,
-) -> tuple[int, int, bool, dict[str, list[Any]]]:
+) -> tuple[int, int, bool, dict[str, list[int | str]]]:
     """Write the folder `user` of data for evaluation, with the column `gt_tag`.
 
     Parameters
@@ -207,7 +207,7 @@ class PartWriter(contextlib.AbstractContextManager):
                 if self._n_buffered[part] >= self._group:
                     self._write(part)
 
-    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         with self._files:
             if kind is None:
                 for part in range(len(self._buffered)):
@@ -293,7 +293,7 @@ def canonical_blocks(
         yield canonical_csr(block)
 
 
-def _not_blocks(data: Any) -> ValueError:
+def _not_blocks(data: object) -> ValueError:
     """Error for data that are neither a sparse matrix nor blocks of one."""
     advice = ""
     if hasattr(data, "columns"):
@@ -358,7 +358,7 @@ def new_directory(folder: Path, names: Iterable[str]) -> Iterator[Path]:
         raise
 
 
-def write_totals(file: Path, totals: dict[str, Any]) -> None:
+def write_totals(file: Path, totals: dict[str, object]) -> None:
     """Write a JSON file atomically, with a checksum of its fields."""
     with replacing(file) as stream:
         checked = {**totals, "checksum": digests.fields(totals)}

@@ -187,7 +187,7 @@ def _fitted(values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _check_widths(tables: list[np.ndarray | None], factors: Any) -> None:
+def _check_widths(tables: list[np.ndarray | None], factors: object) -> None:
     widths = [table.shape[1] for table in tables if table is not None]
     if widths:
         same_width(widths[0], widths[-1])
@@ -199,7 +199,7 @@ def _check_widths(tables: list[np.ndarray | None], factors: Any) -> None:
             )
 
 
-def _is_unsaved(value: Any, name: str) -> bool:
+def _is_unsaved(value: object, name: str) -> bool:
     """Whether a parameter of the engine has a value that the file cannot hold."""
     if value is None or name in (*_NEVER_LOADED, "dtype"):
         return False
@@ -214,7 +214,7 @@ def _plain_number(value: Any) -> Any:
     return float(value) if is_odd else value
 
 
-def _packed(name: str, value: Any) -> tuple[str, Any] | None:
+def _packed(name: str, value: object) -> tuple[str, object] | None:
     """Key and value for a subclass's parameter in a file; None if the file cannot hold it."""
     if isinstance(value, (bool, int, float, str, np.generic, np.ndarray)):
         array = np.asarray(value)

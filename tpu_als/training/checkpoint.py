@@ -19,16 +19,17 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tpu_als.engine import digests
 from tpu_als.engine.als import AlsState
 from tpu_als.engine.xla import relayout, table_checksums
 from tpu_als.engine.xla.data import XlaData, XlaSide
-from tpu_als.engine.xla.mesh import Shards, Workplace, precision
+from tpu_als.engine.xla.mesh import DeviceMesh, Shards, precision
 from tpu_als.exceptions import DataWarning
 from tpu_als.training import orbax_io
 from tpu_als.training.checkpoint_reader import (
@@ -91,7 +92,7 @@ class Checkpoints:
         self._run: RunFolder | None = None
         self._damaged: set[int] = set()  # checkpoints to be replaced
         self._at_close = contextlib.ExitStack()
-        self._known: _Known | None = None
+        self._described: _Description | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -100,7 +101,7 @@ class Checkpoints:
         self.close()
 
     def restore(
-        self, settings: dict[str, Any], data: XlaData, at_most: int | None = None
+        self, settings: Mapping[str, object], data: XlaData, at_most: int | None = None
     ) -> Resumed | None:
         """Read a run's latest checkpoint that is not damaged.
 
@@ -118,7 +119,7 @@ class Checkpoints:
         Returns
         -------
         Resumed or None
-            None if there is no checkpoint. The tables equal the saved ones, bit for bit.
+            None if there is no checkpoint. The tables are equal to the saved ones, bit for bit.
 
         Raises
         ------
@@ -139,7 +140,7 @@ class Checkpoints:
         steps = sorted(s for s in manager.all_steps() if at_most is None or s <= at_most)
         with contextlib.ExitStack() as at_end:
             if steps:
-                alone = orbax_io.reader(run.path, data.place.processes[data.place.process])
+                alone = orbax_io.reader(run.path, data.mesh.processes[data.mesh.process])
                 at_end.callback(alone.close)
             while steps and found is None:
                 step = steps.pop()
@@ -157,8 +158,8 @@ class Checkpoints:
                 "choose another directory"
             )
         if damaged:
-            self._warn(data.place, damaged, found.iteration if found else 0)
-        self._log_beginning(run, found, len(manager.all_steps()))
+            self._warn(data.mesh, damaged, found.iteration if found else 0)
+        self._log_start(run, found, len(manager.all_steps()))
         return found
 
     def save(
@@ -166,9 +167,9 @@ class Checkpoints:
         iteration: int,
         state: AlsState,
         data: XlaData,
-        settings: dict[str, Any],
+        settings: Mapping[str, object],
         history: dict[str, list[float]],
-        extra: dict[str, np.ndarray] | None = None,
+        extra: Mapping[str, ArrayLike] | None = None,
         *,
         force: bool = False,
     ) -> bool:
@@ -179,7 +180,7 @@ class Checkpoints:
         iteration : int
             Number of iterations run.
         state : AlsState
-            The tables. They are read in the background, so do not donate them to a computation.
+            The tables. They are read in the background, so their buffers must not be donated.
         data : Data
             The training data.
         settings : dict
@@ -210,16 +211,19 @@ class Checkpoints:
         if any(step >= iteration and step not in self._damaged for step in manager.all_steps()):
             return False
         assert self._run is not None
-        _by_first(self._run.probe, data.place)
+        _in_first_process(self._run.probe, data.mesh)
         if iteration in self._damaged:
             manager.delete(iteration)
             self._damaged.discard(iteration)
-        known = self._know(settings, data)
+        described = self._describe(settings, data)
         how = self._orbax.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
         items, checksums = {}, {}
         for name, table in zip(SIDES, state, strict=True):
-            tree = {"rows": relayout.listed(known.rows[name]), "table": relayout.listed(table)}
-            checksum = table_checksums.of_table(tree["rows"], tree["table"], data.place)
+            tree = {
+                "rows": relayout.as_list(described.rows[name]),
+                "table": relayout.as_list(table),
+            }
+            checksum = table_checksums.of_table(tree["rows"], tree["table"], data.mesh)
             checksums[name] = f"{checksum:016x}"
             options = {key: [how] * len(arrays) for key, arrays in tree.items()}
             items[name] = args.PyTreeSave(tree, options)
@@ -228,29 +232,29 @@ class Checkpoints:
             items["extra"] = args.PyTreeSave(arrays)
         meta = {
             "format": FORMAT,
-            "run": known.identity,
+            "run": described.identity,
             "iteration": int(iteration),
-            "slots": known.slots,
+            "slots": described.slots,
             "history": {name: [float(value) for value in row] for name, row in history.items()},
             "checksums": checksums,
             "extra": {name: digests.array(values) for name, values in arrays.items()},
         }
         items["meta"] = args.JsonSave({**meta, "checksum": digests.fields(meta)})
-        with precision(data.params.dtype), self._blamed_on_writing():
+        with precision(data.params.dtype), self._as_write_errors():
             orbax_io.save(manager, iteration, args.Composite(**items))
         return True
 
     def close(self) -> None:
         """Wait until everything is written, and release the run's lock."""
-        manager, self._manager, self._run, self._known = self._manager, None, None, None
+        manager, self._manager, self._run, self._described = self._manager, None, None, None
         with self._at_close:
             if manager is not None:
-                with self._blamed_on_writing():
+                with self._as_write_errors():
                     orbax_io.close(manager)
 
     @contextlib.contextmanager
-    def _blamed_on_writing(self) -> Iterator[None]:
-        """Scope in which orbax's errors of several kinds become an OSError of one sentence."""
+    def _as_write_errors(self) -> Iterator[None]:
+        """Context in which orbax's errors, which are of several kinds, become an OSError."""
         try:
             yield
         except OSError:
@@ -262,51 +266,55 @@ class Checkpoints:
                 "full? The checkpoints before it stay"
             ) from error
 
-    def _open(self, settings: dict[str, Any], data: XlaData) -> Any:
+    def _open(self, settings: Mapping[str, object], data: XlaData) -> Any:
         """Open the run of these settings and data; close the open run if it is another one."""
-        place, known = data.place, self._know(settings, data)
-        if self._run is not None and self._run.path.name != known.identity:
+        mesh, described = data.mesh, self._describe(settings, data)
+        if self._run is not None and self._run.path.name != described.identity:
             self.close()
-            known = self._know(settings, data)
+            described = self._describe(settings, data)
         if self._run is None:
-            if not place.is_complete:
+            if not mesh.is_complete:
                 raise ValueError(
                     "checkpoints are written by all processes of a job together, but these "
-                    f"devices are of process {list(place.processes)} only; fit on devices of all "
+                    f"devices are of process {list(mesh.processes)} only; fit on devices of all "
                     "processes, or in a job of this process alone"
                 )
-            _check_identity(known.identity, place)
+            _check_identity(described.identity, mesh)
             self._damaged = set()
             self._at_close.enter_context(orbax_io.handlers_kept())
-            run = RunFolder(self._root, known.identity, known.about)
-            _by_first(run.open, place)
+            run = RunFolder(self._root, described.identity, described.about)
+            _in_first_process(run.open, mesh)
             self._run = run
             self._at_close.callback(run.close)
-            self._manager = orbax_io.manager(run.path, self._keep, place.processes)
+            self._manager = orbax_io.manager(run.path, self._keep, mesh.processes)
         return self._manager
 
-    def _know(self, settings: dict[str, Any], data: XlaData) -> _Known:
+    def _describe(self, settings: Mapping[str, object], data: XlaData) -> _Description:
         about = {**_plain(settings), **_fingerprint(data)}
-        if self._known is None or self._known.data is not data or self._known.about != about:
+        if (
+            self._described is None
+            or self._described.data is not data
+            or self._described.about != about
+        ):
             rows, slots = {}, {}
             for name in SIDES:
                 side: XlaSide = getattr(data, name)
-                rows[name] = data.place.put(relayout.row_numbers(side.rows, data.place))
-                slots[name] = relayout.described(side.rows, data.params.factors, data.place)
+                rows[name] = data.mesh.put(relayout.row_numbers(side.rows, data.mesh))
+                slots[name] = relayout.describe(side.rows, data.params.factors, data.mesh)
             identity = digests.text(json.dumps(about, sort_keys=True))
-            self._known = _Known(data, about, identity, rows, slots)
-        return self._known
+            self._described = _Description(data, about, identity, rows, slots)
+        return self._described
 
-    def _warn(self, place: Workplace, damaged: dict[int, str], iteration: int) -> None:
+    def _warn(self, mesh: DeviceMesh, damaged: dict[int, str], iteration: int) -> None:
         message = (
             f"{len(damaged)} damaged checkpoints were skipped, and training resumes from "
             f"iteration {iteration}: {'; '.join(damaged.values())}"
         )
         log.warning(message)
-        if place.process == 0:
+        if mesh.process == 0:
             warnings.warn(message, DataWarning, stacklevel=3)
 
-    def _log_beginning(self, run: RunFolder, found: Resumed | None, n_steps: int) -> None:
+    def _log_start(self, run: RunFolder, found: Resumed | None, n_steps: int) -> None:
         if found is not None:
             log.info("resumed from %s", run.path / str(found.iteration))
         elif n_steps:
@@ -315,17 +323,17 @@ class Checkpoints:
             log.info("started the run %s; %s", run.path, run.differences())
 
 
-class _Known(NamedTuple):
+class _Description(NamedTuple):
     """Values that all checkpoints of a run share."""
 
     data: XlaData
-    about: dict[str, Any]
+    about: dict[str, object]
     identity: str
     rows: dict[str, Shards]
-    slots: dict[str, dict[str, Any]]
+    slots: dict[str, dict[str, object]]
 
 
-def _fingerprint(data: XlaData) -> dict[str, Any]:
+def _fingerprint(data: XlaData) -> dict[str, object]:
     """Entries that differ for another matrix or other shapes of tables."""
     if data.digest is None:
         raise ValueError(
@@ -342,38 +350,38 @@ def _fingerprint(data: XlaData) -> dict[str, Any]:
     }
 
 
-def _check_identity(identity: str, place: Workplace) -> None:
-    """Raise ValueError in all processes unless all have the same run."""
-    own = np.array([int(identity[:8], 16), int(identity[8:], 16)], np.int64)
-    every = place.gather_processes(own)
-    if (every != every[0]).any():
+def _check_identity(identity: str, mesh: DeviceMesh) -> None:
+    """Raise ValueError in all processes if they have different runs."""
+    numbers = np.array([int(identity[:8], 16), int(identity[8:], 16)], np.int64)
+    of_all = mesh.gather_processes(numbers)
+    if (of_all != of_all[0]).any():
         raise ValueError(
             "the processes were given different parameters, data or initial tables, but must "
             "checkpoint one run together: pass the same in each"
         )
 
 
-def _by_first(work: Any, place: Workplace) -> None:
-    """Call `work` in the first process; its error is raised in all of them."""
+def _in_first_process(work: Callable[[], object], mesh: DeviceMesh) -> None:
+    """Call `work` in the first process only. If it fails, an error is raised in all processes."""
     error: Exception | None = None
-    if place.process == 0:
+    if mesh.process == 0:
         try:
             work()
         except Exception as caught:
-            if len(place.processes) == 1:
+            if len(mesh.processes) == 1:
                 raise
             error = caught
-    if len(place.processes) > 1:
+    if len(mesh.processes) > 1:
         text = np.zeros(1000, np.uint8)
-        told = f"{type(error).__name__}: {error}".encode()[:1000] if error else b""
-        text[: len(told)] = np.frombuffer(told, np.uint8)
-        told = place.gather_processes(text)[0].tobytes().rstrip(b"\0")
+        message = f"{type(error).__name__}: {error}".encode()[:1000] if error else b""
+        text[: len(message)] = np.frombuffer(message, np.uint8)
+        message = mesh.gather_processes(text)[0].tobytes().rstrip(b"\0")
         if error is not None:
             raise error
-        if told:
-            raise RuntimeError(f"the first process: {told.decode(errors='replace')}")
+        if message:
+            raise RuntimeError(f"the first process: {message.decode(errors='replace')}")
 
 
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+def _plain(settings: Mapping[str, object]) -> dict[str, object]:
     """Settings after a round trip through JSON, which turns tuples into lists."""
     return json.loads(json.dumps(settings))

@@ -1,18 +1,24 @@
-"""Read a checkpoint, and check everything that damaged storage may have changed."""
+"""Read a checkpoint, and verify its content."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
+from jax import Array
+from jax.sharding import Sharding
 
 from tpu_als.engine import digests
 from tpu_als.engine.als import AlsState
 from tpu_als.engine.xla import relayout, table_checksums
 from tpu_als.engine.xla.data import XlaData, XlaSide
-from tpu_als.engine.xla.mesh import Shards, Workplace, precision
+from tpu_als.engine.xla.mesh import DeviceMesh, Shards, precision
 from tpu_als.training import orbax_io
+
+if TYPE_CHECKING:
+    from etils import epath
+    from orbax.checkpoint import CheckpointManager
 
 FORMAT = 2
 SIDES = ("users", "items")
@@ -61,7 +67,7 @@ class Reader:
         The data of the training that resumes.
     """
 
-    def __init__(self, manager: Any, folder: Any, data: XlaData) -> None:
+    def __init__(self, manager: CheckpointManager, folder: epath.Path, data: XlaData) -> None:
         self._manager, self._folder, self._data = manager, folder, data
         self._orbax = orbax_io.load()
 
@@ -75,13 +81,13 @@ class Reader:
         LaterFormatError
             If a later version wrote it.
         """
-        place, folder = self._data.place, self._folder / str(step)
-        meta = _agreed(lambda: self._meta(step), folder / "meta", place)
+        mesh, folder = self._data.mesh, self._folder / str(step)
+        meta = _in_all_processes(lambda: self._meta(step), folder / "meta", mesh)
         tables = []
         for name in SIDES:
             with precision(self._data.params.dtype):
                 tables.append(self._table(step, name, meta, folder / name))
-        extra = _agreed(lambda: self._extra(step, meta["extra"]), folder / "extra", place)
+        extra = _in_all_processes(lambda: self._extra(step, meta["extra"]), folder / "extra", mesh)
         return Resumed(AlsState(*tables), step, meta["history"], extra)
 
     def _meta(self, step: int) -> dict[str, Any]:
@@ -102,38 +108,40 @@ class Reader:
             raise DamagedError(f"it is of iteration {meta['iteration']} of the run {meta['run']}")
         return meta
 
-    def _table(self, step: int, name: str, meta: dict[str, Any], path: Any) -> Shards:
+    def _table(self, step: int, name: str, meta: dict[str, Any], path: epath.Path) -> Shards:
         """Read a table into the slots of the data."""
         side: XlaSide = getattr(self._data, name)
-        place = self._data.place
-        is_same, arrays, checksum = _agreed(lambda: self._expected(name, meta), path, place)
-        found = _agreed(lambda: self._arrays(step, name, arrays), path, place)
-        if table_checksums.of_table(found["rows"], found["table"], place) != checksum:
+        mesh = self._data.mesh
+        is_same, arrays, checksum = _in_all_processes(
+            lambda: self._expected(name, meta), path, mesh
+        )
+        found = _in_all_processes(lambda: self._arrays(step, name, arrays), path, mesh)
+        if table_checksums.of_table(found["rows"], found["table"], mesh) != checksum:
             raise DamagedError(f"{path} does not have the checksum that it was saved with")
         if not is_same:
-            return place.put(relayout.moved(found["rows"], found["table"], side.rows, place))
-        return found["table"] if place.mesh is None else found["table"][0]
+            return mesh.put(relayout.move_rows(found["rows"], found["table"], side.rows, mesh))
+        return found["table"] if mesh.jax_mesh is None else found["table"][0]
 
     def _expected(
         self, name: str, meta: dict[str, Any]
-    ) -> tuple[bool, list[tuple[tuple[int, ...], Any]], int]:
+    ) -> tuple[bool, list[tuple[tuple[int, ...], Sharding]], int]:
         """Whether a side has the same layout; shapes and shardings to read; its checksum."""
         side: XlaSide = getattr(self._data, name)
-        place, saved = self._data.place, meta["slots"][name]
-        is_same = saved == relayout.described(side.rows, self._data.params.factors, place)
+        mesh, saved = self._data.mesh, meta["slots"][name]
+        is_same = saved == relayout.describe(side.rows, self._data.params.factors, mesh)
         arrays = []
         for shape in saved["shapes"]:
             axis = 0 if is_same else len(shape) - 2
             # Zeros are appended to make parts of equal size. Row number 0 means an unused slot.
             shape = [*shape]
-            if not (is_same or place.mesh is None):
-                shape[axis] += -shape[axis] % len(place.devices)
-            arrays.append((tuple(shape), place.sharding(axis)))
+            if not (is_same or mesh.jax_mesh is None):
+                shape[axis] += -shape[axis] % len(mesh.devices)
+            arrays.append((tuple(shape), mesh.sharding(axis)))
         return is_same, arrays, int(meta["checksums"][name], 16)
 
     def _arrays(
-        self, step: int, name: str, arrays: list[tuple[tuple[int, ...], Any]]
-    ) -> dict[str, list[Any]]:
+        self, step: int, name: str, arrays: list[tuple[tuple[int, ...], Sharding]]
+    ) -> dict[str, list[Array]]:
         """Row numbers and table of one side, each array in the given shape and sharding."""
         args = self._orbax.args
         how = {
@@ -166,8 +174,8 @@ class Reader:
         return arrays
 
 
-def _agreed(read: Callable[[], _Found], path: Any, place: Workplace) -> _Found:
-    """Return the result of `read`, or raise DamagedError in all processes if one fails."""
+def _in_all_processes(read: Callable[[], _Found], path: epath.Path, mesh: DeviceMesh) -> _Found:
+    """Return the result of `read`. If it fails in one process, raise DamagedError in all."""
     found, failure = None, ""
     try:
         found = read()
@@ -176,6 +184,6 @@ def _agreed(read: Callable[[], _Found], path: Any, place: Workplace) -> _Found:
     except Exception as error:  # noqa: BLE001, as orbax and its libraries raise many kinds
         reason = f"{type(error).__name__}: " * (not isinstance(error, DamagedError)) + str(error)
         failure = f"{path} cannot be read ({reason.splitlines()[0][:200]})"
-    if place.agree(int(bool(failure))):
+    if mesh.agree(int(bool(failure))):
         raise DamagedError(failure or f"another process cannot read its part of {path}")
     return found  # type: ignore[return-value]

@@ -13,13 +13,13 @@ from tpu_als.engine.backends import Backend, Catalog
 from tpu_als.evaluation import holdout
 
 log = logging.getLogger("tpu_als")
-_BATCH = 1 << 14  # users whose rows are fetched from the devices at once
-# A table as training passes it: an array, or on the devices if no host should hold all of it.
+_BATCH = 1 << 14  # users whose rows are fetched at once
+# An array; or a table on the devices (`xla.resident.Table`) that may be too large for one host.
 Factors = Any
 
 
 class EarlyStopping:
-    """Stops a fit whose NDCG@10 on held-out entries no longer rises.
+    """Stops a fit if NDCG@10 on held-out entries no longer rises.
 
     Parameters
     ----------
@@ -73,10 +73,11 @@ class EarlyStopping:
         return self._stale >= self._patience
 
     def measure(self, user_factors: Factors, item_factors: Factors, backend: Backend) -> float:
-        """NDCG@10 of the held-out entries among all items not trained on; keeps the best tables.
+        """Compute NDCG@10 of the held-out entries; keep the tables if it is the best so far.
 
-        Tables on the host are ranked by `backend`. Tables on the devices are ranked there, with
-        users in batches; if there are several processes, all must make this call.
+        Items of the training entries are not ranked. Tables on the host are ranked by `backend`.
+        Tables on the devices are ranked there, with users in batches; if there are several
+        processes, all must make this call.
         """
         if isinstance(item_factors, np.ndarray):
             catalog = backend.catalog(item_factors)

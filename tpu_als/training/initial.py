@@ -6,16 +6,22 @@ import warnings
 import zlib
 from collections.abc import Iterable
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import sparse
 
 from tpu_als import parameters
 from tpu_als.engine import als
 from tpu_als.engine.als import AlsState
 from tpu_als.engine.data import Data
+from tpu_als.shards import ShardedMatrix
 
-Identity = tuple[Any, ...]
+if TYPE_CHECKING:
+    from tpu_als.estimator import TPUAlternatingLeastSquares
+
+Identity = tuple[object, ...]
+Seed = int | np.random.RandomState | np.random.Generator | None
 _SAMPLE = 1 << 12  # number of entries that the identity of a matrix depends on
 _FEW_ITERATIONS = 3
 
@@ -28,7 +34,7 @@ def deviation(factors: int, normal: bool) -> float:
 def tables(
     given: Iterable[np.ndarray | None],
     shapes: Iterable[tuple[int, int]],
-    random_state: Any,
+    random_state: Seed,
     dtype: Any,
     normal: bool,
 ) -> list[np.ndarray]:
@@ -78,7 +84,12 @@ def tables(
     return found
 
 
-def state(data: Data, given: list[np.ndarray | None], estimator: Any, on_devices: bool) -> AlsState:
+def state(
+    data: Data,
+    given: list[np.ndarray | None],
+    estimator: TPUAlternatingLeastSquares,
+    on_devices: bool,
+) -> AlsState:
     """Place the initial tables of a fit.
 
     Parameters
@@ -104,16 +115,16 @@ def state(data: Data, given: list[np.ndarray | None], estimator: Any, on_devices
 
 
 def check_columns(before: np.ndarray | None, now: np.ndarray | None) -> None:
-    """Raise ValueError where a fit would start items from the tables of other items.
+    """Raise ValueError if a fit would start items from the rows of other items.
 
     Parameters
     ----------
     before, now : ndarray of str, or None
-        Names of the columns that the present item table is of, and of those to be fitted. There
-        may be further ones at the end. None where they have no names.
+        Names of the columns of the current item table, and of those to be fitted, which may have
+        more columns at the end. None if they have no names.
     """
     if before is None or now is None or len(now) < len(before):
-        return  # too few columns are refused when the tables are made
+        return  # `tables` raises an error for too few columns
     wrong = np.flatnonzero(before != now[: len(before)])
     if len(wrong):
         at = wrong[0]
@@ -124,7 +135,7 @@ def check_columns(before: np.ndarray | None, now: np.ndarray | None) -> None:
         )
 
 
-def identity(rows: Any) -> Identity:
+def identity(rows: sparse.csr_matrix | ShardedMatrix) -> Identity:
     """A cheap identity of a matrix: its shape, number of entries, and a digest of a sample.
 
     Parameters
@@ -132,7 +143,7 @@ def identity(rows: Any) -> Identity:
     rows : csr_matrix or ShardedMatrix
         The data of a fit.
     """
-    if not hasattr(rows, "indptr"):
+    if isinstance(rows, ShardedMatrix):
         return (*rows.shape, rows.nnz, str(rows.path))
     step = max(1, rows.nnz // _SAMPLE)
     sample = (rows.indptr[:: max(1, rows.shape[0] // _SAMPLE)], rows.indices[::step])
@@ -142,7 +153,7 @@ def identity(rows: Any) -> Identity:
     return (*rows.shape, rows.nnz, digest)
 
 
-def warn_if_restarted(estimator: Any, now: Identity) -> bool:
+def warn_if_restarted(estimator: TPUAlternatingLeastSquares, now: Identity) -> bool:
     """Warn about repeated short fits on the same data, which would continue in implicit.
 
     Parameters

@@ -6,24 +6,29 @@ import functools
 import math
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from tpu_als import parameters
 from tpu_als.engine import als, digests
+from tpu_als.engine.backends import Table
 from tpu_als.engine.data import Data
 from tpu_als.engine.objective import Objective
 from tpu_als.training.early_stopping import EarlyStopping, Factors
+from tpu_als.training.initial import Identity
 from tpu_als.validation import arguments
 
 if TYPE_CHECKING:
+    from tpu_als.engine.xla.data import XlaData
+    from tpu_als.estimator import TPUAlternatingLeastSquares
     from tpu_als.training.checkpoint import Checkpoints
 
 
 @dataclass
 class Training:
-    """Runs iterations one by one, from initial tables or from a checkpoint.
+    """Runs single iterations, from initial tables or from a checkpoint.
 
     Attributes
     ----------
@@ -38,7 +43,7 @@ class Training:
     with_loss : bool
         Whether to compute the loss after each iteration.
     monitor : EarlyStopping or None
-        Early stopping, which may end the fit sooner.
+        Early stopping, which may end the fit before `iterations`.
     checkpoints : Checkpoints or None
         Where to save checkpoints.
     settings : dict
@@ -60,8 +65,8 @@ class Training:
     with_loss: bool
     monitor: EarlyStopping | None
     checkpoints: Checkpoints | None
-    settings: dict[str, Any]
-    fitted_to: tuple[Any, bool]
+    settings: dict[str, object]
+    fitted_to: tuple[Identity, bool]
     state: als.AlsState = field(init=False)
     done: int = 0
     history: dict[str, list[float]] = field(default_factory=lambda: {"seconds": []})
@@ -86,20 +91,20 @@ class Training:
             return False
         self.state = self.data.backend.from_checkpoint(found.state, self.data)
         self.done, self.history = found.iteration, found.history
-        if self.with_loss:  # an earlier fit of the run may not have measured it
+        if self.with_loss:  # the earlier fit may not have computed it
             self.history.setdefault("loss", [math.nan] * self.done)
         if self.monitor is not None:
-            best: Any = found.extra["best_users"], found.extra["best_items"]
+            best: tuple[Factors, Factors] = found.extra["best_users"], found.extra["best_items"]
             if self._tables(self.state)[0].is_resident:
                 best = self._readable(als.start(self.data, *best))
             self.monitor.resume(self.history["ndcg"], best)
         return True
 
     def step(self) -> dict[str, float]:
-        """Run one iteration; return its seconds, loss and NDCG, as far as computed."""
+        """Run one iteration; return its seconds and, if they are computed, its loss and NDCG."""
         started = time.perf_counter()
-        # Plain ALS in the first iteration, which starts from random tables, and in the last, so
-        # that the final rows are solutions.
+        # The first iteration starts from random tables, and the rows of the last must be solutions:
+        # both are plain ALS.
         is_outer = self.done in (0, self.iterations - 1)
         relaxation = 1.0 if is_outer else self.over_relaxation
         self.state, failed = als.epoch(self.state, self.data, self.objective, relaxation)
@@ -125,7 +130,7 @@ class Training:
     def _save(self) -> None:
         if self.checkpoints is None:
             return
-        extra: dict[str, Any] = {}
+        extra: dict[str, np.ndarray | _Fetched] = {}
         if self.monitor is not None and self.monitor.best is not None:
             best = (t if isinstance(t, np.ndarray) else _Fetched(t) for t in self.monitor.best)
             extra = dict(zip(("best_users", "best_items"), best, strict=True))
@@ -136,11 +141,11 @@ class Training:
         )  # fmt: skip
 
     @functools.cached_property
-    def _saved_as(self) -> Any:
+    def _saved_as(self) -> XlaData:
         """The data in the form that checkpoints have."""
         return self.data.backend.describe_for_checkpoint(self.data)
 
-    def _tables(self, state: als.AlsState) -> tuple[Any, Any]:
+    def _tables(self, state: als.AlsState) -> tuple[Table, Table]:
         """User and item table, without the matrix."""
         backend, data = self.data.backend, self.data
         users = backend.table(state.users, data.users, data)
@@ -155,12 +160,12 @@ class Training:
 
 
 def settings_of(
-    estimator: Any,
+    estimator: TPUAlternatingLeastSquares,
     objective: Objective,
     linear_solver: str,
     initial_tables: list[np.ndarray | None],
     on_devices: bool,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """All settings that affect the result. A checkpoint is resumed only with the same ones.
 
     Parameters
@@ -196,13 +201,13 @@ def settings_of(
 
 
 class _Fetched:
-    """A table on the devices that is fetched to the host when a checkpoint is written.
+    """A table on the devices; it is fetched to the host when a checkpoint is written.
 
     Checkpoints hold the best tables as whole arrays; the current tables are saved in parts.
     """
 
-    def __init__(self, table: Any) -> None:
+    def __init__(self, table: Table) -> None:
         self._table = table
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return self._table.fetch()

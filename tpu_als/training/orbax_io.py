@@ -11,12 +11,19 @@ import time
 import weakref
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from etils import epath
+    from orbax.checkpoint import CheckpointManager
+    from orbax.checkpoint.args import Composite
+    from orbax.checkpoint.path.step import Metadata
 
 _ITERATION = re.compile("0|[1-9][0-9]*")
 _POLL = 0.005  # seconds between two looks at another manager's save
 _saving = threading.Lock()
-_latest: Any = None  # weak reference to the manager that began the latest save of this process
+# The manager that began the latest save of this process.
+_latest: weakref.ref[CheckpointManager] | None = None
 
 
 def load() -> ModuleType:
@@ -31,7 +38,7 @@ def load() -> ModuleType:
     return ocp
 
 
-def path(directory: str | os.PathLike[str]) -> Any:
+def path(directory: str | os.PathLike[str]) -> epath.Path:
     """An absolute path, local or in a bucket; NotADirectoryError if it is a file."""
     from etils import epath
 
@@ -44,7 +51,7 @@ def path(directory: str | os.PathLike[str]) -> Any:
     return found
 
 
-def manager(root: Any, keep: int, processes: tuple[int, ...]) -> Any:
+def manager(root: epath.Path, keep: int, processes: tuple[int, ...]) -> CheckpointManager:
     """Open an existing directory for these processes, which must all make this call."""
     ocp, first = load(), min(processes)
     together = ocp.options.MultiprocessingOptions(
@@ -64,7 +71,7 @@ def manager(root: Any, keep: int, processes: tuple[int, ...]) -> Any:
     return ocp.CheckpointManager(root, options=options)
 
 
-def save(manager: Any, iteration: int, args: Any) -> None:
+def save(manager: CheckpointManager, iteration: int, args: Composite) -> None:
     """Start to save in the background, after the saves of this process's other managers.
 
     Orbax numbers the operations of the whole process, so that saves of two managers at a time, as
@@ -82,7 +89,7 @@ def save(manager: Any, iteration: int, args: Any) -> None:
         manager.save(iteration, args=args, force=True)
 
 
-def close(manager: Any) -> None:
+def close(manager: CheckpointManager) -> None:
     """Wait until everything is written. After an error, other managers may save as well."""
     global _latest
     try:
@@ -92,7 +99,7 @@ def close(manager: Any) -> None:
             _latest = None
 
 
-def reader(root: Any, process: int) -> Any:
+def reader(root: epath.Path, process: int) -> CheckpointManager:
     """Open a directory for this process alone, which must only read.
 
     If a read fails in one process, the others then do not wait for it.
@@ -124,11 +131,11 @@ class _IterationFolders:
         """Name of the folder of an iteration."""
         return self._standard.build_name(step)
 
-    def find_step(self, base_path: Any, step: int) -> Any:
+    def find_step(self, base_path: epath.Path, step: int) -> Metadata:
         """Orbax's description of a checkpoint; ValueError if it is absent or incomplete."""
         return self._standard.find_step(base_path, step)
 
-    def find_all(self, base_path: Any) -> Iterator[Any]:
+    def find_all(self, base_path: epath.Path) -> Iterator[Metadata]:
         """Orbax's descriptions of all checkpoints, except incomplete ones."""
         for folder in base_path.glob("*"):
             if _ITERATION.fullmatch(folder.name):

@@ -1,9 +1,12 @@
-"""The progress bar of a fit: whether to show it, and its content."""
+"""The progress bar of a fit."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _OFF = ("", "0", "false", "no")  # values of TQDM_DISABLE that do not disable
 
@@ -40,14 +43,14 @@ def _is_in_notebook() -> bool:
     return tqdm.auto.notebook_tqdm is not tqdm.std.tqdm
 
 
-def bar(total: int, done: int, disable: bool | None) -> Any:
+def bar(total: int, done: int, disable: bool | None) -> tqdm:
     """Make a bar of `total` iterations, of which `done` are done."""
     import tqdm.auto  # late, because serving does not need it
 
     return tqdm.auto.tqdm(total=total, initial=done, disable=disable)
 
 
-def advance(shown: Any, report: dict[str, float]) -> None:
+def advance(shown: tqdm, report: dict[str, float]) -> None:
     """Advance by one iteration, and show the values that it reported."""
     shown.set_postfix({name: f"{value:.4g}" for name, value in report.items()})
     shown.update(1)

@@ -14,13 +14,16 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tpu_als.exceptions import DataWarning
 from tpu_als.storage.atomic import replacing
 from tpu_als.storage.lock import FileLock
+
+if TYPE_CHECKING:
+    from etils import epath
 
 KEPT = 3  # other runs to keep, in addition to those that a process is writing
 ABOUT = "run.json"
@@ -50,7 +53,7 @@ class RunFolder:
         The folder.
     """
 
-    def __init__(self, root: Any, identity: str, about: dict[str, Any]) -> None:
+    def __init__(self, root: epath.Path, identity: str, about: Mapping[str, object]) -> None:
         self.path = root / identity
         self._root, self._about = root, about
         self._is_local = "://" not in str(root)
@@ -170,7 +173,7 @@ def _is_run(path: Path) -> bool:
     return _IDENTITY.fullmatch(path.name) is not None and (path / ABOUT).is_file()
 
 
-def _lock_path(folder: Any) -> Path:
+def _lock_path(folder: epath.Path | Path) -> Path:
     return Path(f"{folder}.lock")
 
 
@@ -184,7 +187,7 @@ def _unlocked(folder: Path) -> Iterator[bool]:
         lock.release()
 
 
-def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _differing(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     return [
         f"{name} was {before.get(name, 'absent')!r} and is {now.get(name, 'absent')!r}"
         for name in dict.fromkeys([*before, *now])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 from tpu_als.exceptions import ModelFitError as ModelFitError
 from tpu_als.exceptions import ParameterWarning as ParameterWarning
@@ -22,7 +23,7 @@ _ROWS_AT_ONCE = 1 << 16  # rows of a table that are checked for NaN at once
 
 
 def fit_arguments(
-    y: Any, show_progress: Any, callback: Any, default: Any = None
+    y: object, show_progress: object, callback: object, default: object = None
 ) -> tuple[bool | None, Callable | None]:
     """Accept scikit-learn's `fit(X, y)` and implicit's `fit(user_items, show_progress, callback)`.
 
@@ -59,7 +60,7 @@ def fit_arguments(
 
 
 def ids_of(
-    ids: Any, count: int | None, name: str = "userid"
+    ids: ArrayLike, count: int | None, name: str = "userid"
 ) -> tuple[np.ndarray, bool, np.ndarray | None]:
     """Check an id or ids against a table.
 
@@ -96,7 +97,7 @@ def ids_of(
 
 
 def _integers(
-    ids: Any, name: str, count: int | None = None
+    ids: ArrayLike, name: str, count: int | None = None
 ) -> tuple[np.ndarray, bool, np.ndarray | None]:
     """Return ids (n,), whether a single id was given, and the mask if a mask was given."""
     if np.ma.is_masked(ids):
@@ -118,7 +119,7 @@ def _integers(
     return np.atleast_1d(array), is_scalar, mask
 
 
-def one_id(ids: Any, count: int | None, name: str) -> int:
+def one_id(ids: ArrayLike, count: int | None, name: str) -> int:
     """Check a single id, of at least 0, of a table with `count` rows.
 
     Raises
@@ -134,7 +135,7 @@ def one_id(ids: Any, count: int | None, name: str) -> int:
     return int(array[0])
 
 
-def ids_to_store(ids: Any, n_rows: int, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+def ids_to_store(ids: ArrayLike, n_rows: int, name: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Check the ids of rows to store in a table; new ids add rows to it.
 
     Parameters
@@ -176,7 +177,7 @@ def _unordered(ids: Collection) -> bool:
 
 
 def selection(
-    chosen: Any, dropped: Any, count: int, names: tuple[str, str]
+    chosen: ArrayLike | None, dropped: ArrayLike | None, count: int, names: tuple[str, str]
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Check a whitelist and a blacklist of ids, of which only one may be given.
 
@@ -205,7 +206,7 @@ def selection(
     return kept, None
 
 
-def flags(**values: Any) -> None:
+def flags(**values: object) -> None:
     """Raise ValueError for the first argument that is not True, False, 1 or 0."""
     for name, value in values.items():
         if value is not True and value is not False and not is_flag(value):
@@ -225,7 +226,7 @@ def result_count(n: Any) -> int:
     return n
 
 
-def require_results(n_queries: int, n: int, dtype: Any) -> None:
+def require_results(n_queries: int, n: int, dtype: DTypeLike) -> None:
     """Raise MemoryError if ids and scores (n_queries, n) would not fit into memory."""
     size = n_queries * n
     require_memory(
@@ -269,7 +270,7 @@ def solver_arguments(X: Any, Y: Any, regularization: Any, num_threads: Any) -> N
     check_parameters({"regularization": regularization, "num_threads": num_threads or 0})
 
 
-def factor_table(table: Any, name: str) -> np.ndarray | None:
+def factor_table(table: ArrayLike | None, name: str) -> np.ndarray | None:
     """Check an assigned table, and return it as float32 or float64; copied only to convert it.
 
     Parameters
@@ -364,7 +365,7 @@ def user_weights(value: Any, width: int) -> tuple[np.ndarray, bool]:
     )
 
 
-def derived(value: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def derived(value: ArrayLike, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Check a gramian or norms that were assigned, of the given shape.
 
     Raises

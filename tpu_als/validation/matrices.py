@@ -27,7 +27,7 @@ def warn_if_converted(matrix: Any) -> None:
         )
 
 
-def canonical_csr(matrix: Any, name: str = "user_items") -> sparse.csr_matrix:
+def canonical_csr(matrix: object, name: str = "user_items") -> sparse.csr_matrix:
     """Return a float32 csr_matrix with sorted indices and no duplicates; the input is not modified.
 
     Parameters
@@ -99,7 +99,7 @@ def _refuse_beyond_int64(size: float, name: str) -> None:
         )
 
 
-def _as_csr(matrix: Any, name: str) -> tuple[Any, bool]:
+def _as_csr(matrix: object, name: str) -> tuple[sparse.csr_matrix, bool]:
     """CSR of checked arrays, and whether its ids strictly increase in each row."""
     if sparse.issparse(matrix):
         csr, is_ascending = structure.checked_with_order(matrix, name, widen=True)
@@ -119,13 +119,15 @@ def _as_csr(matrix: Any, name: str) -> tuple[Any, bool]:
     return csr, structure.check_compressed(csr, name)
 
 
-def _contiguous(csr: Any, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _contiguous(
+    csr: sparse.csr_matrix, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The arrays of a CSR matrix, made contiguous for the compiled loops."""
     values, indices, indptr = map(np.ascontiguousarray, (values, csr.indices, csr.indptr))
     return values, indices, indptr
 
 
-def _is_plain(csr: Any) -> bool:
+def _is_plain(csr: sparse.csr_matrix) -> bool:
     """Whether a CSR matrix needs no copy: contiguous arrays, and one native index dtype."""
     kind = csr.indices.dtype
     return (
@@ -242,7 +244,7 @@ def known_entries(
     return ids, values, count
 
 
-def explained_row(user_items: Any, user: int, n_items: int) -> sparse.csr_matrix:
+def explained_row(user_items: object, user: int, n_items: int) -> sparse.csr_matrix:
     """Return the row (1, n_items) of a user, from the whole matrix or from that row alone.
 
     Parameters

@@ -32,7 +32,7 @@ _NUMERIC_IN_POLARS = re.compile("U?Int|Float|Decimal|Boolean")
 
 
 def refuse_misplaced(
-    X: Any, name: str = "X", *, takes_shards: bool = False, takes_blocks: bool = False
+    X: object, name: str = "X", *, takes_shards: bool = False, takes_blocks: bool = False
 ) -> None:
     """Raise TypeError for an object meant for another function, and name that function.
 
@@ -65,7 +65,7 @@ def refuse_misplaced(
         raise TypeError(f"{name} must be a matrix of {sides}, got {problem}")
 
 
-def require_matrix(X: Any, name: str = "X", *, takes_frames: bool = True) -> None:
+def require_matrix(X: object, name: str = "X", *, takes_frames: bool = True) -> None:
     """Raise TypeError as `refuse_misplaced` does, and for None.
 
     Parameters
@@ -134,7 +134,7 @@ def _sharded_problem(kinds: set[str], name: str, takes_blocks: bool) -> str | No
     )
 
 
-def _other_problem(X: Any, kinds: set[str], name: str, takes_blocks: bool) -> str | None:
+def _other_problem(X: object, kinds: set[str], name: str, takes_blocks: bool) -> str | None:
     """Describe a misplaced Interactions, path, or list of matrices, or return None."""
     if "tpu_als.Interactions" in kinds:
         return f"an Interactions: pass {name}.matrix"

@@ -18,7 +18,7 @@ from tpu_als.host import require_memory
 _ROW_BYTES = 16  # of a row in a CSR matrix and in the conversion to it
 
 
-def checked(matrix: Any, name: str = "user_items", *, widen: bool = False) -> Any:
+def checked(matrix: object, name: str = "user_items", *, widen: bool = False) -> Any:
     """Return a matrix that is safe for compiled code; the input is not modified.
 
     Parameters
@@ -70,7 +70,11 @@ def check_compressed(matrix: sparse.csr_matrix, name: str = "user_items") -> boo
 
 
 def _is_ascending(
-    indptr: np.ndarray, indices: np.ndarray, shape: tuple[int, int], matrix: Any, name: str
+    indptr: np.ndarray,
+    indices: np.ndarray,
+    shape: tuple[int, int],
+    matrix: sparse.spmatrix,
+    name: str,
 ) -> bool:
     """Check the content of index arrays; return whether ids strictly increase within rows."""
     n_entries, (major, minor) = len(indices), shape
@@ -134,7 +138,7 @@ def checked_with_order(matrix: Any, name: str, *, widen: bool) -> tuple[Any, boo
     return matrix, False
 
 
-def _check_coordinates(matrix: Any, name: str) -> None:
+def _check_coordinates(matrix: sparse.spmatrix, name: str) -> None:
     n_entries, coordinates = len(matrix.data), matrix.coords
     if matrix.data.ndim != 1 or len(coordinates) != matrix.ndim:
         _damaged(matrix, name, f"{len(coordinates)} coordinates for {matrix.ndim} dimensions")
@@ -146,7 +150,7 @@ def _check_coordinates(matrix: Any, name: str) -> None:
             _outside(axis, ids.min(), ids.max(), size, matrix, name)
 
 
-def _check_blocks(matrix: Any, name: str) -> None:
+def _check_blocks(matrix: sparse.spmatrix, name: str) -> None:
     indptr, indices, data = matrix.indptr, matrix.indices, matrix.data
     n_blocks = _length(indices, "indices", matrix, name)
     if data.ndim != 3 or len(data) != n_blocks or 0 in data.shape[1:]:
@@ -159,7 +163,7 @@ def _check_blocks(matrix: Any, name: str) -> None:
     _is_ascending(indptr, indices, (major, minor), matrix, name)
 
 
-def _check_diagonals(matrix: Any, name: str) -> None:
+def _check_diagonals(matrix: sparse.spmatrix, name: str) -> None:
     n_diagonals = _length(matrix.offsets, "offsets", matrix, name)
     if matrix.data.ndim != 2 or len(matrix.data) != n_diagonals:
         _damaged(matrix, name, f"data has shape {matrix.data.shape} for {n_diagonals} offsets")
@@ -167,7 +171,7 @@ def _check_diagonals(matrix: Any, name: str) -> None:
         _damaged(matrix, name, "offsets repeat")
 
 
-def _from_objects(matrix: Any, name: str) -> Any:
+def _from_objects(matrix: sparse.spmatrix, name: str) -> sparse.spmatrix:
     """Convert a matrix of Python objects to COO; the caller must still check its arrays."""
     if matrix.format == "dok":
         try:
@@ -192,7 +196,7 @@ def _from_objects(matrix: Any, name: str) -> Any:
     return out
 
 
-def _length(array: Any, what: str, matrix: Any, name: str) -> int:
+def _length(array: object, what: str, matrix: sparse.spmatrix, name: str) -> int:
     """Length of an index array; raise ValueError unless it is one-dimensional and of integers."""
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
         got = type(array).__name__
@@ -202,7 +206,7 @@ def _length(array: Any, what: str, matrix: Any, name: str) -> int:
     return len(array)
 
 
-def _real(matrix: Any, name: str) -> Any:
+def _real(matrix: sparse.spmatrix, name: str) -> sparse.spmatrix:
     """Return the matrix if its values are real numbers, or a float64 copy if they are objects."""
     if matrix.data.dtype.kind == "O":
         out = copy.copy(matrix)  # not matrix.copy(): SciPy refuses objects
@@ -241,14 +245,16 @@ def real_numbers(values: np.ndarray, name: str) -> np.ndarray:
     )
 
 
-def _damaged(matrix: Any, name: str, what: str) -> NoReturn:
+def _damaged(matrix: sparse.spmatrix, name: str, what: str) -> NoReturn:
     raise ValueError(
         f"{name} is a damaged {type(matrix).__name__} of shape {matrix.shape}: {what}. Rebuild it "
         "from its entries, for instance as csr_matrix((values, (rows, columns)), shape)"
     )
 
 
-def _outside(axis: str, low: Any, high: Any, size: int, matrix: Any, name: str) -> NoReturn:
+def _outside(
+    axis: str, low: int, high: int, size: int, matrix: sparse.spmatrix, name: str
+) -> NoReturn:
     wrong = low if low < 0 else high
     raise ValueError(
         f"a {axis} index of the sparse matrix lies outside its shape {matrix.shape}: {name} has "

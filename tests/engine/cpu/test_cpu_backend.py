@@ -29,7 +29,7 @@ from tpu_als.engine.data import AlsParams, Data
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import backend, mesh
 from tpu_als.engine.xla.backend import XlaBackend
-from tpu_als.engine.xla.mesh import Workplace, workplace
+from tpu_als.engine.xla.mesh import DeviceMesh, device_mesh
 from tpu_als.shards import write_shards
 
 COUNTS = random_counts(90, 60, density=0.3, negatives=True, seed=2)
@@ -80,7 +80,7 @@ def no_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise AssertionError("XLA was asked to solve rows")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Workplace, "run", refuse)
+        patch.setattr(DeviceMesh, "run", refuse)
         yield
 
 
@@ -92,7 +92,7 @@ def test_tables_and_losses_are_those_of_xla(
 ) -> None:
     matrix, objective = _matrix(values), Objective.of(kind, 0.3, 2.0, 0.7, 0.5)
     params = AlsParams(5, dtype, cg_steps=STEPS)
-    by_xla = backend.place(matrix, params, workplace(1, num_threads=2))
+    by_xla = backend.place(matrix, params, device_mesh(1, num_threads=2))
     *theirs, their_loss = _epochs(by_xla, objective, relaxation)
     data = CpuBackend(2).place(matrix, params)
     assert len(data.items.entries.parts(2, params.factors)) == 2 * half_epoch._PARTS
@@ -380,7 +380,7 @@ def test_a_half_epoch_keeps_blas_to_one_thread(
     by_xla: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by_xla:
-        data: Any = backend.place(COUNTS, AlsParams(4), workplace(1, num_threads=2))
+        data: Any = backend.place(COUNTS, AlsParams(4), device_mesh(1, num_threads=2))
     else:
         data = CpuBackend(2).place(COUNTS, AlsParams(4))
     state, seen, threads = als.draw(data, 0, 0.1, normal=True), [], host.threads

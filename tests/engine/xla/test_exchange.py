@@ -18,7 +18,7 @@ from tpu_als.engine.layout import Plan, RowMap
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import backend, exchange, half_epoch, placing
 from tpu_als.engine.xla.data import XlaData
-from tpu_als.engine.xla.mesh import workplace
+from tpu_als.engine.xla.mesh import device_mesh
 
 
 def _planned(
@@ -26,9 +26,9 @@ def _planned(
 ) -> tuple[RowMap, RowMap, np.ndarray, np.ndarray, tuple[exchange.Route, ...], np.ndarray]:
     from tpu_als.engine import cells
 
-    turned = matrix.T.tocsr()
-    rows, source = (layout.map_rows(np.diff(m.indptr), plan) for m in (matrix, turned))
-    blocks = cells.InMemory(matrix, turned).blocks("user")
+    transposed = matrix.T.tocsr()
+    rows, source = (layout.map_rows(np.diff(m.indptr), plan) for m in (matrix, transposed))
+    blocks = cells.InMemory(matrix, transposed).blocks("user")
     every = range(plan.n_shards)
     ids, _ = cells.fill(blocks, rows, source.slots, source.pad_slot, every, np.float32)
     before = ids.copy()
@@ -39,7 +39,7 @@ def _planned(
 @given(
     seed=st.integers(0, 1000), devices=st.integers(1, 4), cells=st.sampled_from([8, 64, 1 << 17])
 )
-def test_cells_point_at_what_was_requested(seed: int, devices: int, cells: int) -> None:
+def test_ids_refer_to_the_requested_rows(seed: int, devices: int, cells: int) -> None:
     matrix = random_counts(60, 40, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "GROUP_CELLS", cells)
@@ -62,7 +62,7 @@ def test_cells_point_at_what_was_requested(seed: int, devices: int, cells: int) 
 
 
 @pytest.mark.parametrize("devices", [2, 4])
-def test_rows_arrive_as_requested(devices: int) -> None:
+def test_requested_rows_are_received(devices: int) -> None:
     groups, rows, n_slots = 3, 8, 10
     rng = np.random.default_rng(0)
     requests = rng.integers(0, n_slots, (devices, groups, devices, rows)).astype(np.int32)
@@ -70,7 +70,9 @@ def test_rows_arrive_as_requested(devices: int) -> None:
     mesh = Mesh(np.array(jax.devices()[:devices]), ("d",))
 
     def local(requests: jax.Array, table: jax.Array) -> jax.Array:
-        sends = exchange.turn(((groups, rows),), requests.reshape(-1), "d")
+        sends = exchange.exchange_requests(
+            (exchange.Messages(groups, rows),), requests.reshape(-1), "d"
+        )
         size = devices * rows
         arrived = [
             exchange.receive(table[0], sends, np.int32(group * size), rows, "d")
@@ -87,8 +89,8 @@ def test_rows_arrive_as_requested(devices: int) -> None:
 
 
 def _sharded(matrix: sparse.csr_matrix, devices: int, factors: int = 24) -> XlaData:
-    place = workplace(devices, table_layout="sharded")
-    return backend.place(matrix, AlsParams(factors), place)
+    mesh = device_mesh(devices, table_layout="sharded")
+    return backend.place(matrix, AlsParams(factors), mesh)
 
 
 @pytest.mark.slow
@@ -98,14 +100,14 @@ def test_no_device_holds_a_full_table(monkeypatch: pytest.MonkeyPatch) -> None:
     data = _sharded(matrix, 4, factors)
     assert data.users.routes is not None and data.users.rows.n_slots == data.items.rows.n_slots
     texts = []
-    compiled = type(data.place).compile
+    compiled = type(data.mesh).compile
 
     def spy(self: object, calls: object, dtype: str) -> None:
         calls = list(calls)  # type: ignore[call-overload]
         texts.extend(program.lower(*args).compile().as_text() for program, args in calls)
-        compiled(data.place, calls, dtype)
+        compiled(data.mesh, calls, dtype)
 
-    monkeypatch.setattr(type(data.place), "compile", spy)
+    monkeypatch.setattr(type(data.mesh), "compile", spy)
     rng = np.random.default_rng(0)
     tables = [rng.normal(size=(n, factors)).astype(np.float32) for n in matrix.shape]
     state = als.start(data, *tables)
@@ -113,9 +115,9 @@ def test_no_device_holds_a_full_table(monkeypatch: pytest.MonkeyPatch) -> None:
     state, failed = als.epoch(state, data, objective)
     als.loss(state, data, objective)
     assert failed == (0, 0) and len(texts) >= 3
-    whole = data.place.whole(half_epoch._prepare, "float32")
-    args = (state.items, state.users, data.users.own.lengths), np.int32(matrix.shape[1])
-    texts.append(whole.lower(*args).compile().as_text())
+    prepare = half_epoch.prepare_program(data)
+    args = (state.items, state.users, data.users.cells.lengths), np.int32(matrix.shape[1])
+    texts.append(prepare.lower(*args).compile().as_text())
     part, full = data.items.rows.n_slots, 4 * data.items.rows.n_slots
     assert min(matrix.shape) > part
     for text in texts:
@@ -137,30 +139,30 @@ def _shapes(text: str) -> list[str]:
 def test_received_bytes_fall_with_the_devices() -> None:
     """As 1/D, but for what rounding message sizes up leaves unused."""
     matrix = power_law(200_000, 100_000, 1_000_000, random_state=0)
-    each = {}
+    received = {}
     for devices in (1, 2, 4, 8):
         plan = placing.make_plan(
-            np.diff(matrix.indptr), AlsParams(64), workplace(1, num_threads=devices)
+            np.diff(matrix.indptr), AlsParams(64), device_mesh(1, num_threads=devices)
         )
         rows, _, _, _, routes, _ = _planned(matrix, plan)
-        each[devices] = exchange.received_rows(routes, rows.rungs, devices)
-    assert each[1] == 0
+        received[devices] = exchange.received_rows(routes, rows.rungs, devices)
+    assert received[1] == 0
     # (D - 1) / D of what is needed comes from others
     for devices in (4, 8):
-        ideal = each[2] * 2 * (devices - 1) / devices * 2 / devices
-        assert each[devices] < 1.15 * ideal
+        ideal = received[2] * 2 * (devices - 1) / devices * 2 / devices
+        assert received[devices] < 1.15 * ideal
 
 
 @pytest.mark.slow
 def test_messages_stay_long_with_many_devices() -> None:
     """What a device receives for its share of the entries: no more a cell with many devices."""
     rng, n_slots = np.random.default_rng(0), 1 << 22
-    each = {}
+    received = {}
     for devices in (64, 1024):
         n_chunks = devices // 64
         rung = layout.Rung(64, 1 << 11, 0, 0, n_chunks)
         ids = rng.integers(0, n_slots, (1, n_chunks << 17)).astype(np.int32)
         routes, requests = exchange.plan(ids, (rung,), devices, n_slots // devices, int)
         assert requests.size == routes[0].groups(n_chunks) * devices * routes[0].rows
-        each[devices] = exchange.received_rows(routes, (rung,), devices) / n_chunks
-    assert each[1024] < 1.05 * each[64]
+        received[devices] = exchange.received_rows(routes, (rung,), devices) / n_chunks
+    assert received[1024] < 1.05 * received[64]

@@ -14,7 +14,7 @@ from scipy import sparse
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import fold_in
-from tpu_als.engine.xla.mesh import workplace
+from tpu_als.engine.xla.mesh import device_mesh
 
 EXACT = {
     "cg": AlsParams(4, cg_steps=7),
@@ -52,7 +52,7 @@ def _table(factors: int) -> np.ndarray:
 def test_rows_equal_the_oracles(solver: str, dtype: str, devices: int, threads: int) -> None:
     params = dataclasses.replace(EXACT[solver], dtype=dtype)
     table = _table(params.factors)
-    source = fold_in.source(table, params, workplace(devices, num_threads=threads))
+    source = fold_in.source(table, params, device_mesh(devices, num_threads=threads))
     for seed, objective in enumerate(OBJECTIVES):
         rows = _rows(seed)
         ours = source.solve(rows, Objective.of(*objective))
@@ -67,7 +67,7 @@ def test_rows_equal_the_oracles(solver: str, dtype: str, devices: int, threads: 
 @given(seed=st.integers(0, 1 << 32))
 def test_a_row_does_not_depend_on_its_batch(solver: str, seed: int) -> None:
     params = EXACT[solver]
-    source = fold_in.source(_table(params.factors), params, workplace(1, num_threads=2))
+    source = fold_in.source(_table(params.factors), params, device_mesh(1, num_threads=2))
     objective = Objective.of("implicit", 0.5, 2.0)
     rows = _rows(seed)
     together = source.solve(rows, objective)
@@ -84,16 +84,16 @@ def test_a_row_of_thousands_of_entries() -> None:
     rows = sparse.csr_matrix(np.ones((2, 6000), np.float32))
     params = EXACT["cholesky"]
     params = dataclasses.replace(params, factors=4)
-    source = fold_in.source(table, params, workplace(1, num_threads=2))
+    source = fold_in.source(table, params, device_mesh(1, num_threads=2))
     ours = source.solve(rows, Objective.of("ials", 0.1, 2.0))
     exact = oracle.fold_in(rows, table, oracle.Objective("ials", 0.1, 2.0))
     np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-3 * np.abs(exact).max())
 
 
-def test_a_start_near_the_solution_needs_no_step_more() -> None:
+def test_cg_starts_from_the_given_rows() -> None:
     params = AlsParams(4, "float64", cg_steps=1)
     table, rows, objective = _table(4), _rows(3), OBJECTIVES[1]
-    source = fold_in.source(table, params, workplace(1, num_threads=1))
+    source = fold_in.source(table, params, device_mesh(1, num_threads=1))
     exact = oracle.fold_in(rows, table, objective)
     ours = Objective.of(*objective)
     warm = source.solve(rows, ours, start=exact)
@@ -104,7 +104,7 @@ def test_a_start_near_the_solution_needs_no_step_more() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", EXACT)
-def test_a_given_gramian_takes_the_place_of_the_tables_own(solver: str) -> None:
+def test_a_given_gramian_replaces_the_tables_own(solver: str) -> None:
     """Of a table with one more block of rows, whose items no row has met."""
     params = dataclasses.replace(EXACT[solver], dtype="float64")
     rng = np.random.default_rng(0)
@@ -112,18 +112,18 @@ def test_a_given_gramian_takes_the_place_of_the_tables_own(solver: str) -> None:
     more = np.vstack([table, rng.normal(size=(30, params.factors))])
     rows, objective = _rows(4), oracle.Objective("implicit", 0.5, 2.0)
     wide = sparse.csr_matrix((rows.data, rows.indices, rows.indptr), (20, N + 30))
-    source = fold_in.source(table, params, workplace(1, num_threads=1))
+    source = fold_in.source(table, params, device_mesh(1, num_threads=1))
     ours = source.solve(rows, Objective.of(*objective), gram=more.T @ more)
     np.testing.assert_allclose(ours, oracle.fold_in(wide, more, objective), atol=1e-7)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", EXACT)
-def test_a_row_that_failed_is_not_finite_and_spoils_no_other(solver: str) -> None:
+def test_a_failed_row_does_not_change_other_rows(solver: str) -> None:
     params = EXACT[solver]
     rows = _rows(0)
     bad = int(np.argmax(np.diff(rows.indptr) > 3))
-    source = fold_in.source(_table(params.factors), params, workplace(1, num_threads=2))
+    source = fold_in.source(_table(params.factors), params, device_mesh(1, num_threads=2))
     objective = Objective.of("implicit", 0.5, 100.0)
     good = source.solve(rows, objective)
     rows.data[rows.indptr[bad]] = 3e38
@@ -136,7 +136,7 @@ def test_a_row_that_failed_is_not_finite_and_spoils_no_other(solver: str) -> Non
 @pytest.mark.parametrize("count", [0, 3])
 def test_rows_without_entries_are_zero(count: int) -> None:
     params = EXACT["cholesky"]
-    source = fold_in.source(_table(16), params, workplace(1, num_threads=1))
+    source = fold_in.source(_table(16), params, device_mesh(1, num_threads=1))
     rows = sparse.csr_matrix((count, N), dtype=np.float32)
     start = np.ones((count, 16), np.float32)
     objective = Objective.of("implicit", 0.5, 2.0)
@@ -146,11 +146,11 @@ def test_rows_without_entries_are_zero(count: int) -> None:
 
 def test_other_rows_and_numbers_compile_nothing(new_compilations) -> None:
     params = EXACT["cg"]
-    where = workplace(1, num_threads=2)
+    mesh = device_mesh(1, num_threads=2)
     objective = Objective.of("implicit", 0.5, 2.0)
-    fold_in.source(_table(4), params, where).solve(_rows(0), objective)
+    fold_in.source(_table(4), params, mesh).solve(_rows(0), objective)
     with new_compilations() as count:
-        source = fold_in.source(-_table(4)[::-1], params, where)
+        source = fold_in.source(-_table(4)[::-1], params, mesh)
         source.solve(_rows(1)[:7], Objective.of("ials", 1, 3, 0.1, 0.2))
     assert count.programs == 0
 
@@ -168,7 +168,7 @@ def test_one_more_column_stands_for_a_row_of_zeros(
     clipped = sparse.csr_matrix(
         (spread.data, np.minimum(spread.indices, N), spread.indptr), (20, N + 1)
     )
-    source = fold_in.source(table, params, workplace(1, num_threads=1))
+    source = fold_in.source(table, params, device_mesh(1, num_threads=1))
     ours = source.solve(clipped, Objective.of(*objective))
     grown = np.vstack([table, np.zeros((9, params.factors))])
     exact = oracle.fold_in(spread, grown, objective, N)
@@ -177,7 +177,7 @@ def test_one_more_column_stands_for_a_row_of_zeros(
 
 def test_rows_that_do_not_fit_the_table() -> None:
     params = EXACT["cg"]
-    source = fold_in.source(_table(4), params, workplace(1, num_threads=1))
+    source = fold_in.source(_table(4), params, device_mesh(1, num_threads=1))
     objective, rows = Objective.of("implicit", 0.5, 2.0), _rows(0)
     wide = sparse.csr_matrix((rows.data, rows.indices, rows.indptr), (20, N + 2))
     with pytest.raises(ValueError, match="rows have 52 columns for a table of 50 rows"):

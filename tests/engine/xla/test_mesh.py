@@ -1,4 +1,4 @@
-"""Which devices and shards a workplace takes, and that arrays come back as they went."""
+"""Devices and shards of a mesh; arrays placed on it and fetched again."""
 
 from __future__ import annotations
 
@@ -22,57 +22,57 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matrices import random_counts
 
 from tpu_als import TPUAlternatingLeastSquares
-from tpu_als.engine.xla import mesh, programs
-from tpu_als.engine.xla.mesh import workplace
+from tpu_als.engine.xla import programs
+from tpu_als.engine.xla.mesh import Collectives, _check_usable, device_mesh, precision
 
 
 def test_defaults_take_all_devices() -> None:
-    place = workplace()
-    assert place.devices == tuple(jax.devices())
-    assert place.n_shards == len(jax.devices()) == 4
-    assert place.platform == "cpu"
-    assert place.table_layout == "auto"
+    mesh = device_mesh()
+    assert mesh.devices == tuple(jax.devices())
+    assert mesh.n_shards == len(jax.devices()) == 4
+    assert mesh.platform == "cpu"
+    assert mesh.table_layout == "auto"
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, np.int64(2)])
 def test_a_number_takes_the_first_devices(count: int) -> None:
-    place = workplace(count, num_threads=1)
-    assert place.devices == tuple(jax.devices()[:count])
-    assert place.n_shards == count
-    assert (place.mesh is None) == (count == 1)
+    mesh = device_mesh(count, num_threads=1)
+    assert mesh.devices == tuple(jax.devices()[:count])
+    assert mesh.n_shards == count
+    assert (mesh.jax_mesh is None) == (count == 1)
 
 
 def test_devices_by_name_and_by_mesh() -> None:
     devices = jax.devices()
-    assert workplace([devices[2], devices[1]]).devices == (devices[2], devices[1])
-    assert workplace(iter(devices[:2])).devices == tuple(devices[:2])
+    assert device_mesh([devices[2], devices[1]]).devices == (devices[2], devices[1])
+    assert device_mesh(iter(devices[:2])).devices == tuple(devices[:2])
     flat = Mesh(np.array(devices[:3]), ("any",))
-    assert workplace(flat).devices == tuple(devices[:3])
+    assert device_mesh(flat).devices == tuple(devices[:3])
     square = Mesh(np.array(devices).reshape(2, 2), ("rows", "columns"))
-    assert workplace(square).devices == tuple(devices)
-    assert workplace(square).n_shards == 4
+    assert device_mesh(square).devices == tuple(devices)
+    assert device_mesh(square).n_shards == 4
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_are_the_shards_of_one_device(threads: int) -> None:
-    assert workplace(1, num_threads=threads).n_shards == threads
+    assert device_mesh(1, num_threads=threads).n_shards == threads
 
 
 def test_no_number_of_threads_means_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert workplace(1).n_shards == joblib.cpu_count()
+    assert device_mesh(1).n_shards == joblib.cpu_count()
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
-    assert workplace(1).n_shards == 1
+    assert device_mesh(1).n_shards == 1
 
 
-def test_many_threads_are_cut_down_to_the_cores() -> None:
+def test_the_number_of_threads_is_limited_to_the_cores() -> None:
     most = max(16, joblib.cpu_count())
-    assert workplace(1, num_threads=16).n_shards == 16
-    place = workplace(1, num_threads=1000)
-    assert place.n_shards == place.n_threads == most
+    assert device_mesh(1, num_threads=16).n_shards == 16
+    mesh = device_mesh(1, num_threads=1000)
+    assert mesh.n_shards == mesh.n_threads == most
 
 
 def test_several_devices_have_a_shard_each() -> None:
-    assert workplace(2, num_threads=7).n_shards == 2
+    assert device_mesh(2, num_threads=7).n_shards == 2
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_several_devices_have_a_shard_each() -> None:
 )
 def test_wrong_devices_are_refused(devices: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        workplace(devices)
+        device_mesh(devices)
 
 
 def test_a_device_given_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="devices must differ from each other"):
-        workplace([jax.devices()[0]] * 2)
+        device_mesh([jax.devices()[0]] * 2)
 
 
 def test_devices_of_other_processes_only_are_refused() -> None:
@@ -106,85 +106,85 @@ def test_devices_of_other_processes_only_are_refused() -> None:
     client = SimpleNamespace(process_index=lambda: 0)
     foreign: Any = Foreign(process_index=1, platform="cpu", client=client)
     with pytest.raises(ValueError, match="devices must include one of this process, number 0"):
-        mesh._check_usable((foreign,))
+        _check_usable((foreign,))
     kinds: Any = (foreign, Foreign(process_index=0, platform="gpu", client=client))
     with pytest.raises(ValueError, match="of one platform.*'cpu', 'gpu'"):
-        mesh._check_usable(kinds)
+        _check_usable(kinds)
 
 
 def test_an_unknown_layout_is_refused() -> None:
     with pytest.raises(ValueError, match="table_layout must be one of .*'everywhere'"):
-        workplace(table_layout="everywhere")
+        device_mesh(table_layout="everywhere")
 
 
 @pytest.mark.parametrize("table_layout", ["auto", "replicated", "sharded"])
 def test_known_layouts(table_layout: str) -> None:
-    assert workplace(table_layout=table_layout).table_layout == table_layout
+    assert device_mesh(table_layout=table_layout).table_layout == table_layout
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(RuntimeError, match="needs a GPU, but JAX runs on 'cpu'"):
-        workplace(use_gpu=True)
-    assert workplace(use_gpu=False).platform == "cpu"
+        device_mesh(use_gpu=True)
+    assert device_mesh(use_gpu=False).platform == "cpu"
 
 
-def test_workplaces_are_values() -> None:
-    assert workplace(2) == workplace(2) and hash(workplace(2)) == hash(workplace(2))
-    assert workplace(2) != workplace(4)
-    assert workplace(1, num_threads=1) != workplace(1, num_threads=2)
+def test_meshes_compare_by_value() -> None:
+    assert device_mesh(2) == device_mesh(2) and hash(device_mesh(2)) == hash(device_mesh(2))
+    assert device_mesh(2) != device_mesh(4)
+    assert device_mesh(1, num_threads=1) != device_mesh(1, num_threads=2)
 
 
-PLACES = [(1, 1), (1, 2), (2, 0), (4, 0)]
+MESHES = [(1, 1), (1, 2), (2, 0), (4, 0)]
 
 
-@pytest.mark.parametrize(("devices", "threads"), PLACES)
+@pytest.mark.parametrize(("devices", "threads"), MESHES)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "int32"])
-def test_arrays_come_back_as_they_went(devices: int, threads: int, dtype: str) -> None:
-    place = workplace(devices, num_threads=threads)
+def test_placed_arrays_are_fetched_unchanged(devices: int, threads: int, dtype: str) -> None:
+    mesh = device_mesh(devices, num_threads=threads)
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     rng = np.random.default_rng(0)
-    stacked = (100 * rng.normal(size=(place.n_shards, 5, 3))).astype(kind)
-    with mesh.precision(dtype):
-        back = place.get(place.put(stacked))
-        empty = place.get(place.zeros(stacked.shape[1:], kind))
+    stacked = (100 * rng.normal(size=(mesh.n_shards, 5, 3))).astype(kind)
+    with precision(dtype):
+        back = mesh.get(mesh.put(stacked))
+        empty = mesh.get(mesh.zeros(stacked.shape[1:], kind))
     assert back.dtype == empty.dtype == kind and back.flags.writeable
     np.testing.assert_array_equal(back, stacked)
     assert empty.shape == stacked.shape and not empty.any()
 
 
 @pytest.mark.parametrize("devices", [2, 4])
-def test_a_slice_stands_on_each_device(devices: int) -> None:
-    place = workplace(devices)
-    assert place.mesh is not None
-    placed = place.put(np.arange(devices * 6, dtype=np.float32).reshape(devices, 3, 2))
+def test_each_device_has_one_slice(devices: int) -> None:
+    mesh = device_mesh(devices)
+    assert mesh.jax_mesh is not None
+    placed = mesh.put(np.arange(devices * 6, dtype=np.float32).reshape(devices, 3, 2))
     assert placed.sharding.is_equivalent_to(
-        NamedSharding(place.mesh, PartitionSpec(place.mesh.axis_names[0])), placed.ndim
+        NamedSharding(mesh.jax_mesh, PartitionSpec(mesh.jax_mesh.axis_names[0])), placed.ndim
     )
     for number, shard in enumerate(placed.addressable_shards):
-        assert shard.device == place.devices[number]
+        assert shard.device == mesh.devices[number]
         assert shard.data.shape == (1, 3, 2)
         np.testing.assert_array_equal(shard.data[0], np.arange(6).reshape(3, 2) + 6 * number)
 
 
-def test_one_devices_shards_are_all_on_it() -> None:
-    place = workplace(jax.devices()[1:2], num_threads=3)
-    placed = place.put(np.zeros((3, 2, 2), np.float32))
+def test_all_shards_of_a_single_device_are_on_it() -> None:
+    mesh = device_mesh(jax.devices()[1:2], num_threads=3)
+    placed = mesh.put(np.zeros((3, 2, 2), np.float32))
     assert len(placed) == 3
     assert all(part.devices() == {jax.devices()[1]} for part in placed)
 
 
 @pytest.mark.parametrize("n_rows", [8, 8192, 8192 + 1024, 5 * 4096])
-def test_shards_are_joined_and_changed(n_rows: int) -> None:
-    own = [np.arange(n_rows * 2, dtype=np.float32).reshape(n_rows, 2) + i for i in range(3)]
-    joined = jax.jit(lambda own: mesh.Together().join(own, lambda rows: 2 * rows))(own)
-    np.testing.assert_array_equal(joined, 2 * np.concatenate(own))
+def test_shards_are_changed_and_concatenated(n_rows: int) -> None:
+    shards = [np.arange(n_rows * 2, dtype=np.float32).reshape(n_rows, 2) + i for i in range(3)]
+    joined = jax.jit(lambda shards: Collectives().concatenate(shards, lambda rows: 2 * rows))
+    np.testing.assert_array_equal(joined(shards), 2 * np.concatenate(shards))
 
 
-@pytest.mark.parametrize(("devices", "threads"), PLACES)
+@pytest.mark.parametrize(("devices", "threads"), MESHES)
 def test_jobs_are_mapped_in_order(devices: int, threads: int) -> None:
-    place = workplace(devices, num_threads=threads)
-    assert place.threads(lambda job: job * job, range(7)) == [n * n for n in range(7)]
-    assert place.threads(lambda job: job, []) == []
+    mesh = device_mesh(devices, num_threads=threads)
+    assert mesh.threads(lambda job: job * job, range(7)) == [n * n for n in range(7)]
+    assert mesh.threads(lambda job: job, []) == []
 
 
 def test_an_error_in_a_thread_is_the_callers() -> None:
@@ -192,7 +192,7 @@ def test_an_error_in_a_thread_is_the_callers() -> None:
         raise KeyError(job)
 
     with pytest.raises(KeyError):
-        workplace(1, num_threads=2).threads(fail, [1, 2, 3])
+        device_mesh(1, num_threads=2).threads(fail, [1, 2, 3])
 
 
 def test_after_an_error_no_thread_takes_another_job() -> None:
@@ -204,7 +204,7 @@ def test_after_an_error_no_thread_takes_another_job() -> None:
         raise KeyError(job)
 
     with pytest.raises(KeyError):
-        workplace(1, num_threads=2).threads(fail, range(100))
+        device_mesh(1, num_threads=2).threads(fail, range(100))
     assert len(begun) <= 2
 
 
@@ -216,14 +216,14 @@ def test_no_more_threads_than_allowed(most: int) -> None:
         seen.add(threading.get_ident())
         time.sleep(0.01)
 
-    workplace(1, num_threads=4).threads(work, range(12), most)
+    device_mesh(1, num_threads=4).threads(work, range(12), most)
     assert len(seen) == most
 
 
-def test_doubles_exist_only_inside_their_scope() -> None:
-    with mesh.precision("float64"):
+def test_float64_is_enabled_only_inside_the_context() -> None:
+    with precision("float64"):
         assert jax.numpy.asarray(np.zeros(2)).dtype == np.float64
-    with mesh.precision("float32"):
+    with precision("float32"):
         assert jax.numpy.asarray(np.zeros(2)).dtype == np.float32
 
 

@@ -1,4 +1,4 @@
-"""What is kept of a matrix on the devices: values as narrow as they can be, with equal results."""
+"""Values of a matrix on the devices: the narrowest exact dtype, with equal results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import backend, placing
 from tpu_als.engine.xla.data import XlaData
-from tpu_als.engine.xla.mesh import workplace
+from tpu_als.engine.xla.mesh import device_mesh
 
 FACTORS = 8
 
@@ -51,32 +51,32 @@ CASES = {"ones": ([1.0], None), "ratings": ([0.5, 3.0, -4.5, 0.0], ml_dtypes.bfl
          "counts": ([1.0, 257.0], np.float32)}  # fmt: skip
 
 
-def test_a_value_beyond_what_is_narrow_is_kept_wide() -> None:
+def test_values_beyond_bfloat16_are_stored_as_float32() -> None:
     most = np.finfo(np.float32).max
-    data = backend.place(_matrix([1.0, most]), AlsParams(FACTORS), workplace(1))
-    assert data.users.own.values[0].dtype == np.float32
+    data = backend.place(_matrix([1.0, most]), AlsParams(FACTORS), device_mesh(1))
+    assert data.users.cells.values[0].dtype == np.float32
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [None, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_values_are_as_narrow_as_they_can_be(
+def test_values_have_the_narrowest_exact_dtype(
     case: str, devices: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values, expected = CASES[case]
     # so that there are long rows too
     monkeypatch.setattr(placing, "_LONGEST", {"cpu": 16, "other": 16})
     monkeypatch.setattr(placing.layout, "LONGEST", 16)
-    place = workplace(devices or 1, num_threads=2, table_layout="sharded" if devices else "auto")
+    mesh = device_mesh(devices or 1, num_threads=2, table_layout="sharded" if devices else "auto")
     matrix, params = _matrix(values), AlsParams(FACTORS)
-    data = backend.place(matrix, params, place)
+    data = backend.place(matrix, params, mesh)
     assert len(data.users.rows.long) and len(data.items.rows.long)
     for side in (data.users, data.items):
-        for kept in (side.own.values, side.long.values if side.long is not None else None):
+        for kept in (side.cells.values, side.long.values if side.long is not None else None):
             first: Any = kept[0] if isinstance(kept, list) else kept
             assert (first is None) if expected is None else (first.dtype == expected)
     monkeypatch.setattr(placing, "kept_as", lambda *_: np.dtype(np.float32))
-    wide = backend.place(matrix, params, place)
+    wide = backend.place(matrix, params, mesh)
     for found, same in zip(_tables(data), _tables(wide), strict=True):
         np.testing.assert_allclose(found, same, rtol=1e-4, atol=1e-5)
 
@@ -85,12 +85,12 @@ def test_values_are_as_narrow_as_they_can_be(
 @pytest.mark.parametrize(("values", "kept"), [([1.0], False), ([2.0], True)])
 def test_shards_without_values_keep_none(values: list[float], kept: bool, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
-    matrix, place = _matrix(values), workplace(1)
+    matrix, mesh = _matrix(values), device_mesh(1)
     opened = shards.write_shards(matrix, tmp_path / "data", 2)
     params = AlsParams(FACTORS)
-    data, whole = (backend.place(each, params, place) for each in (opened, matrix))
-    assert (data.users.own.values is not None) == kept
-    for found, same in zip(_tables(data), _tables(whole), strict=True):
+    data, in_memory = (backend.place(entries, params, mesh) for entries in (opened, matrix))
+    assert (data.users.cells.values is not None) == kept
+    for found, same in zip(_tables(data), _tables(in_memory), strict=True):
         np.testing.assert_allclose(found, same, rtol=1e-4, atol=1e-5)
 
 
@@ -142,10 +142,10 @@ def test_a_fit_does_not_depend_on_the_fits_before_it() -> None:
 @given(st.integers(0, 99))
 def test_plans_depend_on_coarse_properties_of_the_lengths(seed: int) -> None:
     """Folds of a matrix get one ladder, and so share programs."""
-    rng, params, place = np.random.default_rng(seed), AlsParams(64), workplace(1)
+    rng, params, mesh = np.random.default_rng(seed), AlsParams(64), device_mesh(1)
     lengths = np.minimum(np.exp(rng.normal(4, 1.2, 12_000)).astype(int), 3000)
     plans = [
-        placing.make_plan(rng.permutation(lengths)[: len(lengths) * 4 // 5], params, place)
+        placing.make_plan(rng.permutation(lengths)[: len(lengths) * 4 // 5], params, mesh)
         for _ in range(5)
     ]
     rungs = [set(plan.lengths) for plan in plans]

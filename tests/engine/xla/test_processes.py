@@ -55,7 +55,7 @@ def alone(folder: Path) -> list[dict[str, np.ndarray]]:
 @pytest.mark.parametrize(
     "team", [*TEAMS[:2], pytest.param(TEAMS[2], marks=pytest.mark.nightly)], ids=str
 )
-def test_a_team_finds_what_one_finds(
+def test_several_processes_give_the_results_of_one(
     team: tuple[int, int], folder: Path, alone: list[dict[str, np.ndarray]]
 ) -> None:
     for case, every, expected in zip(CASES, _run(team, folder), alone, strict=True):
@@ -79,7 +79,7 @@ def test_a_team_finds_what_one_finds(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_lost_process_ends_the_other_and_a_restart_goes_on(
+def test_a_lost_process_ends_the_others_and_a_restart_resumes(
     victim: int, folder: Path, tmp_path: Path
 ) -> None:
     case: dict[str, Any] = {"shards": True, "table_layout": "sharded", "iterations": 6}

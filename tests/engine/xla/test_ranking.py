@@ -1,4 +1,4 @@
-"""Exact top-k against a full sort in NumPy, whatever is hidden, on one device and on four."""
+"""Exact top-k against a full sort in NumPy, with any items excluded, on one device and on four."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tpu_als.engine.cpu import ranking as cpu_ranking
 from tpu_als.engine.data import DTYPES
 from tpu_als.engine.layout import RowMap
 from tpu_als.engine.xla import ranking
-from tpu_als.engine.xla.mesh import Shards, Workplace, workplace
+from tpu_als.engine.xla.mesh import DeviceMesh, Shards, device_mesh
 
 LOWEST = np.float32(-np.finfo(np.float32).max)
-PLACES = [(1, 1), (1, 2), (4, 0)]
+MESHES = [(1, 1), (1, 2), (4, 0)]
 
 
-def _place(devices: int, threads: int) -> Workplace:
-    return workplace(devices, num_threads=threads)
+def _mesh(devices: int, threads: int) -> DeviceMesh:
+    return device_mesh(devices, num_threads=threads)
 
 
 def _scores(
@@ -91,7 +91,7 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, sparse.csr_matrix
     return queries, table, seen, excluded
 
 
-@pytest.mark.parametrize(("devices", "threads"), PLACES)
+@pytest.mark.parametrize(("devices", "threads"), MESHES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @given(problem=problems(), k=st.sampled_from([1, 3, 10, 45]))
 def test_top_k_equals_a_full_sort(
@@ -99,7 +99,7 @@ def test_top_k_equals_a_full_sort(
 ) -> None:
     queries, table, seen, excluded = problem
     queries, table = queries.astype(dtype), table.astype(dtype)
-    catalog = ranking.catalog(table, _place(devices, threads))
+    catalog = ranking.catalog(table, _mesh(devices, threads))
     expected = _scores(queries, table, seen, excluded)
     hidden = {"seen": seen, "excluded": excluded}
     _check(catalog.top_k(queries, k, **hidden), k, *expected, dtype)
@@ -107,7 +107,7 @@ def test_top_k_equals_a_full_sort(
     _check(by_cpu.top_k(queries, k, **hidden), k, *expected, dtype)
 
 
-@pytest.mark.parametrize(("devices", "threads"), PLACES)
+@pytest.mark.parametrize(("devices", "threads"), MESHES)
 @pytest.mark.parametrize("k", [10, 100])
 def test_a_large_catalog_with_much_seen(devices: int, threads: int, k: int) -> None:
     """The best items are the seen ones, so a search that stops early would miss the rest."""
@@ -122,17 +122,17 @@ def test_a_large_catalog_with_much_seen(devices: int, threads: int, k: int) -> N
     stored[np.arange(n_queries)[:, None], kept] = 1
     seen = sparse.csr_matrix(stored)
     excluded = rng.choice(n_items, 300, replace=False)
-    catalogs = ranking.catalog(table, _place(devices, threads)), cpu_ranking.Catalog(table, None, 2)
+    catalogs = ranking.catalog(table, _mesh(devices, threads)), cpu_ranking.Catalog(table, None, 2)
     for catalog in catalogs:
         found = catalog.top_k(queries, k, seen=seen, excluded=excluded)
         _check(found, k, *_scores(queries, table, seen, excluded), "float32")
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_best_items_side_by_side(devices: int) -> None:
+def test_best_items_in_consecutive_rows(devices: int) -> None:
     """All the best in one stretch of the catalog, as items sorted by popularity stand."""
     table = np.linspace(1, 0, 3000, dtype=np.float32)[:, None]
-    catalog = ranking.catalog(table, _place(devices, 2))
+    catalog = ranking.catalog(table, _mesh(devices, 2))
     ids, scores = catalog.top_k(np.ones((9, 1), np.float32), 150)
     np.testing.assert_array_equal(ids, np.tile(np.arange(150), (9, 1)))
     np.testing.assert_array_equal(scores, np.tile(table[:150, 0], (9, 1)))
@@ -141,7 +141,7 @@ def test_best_items_side_by_side(devices: int) -> None:
 @pytest.mark.parametrize("n_queries", [1, 9])
 @pytest.mark.parametrize("devices", [1, 4])
 def test_equal_scores_of_all_items(devices: int, n_queries: int) -> None:
-    catalog = ranking.catalog(np.zeros((500, 2), np.float32), _place(devices, 1))
+    catalog = ranking.catalog(np.zeros((500, 2), np.float32), _mesh(devices, 1))
     ids, scores = catalog.top_k(np.ones((n_queries, 2), np.float32), 20)
     assert all(len(set(row)) == 20 for row in ids)
     assert ids.min() >= 0 and ids.max() < 500 and not scores.any()
@@ -151,7 +151,7 @@ def test_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> 
     rng = np.random.default_rng(0)
     queries = rng.normal(size=(37, 4)).astype(np.float32)
     seen = sparse.csr_matrix((rng.random((37, 200)) < 0.3).astype(np.float32))
-    catalog = ranking.catalog(rng.normal(size=(200, 4)).astype(np.float32), _place(1, 2))
+    catalog = ranking.catalog(rng.normal(size=(200, 4)).astype(np.float32), _mesh(1, 2))
     together = catalog.top_k(queries, 10, seen=seen)
     single = [catalog.top_k(queries[[n]], 10, seen=seen[n]) for n in range(37)]
     monkeypatch.setitem(ranking._BATCH_BYTES, "cpu", 1 << 10)
@@ -166,7 +166,7 @@ def test_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> 
     ("n_queries", "n_items", "k"), [(0, 7, 3), (2, 0, 3), (9, 0, 3), (9, 7, 0)]
 )
 def test_nothing_to_rank(devices: int, n_queries: int, n_items: int, k: int) -> None:
-    catalog = ranking.catalog(np.ones((n_items, 2), np.float32), _place(devices, 1))
+    catalog = ranking.catalog(np.ones((n_items, 2), np.float32), _mesh(devices, 1))
     ids, scores = catalog.top_k(np.ones((n_queries, 2), np.float32), k)
     assert ids.shape == scores.shape == (n_queries, k)
     assert np.all(ids == -1) and np.all(scores == LOWEST)
@@ -178,7 +178,7 @@ def test_a_call_changes_nothing_that_it_was_given(n_queries: int) -> None:
     queries, table = rng.normal(size=(n_queries, 3)), rng.normal(size=(40, 3))
     seen = sparse.csr_matrix((rng.random((n_queries, 40)) < 0.3).astype(np.float32))
     before = queries.copy(), table.copy(), seen.copy()
-    catalog = ranking.catalog(table, _place(1, 1))
+    catalog = ranking.catalog(table, _mesh(1, 1))
     catalog.top_k(queries, 5, seen=seen, excluded=np.arange(3))
     np.testing.assert_array_equal(queries, before[0])
     np.testing.assert_array_equal(table, before[1])
@@ -187,11 +187,11 @@ def test_a_call_changes_nothing_that_it_was_given(n_queries: int) -> None:
 
 def test_a_catalog_is_reused_without_compiling(new_compilations) -> None:
     rng = np.random.default_rng(0)
-    place = _place(1, 2)
+    mesh = _mesh(1, 2)
     queries = rng.normal(size=(60, 3)).astype(np.float32)
-    catalog = ranking.catalog(rng.normal(size=(300, 3)).astype(np.float32), place)
+    catalog = ranking.catalog(rng.normal(size=(300, 3)).astype(np.float32), mesh)
     catalog.top_k(queries, 10)
-    again = ranking.catalog(rng.normal(size=(300, 3)).astype(np.float32), place)
+    again = ranking.catalog(rng.normal(size=(300, 3)).astype(np.float32), mesh)
     seen = sparse.csr_matrix((rng.random((60, 300)) < 0.1).astype(np.float32))
     with new_compilations() as count:
         catalog.top_k(-queries, 9, excluded=np.arange(4))
@@ -199,13 +199,13 @@ def test_a_catalog_is_reused_without_compiling(new_compilations) -> None:
     assert count.programs == 0
 
 
-def _in_slots(table: np.ndarray, place: Workplace, dtype: str) -> tuple[Shards, RowMap, np.ndarray]:
+def _in_slots(table: np.ndarray, mesh: DeviceMesh, dtype: str) -> tuple[Shards, RowMap, np.ndarray]:
     """A table in slot order on the devices, its map, and the rows in float64 as they are stored."""
     lengths = np.random.default_rng(1).integers(0, 40, len(table))
-    rows = layout.map_rows(lengths, layout.Plan((8, 16, 32), 64, 16, place.n_shards))
+    rows = layout.map_rows(lengths, layout.Plan((8, 16, 32), 64, 16, mesh.n_shards))
     stored = table.astype(DTYPES[dtype])
     with ranking.precision(dtype):
-        shards = place.put(layout.to_slots(stored, rows, place.local))
+        shards = mesh.put(layout.to_slots(stored, rows, mesh.local_shards))
     return shards, rows, stored.astype(np.float64)
 
 
@@ -217,13 +217,13 @@ def _in_slots(table: np.ndarray, place: Workplace, dtype: str) -> tuple[Shards, 
 )
 @settings(max_examples=6)
 @given(problem=problems(), k=st.sampled_from([1, 10, 45]))
-def test_a_table_is_ranked_where_it_lies(
+def test_a_table_on_the_devices_is_ranked_without_a_copy(
     devices: tuple[int, int], dtype: str, problem: tuple, k: int
 ) -> None:
     queries, table, seen, excluded = problem
-    place = _place(*devices)
-    shards, rows, stored = _in_slots(table, place, dtype)
-    catalog = ranking.catalog_of(shards, rows, place)
+    mesh = _mesh(*devices)
+    shards, rows, stored = _in_slots(table, mesh, dtype)
+    catalog = ranking.catalog_of(shards, rows, mesh)
     assert catalog.rows is shards
     wide = "float64" if dtype == "float64" else "float32"
     found = catalog.top_k(queries.astype(wide), k, seen=seen, excluded=excluded)
@@ -233,34 +233,33 @@ def test_a_table_is_ranked_where_it_lies(
 @pytest.mark.parametrize("devices", [(1, 3), (4, 0)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_cosines(devices: tuple[int, int], dtype: str) -> None:
-    rng, place = np.random.default_rng(0), _place(*devices)
+    rng, mesh = np.random.default_rng(0), _mesh(*devices)
     wide = "float64" if dtype == "float64" else "float32"
     table = rng.normal(size=(300, 5)).astype(wide)
     table[7] = 0  # has no direction, and a cosine of 0
-    shards, rows, stored = _in_slots(table, place, dtype)
+    shards, rows, stored = _in_slots(table, mesh, dtype)
     lengths = np.linalg.norm(stored, axis=1)
     lengths[7] = 1e-10
     queries = stored[:20] / lengths[:20, None]
     expected = _scores(queries, stored / lengths[:, None], None, None)
     for catalog in (
-        ranking.catalog_of(shards, rows, place, cosine=True),
-        ranking.catalog_of(shards, rows, place, lengths=lengths),
-        ranking.catalog(stored.astype(wide), place, lengths=lengths),
+        ranking.catalog_of(shards, rows, mesh, cosine=True),
+        ranking.catalog_of(shards, rows, mesh, lengths=lengths),
+        ranking.catalog(stored.astype(wide), mesh, lengths=lengths),
     ):
         found = catalog.top_k(queries.astype(wide), 25)
         _check(found, 25, *expected, wide)
         np.testing.assert_array_equal(found[0][:7, 0], np.arange(7))
 
 
-def test_only_the_best_of_each_part_travel() -> None:
+def test_devices_exchange_only_the_best_of_each_part() -> None:
     """No array that a collective makes is as large as a part of the table, or of its scores."""
-    place = _place(4, 0)
-    shards, rows, _ = _in_slots(np.ones((20_000, 8)), place, "float32")
-    catalog = ranking.catalog_of(shards, rows, place)
-    program = ranking.ranking(catalog, 16)
-    seen = ranking._seen(None, catalog)
-    own = (catalog.rows, catalog.lengths, catalog.shown)
-    text = program.lower(own, (np.ones((8, 8), np.float32), seen)).as_text()
+    mesh = _mesh(4, 0)
+    shards, rows, _ = _in_slots(np.ones((20_000, 8)), mesh, "float32")
+    catalog = ranking.catalog_of(shards, rows, mesh)
+    program = ranking.top_k_program(catalog, 16)
+    queries = ranking.Queries(np.ones((8, 8), np.float32), ranking._seen_items(None, catalog))
+    text = program.lower(ranking._parts_of(catalog, None), queries).as_text()
     gathered = [line for line in text.splitlines() if "stablehlo.all_gather" in line]
     assert len(gathered) == 2 and all("-> tensor<4x8x16x" in line for line in gathered)
     assert not any(
@@ -274,7 +273,7 @@ def test_approximate_search_is_exact_where_there_is_no_approximate_one(
 ) -> None:
     rng = np.random.default_rng(0)
     queries, table = rng.normal(size=(9, 8)), rng.normal(size=(3000, 8))
-    catalog = ranking.catalog(table.astype(np.float32), _place(*devices))
+    catalog = ranking.catalog(table.astype(np.float32), _mesh(*devices))
     found = catalog.top_k(queries.astype(np.float32), 50, approximate_recall=0.9)
     _check(found, 50, *_scores(queries, table, None, None), "float32")
     for wrong in (0, 1.5, -0.1, float("nan")):
@@ -283,16 +282,11 @@ def test_approximate_search_is_exact_where_there_is_no_approximate_one(
 
 
 def test_tpus_get_the_approximate_search_when_asked() -> None:
-    catalog = ranking.catalog(np.ones((20_000, 8), np.float32), _place(4, 0))
-    args = (
-        (catalog.rows, catalog.lengths, catalog.shown),
-        (
-            np.ones((8, 8), np.float32),
-            ranking._seen(None, catalog),
-        ),
-    )
+    catalog = ranking.catalog(np.ones((20_000, 8), np.float32), _mesh(4, 0))
+    queries = ranking.Queries(np.ones((8, 8), np.float32), ranking._seen_items(None, catalog))
+    args = ranking._parts_of(catalog, None), queries
     for recall, expected in ((None, 0), (0.95, 1)):
-        traced = ranking.ranking(catalog, 16, recall).trace(*args)
+        traced = ranking.top_k_program(catalog, 16, recall).trace(*args)
         text = traced.lower(lowering_platforms=("tpu",)).as_text()
         assert text.count("@ApproxTopK(") == expected
         assert text.count("recall_target = 0.9499") == expected
@@ -306,23 +300,23 @@ _PROCESS = """
     jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
     from tpu_als.engine import layout
     from tpu_als.engine.xla import ranking
-    from tpu_als.engine.xla.mesh import workplace
+    from tpu_als.engine.xla.mesh import device_mesh
 
-    place = workplace()
-    assert len(place.devices) == 8 and len(place.processes) == 2
+    mesh = device_mesh()
+    assert len(mesh.devices) == 8 and len(mesh.processes) == 2
     rng = np.random.default_rng(0)
     table = rng.normal(size=(500, 6)).astype(np.float32)
     queries = rng.normal(size=(30, 6)).astype(np.float32)
     stored = rng.random((30, 500)) < 0.2
     seen, excluded = sparse.csr_matrix(stored.astype(np.float32)), np.arange(0, 500, 7)
     rows = layout.map_rows(rng.integers(0, 40, 500), layout.Plan((8, 32), 64, 16, 8, 2))
-    shards = place.put(layout.to_slots(table, rows, place.local))
+    shards = mesh.put(layout.to_slots(table, rows, mesh.local_shards))
     scores = queries.astype(float) @ table.T.astype(float)
     cosines = scores / np.linalg.norm(table, axis=1)
     for expected, found in (
-        (scores, ranking.catalog_of(shards, rows, place)),
-        (cosines, ranking.catalog_of(shards, rows, place, cosine=True)),
-        (scores, ranking.catalog(table, place)),
+        (scores, ranking.catalog_of(shards, rows, mesh)),
+        (cosines, ranking.catalog_of(shards, rows, mesh, cosine=True)),
+        (scores, ranking.catalog(table, mesh)),
     ):
         expected[stored] = expected[:, excluded] = -np.inf
         ids, best = found.top_k(queries, 12, seen=seen, excluded=excluded)

@@ -1,4 +1,4 @@
-"""Tables on the devices answer as their NumPy copies would, wherever their rows are."""
+"""Tables on the devices give the results of their NumPy copies, on every mesh."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from tpu_als.engine import als
 from tpu_als.engine.data import DTYPES, AlsParams
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import backend
-from tpu_als.engine.xla.mesh import workplace
+from tpu_als.engine.xla.mesh import device_mesh
 from tpu_als.engine.xla.resident import Table
 
 COUNTS = random_counts(70, 50, seed=3)
-PLACES = [(1, 1, "auto"), (1, 2, "auto"), (2, 0, "replicated"), (4, 0, "sharded")]
+MESHES = [(1, 1, "auto"), (1, 2, "auto"), (2, 0, "replicated"), (4, 0, "sharded")]
 
 
 def _tables(
-    place: tuple[int, int, str], dtype: str = "float32"
+    mesh_args: tuple[int, int, str], dtype: str = "float32"
 ) -> tuple[dict[str, Table], dict[str, np.ndarray]]:
-    devices, threads, table_layout = place
-    where = workplace(devices, num_threads=threads, table_layout=table_layout)
-    data = backend.place(COUNTS, AlsParams(6, dtype), where)
+    devices, threads, table_layout = mesh_args
+    mesh = device_mesh(devices, num_threads=threads, table_layout=table_layout)
+    data = backend.place(COUNTS, AlsParams(6, dtype), mesh)
     rng = np.random.default_rng(0)
     given = {
         s: rng.normal(size=(n, 6)) for s, n in zip(("user", "item"), COUNTS.shape, strict=True)
@@ -37,9 +37,9 @@ def _tables(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize("place", PLACES, ids=str)
-def test_rows_lengths_and_gramians(place: tuple[int, int, str], dtype: str) -> None:
-    found, given = _tables(place, dtype)
+@pytest.mark.parametrize("mesh_args", MESHES, ids=str)
+def test_rows_lengths_and_gramians(mesh_args: tuple[int, int, str], dtype: str) -> None:
+    found, given = _tables(mesh_args, dtype)
     for side, table in found.items():
         expected, ids = given[side], np.array([3, 3, 0, len(given[side]) - 1])
         assert table.shape == expected.shape
@@ -55,10 +55,10 @@ def test_rows_lengths_and_gramians(place: tuple[int, int, str], dtype: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", PLACES, ids=str)
+@pytest.mark.parametrize("mesh_args", MESHES, ids=str)
 @pytest.mark.parametrize("kind", ["implicit", "ials"])
-def test_rows_are_solved_exactly(place: tuple[int, int, str], kind: str) -> None:
-    found, given = _tables(place)
+def test_rows_are_solved_exactly(mesh_args: tuple[int, int, str], kind: str) -> None:
+    found, given = _tables(mesh_args)
     rows = random_counts(23, 50, seed=4)
     objective = oracle.Objective(kind, 0.5, 2.0, 0.3, 0.5)
     solved = found["item"].solve(rows, Objective.of(*objective))
@@ -72,9 +72,9 @@ def test_rows_are_solved_exactly(place: tuple[int, int, str], kind: str) -> None
 @pytest.mark.parametrize("normal", [False, True])
 def test_drawn_rows_depend_on_seed_and_number_alone(normal: bool) -> None:
     found = []
-    for devices, threads, table_layout in PLACES:
-        where = workplace(devices, num_threads=threads, table_layout=table_layout)
-        data = backend.place(random_counts(300, 200), AlsParams(16), where)
+    for devices, threads, table_layout in MESHES:
+        mesh = device_mesh(devices, num_threads=threads, table_layout=table_layout)
+        data = backend.place(random_counts(300, 200), AlsParams(16), mesh)
         state = als.draw(data, 7, 0.5, normal=normal)
         found.append((als.user_factors(state, data), als.item_factors(state, data)))
     for users, items in found:

@@ -227,12 +227,12 @@ def test_the_spectrum_of_a_deficient_table_is_positive(rank: int) -> None:
     assert np.all(np.isfinite(np.asarray(rotated)))
 
 
-def test_pad_cells_weigh_nothing_wherever_they_point() -> None:
+def test_pad_cells_have_zero_weights() -> None:
     objective = Objective(*(np.float32(n) for n in Objective.of("implicit", 0.1, 2.0, 3)))
     table = jnp.ones((6, K))
     ids, values = np.zeros((2, 3), np.int32), np.full((2, 3), 5, np.float32)
-    left = np.array([0, 2], np.int32)
-    block = solve.gather(table, objective, ids, values, left, "float32")
+    cells = solve.Cells(ids, values, np.array([0, 2], np.int32))
+    block = solve.gather(table, objective, cells, "float32")
     np.testing.assert_array_equal(block.w, [[0, 0, 0], [7, 7, 0]])
     np.testing.assert_array_equal(block.v, [[0, 0, 0], [10, 10, 0]])
 
@@ -241,16 +241,16 @@ def test_pad_cells_weigh_nothing_wherever_they_point() -> None:
 def test_cells_loss_is_the_square_error(seed: int, offset: float) -> None:
     """Of an entry with c > 0 that is c (1 - t)^2, else |c| (1 + t^2); less what all cells have."""
     rng = np.random.default_rng(seed)
-    left = rng.integers(0, L + 1, R).astype(np.int32)
-    live = np.arange(L) < left[:, None]
-    c = live * rng.integers(-3, 9, (R, L)).astype(np.float64)
+    n_entries = rng.integers(0, L + 1, R).astype(np.int32)
+    is_entry = np.arange(L) < n_entries[:, None]
+    c = is_entry * rng.integers(-3, 9, (R, L)).astype(np.float64)
     block = Block(rng.normal(size=(R, L, K)), np.abs(c), np.maximum(c, 0))
     z = rng.normal(size=(R, K))
     t = np.einsum("rlk,rk->rl", block.rows, z)
-    each = np.where(c > 0, c * (1 - t) ** 2, np.abs(c) * (1 + t**2)) - offset * t**2
+    losses = np.where(c > 0, c * (1 - t) ** 2, np.abs(c) * (1 + t**2)) - offset * t**2
     with precision("float64"):
-        ours = np.asarray(_cells_loss(block, z, solve.entries_of((R, L), left), offset))
-    np.testing.assert_allclose(ours, (live * each).sum(axis=1), rtol=1e-9, atol=1e-9)
+        ours = np.asarray(_cells_loss(block, z, solve.entry_mask((R, L), n_entries), offset))
+    np.testing.assert_allclose(ours, (is_entry * losses).sum(axis=1), rtol=1e-9, atol=1e-9)
 
 
 _cells_loss = jax.jit(solve.cells_loss)

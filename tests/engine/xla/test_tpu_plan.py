@@ -84,7 +84,7 @@ def test_memory_adds_up(topology: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_what_travels_is_what_was_planned(topology: str) -> None:
+def test_programs_exchange_the_planned_rows(topology: str) -> None:
     """Rows of the storage dtype, as many as the route says, in one all-to-all a rung."""
     lines, programs = _plan(topology)
     for name in ("users", "items"):

@@ -54,6 +54,8 @@ class CpuData(Data):
         Memory of unused tables, which the next half-epoch uses again.
     """
 
+    users: CpuSide
+    items: CpuSide
     memory: Memory = field(default_factory=Memory, repr=False, compare=False)
 
 
@@ -248,7 +250,7 @@ class CpuBackend:
         """The data in the form that checkpoints have, which is that of the XLA backend."""
         from tpu_als.engine.xla import bridge
 
-        return bridge.described(data)
+        return bridge.describe(data)
 
     def to_checkpoint(self, state: AlsState, data: CpuData) -> AlsState:
         """A state in that form."""

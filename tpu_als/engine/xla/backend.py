@@ -15,44 +15,44 @@ from tpu_als.engine.data import AlsParams, LossParts
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import fold_in, half_epoch, placing, ranking
 from tpu_als.engine.xla.data import XlaData, XlaSide
-from tpu_als.engine.xla.mesh import Shards, Workplace, precision
+from tpu_als.engine.xla.mesh import DeviceMesh, Shards, precision
 from tpu_als.engine.xla.resident import Table
 
 
 @dataclass(frozen=True)
 class XlaBackend:
-    """Runs compiled programs on the devices of a workplace.
+    """Runs compiled programs on the devices of a mesh.
 
     Attributes
     ----------
-    devices : Workplace
+    mesh : DeviceMesh
         The devices, and how arrays are divided among them.
     """
 
-    devices: Workplace
+    mesh: DeviceMesh
 
     @property
     def process(self) -> int:
-        """Number of this process among those of the devices."""
-        return self.devices.process
+        """Index of this process among those of the mesh."""
+        return self.mesh.process
 
     @property
     def n_processes(self) -> int:
-        """Number of processes whose devices these are."""
-        return len(self.devices.processes)
+        """Number of processes that have devices of the mesh."""
+        return len(self.mesh.processes)
 
     @property
     def alone(self) -> XlaBackend:
         """The backend on this process's devices only."""
-        return XlaBackend(self.devices.alone)
+        return XlaBackend(self.mesh.alone)
 
     def agree(self, number: int) -> int:
-        """Return the largest of a number over all processes."""
-        return self.devices.agree(number)
+        """Return the maximum of a number over all processes."""
+        return self.mesh.agree(number)
 
     def watched(self) -> contextlib.AbstractContextManager[None]:
         """Context in which collective failures become a RuntimeError."""
-        return self.devices.watched()
+        return self.mesh.watched()
 
     def place(
         self,
@@ -62,13 +62,13 @@ class XlaBackend:
         with_digest: bool = False,
     ) -> XlaData:
         """Lay out a matrix in both orientations, and put it on the devices."""
-        return placing.lay_out(user_items, params, self.devices, self, with_digest=with_digest)
+        return placing.lay_out(user_items, params, self.mesh, self, with_digest=with_digest)
 
     def put(self, table: np.ndarray, side: XlaSide, data: XlaData) -> Shards:
         """Put a table (M, K) in the caller's order on the devices, in slot order."""
-        slots = layout.to_slots(table, side.rows, data.place.local)
+        slots = layout.to_slots(table, side.rows, data.mesh.local_shards)
         with precision(data.params.dtype):
-            return data.place.put(slots)
+            return data.mesh.put(slots)
 
     def draw(self, data: XlaData, seed: int, scale: float, normal: bool) -> list[Shards]:
         """See `als.draw`."""
@@ -94,43 +94,43 @@ class XlaBackend:
         return half_epoch.count_failed(table, side, data)
 
     def loss_parts(self, state: AlsState, data: XlaData, objective: Objective) -> LossParts:
-        """What `als.loss` adds up."""
+        """Compute the terms of `als.loss`."""
         return half_epoch.loss_parts(state, data, objective)
 
     def table(self, table: Shards, side: XlaSide, data: XlaData) -> Table:
-        """A table of a state, without the matrix; it stays on the devices until it is fetched."""
-        return Table(table, side.rows, data.params, data.place)
+        """Return a table of a state, without the matrix; it stays on the devices until `fetch`."""
+        return Table(table, side.rows, data.params, data.mesh)
 
     def source(self, table: np.ndarray, params: AlsParams) -> fold_in.Source:
         """Place a fixed table (N, K), to solve rows against."""
-        return fold_in.source(table, params, self.devices)
+        return fold_in.source(table, params, self.mesh)
 
     def catalog(self, table: np.ndarray, lengths: np.ndarray | None = None) -> ranking.Catalog:
         """Place a table (N, K), to rank its rows by product, divided by `lengths` if given."""
-        return ranking.catalog(table, self.devices, lengths=lengths)
+        return ranking.catalog(table, self.mesh, lengths=lengths)
 
     def release(self, data: XlaData) -> None:
-        """Free memory that is kept between half-epochs; there is none."""
+        """Do nothing: no memory is kept between half-epochs."""
 
     def describe_for_checkpoint(self, data: XlaData) -> XlaData:
-        """The data in the form that checkpoints have, which is that of this backend."""
+        """Return the data: checkpoints have the form of this backend."""
         return data
 
     def to_checkpoint(self, state: AlsState, data: XlaData) -> AlsState:
-        """A state in that form."""
+        """Return the state: checkpoints have the form of this backend."""
         return state
 
     def from_checkpoint(self, state: AlsState, data: XlaData) -> AlsState:
-        """A state in this backend's form, from that form."""
+        """Return the state: checkpoints have the form of this backend."""
         return state
 
 
 def place(
     user_items: sparse.csr_matrix | Entries,
     params: AlsParams,
-    devices: Workplace,
+    mesh: DeviceMesh,
     *,
     with_digest: bool = False,
 ) -> XlaData:
-    """Lay out a matrix on the devices of a workplace; see `placing.lay_out`."""
-    return XlaBackend(devices).place(user_items, params, with_digest=with_digest)
+    """Lay out a matrix on the devices of a mesh; see `placing.lay_out`."""
+    return XlaBackend(mesh).place(user_items, params, with_digest=with_digest)

@@ -1,8 +1,6 @@
-"""Tables of the CPU backend in the XLA backend's form: for its generator, and for checkpoints."""
+"""Convert tables of the CPU backend to the XLA backend's form, for draws and for checkpoints."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,45 +12,47 @@ from tpu_als.engine.layout import Plan
 from tpu_als.engine.xla import half_epoch
 from tpu_als.engine.xla.backend import XlaBackend
 from tpu_als.engine.xla.data import XlaData, XlaSide
-from tpu_als.engine.xla.mesh import workplace
+from tpu_als.engine.xla.mesh import device_mesh
 
 
 def draw(data: Data, seed: int, scale: float, normal: bool) -> list[np.ndarray]:
     """See `als.draw`."""
-    twin = described(data)
-    tables = half_epoch.draw(twin, seed, scale, normal)
+    xla_data = describe(data)
+    tables = half_epoch.draw(xla_data, seed, scale, normal)
     return list(from_xla(AlsState(*tables), data))
 
 
 def to_xla(state: AlsState, data: Data) -> AlsState:
-    """Both tables on one CPU device of JAX."""
-    twin = described(data)
-    sides = twin.users, twin.items
-    tables = (twin.backend.put(t, side, twin) for t, side in zip(state, sides, strict=True))
+    """Place both tables on one CPU device of JAX."""
+    xla_data = describe(data)
+    sides = xla_data.users, xla_data.items
+    put = xla_data.backend.put
+    tables = (put(table, side, xla_data) for table, side in zip(state, sides, strict=True))
     return AlsState(*tables)
 
 
 def from_xla(state: AlsState, data: Data) -> AlsState:
-    """Tables that are in the slots of `to_xla`'s data, as arrays."""
+    """Copy both tables, which are in the slots of `to_xla`, to arrays."""
     sides = data.users, data.items
     return AlsState(*(np.array(t[0])[: side.n_rows] for t, side in zip(state, sides, strict=True)))
 
 
-def described(data: Data) -> XlaData:
-    """The data as the XLA backend describes them on one CPU device, without entries."""
-    device = workplace([jax.local_devices(backend="cpu")[0]], num_threads=1)
-    sides: dict[str, Any] = {
-        name: XlaSide(lengths=side.lengths, rows=layout.in_order(side.lengths))
-        for name, side in (("users", data.users), ("items", data.items))
-    }
+def describe(data: Data) -> XlaData:
+    """Describe the data as the XLA backend does on one CPU device, without entries."""
+    mesh = device_mesh([jax.local_devices(backend="cpu")[0]], num_threads=1)
+    users, items = (
+        XlaSide(lengths=side.lengths, rows=layout.in_order(side.lengths))
+        for side in (data.users, data.items)
+    )
     return XlaData(
-        **sides,
+        users=users,
+        items=items,
         params=data.params,
-        backend=XlaBackend(device),
+        backend=XlaBackend(mesh),
         n_entries=data.n_entries,
         absolute_sum=data.absolute_sum,
         magnitudes=data.magnitudes,
         digest=data.digest,
         plan=Plan((), 0, 0, 1),
-        place=device,
+        mesh=mesh,
     )

@@ -5,8 +5,6 @@ Axis letters: R systems, K unknowns, P rows of a panel.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -33,12 +31,12 @@ def _factorise_semidefinite(matrix: Array) -> Array:
     def failed(upper: Array) -> Array:
         return ~jnp.all(jnp.isfinite(upper), axis=(1, 2))
 
-    def again(carry: tuple[Any, Array]) -> tuple[Any, Array]:
+    def again(carry: tuple[int, Array]) -> tuple[int, Array]:
         tries, upper = carry
         factor = _factorise(jnp.where(tries > 0, matrix + ridge, matrix))
         return tries + 1, jnp.where(failed(upper)[:, None, None], factor, upper)
 
-    def unfinished(carry: tuple[Any, Array]) -> Array:
+    def unfinished(carry: tuple[int, Array]) -> Array:
         return (carry[0] < 2) & jnp.any(failed(carry[1]))
 
     return lax.while_loop(unfinished, again, (0, jnp.full_like(matrix, jnp.nan)))[1]
@@ -79,7 +77,7 @@ def _factorise_panel(panel: Array) -> Array:
     """Factorise the top rows (R, P, n >= P) of U, each from the rows above it."""
     columns = jnp.arange(panel.shape[2])[None]
 
-    def body(k: Any, upper: Array) -> Array:
+    def body(k: int, upper: Array) -> Array:
         line = lax.dynamic_index_in_dim(panel, k, 1, keepdims=False)
         above = lax.dynamic_index_in_dim(upper, k, 2, keepdims=False)
         line = line - jnp.einsum("ri,rik->rk", above, upper, precision=lax.Precision.HIGHEST)
@@ -94,17 +92,17 @@ def _substitute(upper: Array, rhs: Array) -> Array:
     """Solve U^T U z = rhs (R, K) row by row of U."""
     last = upper.shape[1] - 1
 
-    def row(k: Any) -> tuple[Array, Array]:
+    def row(k: int) -> tuple[Array, Array]:
         line = lax.dynamic_index_in_dim(upper, k, 1, keepdims=False)
         return line, lax.dynamic_slice_in_dim(line, k, 1, 1)
 
-    def forward(k: Any, y: Array) -> Array:
+    def forward(k: int, y: Array) -> Array:
         line, pivot = row(k)
         value = lax.dynamic_slice_in_dim(y, k, 1, 1) / pivot
         # Entries before k are final: the line is zero there.
         return lax.dynamic_update_slice_in_dim(y - line * value, value, k, 1)
 
-    def backward(step: Any, z: Array) -> Array:
+    def backward(step: int, z: Array) -> Array:
         k = last - step
         line, pivot = row(k)
         # Entries of z up to k are still zero, so the whole line may be summed.

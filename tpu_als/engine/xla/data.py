@@ -1,17 +1,18 @@
-"""What the XLA backend lays out for a fit. Axis letters: M rows of a side."""
+"""The data of a fit as the XLA backend lays them out. Axis letters: M rows of a side."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from tpu_als.engine.cells import Long
+from tpu_als.engine.cells import LongRows
 from tpu_als.engine.data import AlsParams, Data, Side
 from tpu_als.engine.layout import Plan, RowMap
 from tpu_als.engine.xla import exchange
 from tpu_als.engine.xla.exchange import Route
-from tpu_als.engine.xla.mesh import Workplace
-from tpu_als.engine.xla.sweep import Shape
+from tpu_als.engine.xla.mesh import DeviceMesh
+from tpu_als.engine.xla.sweep import ShardCells, Static
+
+NO_CELLS = ShardCells(None, None, None, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,17 +23,17 @@ class XlaSide(Side):
     ----------
     rows : RowMap
         The slot of each row.
-    own : Own or None
-        The entries, without long rows; None for a side that is only read.
-    long : Long or None
+    cells : ShardCells
+        The entries, without long rows; each field is `Shards`. A side that is only read has none.
+    long : LongRows or None
         The entries of long rows, if any.
     routes : tuple of Route or None
         How source rows are received for each rung; None if every device has all of them.
     """
 
     rows: RowMap
-    own: Any = None
-    long: Long | None = None
+    cells: ShardCells = NO_CELLS
+    long: LongRows | None = None
     routes: tuple[Route, ...] | None = None
 
     @property
@@ -42,7 +43,7 @@ class XlaSide(Side):
 
     @property
     def received_rows(self) -> int:
-        """Source rows that a device receives from others for the chunks of a half-epoch."""
+        """Number of source rows that a device receives from others in a half-epoch."""
         if self.routes is None:
             return 0
         return exchange.received_rows(self.routes, self.rows.rungs, self.rows.n_shards)
@@ -54,20 +55,24 @@ class XlaData(Data):
 
     Attributes
     ----------
+    users, items : XlaSide
+        The orientations.
     plan : Plan
         Shapes of chunks.
-    place : Workplace
+    mesh : DeviceMesh
         The devices.
     """
 
+    users: XlaSide
+    items: XlaSide
     plan: Plan
-    place: Workplace
+    mesh: DeviceMesh
 
 
-def shape_of(params: AlsParams, rows: int, length: int) -> Shape:
-    """The static part of the program of a rung with chunks of `rows` rows of this length."""
+def static_of(params: AlsParams, rows: int, length: int) -> Static:
+    """Static arguments of the program of a rung with chunks of `rows` rows of this length."""
     is_diagonal = params.linear_solver == "diagonal"
-    return Shape(
+    return Static(
         params.linear_solver,
         0 if is_diagonal else params.cg_steps,
         params.compute_dtype,

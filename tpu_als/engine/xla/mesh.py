@@ -2,9 +2,9 @@
 
 Only this file calls JAX's functions for several processes.
 
-A *work shard* is an equal part of a table and of its cells. On a mesh each device has one, and
-programs run under `shard_map`. On a single device the shards are worked on by a thread pool that
-calls the same compiled program. A CPU device runs a loop on one core only; the thread pool uses all
+A *work shard* is an equal part of a table and of its cells. If there are several devices, each has
+one shard, and programs run under `shard_map`. On a single device a thread pool calls the same
+compiled program for each shard. A CPU device runs a loop on one core only; the thread pool uses all
 cores, without a global JAX setting.
 """
 
@@ -14,34 +14,53 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
+from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from numpy.typing import DTypeLike
 
 from tpu_als.engine.xla import programs
-from tpu_als.engine.xla.programs import AXIS, Together, precision
+from tpu_als.engine.xla.programs import (
+    AXIS,
+    Call,
+    Collectives,
+    Program,
+    PyTree,
+    ShardPass,
+    Shards,
+    precision,
+)
 from tpu_als.host import cores, memory_bytes, thread_count, threads
 from tpu_als.parameters import LAYOUTS
 
-__all__ = ["AXIS", "LAYOUTS", "Shards", "Together", "Workplace", "precision", "workplace"]
-
-# On a mesh one array with a leading axis of shards; on a single device a list of one array each.
-Shards = Any
+__all__ = [
+    "AXIS",
+    "LAYOUTS",
+    "Collectives",
+    "DeviceMesh",
+    "ShardPass",
+    "Shards",
+    "device_mesh",
+    "precision",
+]
 
 log = logging.getLogger("tpu_als")
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
 _REPLICATED_SHARE = 1 / 8  # of a device's memory that a copy of the source table may take
-_started_in: int | None = None  # id of the process that first called `workplace`
+_started_in: int | None = None  # id of the process that first called `device_mesh`
 _PIECE_BYTES = 1 << 26  # of a table fetched at once from several processes
 
 
 @dataclass(frozen=True)
-class Workplace:
-    """The devices that do the work, and how arrays are divided among them.
+class DeviceMesh:
+    """The devices that compute, and how arrays are divided among them.
 
     Attributes
     ----------
@@ -50,10 +69,10 @@ class Workplace:
     n_shards : int
         Work shards W.
     table_layout : {"auto", "replicated", "sharded"}
-        Whether each device holds the whole source table for a half-epoch, or its own part and the
+        Whether each device has the whole source table for a half-epoch, or its own part and the
         rows that the current chunks need.
     n_threads : int
-        Threads that work on a single CPU device.
+        Threads of a single CPU device.
     """
 
     devices: tuple[jax.Device, ...]
@@ -67,16 +86,16 @@ class Workplace:
         return self.devices[0].platform
 
     @functools.cached_property
-    def mesh(self) -> Mesh | None:
-        """The mesh of several devices, or None for a single one."""
+    def jax_mesh(self) -> Mesh | None:
+        """JAX's mesh of several devices, or None for a single one."""
         return Mesh(np.array(self.devices), (AXIS,)) if len(self.devices) > 1 else None
 
     @property
-    def together(self) -> Together:
-        """What programs of this workplace do across shards."""
-        if self.mesh is None:
-            return Together()
-        return Together(AXIS, self.table_layout == "sharded")
+    def collectives(self) -> Collectives:
+        """Operations across shards of the programs on this mesh."""
+        if self.jax_mesh is None:
+            return Collectives()
+        return Collectives(AXIS, self.table_layout == "sharded")
 
     @functools.cached_property
     def processes(self) -> tuple[int, ...]:
@@ -85,42 +104,42 @@ class Workplace:
 
     @property
     def process(self) -> int:
-        """Place of this process among `processes`."""
+        """Index of this process in `processes`."""
         return self.processes.index(self.devices[0].client.process_index())
 
     @property
     def is_complete(self) -> bool:
-        """Whether every process of the job has a part of it."""
+        """Whether every process of the job has devices of it."""
         return len(self.processes) == jax.process_count()
 
     @property
-    def local(self) -> range:
+    def local_shards(self) -> range:
         """The shards of this process."""
-        each = self.n_shards // len(self.processes)
-        return range(self.process * each, (self.process + 1) * each)
+        count = self.n_shards // len(self.processes)
+        return range(self.process * count, (self.process + 1) * count)
 
     @functools.cached_property
-    def alone(self) -> Workplace:
-        """The part of this process alone, for work that the others do not share."""
+    def alone(self) -> DeviceMesh:
+        """The mesh of this process's devices only."""
         if len(self.processes) == 1:
             return self
-        own = tuple(d for d in self.devices if d.process_index == self.processes[self.process])
-        return replace(self, devices=own, n_shards=len(own))
+        devices = tuple(d for d in self.devices if d.process_index == self.processes[self.process])
+        return replace(self, devices=devices, n_shards=len(devices))
 
     @property
-    def as_threads(self) -> Workplace:
+    def as_threads(self) -> DeviceMesh:
         """One CPU device that has all rows, with at least as many threads as there are devices."""
         n_threads = max(self.n_threads, len(self.devices))
         return replace(self, devices=self.devices[:1], n_shards=1, n_threads=n_threads)
 
-    def with_layout(self, table_bytes: int) -> Workplace:
+    def with_layout(self, table_bytes: int) -> DeviceMesh:
         """Replace "auto" by a layout for source tables of `table_bytes` bytes."""
         if self.table_layout != "auto":
             return self
         # A process can query its own devices only, and all processes must choose the same layout.
-        memory = -self.agree(-_memory(self.devices[self.local.start]))
+        memory = -self.agree(-_memory(self.devices[self.local_shards.start]))
         budget = _REPLICATED_SHARE * memory
-        chosen = "replicated" if self.mesh is None or table_bytes <= budget else "sharded"
+        chosen = "replicated" if self.jax_mesh is None or table_bytes <= budget else "sharded"
         log.info(
             "table_layout: %s, for a table of %.1f MB and a budget of %.1f MB a device",
             chosen, table_bytes / 1e6, budget / 1e6,
@@ -129,33 +148,34 @@ class Workplace:
 
     def sharding(self, axis: int = 0) -> Sharding:
         """Sharding of an array of which each device has an equal part along an axis."""
-        if self.mesh is None:
+        if self.jax_mesh is None:
             return SingleDeviceSharding(self.devices[0])
-        return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXIS))
+        return NamedSharding(self.jax_mesh, PartitionSpec(*[None] * axis, AXIS))
 
     def put(self, stacked: np.ndarray) -> Shards:
-        """Place an array (len(local), ...), one slice of the leading axis on each own shard."""
-        if self.mesh is None:
+        """Place an array (len(local_shards), ...): one slice of the leading axis on each shard."""
+        if self.jax_mesh is None:
             return [jax.device_put(part, self.devices[0]) for part in stacked]
         sharding = self.sharding()
-        shape, first = (self.n_shards, *stacked.shape[1:]), self.local.start
+        shape, first = (self.n_shards, *stacked.shape[1:]), self.local_shards.start
 
-        def part(at: Any) -> np.ndarray:
-            return stacked[at[0].start - first : at[0].stop - first]
+        def read(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            return stacked[index[0].start - first : index[0].stop - first]
 
-        return jax.make_array_from_callback(shape, sharding, part, dtype=stacked.dtype)
+        return jax.make_array_from_callback(shape, sharding, read, dtype=stacked.dtype)
 
-    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Shards:
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Shards:
         """Place zeros, of this shape on each shard."""
-        return self.put(np.broadcast_to(np.zeros((), dtype), (len(self.local), *shape)))
+        return self.put(np.broadcast_to(np.zeros((), dtype), (len(self.local_shards), *shape)))
 
     def get(self, shards: Shards) -> np.ndarray:
-        """Fetch what `put` placed: a writeable array (W, ...) on every process."""
-        if self.mesh is None:
+        """Copy shards to the host: a writeable array (W, ...) on every process."""
+        if isinstance(shards, list):
             return np.stack([np.asarray(part) for part in shards])
         if len(self.processes) == 1:
             return np.array(shards)
-        # In pieces, since gathering puts a copy of each on every device.
+        # In pieces, because gathering makes a copy of each piece on every device.
         length = shards.shape[1]
         step = max(_PIECE_BYTES // max(shards.nbytes // max(length, 1), 1), 1)
         pieces = (shards[:, low : low + step] for low in range(0, length, step))
@@ -191,70 +211,92 @@ class Workplace:
         """Return the maximum of `number` over all processes."""
         return int(self.gather_processes(np.array(number, np.int64)).max())
 
-    def whole(self, fn: Callable[..., Any], static: Any) -> Callable[..., Any]:
-        """Compile fn(static, together, own, shared) -> (everywhere, held, own).
+    def all_shards_program(
+        self, fn: Callable[..., PyTree], static: Hashable, out_specs: PyTree
+    ) -> Program:
+        """Compile fn(static, collectives, sharded, replicated) for all shards at once.
 
-        On a mesh each device passes its part of `own`. On a single device it passes all shards of
-        `own` at once, as lists; an array of table rows is made of such a list by `Together.join`.
-        `held` is the result of `Together.hold`.
+        With several devices the result runs on each of them, with its part of `sharded`. On a
+        single device `fn` receives all shards of `sharded`, as lists.
+
+        Parameters
+        ----------
+        fn : callable
+            Returns a pytree, such as a named tuple.
+        static : hashable
+            The static argument; a new value compiles a new program.
+        out_specs : pytree of PartitionSpec
+            `SHARDED` or `REPLICATED` for each output of `fn`; a prefix of its structure. Outputs
+            that are sharded have the form of `Shards`.
+
+        Returns
+        -------
+        callable
+            A function of `sharded` and `replicated`.
         """
-        return programs.whole(fn, static, self.mesh, self.together)
+        return programs.all_shards_program(fn, static, out_specs, self.jax_mesh, self.collectives)
 
-    def each(self, fn: Callable[..., Any], static: Any) -> Callable[..., Any]:
-        """Compile fn(static, out, own, held, shared) -> out for one shard; `out` is donated."""
-        return programs.each(fn, static, self.mesh, self.together, self.platform)
+    def per_shard_program(self, fn: Callable[..., PyTree], static: Hashable) -> Program:
+        """Compile fn(static, out, sharded, source_table, replicated) -> out for one shard.
+
+        The buffer of `out` is donated. `source_table` is the result of
+        `Collectives.source_table`. `run` calls the program.
+        """
+        return programs.per_shard_program(
+            fn, static, self.jax_mesh, self.collectives, self.platform
+        )
 
     def run(
-        self, passes: Sequence[tuple[Any, Any, Any]], out: Shards, held: Any, dtype: str
+        self, passes: Sequence[ShardPass], out: Shards, source_table: Array, dtype: str
     ) -> Shards:
-        """Run (program, own, shared) triples in turn over every shard's `out`."""
-        if self.mesh is not None:
-            calls = [(program, (out, own, held, shared)) for program, own, shared in passes]
+        """Run programs of `per_shard_program` in turn over every shard of `out`."""
+        if self.jax_mesh is not None:
+            calls = [(p.program, (out, p.sharded, source_table, p.replicated)) for p in passes]
             self.compile(calls, dtype)
-            for program, own, shared in passes:
-                out = program(out, own, held, shared)
+            for program, sharded, replicated in passes:
+                out = program(out, sharded, source_table, replicated)
             return out
-        split = [(program, _unzip(own, self.n_shards), shared) for program, own, shared in passes]
-        self.compile([(p, (out[0], owns[0], held, shared)) for p, owns, shared in split], dtype)
+        split = [(p.program, _unzip(p.sharded, self.n_shards), p.replicated) for p in passes]
+        self.compile([(p, (out[0], parts[0], source_table, r)) for p, parts, r in split], dtype)
 
-        def work(shard: int) -> Any:
+        def work(shard: int) -> Array:
             with precision(dtype):
                 part = out[shard]
-                for program, owns, shared in split:
-                    part = program(part, owns[shard], held, shared)
+                for program, parts, replicated in split:
+                    part = program(part, parts[shard], source_table, replicated)
                 return part.block_until_ready()
 
         return self.threads(work, range(self.n_shards))
 
-    def compile(self, calls: Iterable[tuple[Any, tuple[Any, ...]]], dtype: str) -> None:
-        """Compile the programs that are new for these arguments, side by side."""
+    def compile(self, calls: Iterable[Call], dtype: str) -> None:
+        """Compile the programs that are new for these arguments, in parallel."""
         programs.compile_new(calls, dtype, self.threads)
 
     def threads(
-        self, work: Callable[[Any], Any], jobs: Sequence[Any], most: int | None = None
-    ) -> list[Any]:
+        self, work: Callable[[_Job], _Result], jobs: Sequence[_Job], most: int | None = None
+    ) -> list[_Result]:
         """Map `work` over the jobs with as many threads as there are shards or cores, or `most`."""
         if most is None:
             most = self.n_shards if len(jobs) <= self.n_shards else max(self.n_shards, cores())
         return threads(work, jobs, most)
 
 
-def _unzip(own: Any, n_shards: int) -> list[Any]:
-    """A structure of lists of shards to a list of structures."""
+def _unzip(sharded: PyTree, n_shards: int) -> list[PyTree]:
+    """Convert a structure of lists of shards to a list of structures."""
     is_list = lambda node: isinstance(node, list)  # noqa: E731
     return [
-        jax.tree.map(lambda parts, shard=shard: parts[shard], own, is_leaf=is_list)
+        jax.tree.map(lambda parts, shard=shard: parts[shard], sharded, is_leaf=is_list)
         for shard in range(n_shards)
     ]
 
 
-def workplace(
-    devices: Any = None,
+def device_mesh(
+    devices: object = None,
     num_threads: int = 0,
     use_gpu: bool | None = None,
     table_layout: str = "auto",
-) -> Workplace:
-    """Choose devices and work shards. Starts the JAX backend.
+) -> DeviceMesh:
+    """Choose devices and work shards; this starts JAX's backend.
 
     Parameters
     ----------
@@ -288,9 +330,9 @@ def workplace(
             "GPU support (pip install 'jax[cuda13]') or leave use_gpu=None"
         )
     if len(chosen) > 1:
-        return Workplace(chosen, len(chosen), table_layout)
+        return DeviceMesh(chosen, len(chosen), table_layout)
     n_threads = thread_count(num_threads) if chosen[0].platform == "cpu" else 1
-    return Workplace(chosen, n_threads, table_layout, n_threads)
+    return DeviceMesh(chosen, n_threads, table_layout, n_threads)
 
 
 def _refuse_after_fork() -> None:
@@ -308,20 +350,19 @@ def _refuse_after_fork() -> None:
 
 
 def _memory(device: jax.Device) -> int:
-    """Bytes of a device's memory; CPU devices share that of the host."""
+    """Bytes of a device's memory; CPU devices share the host's memory."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"])
     return memory_bytes() // len(jax.local_devices(backend=device.platform))
 
 
-def _devices(devices: Any) -> tuple[jax.Device, ...]:
+def _devices(devices: object) -> tuple[jax.Device, ...]:
     if isinstance(devices, Mesh):
         devices = list(devices.devices.flat)
     if devices is None:
         return tuple(jax.devices())
-    is_number = isinstance(devices, (int, np.integer)) and not isinstance(devices, bool)
-    if is_number:
+    if isinstance(devices, (int, np.integer)) and not isinstance(devices, bool):
         have = jax.devices()
         if not 1 <= devices <= len(have):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Compiled programs for one shard or for all shards, and their caches.
+"""Compiled programs over the shards of a mesh, the collectives they use, and their caches.
 
 A program depends only on static arguments, on the mesh and on shapes of arrays. So a cached program
 saves a later fit the compilation, and does not change its result.
@@ -8,21 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from tpu_als.engine import compilation_cache
 from tpu_als.host import give_back_memory
 
+# With several devices, one array with a leading axis of shards. On a single device, a list of one
+# array per shard.
+Shards = Array | list[Array]
+PyTree = Any  # arrays in any structure of tuples, lists and named tuples
+Program = jax.stages.Wrapped  # a compiled program
+Call = tuple[Program, tuple[PyTree, ...]]  # a program and its arguments
+_Tree = TypeVar("_Tree")
+
 AXIS = "shards"  # name of the mesh axis
-_PIECE_ROWS = 1 << 13  # rows of a table that `join` changes at once
-_compiled: set[Any] = set()  # compiled programs with the shapes of their arguments
-_jitted: list[Any] = []  # what `whole` and `each` have made
+# Specs of inputs and outputs: each device has its part of a leading axis of shards, or all of it.
+SHARDED, REPLICATED = PartitionSpec(AXIS), PartitionSpec()
+_PIECE_ROWS = 1 << 13  # rows of a table that `concatenate` changes at once
+_compiled: set[Hashable] = set()  # compiled programs with the shapes of their arguments
+_jitted: list[Any] = []  # the programs that are cached
 # Bound on compiled programs, one for each set of shapes. Each has about 4 MB; a fit has up to 40.
 MOST_PROGRAMS = 200
 
@@ -31,125 +42,170 @@ compilation_cache.apply_to_jax()
 
 
 @dataclass(frozen=True)
-class Together:
+class Collectives:
     """Operations of a compiled program across shards; on a single device it has all shards.
 
     Attributes
     ----------
     axis : str or None
         Name of the mesh axis, None on a single device.
-    sharded : bool
+    is_sharded : bool
         Whether each device keeps only its own part of the source table.
     """
 
     axis: str | None = None
-    sharded: bool = False
+    is_sharded: bool = False
 
-    def total(self, value: Any) -> Any:
+    @property
+    def source_spec(self) -> PartitionSpec:
+        """Spec of the source table of a half-epoch (`source_table`)."""
+        return SHARDED if self.is_sharded else REPLICATED
+
+    def sum(self, value: _Tree) -> _Tree:
         """Sum over the shards."""
         return value if self.axis is None else jax.lax.psum(value, self.axis)
 
-    def parts(self, own: Any) -> list[jax.Array]:
+    def local_parts(self, shards: Shards) -> list[Array]:
         """The parts of an array that this program has: all shards, or only the device's own."""
-        return own if self.axis is None else [own]
+        return shards if isinstance(shards, list) else [shards]
 
-    def join(self, own: Any, change: Callable[[jax.Array], jax.Array] = lambda rows: rows) -> Any:
+    def concatenate(
+        self, shards: Shards, change: Callable[[Array], Array] = lambda rows: rows
+    ) -> Array:
         """Apply `change` to the rows of this program's shards, and concatenate the results.
 
         On a single device this is done in pieces, into one array: a concatenation of whole changed
         shards would need twice the memory.
         """
-        if self.axis is not None or len(own) == 1:
-            return change(own[0] if self.axis is None else own)
-        rows = jnp.zeros((sum(len(part) for part in own), *own[0].shape[1:]), own[0].dtype)
-        low = 0
-        for part in own:
-            rows = _write(rows, part, low, change)
+        parts = self.local_parts(shards)
+        if len(parts) == 1:
+            return change(parts[0])
+        shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+        rows, low = jnp.zeros(shape, parts[0].dtype), 0
+        for part in parts:
+            rows = _write_changed(rows, part, low, change)
             low += len(part)
         return rows
 
-    def hold(self, rows: jax.Array) -> jax.Array:
+    def source_table(self, rows: Array) -> Array:
         """The rows of a source table that a half-epoch reads: all rows, or only the device's."""
-        if self.axis is None or self.sharded:
+        if self.axis is None or self.is_sharded:
             return rows
         return jax.lax.all_gather(rows, self.axis, tiled=True)
 
 
-def _write(
-    rows: jax.Array, part: jax.Array, low: int, change: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
-    """Change a part piece by piece, and write it into `rows`, starting at row `low`."""
+def _write_changed(rows: Array, shard: Array, low: int, change: Callable[[Array], Array]) -> Array:
+    """Change a shard piece by piece, and write it into `rows`, starting at row `low`."""
     # The largest power of two that divides the length. `layout.round_up` makes sure it is large.
-    size = min(len(part) & -len(part), _PIECE_ROWS)
+    size = min(len(shard) & -len(shard), _PIECE_ROWS)
 
-    def piece(step: Any, rows: jax.Array) -> jax.Array:
-        own = jax.lax.dynamic_slice_in_dim(part, step * size, size)
-        return jax.lax.dynamic_update_slice_in_dim(rows, change(own), low + step * size, 0)
+    def write(step: int, rows: Array) -> Array:
+        piece = jax.lax.dynamic_slice_in_dim(shard, step * size, size)
+        return jax.lax.dynamic_update_slice_in_dim(rows, change(piece), low + step * size, 0)
 
-    return jax.lax.fori_loop(0, len(part) // size, piece, rows)
+    return jax.lax.fori_loop(0, len(shard) // size, write, rows)
 
 
 @functools.cache
-def whole(
-    fn: Callable[..., Any], static: Any, mesh: Mesh | None, together: Together
-) -> Callable[..., Any]:
-    """See `Workplace.whole`."""
+def all_shards_program(
+    fn: Callable[..., PyTree],
+    static: Hashable,
+    out_specs: PyTree,
+    mesh: Mesh | None,
+    collectives: Collectives,
+) -> Program:
+    """See `DeviceMesh.all_shards_program`."""
     if mesh is None:
-        return _known(jax.jit(functools.partial(fn, static, together)))
+        return _registered(jax.jit(functools.partial(fn, static, collectives)))
 
-    def local(own: Any, shared: Any) -> Any:
-        everywhere, held, own = fn(static, together, _first(own), shared)
-        held = held[None] if together.sharded and held is not None else held
-        return everywhere, held, jax.tree.map(lambda part: part[None], own)
+    def on_device(sharded: PyTree, replicated: PyTree) -> PyTree:
+        outputs = fn(static, collectives, _without_axis(sharded), replicated)
+        return jax.tree.map(
+            lambda spec, output: _with_axis(output) if spec == SHARDED else output,
+            out_specs,
+            outputs,
+        )
 
-    own, everywhere = PartitionSpec(AXIS), PartitionSpec()
-    held = own if together.sharded else everywhere
     mapped = jax.shard_map(
-        local,
+        on_device,
         mesh=mesh,
-        in_specs=(own, everywhere),
-        out_specs=(everywhere, held, own),
+        in_specs=(SHARDED, REPLICATED),
+        out_specs=out_specs,
         check_vma=False,
     )
-    return _known(jax.jit(mapped))
+    return _registered(jax.jit(mapped))
 
 
 @functools.cache
-def each(
-    fn: Callable[..., Any], static: Any, mesh: Mesh | None, together: Together, platform: str
-) -> Callable[..., Any]:
-    """See `Workplace.each`."""
+def per_shard_program(
+    fn: Callable[..., PyTree],
+    static: Hashable,
+    mesh: Mesh | None,
+    collectives: Collectives,
+    platform: str,
+) -> Program:
+    """See `DeviceMesh.per_shard_program`."""
     options = _compiler_options(platform)
     if mesh is None:
-        alone = functools.partial(fn, static)
-        return _known(jax.jit(alone, donate_argnums=0, compiler_options=options))
+        on_shard = functools.partial(fn, static)
+        return _registered(jax.jit(on_shard, donate_argnums=0, compiler_options=options))
 
-    def local(out: Any, own: Any, held: Any, shared: Any) -> Any:
-        held = held[0] if together.sharded else held
-        return fn(static, out[0], _first(own), held, shared)[None]
+    def on_device(out: Array, sharded: PyTree, source: Array, replicated: PyTree) -> Array:
+        source = source[0] if collectives.is_sharded else source
+        return fn(static, out[0], _without_axis(sharded), source, replicated)[None]
 
-    own, everywhere = PartitionSpec(AXIS), PartitionSpec()
-    held = own if together.sharded else everywhere
     mapped = jax.shard_map(
-        local, mesh=mesh, in_specs=(own, own, held, everywhere), out_specs=own, check_vma=False
+        on_device,
+        mesh=mesh,
+        in_specs=(SHARDED, SHARDED, collectives.source_spec, REPLICATED),
+        out_specs=SHARDED,
+        check_vma=False,
     )
-    return _known(jax.jit(mapped, donate_argnums=0, compiler_options=options))
+    return _registered(jax.jit(mapped, donate_argnums=0, compiler_options=options))
+
+
+class ShardPass(NamedTuple):
+    """A program of `per_shard_program` with its inputs, for `DeviceMesh.run`.
+
+    Attributes
+    ----------
+    program : callable
+        The program.
+    sharded : pytree of Shards
+        Inputs of which each shard has its part.
+    replicated : pytree of array
+        Inputs that all shards share.
+    """
+
+    program: Program
+    sharded: PyTree
+    replicated: PyTree
 
 
 def compile_new(
-    calls: Iterable[tuple[Any, tuple[Any, ...]]],
+    calls: Iterable[Call],
     dtype: str,
-    run_all: Callable[[Callable[[Any], Any], Sequence[Any]], Any],
+    run_all: Callable[[Callable[[Hashable], None], Sequence[Hashable]], object],
 ) -> None:
-    """Compile programs that were not compiled for such arguments yet; `run_all` maps over them."""
-    new = {}
+    """Compile programs that were not compiled for arguments of these shapes before.
+
+    Parameters
+    ----------
+    calls : iterable of (program, arguments)
+        The programs.
+    dtype : str
+        That of the tables (`precision`).
+    run_all : callable
+        Maps a function over a sequence, with several threads.
+    """
+    new: dict[Hashable, Call] = {}
     for program, args in calls:
         leaves, structure = jax.tree.flatten(args)
         key = (program, structure, tuple((a.shape, a.dtype) for a in leaves))
         if key not in _compiled:
             new[key] = (program, args)
 
-    def work(key: Any) -> None:
+    def work(key: Hashable) -> None:
         with precision(dtype):
             program, args = new[key]
             program.lower(*args).compile()
@@ -162,37 +218,43 @@ def compile_new(
         give_back_memory()
 
 
-def _known(program: Callable[..., Any]) -> Callable[..., Any]:
+def _registered(program: Program) -> Program:
+    """Count this program's compiled versions in `count`."""
     _jitted.append(program)
     return program
 
 
 def count() -> int:
-    """How many compiled programs are kept, counted with the shapes of their arguments."""
+    """Number of compiled programs in memory: one for each set of argument shapes."""
     return sum(program._cache_size() for program in _jitted)
 
 
 def forget() -> None:
     """Drop all compiled programs. A program that is running stays until it has finished.
 
-    Matrices of ever new shapes would otherwise fill the memory: each has programs of its own.
+    Each matrix of a new shape needs new programs. Without a bound they would fill the memory.
     """
-    whole.cache_clear()
-    each.cache_clear()
+    all_shards_program.cache_clear()
+    per_shard_program.cache_clear()
     _jitted.clear()
     _compiled.clear()
 
 
-def _first(own: Any) -> Any:
+def _without_axis(sharded: _Tree) -> _Tree:
     """A device's part of each array, without the axis of shards."""
-    return jax.tree.map(lambda part: part[0], own)
+    return jax.tree.map(lambda part: part[0], sharded)
 
 
-def _compiler_options(platform: str) -> dict[str, Any] | None:
+def _with_axis(parts: _Tree) -> _Tree:
+    """A device's part of each array, with an axis of shards of length 1."""
+    return jax.tree.map(lambda part: part[None], parts)
+
+
+def _compiler_options(platform: str) -> dict[str, int] | None:
     """Options for loops over chunks on CPU, where LLVM's level 2 gives faster code than level 3."""
     return {"xla_backend_optimization_level": 2} if platform == "cpu" else None
 
 
-def precision(dtype: str) -> contextlib.AbstractContextManager[Any]:
+def precision(dtype: str) -> contextlib.AbstractContextManager[object]:
     """Context that enables this dtype: 64-bit types are disabled in JAX by default."""
     return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()

@@ -1,7 +1,7 @@
-"""Factor tables that stay on the devices: read in part, measured, and solved against.
+"""Factor tables that stay on the devices: read rows, compute norms, solve rows against them.
 
-Nothing here brings a whole table to one device or to a host, save `Table.fetch`. With several
-processes all of them have to make the same calls, in the same order.
+Only `Table.fetch` copies a whole table to one device or to the host. If there are several
+processes, all must make the same calls, in the same order.
 """
 
 from __future__ import annotations
@@ -19,29 +19,30 @@ from tpu_als.engine.data import DTYPES, AlsParams
 from tpu_als.engine.layout import RowMap
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import half_epoch, placing, ranking
-from tpu_als.engine.xla.mesh import Shards, Together, Workplace, precision
+from tpu_als.engine.xla.mesh import Collectives, DeviceMesh, Shards, precision
+from tpu_als.engine.xla.programs import REPLICATED
 
 
 @dataclass(frozen=True)
 class Table:
-    """A factor table (M, K) as training leaves it on the devices, without the matrix.
+    """A factor table (M, K) on the devices after training, without the matrix.
 
     Attributes
     ----------
     shards : Shards
         The rows in slot order.
     rows : RowMap
-        Which row is where.
+        The slots of the rows.
     params : AlsParams
-        Those it was trained with.
-    place : Workplace
-        Where it is.
+        The parameters that it was trained with.
+    mesh : DeviceMesh
+        The devices.
     """
 
     shards: Shards
     rows: RowMap
     params: AlsParams
-    place: Workplace
+    mesh: DeviceMesh
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,67 +51,74 @@ class Table:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of rows as they are read: float32 or float64."""
+        """Dtype of rows on the host: float32 or float64."""
         return np.dtype(self.params.compute_dtype)
 
     @property
     def is_resident(self) -> bool:
-        """Whether it may be more than one process, or one device, should hold."""
-        return self.place.together.sharded or len(self.place.processes) > 1
+        """Whether the table may be too large for one device or one process."""
+        return self.mesh.collectives.is_sharded or len(self.mesh.processes) > 1
 
     def fetch(self) -> np.ndarray:
-        """Bring it to the caller's order: a writeable copy (M, K)."""
-        rows = layout.from_slots(self.place.get(self.shards), self.rows)
+        """Copy the table to the host, in the caller's order: a writeable array (M, K)."""
+        rows = layout.from_slots(self.mesh.get(self.shards), self.rows)
         return rows.astype(self.dtype, copy=False)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
         """Fetch some rows (n, K)."""
         padded = np.full(layout.round_up(len(ids)), -1, np.int64)
         padded[: len(ids)] = self.rows.slots[ids]
-        shard, slot = (each.astype(np.int32) for each in np.divmod(padded, self.rows.n_slots))
-        first = np.arange(self.place.n_shards, dtype=np.int32)[list(self.place.local)]
+        shard, slot = (part.astype(np.int32) for part in np.divmod(padded, self.rows.n_slots))
+        numbers = np.array(self.mesh.local_shards, np.int32)
         with precision(self.params.dtype):
-            program = self.place.whole(_take, self.params.compute_dtype)
-            own = self.shards, self.place.put(first[:, None])
-            return np.array(program(own, (shard, slot))[0])[: len(ids)]
+            program = self.mesh.all_shards_program(_take, self.params.compute_dtype, REPLICATED)
+            sharded = self.shards, self.mesh.put(numbers[:, None])
+            return np.array(program(sharded, (shard, slot)))[: len(ids)]
 
     def gramian(self) -> np.ndarray:
         """Compute the gramian (K, K) of its rows."""
-        return self._summarised()[0]
+        return np.array(self._summary().gramian)
 
     def norms(self) -> np.ndarray:
         """Compute the Euclidean length (M,) of each row."""
-        return np.sqrt(self._summarised()[1])
+        with precision(self.params.dtype):
+            squares = self.mesh.get(self._summary().squares).ravel()
+        return np.sqrt(squares[self.rows.slots])
 
     def catalog(self, lengths: np.ndarray | None = None) -> ranking.Catalog:
-        """The table where it is, to rank its rows by product, divided by `lengths` if given."""
-        return ranking.catalog_of(self.shards, self.rows, self.place, lengths=lengths)
+        """Rank its rows by product, divided by `lengths` if given, without a copy."""
+        return ranking.catalog_of(self.shards, self.rows, self.mesh, lengths=lengths)
 
-    def _summarised(self) -> tuple[np.ndarray, np.ndarray]:
+    def _summary(self) -> half_epoch.Summary:
         with precision(self.params.dtype):
-            program = self.place.whole(half_epoch.gramian_and_squares, self.params.compute_dtype)
-            gramian, _, squares = program(self.shards, None)
-            return np.array(gramian), self.place.get(squares).ravel()[self.rows.slots]
+            program = self.mesh.all_shards_program(
+                half_epoch.summarise, self.params.compute_dtype, half_epoch.SUMMARY_SPECS
+            )
+            return program(self.shards, None)
 
     def solve(self, rows: sparse.csr_matrix, objective: Objective) -> np.ndarray:
         """Solve canonical rows (n, M) exactly against it: (n, K)."""
         params = replace(self.params, linear_solver="cholesky")
-        data = placing.place_rows(rows, self.rows, params, self.place)
+        data = placing.place_rows(rows, self.rows, params, self.mesh)
         with precision(params.dtype):
-            zero = self.place.zeros((data.users.rows.n_slots, params.factors), DTYPES[params.dtype])
+            zero = self.mesh.zeros((data.users.rows.n_slots, params.factors), DTYPES[params.dtype])
         solved = half_epoch.half_epoch(zero, self.shards, data, objective, 1.0, target="users")
-        return Table(solved, data.users.rows, params, self.place).fetch()
+        return Table(solved, data.users.rows, params, self.mesh).fetch()
 
 
 def _take(
-    dtype: str, together: Together, own: tuple[Shards, Shards], at: tuple[Array, Array]
-) -> tuple[Array, None, None]:
-    shard, slot = at
+    dtype: str,
+    collectives: Collectives,
+    sharded: tuple[Shards, Shards],
+    wanted: tuple[Array, Array],
+) -> Array:
+    """Rows of a table at the wanted shards and slots (n,), given the parts and their numbers."""
+    shard, slot = wanted
 
     def part(table: Array, number: Array) -> Array:
         rows = table.at[slot].get(mode="clip").astype(dtype)
         return jnp.where((shard == number)[:, None], rows, 0)
 
-    parts = jax.tree.map(part, *own)
-    mine = sum(parts[1:], parts[0]) if isinstance(parts, list) else parts
-    return together.total(mine), None, None
+    parts = jax.tree.map(part, *sharded)
+    local = collectives.local_parts(parts)
+    return collectives.sum(sum(local[1:], local[0]))

@@ -6,13 +6,17 @@ Axis letters: R rows, L padded length, K factors, N source rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from tpu_als.engine.objective import DOMINANT, Objective, confidence, ridge
 from tpu_als.engine.xla.cholesky import direct
+
+Dtype = str | np.dtype
 
 # Full float32 products: accelerators would otherwise round the operands to bfloat16 or tf32.
 PRECISION = lax.Precision.HIGHEST
@@ -36,10 +40,10 @@ class Basis(NamedTuple):
 
     rotation: Array
     spectrum: Array
-    n_source: Any
+    n_source: Array | np.floating
 
 
-def gramian(table: Array, dtype: Any) -> Array:
+def gramian(table: Array, dtype: Dtype) -> Array:
     """Y^T Y of a table (N, K), accumulated in `dtype`, over blocks of rows.
 
     One product over millions of rows would be a running sum, whose error grows with its length.
@@ -63,7 +67,7 @@ def _block_rows(n_rows: int, most: int) -> int:
     return size
 
 
-def basis(gram: Array, n_source: Array) -> Basis:
+def basis(gram: Array, n_source: Array | np.floating) -> Basis:
     """Eigenbasis of the gramian (K, K) of a table of N = `n_source` rows."""
     spectrum, rotation = jnp.linalg.eigh(gram)
     # Rounding may make eigenvalues zero or negative, which would make the systems singular.
@@ -73,11 +77,11 @@ def basis(gram: Array, n_source: Array) -> Basis:
 
 def rotate(rows: Array, rotation: Array) -> Array:
     """Rows (..., K) times a rotation (K, K), in the rows' storage dtype."""
-    turned = jnp.matmul(rows.astype(rotation.dtype), rotation, precision=PRECISION)
-    return rounded(turned, rows.dtype)
+    rotated = jnp.matmul(rows.astype(rotation.dtype), rotation, precision=PRECISION)
+    return rounded(rotated, rows.dtype)
 
 
-def rounded(rows: Array, dtype: Any) -> Array:
+def rounded(rows: Array, dtype: Dtype) -> Array:
     """Rows rounded to the nearest numbers of a table's dtype.
 
     Stochastic rounding to bfloat16 ranked no better (docs/performance.md).
@@ -85,7 +89,7 @@ def rounded(rows: Array, dtype: Any) -> Array:
     return rows.astype(dtype)
 
 
-def diagonal(basis: Basis, objective: Objective, lengths: Array) -> Array:
+def diagonal(basis: Basis, objective: Objective, lengths: Array | np.ndarray) -> Array:
     """Diagonal part a0 s + lam_u of equation (3) for rows of `lengths` (R,): (R, K)."""
     spectrum = objective.unobserved_weight * basis.spectrum
     lam = ridge(objective, lengths.astype(spectrum.dtype), basis.n_source)
@@ -95,7 +99,7 @@ def diagonal(basis: Basis, objective: Objective, lengths: Array) -> Array:
     return jnp.minimum(spectrum, most)[None, :] + lam[:, None]
 
 
-def scale(d: Array, weight: Any) -> Array:
+def equation_scale(d: Array, weight: ArrayLike) -> Array:
     """Factor (R, 1) that brings the numbers of equation (3) near 1, so that no product overflows.
 
     Multiplying both sides by it does not change the solution. `d` (R, K) is the diagonal part, and
@@ -106,7 +110,7 @@ def scale(d: Array, weight: Any) -> Array:
     return 1 / jnp.clip(size, kind.tiny, kind.max / 256)
 
 
-def begin(z: Array, d: Array, weight: Any, basis: Basis) -> Array:
+def initial_rows(z: Array, d: Array, weight: ArrayLike, basis: Basis) -> Array:
     """Initial rows of CG: the rows z (R, K), or zero where the diagonal part d dominates.
 
     If d dominates, three steps from zero are exact. Steps from a z that is far too large would
@@ -117,6 +121,24 @@ def begin(z: Array, d: Array, weight: Any, basis: Basis) -> Array:
     return jnp.where(dominates, jnp.zeros_like(z), z)
 
 
+class Cells(NamedTuple):
+    """Cells of R rows.
+
+    Attributes
+    ----------
+    ids : int32 array (R, L)
+        Source row of each cell.
+    values : array (R, L) or None
+        Stored values, maybe of a narrower dtype; None where all are 1.
+    n_entries : int32 array (R,)
+        Number of entries of each row: its first cells. The others are pads.
+    """
+
+    ids: Array | np.ndarray
+    values: Array | np.ndarray | None
+    n_entries: Array | np.ndarray
+
+
 class Block(NamedTuple):
     """Gathered entries of R rows: source rows E (R, L, K) and the weights w, v (R, L)."""
 
@@ -125,20 +147,16 @@ class Block(NamedTuple):
     v: Array
 
 
-def gather(
-    table: Array, objective: Objective, ids: Array, values: Array | None, left: Array, dtype: Any
-) -> Block:
-    """Gather the rows of a table for cells (R, L), of which the first `left` (R,) are entries.
-
-    `values` (R, L) may be of a narrower dtype; None means that all are 1.
-    """
+def gather(table: Array, objective: Objective, cells: Cells, dtype: Dtype) -> Block:
+    """Gather the rows of a table, and the weights, for cells (R, L)."""
+    ids, values = cells.ids, cells.values
     # Ids from the layout are in bounds; any other mode would cost a select per element.
     rows = table.at[ids].get(mode="promise_in_bounds").astype(dtype)
-    live = entries_of(ids.shape, left)
+    is_entry = entry_mask(ids.shape, cells.n_entries)
     values = jnp.ones(ids.shape, dtype) if values is None else values.astype(dtype)
     w, v = confidence(objective, values)
     zero = jnp.zeros((), dtype)
-    return Block(rows, jnp.where(live, w, zero), jnp.where(live, v, zero))
+    return Block(rows, jnp.where(is_entry, w, zero), jnp.where(is_entry, v, zero))
 
 
 def largest_weight(block: Block) -> Array:
@@ -146,14 +164,14 @@ def largest_weight(block: Block) -> Array:
     return jnp.max(jnp.maximum(jnp.abs(block.w), block.v), axis=1, keepdims=True)
 
 
-def times(block: Block, factor: Array) -> Block:
+def scale_weights(block: Block, factor: Array) -> Block:
     """Multiply the weights of a block, and so its equations, by a factor (R, 1) for each row."""
     return Block(block.rows, block.w * factor, block.v * factor)
 
 
-def entries_of(shape: tuple[int, ...], left: Array) -> Array:
-    """Which cells (R, L) are entries, and not pads: the first `left` (R,) of each row."""
-    return lax.broadcasted_iota(jnp.int32, shape, 1) < left[:, None]
+def entry_mask(shape: tuple[int, ...], n_entries: Array | np.ndarray) -> Array:
+    """Which cells (R, L) are entries, and not pads: the first `n_entries` (R,) of each row."""
+    return lax.broadcasted_iota(jnp.int32, shape, 1) < n_entries[:, None]
 
 
 def _in_blocks(cells: Array) -> Array:
@@ -249,7 +267,7 @@ def rows_cg(
     return z + size / jnp.maximum(bend, tiny) * p
 
 
-def relax(before: Array, solved: Array, relaxation: Any) -> Array:
+def relax(before: Array, solved: Array, relaxation: Array | np.floating) -> Array:
     """Move from the rows `before` towards `solved` (R, K), by `relaxation` times the distance.
 
     ALS is a block Gauss-Seidel method; this makes it successive over-relaxation. The loss is
@@ -299,7 +317,7 @@ def rows_exact(block: Block, d: Array, positive: bool) -> Array:
     return rows_direct(accumulate(block), d)
 
 
-def cells_loss(block: Block, z: Array, live: Array, offset: Any) -> Array:
+def cells_loss(block: Block, z: Array, is_entry: Array, offset: ArrayLike) -> Array:
     """Contribution of stored cells to the loss beyond the unobserved term: (R,).
 
     Each cell is computed as a square. Sums of (w t - 2 v) t and of |c| nearly cancel if a model
@@ -311,15 +329,15 @@ def cells_loss(block: Block, z: Array, live: Array, offset: Any) -> Array:
         Gathered with an objective whose offset is 0, so that w is abs(c).
     z : (R, K)
         Rows of the target table.
-    live : (R, L)
-        `entries_of` the block.
+    is_entry : (R, L)
+        `entry_mask` of the block.
     offset : scalar
         The offset of the objective.
     """
     t = predict(block, z)
     liked, disliked = block.v * jnp.square(1 - t), (block.w - block.v) * (1 + jnp.square(t))
-    given_already = jnp.where(live, offset * jnp.square(t), jnp.zeros((), t.dtype))
-    return _row_sums(liked + disliked - given_already)
+    unobserved = jnp.where(is_entry, offset * jnp.square(t), jnp.zeros((), t.dtype))
+    return _row_sums(liked + disliked - unobserved)
 
 
 def finite_rows(z: Array) -> Array:
@@ -327,6 +345,6 @@ def finite_rows(z: Array) -> Array:
     return jnp.all(jnp.isfinite(z), axis=-1)
 
 
-def zero_empty(z: Array, lengths: Array) -> Array:
+def zero_empty(z: Array, lengths: Array | np.ndarray) -> Array:
     """Rows without entries, and unused ones, are zero: equation (1) has right-hand side 0."""
     return jnp.where(lengths[..., None] > 0, z, jnp.zeros((), z.dtype))

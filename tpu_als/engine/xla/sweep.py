@@ -1,4 +1,4 @@
-"""One shard's pass over its chunks: slice the cells, solve or measure the rows, write the slots.
+"""Process the chunks of one shard: slice the cells, solve or measure the rows, write the slots.
 
 Pure functions for one device. Trip counts and offsets are traced, so that the same program works
 for a rung of either side, for any data and any parameter values.
@@ -9,21 +9,25 @@ Axis letters: S slots of the shard, R rows of a chunk, L padded length, K factor
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from tpu_als.engine.cells import LONG_ROWS, Long
+from tpu_als.engine.cells import LONG_ROWS, LongRows
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import exchange, solve
 from tpu_als.engine.xla.exchange import Route
-from tpu_als.engine.xla.mesh import Together
-from tpu_als.engine.xla.solve import Basis, Block
+from tpu_als.engine.xla.programs import Collectives, PyTree
+from tpu_als.engine.xla.solve import Basis, Block, Cells
+
+Index = int | Array  # a counter of a loop
+_Sums = TypeVar("_Sums")  # arrays with a leading axis of long rows
 
 
-class Own(NamedTuple):
+class ShardCells(NamedTuple):
     """The cells of a shard in one orientation, without long rows.
 
     Attributes
@@ -48,20 +52,34 @@ class Own(NamedTuple):
 class Span(NamedTuple):
     """A rung's first cell, first slot, first send, and number of chunks; traced.
 
-    For long rows only the count is used: the number of batches.
+    For long rows only the last is used: their number of batches.
     """
 
-    first_cell: Any
-    first_slot: Any
-    first_send: Any
-    count: Any
+    first_cell: Array
+    first_slot: Array
+    first_send: Array
+    n_chunks: Array
 
 
-class Shape(NamedTuple):
+class Static(NamedTuple):
     """The static arguments of a program; hashable.
 
-    The solver and its numbers, the shape of a chunk, whether all weights w are nonnegative, the
-    operations across shards, and the route by which source rows are received, if any.
+    Attributes
+    ----------
+    solver : {"cg", "cholesky", "diagonal"}
+        The solver.
+    steps : int
+        Steps of "cg".
+    dtype : str
+        Dtype of sums.
+    rows, length : int
+        Shape (R, L) of a chunk.
+    positive : bool
+        Whether all weights w are nonnegative.
+    collectives : Collectives
+        The operations across shards.
+    route : Route or None
+        How source rows are received; None if the shard has all of them.
     """
 
     solver: str
@@ -70,135 +88,205 @@ class Shape(NamedTuple):
     rows: int
     length: int
     positive: bool
-    together: Together = Together()
+    collectives: Collectives = Collectives()
     route: Route | None = None
 
 
-class Shared(NamedTuple):
-    """Inputs shared by all shards: `weight` bounds all weights w; one span for each shape."""
+class SharedInputs(NamedTuple):
+    """Inputs that all shards share.
+
+    Attributes
+    ----------
+    basis : Basis
+        The eigenbasis of the source table's gramian.
+    objective : Objective
+        Equations (1)-(2).
+    relaxation : scalar
+        As in `solve.relax`.
+    weight : scalar
+        Bound on all weights w.
+    spans : tuple of Span
+        One for each `Static`.
+    """
 
     basis: Basis
     objective: Objective
-    relaxation: Any
-    weight: Any
+    relaxation: Array | np.floating
+    weight: Array | np.floating
     spans: tuple[Span, ...]
 
 
-Body = Callable[[Any, Array, Array], Array]
+class Rows(NamedTuple):
+    """Rows of one block, to be solved: their entries, lengths (R,) and start (R, K).
+
+    The start is in the eigenbasis; only iterative solvers use it.
+    """
+
+    block: Block
+    lengths: Array | np.ndarray
+    start: Array
 
 
-def _over_chunks(shape: Shape, span: Span, own: Own, held: Array, body: Body, out: Array) -> Array:
-    """Fold body(step, source, out) over a rung's chunks; source rows are received per group."""
-    route, axis = shape.route, shape.together.axis
+class LongBatch(NamedTuple):
+    """A batch of `LONG_ROWS` long rows: its number, all long rows, and the source table."""
+
+    number: Index
+    long: LongRows
+    source_table: Array
+
+
+class LossInputs(NamedTuple):
+    """Inputs of a shard's loss: its cells, and its part (S, K) of the target table."""
+
+    cells: ShardCells
+    table: Array
+
+
+class LongLossInputs(NamedTuple):
+    """Inputs of the loss of long rows: the rows, and the shard's part of the target table."""
+
+    long: LongRows
+    table: Array
+
+
+Body = Callable[[int, Array, Array], Array]
+
+
+def _over_chunks(
+    static: Static, span: Span, cells: ShardCells, source_table: Array, body: Body, out: Array
+) -> Array:
+    """Fold body(step, source_rows, out) over a rung's chunks.
+
+    `source_rows` is the source table, or the rows received for the chunk's group.
+    """
+    route, axis = static.route, static.collectives.axis
     if route is None:
-        return lax.fori_loop(0, span.count, lambda step, out: body(step, held, out), out)
+        return lax.fori_loop(0, span.n_chunks, lambda step, out: body(step, source_table, out), out)
     assert axis is not None
 
-    def group(number: Any, out: Array) -> Array:
+    def group(number: int, out: Array) -> Array:
         first = span.first_send + number * route.rows * lax.axis_size(axis)
-        source = exchange.receive(held, own.sends, first, route.rows, axis)
+        received = exchange.receive(source_table, cells.sends, first, route.rows, axis)
         low = number * route.chunks
-        high = jnp.minimum(low + route.chunks, span.count)
-        return lax.fori_loop(low, high, lambda step, out: body(step, source, out), out)
+        high = jnp.minimum(low + route.chunks, span.n_chunks)
+        return lax.fori_loop(low, high, lambda step, out: body(step, received, out), out)
 
-    groups = (span.count + route.chunks - 1) // route.chunks
+    groups = (span.n_chunks + route.chunks - 1) // route.chunks
     return lax.fori_loop(0, groups, group, out)
 
 
-def _chunk(
-    shape: Shape, span: Span, own: Own, source: Array, objective: Objective, step: Any
-) -> tuple[Any, Array, Block]:
-    """First slot, lengths (R,) and gathered block of chunk `step` of the rung."""
-    size = shape.rows * shape.length
+class Chunk(NamedTuple):
+    """First slot, lengths (R,) and gathered block of a chunk of a rung."""
+
+    slot: Array
+    lengths: Array
+    block: Block
+
+
+def _gather_chunk(
+    static: Static, span: Span, cells: ShardCells, source_rows: Array, objective: Objective,
+    step: Index,
+) -> Chunk:  # fmt: skip
+    """Gather chunk `step` of the rung."""
+    size = static.rows * static.length
     first = span.first_cell + step * size
-    slot = span.first_slot + step * shape.rows
-    lengths = lax.dynamic_slice(own.lengths, (slot,), (shape.rows,))
+    slot = span.first_slot + step * static.rows
+    lengths = lax.dynamic_slice(cells.lengths, (slot,), (static.rows,))
     ids, values = jax.tree.map(
-        lambda each: lax.dynamic_slice(each, (first,), (size,)).reshape(shape.rows, shape.length),
-        (own.ids, own.values),
+        lambda array: lax.dynamic_slice(array, (first,), (size,)).reshape(
+            static.rows, static.length
+        ),
+        (cells.ids, cells.values),
     )
-    dtype = jnp.dtype(shape.dtype)
-    return slot, lengths, solve.gather(source, objective, ids, values, lengths, dtype)
+    dtype = jnp.dtype(static.dtype)
+    block = solve.gather(source_rows, objective, Cells(ids, values, lengths), dtype)
+    return Chunk(slot, lengths, block)
 
 
 def solve_block(
-    shape: Shape,
+    static: Static,
     basis: Basis,
     objective: Objective,
-    block: Block,
-    lengths: Array,
-    z: Array,
-    relaxation: Any = None,
+    rows: Rows,
+    relaxation: Array | np.floating | None = None,
 ) -> Array:
-    """Solve rows (R, K) whose entries are in one block.
-
-    `z` is the start of the iterative solvers, in the eigenbasis; the result is in the caller's.
-    """
-    d, before, weight = solve.diagonal(basis, objective, lengths), z, solve.largest_weight(block)
-    z = solve.begin(z, d, weight, basis)
-    scale = solve.scale(d, weight)
-    d, block = d * scale, solve.times(block, scale)
-    if shape.solver == "diagonal":
+    """Solve rows whose entries are in one block: (R, K), in the caller's basis."""
+    block, lengths, before = rows
+    d, weight = solve.diagonal(basis, objective, lengths), solve.largest_weight(block)
+    z = solve.initial_rows(before, d, weight, basis)
+    scale = solve.equation_scale(d, weight)
+    d, block = d * scale, solve.scale_weights(block, scale)
+    if static.solver == "diagonal":
         z = solve.rows_diagonal(solve.project(block, block.v), d)
-    elif shape.solver == "cholesky":
-        z = solve.rows_exact(block, d, shape.positive)
+    elif static.solver == "cholesky":
+        z = solve.rows_exact(block, d, static.positive)
     else:
         z = solve.rows_cg(
             lambda p: solve.normal(block, p),
             lambda p: solve.curvature(block, p),
-            solve.residual(block, z), z, d, shape.steps,
+            solve.residual(block, z), z, d, static.steps,
         )  # fmt: skip
     return finish(basis, lengths, z if relaxation is None else solve.relax(before, z, relaxation))
 
 
-def finish(basis: Basis, lengths: Array, z: Array) -> Array:
-    """Bring solved rows (R, K) back to the caller's basis; rows without entries are zero."""
+def finish(basis: Basis, lengths: Array | np.ndarray, z: Array) -> Array:
+    """Rotate solved rows (R, K) back to the caller's basis; rows without entries become zero."""
     return solve.zero_empty(solve.rotate(z, basis.rotation.T), lengths)
 
 
 def solve_rungs(
-    shapes: tuple[Shape, ...], out: Array, own: Own, held: Array, shared: Shared
+    statics: tuple[Static, ...],
+    out: Array,
+    cells: ShardCells,
+    source_table: Array,
+    shared: SharedInputs,
 ) -> Array:
-    """Solve all rows of some rungs into the shard's table `out` (S, K)."""
-    for shape, span in zip(shapes, shared.spans, strict=True):
-        out = _solve_rung(shape, span, out, own, held, shared)
+    """Solve all rows of some rungs, and write them into the shard's table `out` (S, K)."""
+    for static, span in zip(statics, shared.spans, strict=True):
+        out = _solve_rung(static, span, out, cells, source_table, shared)
     return out
 
 
 def _solve_rung(
-    shape: Shape, span: Span, out: Array, own: Own, held: Array, shared: Shared
+    static: Static,
+    span: Span,
+    out: Array,
+    cells: ShardCells,
+    source_table: Array,
+    shared: SharedInputs,
 ) -> Array:
-    def body(step: Any, source: Array, out: Array) -> Array:
-        slot, lengths, block = _chunk(shape, span, own, source, shared.objective, step)
-        z = lax.dynamic_slice_in_dim(out, slot, shape.rows).astype(shape.dtype)
-        z = solve_block(shape, shared.basis, shared.objective, block, lengths, z, shared.relaxation)
+    def body(step: int, source_rows: Array, out: Array) -> Array:
+        slot, lengths, block = _gather_chunk(
+            static, span, cells, source_rows, shared.objective, step
+        )
+        z = lax.dynamic_slice_in_dim(out, slot, static.rows).astype(static.dtype)
+        rows = Rows(block, lengths, z)
+        z = solve_block(static, shared.basis, shared.objective, rows, shared.relaxation)
         return lax.dynamic_update_slice_in_dim(out, solve.rounded(z, out.dtype), slot, 0)
 
-    return _over_chunks(shape, span, own, held, body, out)
+    return _over_chunks(static, span, cells, source_table, body, out)
 
 
-def _over_blocks(
-    shape: Shape,
-    long: Long,
-    held: Array,
+def _sum_over_blocks(
+    static: Static,
+    batch: LongBatch,
     objective: Objective,
-    batch: Any,
-    part: Callable[[Block, Any, Array], Any],
-    zero: Any,
-) -> Any:
-    """Sum part(block, row, left) of each row of a batch over its blocks, and over the shards.
+    function: Callable[[Block, Array, Array], _Sums],
+    zero: _Sums,
+) -> _Sums:
+    """Sum function(block, row, n_entries) over the blocks of each row of a batch, and the shards.
 
     Only one block is in memory at a time. `zero` and the result have a leading axis of rows. Sums
     are compensated (Knuth's two-sum), so that their error does not grow with their length.
     """
-    dtype = jnp.dtype(shape.dtype)
+    dtype, long = jnp.dtype(static.dtype), batch.long
 
-    def body(step: Any, sums: Any) -> Any:
-        ids, values, left = jax.tree.map(
-            lambda each: lax.dynamic_slice_in_dim(each, step, 1),
-            (long.ids, long.values, long.left),
+    def body(step: int, sums: PyTree) -> PyTree:
+        cells = jax.tree.map(
+            lambda array: lax.dynamic_slice_in_dim(array, step, 1),
+            Cells(long.ids, long.values, long.n_entries),
         )
-        block = solve.gather(held, objective, ids, values, left, dtype)
+        block = solve.gather(batch.source_table, objective, cells, dtype)
         row = long.rows[step]
 
         def add(total: Array, more: Array) -> Array:
@@ -209,112 +297,124 @@ def _over_blocks(
             lost = lost + ((old - (new - added)) + (more - added))
             return lax.dynamic_update_slice_in_dim(total, jnp.stack([new, lost]), row, 1)
 
-        return jax.tree.map(add, sums, part(block, row, left))
+        return jax.tree.map(add, sums, function(block, row, cells.n_entries))
 
-    pairs = jax.tree.map(lambda each: jnp.zeros((2, *each.shape), each.dtype), zero)
-    pairs = lax.fori_loop(long.starts[batch], long.starts[batch + 1], body, pairs)
-    return shape.together.total(jax.tree.map(lambda pair: pair[0] + pair[1], pairs))
+    pairs = jax.tree.map(lambda array: jnp.zeros((2, *array.shape), array.dtype), zero)
+    first, last = long.starts[batch.number], long.starts[batch.number + 1]
+    pairs = lax.fori_loop(first, last, body, pairs)
+    return static.collectives.sum(jax.tree.map(lambda pair: pair[0] + pair[1], pairs))
 
 
-def _batch(shape: Shape, long: Long, table: Array, batch: Any) -> tuple[Array, Array, Array]:
+def _batch_rows(
+    static: Static, long: LongRows, table: Array, batch: Index
+) -> tuple[Array, Array, Array]:
     """Slots and lengths of a batch of long rows, and their rows (LONG_ROWS, K) of a table."""
     slots, lengths = (
-        lax.dynamic_slice_in_dim(each, batch * LONG_ROWS, LONG_ROWS)
-        for each in (long.slots, long.lengths)
+        lax.dynamic_slice_in_dim(array, batch * LONG_ROWS, LONG_ROWS)
+        for array in (long.slots, long.lengths)
     )
-    rows = table.at[slots].get(mode="fill", fill_value=0).astype(shape.dtype)
-    return slots, lengths, shape.together.total(rows)
+    rows = table.at[slots].get(mode="fill", fill_value=0).astype(static.dtype)
+    return slots, lengths, static.collectives.sum(rows)
 
 
-def solve_long(shape: Shape, out: Array, long: Long, held: Array, shared: Shared) -> Array:
+def solve_long(
+    static: Static, out: Array, long: LongRows, source_table: Array, shared: SharedInputs
+) -> Array:
     """Solve the long rows, a batch at a time; the shards' sums over their entries are added."""
-    rows = LONG_ROWS
     objective, basis = shared.objective, shared.basis
 
-    def body(batch: Any, out: Array) -> Array:
-        slots, lengths, z = _batch(shape, long, out, batch)
-        vector = jnp.zeros_like(z)
+    def body(number: int, out: Array) -> Array:
+        slots, lengths, before = _batch_rows(static, long, out, number)
+        batch, vector = LongBatch(number, long, source_table), jnp.zeros_like(before)
 
-        def of(p: Array, row: Any) -> Array:
+        def take(p: Array, row: Array) -> Array:
             return lax.dynamic_slice_in_dim(p, row, 1)
 
-        def over(part: Callable[[Block, Any], Any], zero: Any) -> Any:
-            each = lambda block, row, _: part(solve.times(block, of(scale, row)), row)  # noqa: E731
-            return _over_blocks(shape, long, held, objective, batch, each, zero)
+        def summed(function: Callable[[Block, Array], _Sums], zero: _Sums) -> _Sums:
+            def scaled(block: Block, row: Array, _: Array) -> _Sums:
+                return function(solve.scale_weights(block, take(scale, row)), row)
 
-        d, before = solve.diagonal(basis, objective, lengths), z
-        z = solve.begin(z, d, shared.weight, basis)
-        scale = solve.scale(d, shared.weight)
+            return _sum_over_blocks(static, batch, objective, scaled, zero)
+
+        d = solve.diagonal(basis, objective, lengths)
+        z = solve.initial_rows(before, d, shared.weight, basis)
+        scale = solve.equation_scale(d, shared.weight)
         d = d * scale
-        if shape.solver == "diagonal":
-            z = solve.rows_diagonal(over(lambda b, _: solve.project(b, b.v), vector), d)
-        elif shape.solver == "cholesky":
-            zero = jnp.zeros((rows, z.shape[1], z.shape[1]), shape.dtype)
-            z = solve.rows_direct(over(lambda b, _: solve.accumulate(b), (zero, vector)), d)
+        if static.solver == "diagonal":
+            z = solve.rows_diagonal(summed(lambda b, _: solve.project(b, b.v), vector), d)
+        elif static.solver == "cholesky":
+            matrix = jnp.zeros((LONG_ROWS, z.shape[1], z.shape[1]), static.dtype)
+            parts = summed(lambda b, _: solve.accumulate(b), (matrix, vector))
+            z = solve.rows_direct(parts, d)
         else:
-            r = over(lambda b, row: solve.residual(b, of(z, row)), vector)
+            r = summed(lambda b, row: solve.residual(b, take(z, row)), vector)
             z = solve.rows_cg(
-                lambda p: over(lambda b, row: solve.normal(b, of(p, row)), vector),
-                lambda p: over(lambda b, row: solve.curvature(b, of(p, row)), vector[:, :1]),
-                r, z, d, shape.steps,
+                lambda p: summed(lambda b, row: solve.normal(b, take(p, row)), vector),
+                lambda p: summed(lambda b, row: solve.curvature(b, take(p, row)), vector[:, :1]),
+                r, z, d, static.steps,
             )  # fmt: skip
         z = finish(basis, lengths, solve.relax(before, z, shared.relaxation))
         return out.at[slots].set(solve.rounded(z, out.dtype), mode="drop")
 
-    return lax.fori_loop(0, shared.spans[0].count, body, out)
+    return lax.fori_loop(0, shared.spans[0].n_chunks, body, out)
 
 
-class Measured(NamedTuple):
-    """Inputs of a shard's loss: its entries and its own table (S, K)."""
-
-    own: Any
-    table: Array
-
-
-def _without_offset(objective: Objective) -> tuple[Objective, Any]:
+def _without_offset(objective: Objective) -> tuple[Objective, Array]:
     """The objective with weights w = abs(c), for `solve.cells_loss`, and its original offset."""
     return objective._replace(offset=jnp.zeros_like(objective.offset)), objective.offset
 
 
 def loss_rungs(
-    shapes: tuple[Shape, ...], out: Array, measured: Measured, held: Array, shared: Shared
+    statics: tuple[Static, ...],
+    out: Array,
+    inputs: LossInputs,
+    source_table: Array,
+    shared: SharedInputs,
 ) -> Array:
     """Write the loss of the stored cells of each row of some rungs into `out` (S,)."""
-    for shape, span in zip(shapes, shared.spans, strict=True):
-        out = _loss_rung(shape, span, out, measured, held, shared)
+    for static, span in zip(statics, shared.spans, strict=True):
+        out = _loss_rung(static, span, out, inputs, source_table, shared)
     return out
 
 
 def _loss_rung(
-    shape: Shape, span: Span, out: Array, measured: Measured, held: Array, shared: Shared
+    static: Static,
+    span: Span,
+    out: Array,
+    inputs: LossInputs,
+    source_table: Array,
+    shared: SharedInputs,
 ) -> Array:
     objective, offset = _without_offset(shared.objective)
 
-    def body(step: Any, source: Array, out: Array) -> Array:
-        slot, lengths, block = _chunk(shape, span, measured.own, source, objective, step)
-        z = lax.dynamic_slice_in_dim(measured.table, slot, shape.rows).astype(shape.dtype)
-        live = solve.entries_of(block.w.shape, lengths)
-        part = solve.cells_loss(block, z, live, offset)
-        return lax.dynamic_update_slice(out, part, (slot,))
+    def body(step: int, source_rows: Array, out: Array) -> Array:
+        slot, lengths, block = _gather_chunk(
+            static, span, inputs.cells, source_rows, objective, step
+        )
+        z = lax.dynamic_slice_in_dim(inputs.table, slot, static.rows).astype(static.dtype)
+        is_entry = solve.entry_mask(block.w.shape, lengths)
+        loss = solve.cells_loss(block, z, is_entry, offset)
+        return lax.dynamic_update_slice(out, loss, (slot,))
 
-    return _over_chunks(shape, span, measured.own, held, body, out)
+    return _over_chunks(static, span, inputs.cells, source_table, body, out)
 
 
-def loss_long(shape: Shape, out: Array, measured: Measured, held: Array, shared: Shared) -> Array:
-    """Likewise for the long rows."""
-    long = measured.own
+def loss_long(
+    static: Static, out: Array, inputs: LongLossInputs, source_table: Array, shared: SharedInputs
+) -> Array:
+    """Write the loss of the stored cells of each long row into `out` (S,)."""
     objective, offset = _without_offset(shared.objective)
 
-    def body(batch: Any, out: Array) -> Array:
-        slots, _, z = _batch(shape, long, measured.table, batch)
+    def body(number: int, out: Array) -> Array:
+        batch = LongBatch(number, inputs.long, source_table)
+        slots, _, z = _batch_rows(static, batch.long, inputs.table, number)
 
-        def part(block: Block, row: Any, left: Array) -> Array:
-            live = solve.entries_of(block.w.shape, left)
-            return solve.cells_loss(block, lax.dynamic_slice_in_dim(z, row, 1), live, offset)
+        def loss(block: Block, row: Array, n_entries: Array) -> Array:
+            is_entry = solve.entry_mask(block.w.shape, n_entries)
+            return solve.cells_loss(block, lax.dynamic_slice_in_dim(z, row, 1), is_entry, offset)
 
-        sums = _over_blocks(
-            shape, long, held, objective, batch, part, jnp.zeros(LONG_ROWS, shape.dtype)
-        )
+        zero = jnp.zeros(LONG_ROWS, static.dtype)
+        sums = _sum_over_blocks(static, batch, objective, loss, zero)
         return out.at[slots].set(sums, mode="drop")
 
-    return lax.fori_loop(0, shared.spans[0].count, body, out)
+    return lax.fori_loop(0, shared.spans[0].n_chunks, body, out)

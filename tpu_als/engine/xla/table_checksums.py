@@ -5,19 +5,17 @@ A table on an accelerator is not fetched for its checksum: a program on the devi
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from tpu_als.engine import digests
-from tpu_als.engine.xla.mesh import Workplace, precision
+from tpu_als.engine.xla.mesh import DeviceMesh, precision
 
 
-def of_table(numbers: list[Any], rows: list[Any], place: Workplace) -> int:
-    """Checksum of a table, the same for any division of its rows and in all processes.
+def of_table(numbers: list[Array], rows: list[Array], mesh: DeviceMesh) -> int:
+    """Checksum of a table; it does not depend on how the rows are divided, or on the process.
 
     Parameters
     ----------
@@ -25,18 +23,18 @@ def of_table(numbers: list[Any], rows: list[Any], place: Workplace) -> int:
         Row of every slot, counted from 1; 0 for unused slots.
     rows : list of array (..., S, K)
         The values of the slots.
-    place : Workplace
-        Where the arrays are. All its processes must make this call.
+    mesh : DeviceMesh
+        The devices of the arrays. All its processes must make this call.
     """
-    if place.platform == "cpu":
-        return total(on_host(numbers, rows), place)
+    if mesh.platform == "cpu":
+        return total(on_host(numbers, rows), mesh)
     with precision("float64"):
         sums = [int(on_devices(*pair)) for pair in zip(numbers, rows, strict=True)]
     return sum(sums) & digests.MASK
 
 
-def on_host(numbers: list[Any], rows: list[Any]) -> int:
-    """The part of a table's checksum that this process has."""
+def on_host(numbers: list[Array], rows: list[Array]) -> int:
+    """Checksum of the part of a table that this process has."""
     found = 0
     for number, part in zip(numbers, rows, strict=True):
         pairs = zip(number.addressable_shards, part.addressable_shards, strict=True)
@@ -48,16 +46,16 @@ def on_host(numbers: list[Any], rows: list[Any]) -> int:
     return found & digests.MASK
 
 
-def total(part: int, place: Workplace) -> int:
-    """Sum modulo 2**64 of a number over the processes of a place."""
-    parts = place.gather_processes(np.array([part & digests.MASK], np.uint64).view(np.int64))
+def total(part: int, mesh: DeviceMesh) -> int:
+    """Sum modulo 2**64 of a number over the processes of a mesh."""
+    parts = mesh.gather_processes(np.array([part & digests.MASK], np.uint64).view(np.int64))
     return int(parts.view(np.uint64).sum(dtype=np.uint64))
 
 
 @jax.jit
 def on_devices(numbers: Array, rows: Array) -> Array:
     """`digests.table` in 64-bit arithmetic on the devices, summed over the devices."""
-    bits: Any = jnp.uint16 if rows.dtype.itemsize == 2 else jnp.uint32
+    bits = jnp.uint16 if rows.dtype.itemsize == 2 else jnp.uint32
     words = lax.bitcast_convert_type(rows, bits)
     if rows.dtype.itemsize == 8:
         words = words.reshape(*rows.shape[:-1], -1)
