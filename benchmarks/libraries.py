@@ -208,6 +208,7 @@ BUILDERS: dict[str, Callable[[Problem], Library]] = {
     "tpu_als relaxed": lambda problem: Ours(problem, "cg", over_relaxation=1.6),
     "tpu_als relaxed-4": lambda problem: Ours(problem, "cg", over_relaxation=1.5, cg_steps=4),
     "tpu_als relaxed-xla": lambda problem: Ours(problem, "cg", over_relaxation=1.6, native=False),
+    "tpu_als exact": lambda problem: Ours(problem, "exact"),
     "tpu_als cholesky": lambda problem: Ours(problem, "cholesky"),
     "tpu_als auto": lambda problem: Ours(problem, "auto"),
     "implicit cg": lambda problem: Implicit(problem, use_cg=True),

@@ -148,7 +148,7 @@ def test_gramians_of_tall_tables() -> None:
     table = np.random.default_rng(0).random((1 << 20, K), dtype=np.float32)
     wide = table.astype(np.float64)
     by_xla = jax.jit(solve.gramian, static_argnums=1)(table, "float32")
-    by_blas = loops.gramian(table, 2)
+    by_blas = loops.gramian(table, 2, np.float32)
     for found in (by_xla, by_blas):
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, wide.T @ wide, rtol=4e-7)

@@ -56,7 +56,8 @@ class Ranking:
         ids : ndarray of int32 and shape (N,), or (n, N) for several users
             Best first. If a user has fewer than N candidates, excluded items follow with score
             -3.4e38. If there are fewer than N items, the result is padded with -1 and the same
-            score. The order of equal scores is unspecified.
+            score. Equal scores are ordered by id on a CPU without JAX; elsewhere their order is
+            unspecified.
         scores : ndarray of the factors' dtype and the same shape
 
         Raises

@@ -24,7 +24,7 @@ from tpu_als.host import threads
 
 # Bounds on the error's energy as a multiple of the solution's, for which errors stay below 1e-5
 # and 1e-10 of the solution's length.
-TOLERANCE = {"float32": 5e-6, "float64": 1e-11}
+TOLERANCE = {"float32": 5e-6, "float64": 1e-12}
 _PARTS = 16  # for each thread; many, so that threads end together and scratch is small
 _LEAST_PART = 1 << 19  # least entries times factors of a part, a fifth of a millisecond of work
 _LEAST_PRODUCT = 1 << 22  # least multiplications for which a thread pays

@@ -8,10 +8,7 @@ from typing import Any
 
 import numba
 
-try:
-    from tpu_als.engine.cpu.kept_code import KeptCode
-except ImportError:  # parts of numba that it documents for developers only have changed
-    KeptCode = None  # type: ignore[assignment, misc]
+from tpu_als.engine.cpu import kept_code
 
 log = logging.getLogger("tpu_als")
 
@@ -27,8 +24,8 @@ def compiled(function: Callable[..., Any]) -> Any:
     """Compile a function when it is called, and keep the result in numba's cache."""
     try:
         found = numba.njit(**_OPTIONS, cache=True)(function)
-        if KeptCode is not None:
-            found._cache = KeptCode(function)
+        if kept_code.IS_SUPPORTED:
+            found._cache = kept_code.KeptCode(function)
         return found
     except RuntimeError as error:  # numba finds no directory that it can write to
         log.warning("compiled loops are not kept for later processes: %s", error)

@@ -7,8 +7,15 @@ import logging
 import pickle
 from typing import Any
 
-from numba.core import sigutils
-from numba.core.caching import FunctionCache, IndexDataCacheFile
+try:
+    from numba.core import sigutils
+    from numba.core.caching import FunctionCache, IndexDataCacheFile
+
+    IS_SUPPORTED = True
+except ImportError:  # a version of numba that is arranged in another way
+    sigutils = None  # type: ignore[assignment]
+    FunctionCache = IndexDataCacheFile = object  # type: ignore[assignment, misc]
+    IS_SUPPORTED = False
 
 log = logging.getLogger("tpu_als")
 _DIGEST = hashlib.sha256
