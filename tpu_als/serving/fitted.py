@@ -22,6 +22,7 @@ from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams, Data
 from tpu_als.engine.objective import Objective
 from tpu_als.host import single_blas_thread
+from tpu_als.serving.changed import FEW, ChangedTable, with_rows
 from tpu_als.validation import arguments
 
 Kept = TypeVar("Kept")
@@ -42,8 +43,9 @@ class FactorTable:
     ----------
     host : ndarray of shape (n, factors), optional
         The table. The caller may keep a reference and write to it.
-    on_devices : engine table, optional
-        The table in a backend's form, as training left it. Reading the whole table fetches it.
+    unread : engine table or ChangedTable, optional
+        The table in a backend's form, as training left it, or with a few changed rows. Reading the
+        whole table fetches it.
     gramian, norms : ndarray, optional
         Assigned by the user, instead of the computed ones. They are checked when they are used.
     names : (str, str)
@@ -53,13 +55,13 @@ class FactorTable:
     def __init__(
         self,
         host: np.ndarray | None = None,
-        on_devices: Any = None,
+        unread: Any = None,
         *,
         gramian: np.ndarray | None = None,
         norms: np.ndarray | None = None,
         names: tuple[str, str] = ("gramian", "norms"),
     ) -> None:
-        self._host, self._on_devices = host, on_devices
+        self._host, self._unread = host, unread
         self.given_gramian, self.given_norms, self._names = gramian, norms, names
         self._derived: dict[str, tuple[Any, Any]] = {}
         self._lock = threading.RLock()
@@ -74,35 +76,39 @@ class FactorTable:
     @property
     def is_absent(self) -> bool:
         """Whether there is no table yet."""
-        return self._host is None and self._on_devices is None
+        return self._host is None and self._unread is None
 
     @property
     def resident(self) -> Any:
         """The table if it stays on the devices until the whole table is read; else None."""
-        table = self._on_devices
+        table = self._unread
         return table if table is not None and table.is_resident else None
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and factors."""
-        table: Any = self.resident
-        return (table if table is not None else self.read()).shape
+        return self._form().shape
 
     @property
     def dtype(self) -> np.dtype:
         """Dtype of the values."""
-        table: Any = self.resident
-        return np.dtype((table if table is not None else self.read()).dtype)
+        return np.dtype(self._form().dtype)
+
+    def _form(self) -> Any:
+        """The table as it is, if its rows can be read so; else as an ndarray."""
+        table = self._unread
+        is_readable = isinstance(table, ChangedTable) or (table is not None and table.is_resident)
+        return table if is_readable else self.read()
 
     def read(self) -> Any:
         """The whole table as an ndarray, or None. The first call fetches it from the devices."""
-        if self._on_devices is not None:
+        if self._unread is not None:
             with self._lock:
-                table = self._on_devices
+                table = self._unread
                 if table is not None:
                     self._host = table.fetch()
                     self._derived.clear()  # frees copies on the devices
-                    self._on_devices = None
+                    self._unread = None
         return self._host
 
     def settle(self) -> None:
@@ -117,26 +123,29 @@ class FactorTable:
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Copies of some rows. The ids must be in range; they are not checked."""
-        table = self.resident
-        if table is not None:
+        table = self._form()
+        if isinstance(table, ChangedTable):
+            found = table.take(ids) if len(ids) <= FEW else self.read()[ids]
+        elif isinstance(table, np.ndarray):
+            found = table[ids]
+        else:
             return table.take(ids)
-        found = self.read()[ids]
         _require_finite(found, ids)
         return found
 
     def changed(self, ids: np.ndarray, rows: np.ndarray) -> FactorTable:
         """A copy with some rows replaced. Ids past the end add rows, with zeros in the gaps."""
-        table = self.read()
-        grown = np.zeros((max(len(table), ids.max(initial=-1) + 1), table.shape[1]), table.dtype)
-        grown[: len(table)] = table
-        grown[ids] = rows
-        return FactorTable(grown)
+        table = self._form()
+        if not isinstance(table, ChangedTable):
+            table = self.read()
+        made = with_rows(table, ids, rows)
+        return FactorTable(made) if isinstance(made, np.ndarray) else FactorTable(unread=made)
 
     def given(self, names: tuple[str, str], **values: np.ndarray | None) -> FactorTable:
         """The same table with a gramian or norms assigned; None has them computed again."""
         values = {"gramian": self.given_gramian, "norms": self.given_norms, **values}
         with self._lock:
-            return FactorTable(self._host, self._on_devices, names=names, **values)
+            return FactorTable(self._host, self._unread, names=names, **values)
 
     def gramian(self) -> np.ndarray:
         """Y^T Y (factors, factors), assigned or computed."""
@@ -330,7 +339,7 @@ def tables_of(state: AlsState, data: Data) -> dict[str, FactorTable]:
     """Both tables of a training, left in the backend's form until they are read."""
     sides = {"user": (state.users, data.users), "item": (state.items, data.items)}
     return {
-        name: FactorTable(on_devices=data.backend.table(table, side, data))
+        name: FactorTable(unread=data.backend.table(table, side, data))
         for name, (table, side) in sides.items()
     }
 

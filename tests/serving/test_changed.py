@@ -1,0 +1,88 @@
+"""Tables with a few changed rows, which are not copied until the whole table is read."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from matrices import random_counts
+
+from tpu_als import TPUAlternatingLeastSquares
+from tpu_als.serving import changed
+from tpu_als.serving.changed import ChangedTable
+from tpu_als.serving.fitted import FactorTable
+
+COUNTS = random_counts(60, 40, seed=1)
+
+
+@pytest.fixture(autouse=True)
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables count as large, and 20 changed rows as many."""
+    monkeypatch.setattr(changed, "_LARGE", 1)
+    monkeypatch.setattr(changed, "_MOST", 20)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("seed", range(5))
+def test_reads_are_those_of_an_array(seed: int, dtype: Any) -> None:
+    rng = np.random.default_rng(seed)
+    expected = rng.normal(size=(30, 4)).astype(dtype)
+    table, n_unread = FactorTable(expected.copy()), 0
+    for _ in range(60):
+        n_rows = len(expected)
+        ids = rng.integers(0, n_rows + rng.integers(1, 5), rng.integers(0, 4))
+        rows = rng.normal(size=(len(ids), 4))
+        grown = np.zeros((max(n_rows, ids.max(initial=-1) + 1), 4), dtype)
+        grown[:n_rows] = expected
+        grown[ids] = rows
+        before, (table, expected) = (table, expected), (table.changed(ids, rows), grown)
+        assert table.shape == expected.shape and table.dtype == dtype
+        some = rng.integers(0, len(expected), rng.integers(1, 90))
+        n_unread += table._unread is not None
+        np.testing.assert_array_equal(table.rows(some), expected[some])
+        if rng.random() < 0.1:
+            np.testing.assert_array_equal(table.read(), expected)
+            lengths = np.linalg.norm(expected, axis=1)
+            np.testing.assert_allclose(table.norms(), lengths, rtol=1e-6, atol=1e-9)
+        np.testing.assert_array_equal(copy.deepcopy(before[0]).read(), before[1])
+    assert n_unread > 20
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(table)).read(), expected)
+
+
+def test_partial_fits_do_not_copy_the_table() -> None:
+    plain, model = (
+        TPUAlternatingLeastSquares(6, alpha=5.0, iterations=2, random_state=0).fit(
+            COUNTS, show_progress=False
+        )
+        for _ in range(2)
+    )
+    base, served = model.user_factors, []
+    for user in (3, 7, 61, 3):
+        model.partial_fit_users([user], COUNTS[(user + 5) % 60])
+        served.append(model.recommend(user, None, filter_already_liked_items=False))
+        unread = model._fitted.user._unread
+        assert isinstance(unread, ChangedTable) and unread.base is base
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(changed, "_LARGE", 1 << 30)
+        for user, found in zip((3, 7, 61, 3), served, strict=True):
+            plain.partial_fit_users([user], COUNTS[(user + 5) % 60])
+            assert plain._fitted.user._unread is None
+            expected = plain.recommend(user, None, filter_already_liked_items=False)
+            for one, other in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(one, other)
+    for one, other in zip(model.similar_users(61), plain.similar_users(61), strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(model.user_factors, plain.user_factors)
+    assert model.user_factors.flags.writeable and model._fitted.user._unread is None
+
+
+def test_many_changed_rows_are_written_into_a_new_table() -> None:
+    table = FactorTable(np.zeros((100, 2), np.float32))
+    for number in range(50):
+        table = table.changed(np.array([number]), np.full((1, 2), 1 + number))
+        unread = table._unread
+        assert unread is None or len(unread.rows) <= 20
+    np.testing.assert_array_equal(table.read()[:, 0], np.r_[1:51, np.zeros(50)])

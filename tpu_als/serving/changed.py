@@ -1,0 +1,85 @@
+"""A table with a few changed rows, which is not copied until the whole table is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+FEW = 64  # rows to change or to read without a copy of the table
+_MOST = 1024  # changed rows of a table that is not copied
+_LARGE = 1 << 18  # numbers of a table whose copy takes longer than the calls around it
+
+
+@dataclass(frozen=True)
+class ChangedTable:
+    """A table (n, K) with some rows replaced or added. It does not change.
+
+    Attributes
+    ----------
+    base : array (n_base, K)
+        The table before.
+    rows : dict of int to array (K,)
+        Changed rows. Added rows that are not in it are zero.
+    n_rows : int
+        Number n of rows.
+    """
+
+    base: np.ndarray
+    rows: dict[int, np.ndarray]
+    n_rows: int
+    is_resident = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, K)."""
+        return self.n_rows, self.base.shape[1]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Dtype of the values."""
+        return self.base.dtype
+
+    def fetch(self) -> np.ndarray:
+        """The whole table, in new memory."""
+        table = np.empty(self.shape, self.dtype)
+        table[: len(self.base)] = self.base
+        table[len(self.base) :] = 0
+        for number, row in self.rows.items():
+            table[number] = row
+        return table
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        """Copies of a few rows; the ids must be in range."""
+        found = np.zeros((len(ids), self.base.shape[1]), self.dtype)
+        for at, number in enumerate(ids.tolist()):
+            if number in self.rows:
+                found[at] = self.rows[number]
+            elif number < len(self.base):
+                found[at] = self.base[number]
+        return found
+
+
+def with_rows(
+    table: np.ndarray | ChangedTable, ids: np.ndarray, rows: np.ndarray
+) -> np.ndarray | ChangedTable:
+    """A table with some rows replaced. Ids past the end add rows, with zeros in the gaps.
+
+    Parameters
+    ----------
+    table : array (n, K) or ChangedTable
+        The table, which stays as it is.
+    ids : int array (m,)
+        At least 0. If an id repeats, its last row is kept.
+    rows : array (m, K)
+        Their rows.
+    """
+    if not isinstance(table, ChangedTable):
+        table = ChangedTable(table, {}, len(table))
+    base, n_rows = table.base, max(table.n_rows, 1 + int(ids.max(initial=-1)))
+    changes = dict(zip(ids.tolist(), rows.astype(base.dtype), strict=True))
+    changed = ChangedTable(base, {**table.rows, **changes}, n_rows)
+    is_small = base.size < _LARGE or n_rows > 2 * len(base)
+    if is_small or len(ids) > FEW or len(changed.rows) > _MOST:
+        return changed.fetch()
+    return changed
