@@ -92,8 +92,14 @@ def test_leave_k_out(seed: int, kind: str, k: int, spared: float) -> None:
 @given(seed=st.integers(0, 10**6), kind=st.sampled_from(KINDS), fraction=st.floats(0.01, 0.99))
 def test_strong_generalization(seed: int, kind: str, fraction: float) -> None:
     matrix = stored(seed, kind)
-    if not ((matrix.toarray() > 0).sum(axis=1) > 1).any():
-        with pytest.raises(ValueError, match="no user has two positive entries"):
+    n_users, testable = matrix.shape[0], ((matrix.toarray() > 0).sum(axis=1) > 1).sum()
+    error = None
+    if not testable:
+        error = "no user has two positive entries"
+    elif min(testable, max(round(fraction * n_users), 1)) == n_users:
+        error = "leaves none to train on"
+    if error:
+        with pytest.raises(ValueError, match=error):
             evaluation.strong_generalization_split(matrix, fraction, random_state=seed)
         return
     train, visible, held_out = evaluation.strong_generalization_split(
