@@ -158,7 +158,8 @@ class _Selection:
         self._excluded = np.asarray(() if excluded is None else excluded, np.int32)
         # The cost is about that of finding the k-th of the blocks' maxima, and of reading k blocks.
         best = math.isqrt(4 * n_columns // k)
-        self._width = max(min(best, n_columns // (4 * k)), 1)
+        width = max(min(best, n_columns // (4 * k)), 1)
+        self._width = width - width % 8 if width > 8 else width  # whole vectors
         self._loops = compiled.selection()
 
     def __call__(

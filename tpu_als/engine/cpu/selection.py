@@ -104,16 +104,18 @@ def _keep_k(candidates: Candidates, row: Any, n: Any, k: Any, scratch: Any) -> A
 
 
 @inner
-def _without_nan(products: Any, row: Any) -> None:
-    """Replace NaN by infinity in a row, if it has any."""
-    zero, top = products.dtype.type(0), products.dtype.type(np.inf)
-    total = zero
-    for column in range(products.shape[1]):
-        total += products[row, column] * zero
-    if total != zero:  # NaN, as there is NaN or infinity in the row
+def _divide(products: Any, row: Any, lengths: Any, first: Any) -> Any:
+    """Divide the scores of a row by lengths, if any; return how many are NaN or infinite."""
+    n_bad, top = np.int32(0), products.dtype.type(np.inf)
+    if len(lengths):
         for column in range(products.shape[1]):
-            if not products[row, column] < top:
-                products[row, column] = top
+            score = products[row, column] / lengths[first + column]
+            products[row, column] = score
+            n_bad += np.int32(not score < top)
+    else:
+        for column in range(products.shape[1]):
+            n_bad += np.int32(not products[row, column] < top)
+    return n_bad
 
 
 @inner_without_nan
@@ -153,13 +155,9 @@ def select(
     scores, ids, sizes, bounds = candidates
     lengths, starts, seen, excluded = hidden
     n, capacity, kind = products.shape[1], scores.shape[1], products.dtype.type
-    n_blocks, lowest = (n + width - 1) // width, kind(-np.inf)
+    n_blocks, lowest, highest = (n + width - 1) // width, kind(-np.inf), kind(np.inf)
     maxima, scratch = np.empty(n_blocks, kind), np.empty(max(capacity, n_blocks), kind)
     for row in range(len(products)):
-        if len(lengths):
-            for column in range(n):
-                products[row, column] /= lengths[first + column]
-        _without_nan(products, row)
         if len(starts):
             for at in range(starts[row], starts[row + 1]):
                 column = seen[at] - first
@@ -167,6 +165,10 @@ def select(
                     products[row, column] = lowest
         for at in range(len(excluded)):
             products[row, excluded[at] - first] = lowest
+        if _divide(products, row, lengths, first):
+            for column in range(n):
+                if not products[row, column] < highest:
+                    products[row, column] = highest
         _maxima(products, row, width, maxima)
         size, bound = sizes[row], bounds[row]
         is_full = size >= k
