@@ -150,6 +150,33 @@ def _reduce(
     return most, least
 
 
+@inner
+def _residual(
+    entries: Entries, objective: Objective, span: Any, scale: Any, vectors: Any
+) -> tuple[Any, Any, Any, Any, Any]:
+    """Write the residual r at z in float64.
+
+    `vectors` are z, the scaled diagonal d, the multiple of its inverse, and r. Returns r^T D^-1 r,
+    z^T D z and the squared lengths of D^-1 r and z; the first has the multiple as a factor, the third
+    its square. The last number is the largest element of r.
+    """
+    z, d, inverse, residual = vectors
+    size = energy = error = length = largest = np.float64(0)
+    for k in range(len(z)):
+        residual[k] = -d[k] * z[k]
+        energy += d[k] * z[k] * z[k]
+        length += z[k] * z[k]
+    on_targets, on_predictions = np.float64(scale), -np.float64(scale)
+    if energy == 0:
+        on_predictions = np.float64(0)
+    add_products(entries, objective, span, (on_targets, on_predictions), z, residual)
+    for k in range(len(z)):
+        size += residual[k] * residual[k] * inverse[k]
+        error += (residual[k] * inverse[k]) ** 2
+        largest = max(largest, abs(residual[k]))
+    return size, energy, error, length, largest
+
+
 @compiled
 def solve_rows(
     rows: Any, starts: Any, entries: Entries, objective: Objective, diagonal: Diagonal,
@@ -190,22 +217,12 @@ def solve_rows(
         scale, unit, is_new = scaled(objective, own, n, 1, d, inverse)
         for k in range(width):
             z[k] = 0.0 if is_new else rows[row, k]
-        left, is_solved, share = most, False, np.float64(1)
+        span, left, share = (first, n), most, np.float64(1)
+        is_solved: Any = False
         for turn in range(_ROUNDS):
-            size = energy = largest = length = error = np.float64(0)
-            for k in range(width):
-                residual[k] = -d[k] * z[k]
-                energy += d[k] * z[k] * z[k]
-                length += z[k] * z[k]
-            on_targets, on_predictions = np.float64(scale), -np.float64(scale)
-            if energy == 0:
-                on_predictions = np.float64(0)
-            span, scales = (first, n), (on_targets, on_predictions)
-            add_products(entries, objective, span, scales, z, residual)
-            for k in range(width):
-                size += residual[k] * residual[k] * inverse[k]
-                error += (residual[k] * inverse[k]) ** 2
-                largest = max(largest, abs(residual[k]))
+            size, energy, error, length, largest = _residual(
+                entries, objective, span, scale, (z, d, inverse, residual)
+            )
             # A - share D has no negative eigenvalue. Negative weights make the share small.
             goal = (share * tolerance) ** 2 * unit * energy
             # The error may be longer, for its energy, than the solution: D^-1 r is about the error.
