@@ -157,8 +157,8 @@ def _residual(
     """Write the residual r at z in float64.
 
     `vectors` are z, the scaled diagonal d, the multiple of its inverse, and r. Returns r^T D^-1 r,
-    z^T D z and the squared lengths of D^-1 r and z; the first has the multiple as a factor, the third
-    its square. The last number is the largest element of r.
+    z^T D z and the squared lengths of D^-1 r and z; the first has the multiple as a factor, the
+    third its square. The last number is the largest element of r.
     """
     z, d, inverse, residual = vectors
     size = energy = error = length = largest = np.float64(0)
