@@ -107,6 +107,54 @@ def test_the_bits_of_a_row_depend_on_no_other_row(dtype: str) -> None:
     np.testing.assert_array_equal(_source(source.table, 1).solve(rows, objective), everything)
 
 
+HARD = {
+    "small weights": Objective.of("implicit", 0.1, 1e-2),
+    "nearly no weight": Objective.of("implicit", 0.1, 1e-8),
+    "huge ridge": Objective.of("implicit", 1e12, 1e-4),
+    "weights cancel the gramian": Objective.of("implicit", 0.1, 1e-4, 10.0),
+    "small ridge": Objective.of("ials", 1e-6, 1.0, 0.1),
+}
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("rank", [2, 30])
+@pytest.mark.parametrize("name", HARD)
+def test_ill_conditioned_rows_are_nearly_as_accurate(name: str, rank: int, dtype: str) -> None:
+    objective, rng = HARD[name], np.random.default_rng(2)
+    table = (rng.normal(size=(N_SOURCE, rank)) @ rng.normal(size=(rank, 30))).astype(dtype)
+    rows = _rows()
+    expected = _solved(table, rows, objective)
+    conditions = [np.linalg.cond(matrix) for _, matrix, _ in _systems(table, rows, objective)]
+    is_known = np.array(conditions) < 1e9  # of others the oracle knows nothing
+    errors = _errors(_source(table).solve(rows, objective), expected)
+    own = 256 * np.finfo(np.float64).eps * np.array(conditions)
+    assert (errors < np.maximum(2 * BOUNDS[dtype], own))[is_known].all()
+
+
+def test_a_huge_value_in_another_row_changes_nothing() -> None:
+    objective, table, rows = OBJECTIVES["ials"], _table(16, "float32"), _rows()
+    source = _source(table)
+    alone = source.solve(rows[10:], objective)
+    rows.data[rows.indptr[3]] = 1e34
+    np.testing.assert_array_equal(source.solve(rows, objective)[10:], alone)
+
+
+def test_weights_that_cancel_the_gramian_up_to_rounding_have_a_solution() -> None:
+    table = np.random.default_rng(0).normal(size=(N_SOURCE, 17)).astype(np.float32)
+    rows = sparse.csr_matrix(np.full((1, N_SOURCE), 1e-12, np.float32))
+    found = _source(table).solve(rows, Objective.of("implicit", 0.0, 1e-2, 10.0))
+    assert np.isfinite(found).all()
+
+
+def test_memory_for_rotated_rows_has_few_sizes() -> None:
+    objective, rows = OBJECTIVES["implicit"], _rows()
+    source = _source(_table(16, "float32"))
+    for row in range(1, N_ROWS):
+        source.solve(rows[row], objective)
+    blocks = source._eigenbasis()._memory._free
+    assert 0 < sum(map(len, blocks.values())) <= N_SOURCE.bit_length()
+
+
 def test_rows_that_do_not_converge_are_solved_directly(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, table, rows = OBJECTIVES["implicit"], _table(16, "float32"), _rows()
     direct, solved = exact.Source.directly, []

@@ -247,11 +247,17 @@ def factorize(matrix: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def solution(matrix: np.ndarray, rhs: np.ndarray) -> np.ndarray:
-    """Solution (K,) of a system; NaN if it is not positive definite up to rounding."""
+    """Solution (K,) of a system; NaN if it is not finite."""
     _, found, failed = linalg.lapack.dposv(matrix, rhs)
     if not failed:
         return found
     try:
         return linalg.cho_solve(factorize(matrix), rhs, check_finite=False)
     except linalg.LinAlgError:
-        return np.full_like(rhs, np.nan)
+        # Negative weights may cancel the gramian up to rounding: leave those directions out.
+        try:
+            spectrum, basis = linalg.eigh(matrix)
+        except (linalg.LinAlgError, ValueError):  # not finite
+            return np.full_like(rhs, np.nan)
+        at = spectrum > len(rhs) * np.finfo(np.float64).eps * np.abs(spectrum).max()
+        return basis[:, at] @ (basis[:, at].T @ rhs / spectrum[at])

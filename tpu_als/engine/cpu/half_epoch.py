@@ -150,14 +150,16 @@ def solve_side(
         The new table.
     """
     dtype, factors = source.dtype, target.shape[1]
-    rotation, spectrum = eigenbasis(source, n_threads)
+    is_exact = settings.tolerance > 0
+    rotation, spectrum = eigenbasis(source, n_threads, np.float64 if is_exact else dtype)
     width, largest = len(spectrum), max(len(source), len(target))
     rotated_source = memory.empty((len(source), width), dtype, largest * width)
     rotate(source, rotation, n_threads, rotated_source)
+    rotation = np.asarray(rotation, dtype)
     loops = compiled.ready(dtype.name)
     diagonal = diagonal_of(spectrum, len(source), factors, settings)
     objective, relaxation = settings.objective, settings.relaxation
-    if settings.tolerance:
+    if is_exact:
         converging = compiled.converging()
         solve_rows, how = (
             converging.solve_rows,
@@ -222,16 +224,19 @@ def measure_side(
     return float(out.sum())
 
 
-def eigenbasis(table: np.ndarray, n_threads: int) -> tuple[np.ndarray, np.ndarray]:
-    """`eigenbasis_of` the gramian of a table (N, K), in its dtype."""
-    return eigenbasis_of(gramian(table, n_threads, table.dtype), table.dtype)
+def eigenbasis(
+    table: np.ndarray, n_threads: int, dtype: Any = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`eigenbasis_of` the gramian of a table (N, K), computed in a dtype or in the table's."""
+    return eigenbasis_of(gramian(table, n_threads, dtype or table.dtype), table.dtype)
 
 
 def eigenbasis_of(gram: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """Rotation (K, P) into the eigenbasis of a gramian (K, K), and its spectrum (P,).
 
     Columns beyond K, which pad a row to whole cache lines, are zero; their spectrum is one. If the
-    gramian is not finite, nor is the result. Both are rounded to the dtype of the tables.
+    gramian is not finite, nor is the result. The rotation has the dtype of the gramian, and
+    the spectrum that of the tables.
     """
     limits = np.finfo(gram.dtype)
     try:
@@ -241,7 +246,7 @@ def eigenbasis_of(gram: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.nda
     # Rounding may make eigenvalues zero or negative, which would make the systems singular.
     spectrum = np.maximum(spectrum, limits.eps * spectrum[-1] + limits.tiny)
     pads = 0, -len(gram) % (LINE // dtype.itemsize)
-    rotation, spectrum = rotation.astype(dtype), spectrum.astype(dtype)
+    spectrum = spectrum.astype(dtype)
     return np.pad(rotation, ((0, 0), pads)), np.pad(spectrum, pads, constant_values=1)
 
 
@@ -266,7 +271,10 @@ def rotate(table: np.ndarray, rotation: np.ndarray, n_threads: int, out: np.ndar
     """Write the product of a table (N, K) and a rotation, which may have pads, to `out`."""
 
     def work(at: slice) -> None:
-        np.matmul(table[at], rotation, out=out[at])
+        for low in range(at.start, at.stop, _GRAMIAN_ROWS):
+            rows = slice(low, min(low + _GRAMIAN_ROWS, at.stop))
+            wide = table[rows].astype(rotation.dtype, copy=False)
+            np.matmul(wide, rotation, out=out[rows], casting="same_kind")
 
     threads(work, _even(table, n_threads), n_threads)
 

@@ -97,7 +97,7 @@ def _prefetch_intrinsic(_: Any, __: Any) -> Any:
 _prefetch: Any = intrinsic(_prefetch_intrinsic)
 
 
-_confidence = inner(equations.confidence)
+confidence = inner(equations.confidence)
 _ridge = inner(equations.ridge)
 
 
@@ -117,7 +117,7 @@ def add_products(
     kind = p.dtype.type
     address, row_bytes = source.ctypes.data, len(p) * source.itemsize
     zero, one, end = kind(0), kind(1), first + n
-    w, v = _confidence(objective, one)
+    w, v = confidence(objective, one)
     w0 = w1 = w2 = w3 = on_predictions * kind(w)
     v0 = v1 = v2 = v3 = on_targets * kind(v)
     for at in range(first, end - 3, 4):
@@ -134,13 +134,13 @@ def add_products(
                 t2 += source[i2, k] * p[k]
                 t3 += source[i3, k] * p[k]
         if len(values):
-            w, v = _confidence(objective, values[at])
+            w, v = confidence(objective, values[at])
             w0, v0 = on_predictions * kind(w), on_targets * kind(v)
-            w, v = _confidence(objective, values[at + 1])
+            w, v = confidence(objective, values[at + 1])
             w1, v1 = on_predictions * kind(w), on_targets * kind(v)
-            w, v = _confidence(objective, values[at + 2])
+            w, v = confidence(objective, values[at + 2])
             w2, v2 = on_predictions * kind(w), on_targets * kind(v)
-            w, v = _confidence(objective, values[at + 3])
+            w, v = confidence(objective, values[at + 3])
             w3, v3 = on_predictions * kind(w), on_targets * kind(v)
         s0, s1, s2, s3 = w0 * t0 + v0, w1 * t1 + v1, w2 * t2 + v2, w3 * t3 + v3
         for k in range(len(p)):
@@ -151,7 +151,7 @@ def add_products(
         i0, t0 = ids[at], zero
         for k in range(len(p)):
             t0 += source[i0, k] * p[k]
-        w, v = _confidence(objective, values[at] if len(values) else one)
+        w, v = confidence(objective, values[at] if len(values) else one)
         s0 = on_predictions * kind(w) * t0 + on_targets * kind(v)
         for k in range(len(p)):
             out[k] += s0 * source[i0, k]
@@ -166,7 +166,7 @@ def _curvature(
     kind = p.dtype.type
     address, row_bytes = source.ctypes.data, len(p) * source.itemsize
     zero, one, end = kind(0), kind(1), first + n
-    total, (w, _) = zero, _confidence(objective, one)
+    total, (w, _) = zero, confidence(objective, one)
     w0 = w1 = w2 = w3 = scale * kind(w)
     for at in range(first, end - 3, 4):
         i0, i1, i2, i3 = ids[at], ids[at + 1], ids[at + 2], ids[at + 3]
@@ -181,16 +181,16 @@ def _curvature(
             t2 += source[i2, k] * p[k]
             t3 += source[i3, k] * p[k]
         if len(values):
-            w0 = scale * kind(_confidence(objective, values[at])[0])
-            w1 = scale * kind(_confidence(objective, values[at + 1])[0])
-            w2 = scale * kind(_confidence(objective, values[at + 2])[0])
-            w3 = scale * kind(_confidence(objective, values[at + 3])[0])
+            w0 = scale * kind(confidence(objective, values[at])[0])
+            w1 = scale * kind(confidence(objective, values[at + 1])[0])
+            w2 = scale * kind(confidence(objective, values[at + 2])[0])
+            w3 = scale * kind(confidence(objective, values[at + 3])[0])
         total += w0 * t0 * t0 + w1 * t1 * t1 + w2 * t2 * t2 + w3 * t3 * t3
     for at in range(end - n % 4, end):
         i0, t0 = ids[at], zero
         for k in range(len(p)):
             t0 += source[i0, k] * p[k]
-        w, _ = _confidence(objective, values[at] if len(values) else one)
+        w, _ = confidence(objective, values[at] if len(values) else one)
         total += scale * kind(w) * t0 * t0
     return total
 
@@ -363,7 +363,7 @@ def measure_rows(
             t, i = zero, ids[at]
             for k in range(rows.shape[1]):
                 t += source[i, k] * rows[row, k]
-            w, v = _confidence(objective, values[at] if len(values) else one)
+            w, v = confidence(objective, values[at] if len(values) else one)
             liked = kind(v)
             total += liked * (one - t) ** 2 + (kind(w) - liked) * (one + t * t)
             total -= offset * t * t

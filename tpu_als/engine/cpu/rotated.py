@@ -6,6 +6,7 @@ Axis letters: M rows to solve, N source rows, K factors, P of them and pads to w
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ class Eigenbasis:
     def __init__(self, table: np.ndarray, gram: np.ndarray) -> None:
         rotation, spectrum = half_epoch.eigenbasis_of(gram, table.dtype)
         self._rotation = read_only(np.ascontiguousarray(rotation))
+        self._rotation_back = read_only(self._rotation.astype(table.dtype))
         self._table, self._spectrum = table, spectrum
         self._latest: tuple[Settings, Any] | None = None  # settings and diagonal part of a call
         self._memory = Memory()
@@ -65,7 +67,7 @@ class Eigenbasis:
                 loops.Entries(read_only(source), part.ids, part.values, ahead),
                 settings.objective, diagonal, limits,
             )  # fmt: skip
-            loops.rotate_back(rotated, self._rotation, out[at])
+            loops.rotate_back(rotated, self._rotation_back, out[at])
 
         threads(work, given.parts(n_threads, factors), n_threads)
         return out
@@ -99,7 +101,10 @@ class Eigenbasis:
             positions = position[ids]
         quads = np.full((len(needed) + 3) // 4 * 4, n_source)
         quads[: len(needed)] = needed
-        out = self._memory.empty((len(quads), self._rotation.shape[1]), self._table.dtype)
+        shape = len(quads), self._rotation.shape[1]
+        # Blocks of few sizes: the pool keeps one of each.
+        room = 1 << (math.prod(shape) - 1).bit_length()
+        out = self._memory.empty(shape, self._table.dtype, room)
         loops, table, padded = compiled.converging(), read_only(self._table), read_only(quads)
         count = min(n_threads, 1 + out.size * table.shape[1] // _LEAST_ROTATION)
         bounds = 4 * np.linspace(0, len(quads) // 4, count + 1).astype(int)
