@@ -186,6 +186,25 @@ class TestMemory:
         with pytest.raises(MemoryError, match=r"ids .* GB, scores .* GB.*set N to less than 10+"):
             call(model)
 
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda m: m.recommend(0, _wide(1, 20), N=10**9),
+            lambda m: m.recommend(np.arange(30), _wide(30, 20), N=10**6),
+            lambda m: m.similar_items(0, N=10**9),
+        ],
+    )
+    def test_results_that_are_mostly_padding(
+        self, call: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plenty = type("Plenty", (), {"available": 10**13, "total": 10**13})
+        monkeypatch.setattr(host.psutil, "virtual_memory", plenty)
+        model = _fitted()
+        with pytest.raises(MemoryError, match="mostly padding, as there are 20 rows.*at most 20"):
+            call(model)
+        ids, _ = model.recommend(0, _wide(1, 20), N=10**5)
+        assert ids.shape == (10**5,) and (ids[20:] == -1).all()
+
     def test_a_whitelist_bounds_them(self) -> None:
         ids, _ = _fitted().recommend(0, None, 10**9, False, items=[3, 1])
         assert sorted(ids.tolist()) == [1, 3]

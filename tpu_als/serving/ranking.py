@@ -73,7 +73,7 @@ def rank(
     arguments.same_width(queries.shape[-1], width)
     if chosen is not None:
         n = min(n, len(chosen))
-    arguments.require_results(len(queries), n, queries.dtype)
+    arguments.require_results(len(queries), n, n_rows, queries.dtype)
     if chosen is not None and len(chosen) <= n_rows // _FEW:
         rows = table.rows(chosen)
         own = table.norms()[chosen] if how.cosine else None

@@ -18,6 +18,7 @@ from tpu_als.validation.matrices import rows_for as rows_for
 from tpu_als.validation.matrices import warn_if_converted as warn_if_converted
 
 GROWTH = 1_000_000  # rows that a partial fit may add to a table, in addition to doubling it
+_MOST_PADDING = 1 << 26  # bytes of results that are mostly padding
 _FEW = 1 << 13  # numbers of an array that need no blocks
 _ROWS_AT_ONCE = 1 << 16  # rows of a table that are checked for NaN at once
 
@@ -226,13 +227,22 @@ def result_count(n: Any) -> int:
     return n
 
 
-def require_results(n_queries: int, n: int, dtype: DTypeLike) -> None:
-    """Raise MemoryError if ids and scores (n_queries, n) would not fit into memory."""
+def require_results(n_queries: int, n: int, n_rows: int, dtype: DTypeLike) -> None:
+    """Raise MemoryError if ids and scores (n_queries, n) would not fit into memory.
+
+    Results from a table of n_rows rows that are mostly padding, because n is above n_rows, may
+    take 64 MB.
+    """
     size = n_queries * n
     require_memory(
         {"ids": 4 * size, "scores": size * np.dtype(dtype).itemsize},
         f"set N to less than {n}, or pass fewer than {n_queries} ids at a time",
     )
+    if n > 2 * n_rows and size * (4 + np.dtype(dtype).itemsize) > _MOST_PADDING:
+        raise MemoryError(
+            f"N={n} for {n_queries} ids would make results that are mostly padding, as there are "
+            f"{n_rows} rows to rank: set N to at most {n_rows}"
+        )
 
 
 def solver_arguments(X: Any, Y: Any, regularization: Any, num_threads: Any) -> None:
