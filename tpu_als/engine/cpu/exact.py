@@ -90,17 +90,12 @@ class Source:
                 raise ValueError('"cg" uses the gramian of the table, and takes no other one')
             return self._by_cg(rows, objective, start)
         if gram is not None or not compiled.is_available():
-            gram = self._gramian() if gram is None else gram.astype(np.float64)
-            return self._directly(rows, objective, gram)
+            return self.directly(rows, objective, gram)
         out = self._eigenbasis().solve(rows, objective, self.n_threads)
         failed = np.flatnonzero(~np.isfinite(out).all(axis=1))
         if len(failed):
             out[failed] = self.directly(rows[failed], objective)
         return out
-
-    def directly(self, rows: sparse.csr_matrix, objective: Objective) -> np.ndarray:
-        """`solve` without `start` and `gram`, by LAPACK."""
-        return self._directly(rows, objective, self._gramian())
 
     def on(self, n_threads: int) -> Source:
         """The same source for another number of threads."""
@@ -108,7 +103,12 @@ class Source:
 
     def _eigenbasis(self) -> Eigenbasis:
         gram = self._gramian()
-        return self._once("eigenbasis", lambda: Eigenbasis(self.table, gram))
+
+        def compute() -> Eigenbasis:
+            with single_blas_thread():
+                return Eigenbasis(self.table, gram)
+
+        return self._once("eigenbasis", compute)
 
     def _gramian(self) -> np.ndarray:
         """The table's gramian in float64."""
@@ -150,10 +150,12 @@ class Source:
         with single_blas_thread():
             return solve_side(begin, self.table, given, settings, Memory(), self.n_threads)
 
-    def _directly(
-        self, rows: sparse.csr_matrix, objective: Objective, gram: np.ndarray
+    def directly(
+        self, rows: sparse.csr_matrix, objective: Objective, gram: np.ndarray | None = None
     ) -> np.ndarray:
+        """`solve` by LAPACK, in float64, without `start`."""
         n_source, factors = self.table.shape
+        wide = self._gramian() if gram is None else gram.astype(np.float64)
         out = np.zeros((rows.shape[0], factors), self.table.dtype)
 
         def work(at: tuple[int, int]) -> None:
@@ -167,7 +169,7 @@ class Source:
                     if ids[-1] == n_source:  # ids ascend
                         known = ids < n_source
                         ids, values = ids[known], values[known]
-                    out[row] = solution(*system(self.table, ids, values, gram, objective, lam))
+                    out[row] = solution(*system(self.table, ids, values, wide, objective, lam))
 
         ends = np.cumsum((np.diff(rows.indptr) + factors / 3) * factors**2)
         total = float(ends[-1]) if len(ends) else 0.0

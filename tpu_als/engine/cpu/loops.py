@@ -201,7 +201,8 @@ def scaled(
 ) -> Any:
     """Write a row's scaled diagonal part D to `d`, and a multiple of D^-1 to `inverse`.
 
-    Returns the scale (`solve.scale`), the multiple, and whether CG starts at zero (`solve.begin`).
+    Returns the scale (`xla.solve.equation_scale`), the multiple, and whether CG starts at zero
+    (`xla.solve.initial_rows`).
     """
     spectrum, top, n_source, weight, reach, tiny, most = diagonal
     kind = d.dtype.type

@@ -91,7 +91,7 @@ class Catalog:
         ids : int32 array (B, k)
             -1 at the tail where fewer than k items were left.
         scores : array (B, k)
-            `NO_SCORE` where the id is -1; NaN where the product is NaN or infinite.
+            `NO_SCORE` where the id is -1; NaN where the product is NaN or plus infinity.
         """
         if not (k and len(queries) and len(self.table)):
             return empty(len(queries), k, self.table.dtype)
@@ -119,12 +119,15 @@ class Catalog:
         size = max(min(size, _CANDIDATE_BYTES // (8 * width)), 1)
         select = _Selection(self, width, excluded, n_columns)
 
-        nothing = np.empty(0, np.int64), np.empty(0, np.int32)
+        starts, seen_ids = np.empty(0, np.int64), np.empty(0, np.int32)
+        if seen is not None:
+            starts = seen.indptr.astype(np.int64, copy=False)
+            seen_ids = seen.indices.astype(np.int32, copy=False)
 
         @np.errstate(over="ignore", invalid="ignore")
         def work(low: int) -> None:
             at = slice(low, min(low + size, len(queries)))
-            part = nothing if seen is None else (seen.indptr[low : at.stop + 1], seen.indices)
+            part = Seen(read_only(starts[low : at.stop + 1]), read_only(seen_ids))
             found, best = select(queries[at], part)
             keep(ids[at, :width], scores[at, :width], found, best)
 
@@ -162,9 +165,7 @@ class _Selection:
         self._width = width - width % 8 if width > 8 else width  # whole vectors
         self._loops = compiled.selection()
 
-    def __call__(
-        self, queries: np.ndarray, seen: tuple[np.ndarray, np.ndarray]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, queries: np.ndarray, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
         """Ids and scores (B, k), best first; hidden items have a score of minus infinity."""
         catalog, k, loops = self._catalog, self._k, self._loops
         n_queries, n_items, dtype = len(queries), len(catalog.table), catalog.dtype
@@ -173,8 +174,6 @@ class _Selection:
             np.empty(shape, dtype), np.empty(shape, np.int32),
             np.zeros(n_queries, np.int64), np.full(n_queries, -np.inf, dtype),
         )  # fmt: skip
-        starts = read_only(seen[0].astype(np.int64, copy=False))
-        seen_ids = read_only(seen[1].astype(np.int32, copy=False))
         scratch = self._memory(n_queries * self._n_columns)
         for low in range(0, n_items, self._n_columns):
             rows = catalog.table[low : low + self._n_columns]
@@ -182,7 +181,7 @@ class _Selection:
             np.matmul(queries, rows.T, out=products)
             between = np.searchsorted(self._excluded, (low, low + len(rows)))
             excluded = read_only(self._excluded[slice(*between)])
-            hidden = loops.Hidden(self._lengths, starts, seen_ids, excluded)
+            hidden = loops.Hidden(self._lengths, *seen, excluded)
             loops.select(products, low, hidden, k, self._width, candidates)
         catalog.unused.append(scratch)
         scores = candidates.scores[:, :k]
