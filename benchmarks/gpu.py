@@ -1,16 +1,28 @@
-"""How long does a fit on an accelerator take, compared with implicit's CUDA kernels?
+"""How long do fits and ranking on an accelerator take, compared with implicit's CUDA kernels?
 
-The time is also compared with the least time to move the bytes. Both libraries start from the same
-tables. Losses are not timed. The engine computes them for both libraries; implicit's CPU function
-computes the last one again, to show that they agree. The target is 1.001 times the loss of the
-exact solver after `--iterations`. Without a GPU, and with `--quick`, only tpu_als runs, on the
-available device.
+The time of an iteration is also compared with the least time to move the bytes. Both libraries
+start from the same tables. Losses are not timed. The engine computes them for both libraries;
+implicit's CPU function computes the last one again, to show that they agree. The target is 1.001
+times the loss of the reference after `--iterations`. `--what` chooses the parts:
+
+fit : seconds to the target and of an iteration; peak memory of the device.
+parity : the largest difference of tables after two iterations from those of the CPU backend.
+ranking : the best ten unseen items of all users, in batches.
+profile : time of each device program in one iteration.
+
+Without a GPU, and with `--quick`, only tpu_als runs, on the available device. implicit needs the
+packages librmm-cu13==26.4.* and rapids-logger==0.2.* beside CUDA 13.
 """
 
 from __future__ import annotations
 
+import argparse
+import collections
+import functools
 import statistics
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import common
@@ -18,10 +30,11 @@ import jax
 import numpy as np
 from libraries import Ours, Problem, Run, available, race
 
+from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.engine import als
 
 REFERENCE = "tpu_als cholesky"
-DEFAULT = ["tpu_als cg", "tpu_als relaxed", REFERENCE, "tpu_als auto", "implicit gpu"]
+DEFAULT = ["tpu_als cg", "tpu_als relaxed", "tpu_als without kernels", REFERENCE, "implicit gpu"]
 # bytes a second of device memory, as published by the vendor
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.0e12, "L4": 0.3e12, "T4": 0.32e12}
 
@@ -91,6 +104,85 @@ def report(
         )  # fmt: skip
 
 
+def peak_bytes() -> int | None:
+    """Largest number of bytes of the device's memory that JAX has used in this process."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def parity(problem: Problem, _: argparse.Namespace, about: dict[str, Any]) -> None:
+    """Print how far tables after two iterations are from those of the CPU backend."""
+    runs = [Ours(problem), Ours(problem, devices=jax.devices("cpu")[:1])]
+    for run in runs:
+        run.step()
+        run.step()
+    for name, ours, cpu in zip(("users", "items"), *(run.tables() for run in runs), strict=True):
+        differs = np.abs(ours - cpu).max() / np.abs(cpu).max()
+        common.emit(**about, what="parity", table=name, largest_relative_difference=differs)
+
+
+def ranking(problem: Problem, args: argparse.Namespace, about: dict[str, Any]) -> None:
+    """Print the seconds to rank all items for all users, in batches."""
+    model = TPUAlternatingLeastSquares(problem.factors, iterations=1, random_state=0)
+    model.fit(problem.matrix, show_progress=False)
+    models: dict[str, Any] = {"tpu_als": model}
+    batch = args.batch
+    if available(["implicit gpu"]):
+        import implicit.gpu
+        from implicit.gpu.als import AlternatingLeastSquares
+
+        models["implicit gpu"] = peer = AlternatingLeastSquares(problem.factors)
+        peer.user_factors = implicit.gpu.Matrix(np.array(model.user_factors))
+        peer.item_factors = implicit.gpu.Matrix(np.array(model.item_factors))
+    starts = range(0, problem.matrix.shape[0], batch)
+    batches = [np.arange(low, min(low + batch, problem.matrix.shape[0])) for low in starts]
+    rows = [problem.matrix[users] for users in batches]
+
+    def rank(name: str) -> list[Any]:
+        model = models[name]
+        return [model.recommend(users, row) for users, row in zip(batches, rows, strict=True)]
+
+    taken = common.in_turns({name: functools.partial(rank, name) for name in models}, 3)
+    flops = 2.0 * problem.factors * np.prod(problem.matrix.shape)
+    for name, seconds in taken.items():
+        common.emit(
+            **about, what="ranking", library=name, seconds=seconds, batch=batch,
+            us_per_user=1e6 * seconds / problem.matrix.shape[0], tflops=flops / seconds / 1e12,
+        )  # fmt: skip
+
+
+def profile(problem: Problem, _: argparse.Namespace, about: dict[str, Any]) -> None:
+    """Print the device time of each program in one iteration, longest first."""
+    run = Ours(problem)
+    run.step()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run.step()
+        file = next(Path(folder).rglob("*.xplane.pb"))
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+    spent: collections.Counter[str] = collections.Counter()
+    calls: collections.Counter[str] = collections.Counter()
+    for plane in planes:
+        for line in plane.lines if plane.name.startswith("/device:GPU") else ():
+            for event in line.events if line.name.startswith("Stream") else ():
+                spent[event.name] += int(event.duration_ns)
+                calls[event.name] += 1
+    total = sum(spent.values())
+    common.emit(**about, what="profile", device_ms=total / 1e6, calls=sum(calls.values()))
+    for name, ns in spent.most_common(20):
+        common.emit(what="profile", program=name[:80], ms=ns / 1e6, calls=calls[name])
+
+
+def fit(problem: Problem, args: argparse.Namespace, about: dict[str, Any]) -> None:
+    """Step the libraries in turns, and print a line for each."""
+    names = available(args.libraries)
+    runs, target = race(problem, names, judge_of(problem), REFERENCE, args.iterations, args.most)
+    report(runs, problem, target, bandwidth(args.bandwidth), about)
+    common.emit(**about, what="memory", peak_bytes=peak_bytes())
+
+
+PARTS = {"parity": parity, "fit": fit, "ranking": ranking, "profile": profile}
+
+
 def main() -> None:
     """Run all cases that the arguments choose."""
     parser = common.parser(__doc__, ("power-law", "ml1m"))
@@ -101,12 +193,13 @@ def main() -> None:
     parser.add_argument("--regularization", type=float, default=10.0)
     parser.add_argument("--libraries", nargs="+", default=DEFAULT)
     parser.add_argument("--bandwidth", type=float, help="GB/s of the device, if not known here")
+    parser.add_argument("--what", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--batch", type=int, default=10_000, help="users ranked in a call")
     args = parser.parse_args()
     if args.quick:
         args.factors, args.iterations, args.most = [16], 3, 6
     name, matrix = common.load(args)
-    names = available(args.libraries)
-    missing = sorted(set(args.libraries) - set(names))
+    missing = sorted(set(args.libraries) - set(available(args.libraries)))
     common.emit(benchmark="gpu", what="machine", not_installed=missing, **common.machine())
     for factors in args.factors:
         problem = Problem(matrix, factors, args.alpha, args.regularization)
@@ -115,10 +208,8 @@ def main() -> None:
             "dtype": "float32", "factors": factors, "alpha": args.alpha,
             "regularization": args.regularization,
         }  # fmt: skip
-        runs, target = race(
-            problem, names, judge_of(problem), REFERENCE, args.iterations, args.most
-        )
-        report(runs, problem, target, bandwidth(args.bandwidth), about)
+        for part in args.what:
+            PARTS[part](problem, args, about)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
+from unittest import mock
 
 import numpy as np
 from scipy import sparse
@@ -21,7 +22,8 @@ from tpu_als.engine.backends import Backend, Wishes, choose
 from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams, Side
 from tpu_als.engine.objective import Objective
-from tpu_als.engine.xla.data import XlaSide
+from tpu_als.engine.xla import row_kernels
+from tpu_als.engine.xla.data import XlaData, XlaSide
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Library(Protocol):
 class Ours:
     """The engine on the backend that `fit` would choose, or on XLA's with `native=False`.
 
-    Other options are `devices`, `num_threads` and those of `AlsParams`.
+    Other options are `devices`, `num_threads`, `with_kernels` (False on a GPU for XLA's own
+    programs) and those of `AlsParams`.
     """
 
     def __init__(
@@ -75,12 +78,19 @@ class Ours:
         **options: Any,
     ) -> None:
         self.problem, self.over_relaxation = problem, over_relaxation
+        self.with_kernels = options.pop("with_kernels", True)
         wishes = {key: options.pop(key) for key in ("devices", "num_threads") if key in options}
         params = AlsParams(problem.factors, linear_solver=solver, **options)
         backend, params = chosen(problem.matrix, params, Wishes(use_native=native, **wishes))
-        self.data = backend.place(problem.matrix, params)
+        with mock.patch.object(row_kernels, "kernels_for", self._kernels_for()):
+            self.data = backend.place(problem.matrix, params)
+            if isinstance(self.data, XlaData):
+                self.data.kernels  # noqa: B018 - chosen here, and kept
         self.objective = Objective.of("implicit", problem.regularization, problem.alpha)
         self.reset()
+
+    def _kernels_for(self) -> Callable[..., Any]:
+        return row_kernels.kernels_for if self.with_kernels else lambda *_: None
 
     def reset(self) -> None:
         self.state = als.start(self.data, *self.problem.tables())
@@ -208,6 +218,7 @@ BUILDERS: dict[str, Callable[[Problem], Library]] = {
     "tpu_als relaxed": lambda problem: Ours(problem, "cg", over_relaxation=1.6),
     "tpu_als relaxed-4": lambda problem: Ours(problem, "cg", over_relaxation=1.5, cg_steps=4),
     "tpu_als relaxed-xla": lambda problem: Ours(problem, "cg", over_relaxation=1.6, native=False),
+    "tpu_als without kernels": lambda problem: Ours(problem, with_kernels=False),
     "tpu_als exact": lambda problem: Ours(problem, "exact"),
     "tpu_als cholesky": lambda problem: Ours(problem, "cholesky"),
     "tpu_als auto": lambda problem: Ours(problem, "auto"),
@@ -241,7 +252,7 @@ def available(names: list[str]) -> list[str]:
 
 
 def _exists(name: str) -> bool:
-    package, solver = name.split()
+    package, solver = name.split(maxsplit=1)
     if package == "tpu_als":
         return True
     if solver == "gpu" and importlib.util.find_spec("implicit"):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from tpu_als.engine.cells import LongRows
 from tpu_als.engine.data import AlsParams, Data, Side
 from tpu_als.engine.layout import Plan, RowMap
-from tpu_als.engine.xla import exchange
+from tpu_als.engine.xla import exchange, row_kernels
 from tpu_als.engine.xla.exchange import Route
 from tpu_als.engine.xla.mesh import DeviceMesh
+from tpu_als.engine.xla.row_kernels import RowKernels
 from tpu_als.engine.xla.sweep import ShardCells, Static
 
 NO_CELLS = ShardCells(None, None, None, None)
@@ -67,6 +69,11 @@ class XlaData(Data):
     items: XlaSide
     plan: Plan
     mesh: DeviceMesh
+
+    @functools.cached_property
+    def kernels(self) -> RowKernels | None:
+        """The kernels that solve the rows, or None if XLA's own programs do."""
+        return row_kernels.kernels_for(self.params, self.mesh)
 
 
 def static_of(params: AlsParams, rows: int, length: int) -> Static:

@@ -216,7 +216,9 @@ def _rung_passes(
     for number, rung in enumerate(side.rows.rungs):
         route = side.routes[number] if side.routes is not None else None
         static = static_of(data.params, rung.rows, rung.length)
-        static = static._replace(collectives=data.mesh.collectives, route=route)
+        static = static._replace(
+            collectives=data.mesh.collectives, route=route, kernels=data.kernels
+        )
         rungs.append((static, (rung.first_cell, rung.first_slot, first_send, rung.n_chunks)))
         if route is not None:
             first_send += route.groups(rung.n_chunks) * route.rows * data.mesh.n_shards
@@ -238,7 +240,7 @@ def _long_pass(
 ) -> ShardPass:
     """The program of the long rows, with its inputs."""
     static = static_of(data.params, 1, data.plan.lengths[-1])
-    static = static._replace(collectives=data.mesh.collectives)
+    static = static._replace(collectives=data.mesh.collectives, kernels=data.kernels)
     n_batches = -(-len(side.rows.long) // cells.LONG_ROWS)
     span = Span(*np.array([0, 0, 0, n_batches], np.int32))
     program = data.mesh.per_shard_program(sweep_long, static)

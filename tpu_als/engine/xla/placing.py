@@ -29,7 +29,7 @@ from tpu_als.engine.reading import (
     kept_as,
     require_tables,
 )
-from tpu_als.engine.xla import exchange, table_checksums
+from tpu_als.engine.xla import exchange, row_kernels, table_checksums
 from tpu_als.engine.xla.data import XlaData, XlaSide
 from tpu_als.engine.xla.exchange import Messages, Route
 from tpu_als.engine.xla.mesh import Collectives, DeviceMesh, Shards, precision
@@ -49,6 +49,7 @@ _LONGEST = {"cpu": layout.LONGEST, "other": 1 << 16}
 _SHORTEST_BLOCK = 128  # cells of a block of a long row, of which each shard has a share
 # Factors times cells whose work in a few fits takes as long as compiling one more rung.
 _RUNG_CELLS = {"cpu": 4e6, "other": 1e8}
+_BATCH_ROWS = 1 << 10  # rows of a batch that the kernels' chunks are planned for
 _GATHERED = 1 << 20  # row lengths of each process gathered at once
 # Bytes of unused slots that sharing programs between the sides may cost.
 _SHARED_WASTE = 1 << 26
@@ -62,11 +63,14 @@ def make_plan(lengths: np.ndarray, params: AlsParams, mesh: DeviceMesh) -> Plan:
     """
     rung_cells = _RUNG_CELLS[backend_kind(mesh)] / params.factors
     rungs = layout.ladder(lengths, rung_cells, longest=_longest_rung(params, mesh))
-    return _plan_of(rungs, params, mesh)
+    return _plan_of(rungs, int(lengths.sum()), params, mesh)
 
 
-def _plan_of(rungs: tuple[int, ...], params: AlsParams, mesh: DeviceMesh) -> Plan:
-    chunk, most_rows = chunk_sizes(params, mesh)
+def _plan_of(rungs: tuple[int, ...], n_entries: int, params: AlsParams, mesh: DeviceMesh) -> Plan:
+    if row_kernels.kernels_for(params, mesh) is None:
+        chunk, most_rows = chunk_sizes(params, mesh)
+    else:
+        chunk, most_rows = row_kernels.chunk_sizes(n_entries // mesh.n_shards)
     return Plan(rungs, chunk, most_rows, mesh.n_shards, len(mesh.processes))
 
 
@@ -214,7 +218,7 @@ def place_rows(
     # The rungs depend only on the longest row, so that batches of rows share programs.
     longest = int(lengths.max(initial=0))
     rungs = layout.doubling(longest, _longest_rung(params, mesh), growth=4)
-    plan = _plan_of(rungs, params, mesh)
+    plan = _plan_of(rungs, longest * _BATCH_ROWS, params, mesh)
     items = XlaSide(rows=source, lengths=np.zeros(0, np.int64))
     # The dtype of values does not depend on the values, so that all calls use the same programs.
     builder = _SideBuilder(plan, params, mesh, np.dtype(params.compute_dtype), False)

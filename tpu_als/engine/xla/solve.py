@@ -6,7 +6,7 @@ Axis letters: R rows, L padded length, K factors, N source rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -147,26 +147,44 @@ class Block(NamedTuple):
     v: Array
 
 
+class IndexedBlock(NamedTuple):
+    """Entries of R rows: source table (N, K), ids and weights w, v (R, L), and lengths (R,)."""
+
+    table: Array
+    ids: Array | np.ndarray
+    w: Array
+    v: Array
+    n_entries: Array | np.ndarray
+
+
+AnyBlock = TypeVar("AnyBlock", Block, IndexedBlock)
+
+
 def gather(table: Array, objective: Objective, cells: Cells, dtype: Dtype) -> Block:
     """Gather the rows of a table, and the weights, for cells (R, L)."""
-    ids, values = cells.ids, cells.values
     # Ids from the layout are in bounds; any other mode would cost a select per element.
-    rows = table.at[ids].get(mode="promise_in_bounds").astype(dtype)
-    is_entry = entry_mask(ids.shape, cells.n_entries)
-    values = jnp.ones(ids.shape, dtype) if values is None else values.astype(dtype)
-    w, v = confidence(objective, values)
+    rows = table.at[cells.ids].get(mode="promise_in_bounds").astype(dtype)
+    return Block(rows, *weights(objective, cells, dtype))
+
+
+def weights(objective: Objective, cells: Cells, dtype: Dtype) -> tuple[Array, Array]:
+    """Weights w and v (R, L) of cells; 0 in pads."""
+    shape, values = cells.ids.shape, cells.values
+    is_entry = entry_mask(shape, cells.n_entries)
+    values = jnp.ones(shape, dtype) if values is None else values.astype(dtype)
     zero = jnp.zeros((), dtype)
-    return Block(rows, jnp.where(is_entry, w, zero), jnp.where(is_entry, v, zero))
+    w, v = (jnp.where(is_entry, weight, zero) for weight in confidence(objective, values))
+    return w, v
 
 
-def largest_weight(block: Block) -> Array:
+def largest_weight(block: Block | IndexedBlock) -> Array:
     """Largest absolute weight (R, 1) of a row's cells."""
     return jnp.max(jnp.maximum(jnp.abs(block.w), block.v), axis=1, keepdims=True)
 
 
-def scale_weights(block: Block, factor: Array) -> Block:
+def scale_weights(block: AnyBlock, factor: Array) -> AnyBlock:
     """Multiply the weights of a block, and so its equations, by a factor (R, 1) for each row."""
-    return Block(block.rows, block.w * factor, block.v * factor)
+    return block._replace(w=block.w * factor, v=block.v * factor)
 
 
 def entry_mask(shape: tuple[int, ...], n_entries: Array | np.ndarray) -> Array:
@@ -267,6 +285,15 @@ def rows_cg(
     return z + size / jnp.maximum(bend, tiny) * p
 
 
+def cg(block: Block, z: Array, d: Array, steps: int) -> Array:
+    """Solve equation (3) by `rows_cg` from z (R, K), with the diagonal part d (R, K)."""
+    return rows_cg(
+        lambda p: normal(block, p),
+        lambda p: curvature(block, p),
+        residual(block, z), z, d, steps,
+    )  # fmt: skip
+
+
 def relax(before: Array, solved: Array, relaxation: Array | np.floating) -> Array:
     """Move from the rows `before` towards `solved` (R, K), by `relaxation` times the distance.
 
@@ -317,7 +344,7 @@ def rows_exact(block: Block, d: Array, positive: bool) -> Array:
     return rows_direct(accumulate(block), d)
 
 
-def cells_loss(block: Block, z: Array, is_entry: Array, offset: ArrayLike) -> Array:
+def cells_loss(block: Block | IndexedBlock, t: Array, is_entry: Array, offset: ArrayLike) -> Array:
     """Contribution of stored cells to the loss beyond the unobserved term: (R,).
 
     Each cell is computed as a square. Sums of (w t - 2 v) t and of |c| nearly cancel if a model
@@ -325,16 +352,15 @@ def cells_loss(block: Block, z: Array, is_entry: Array, offset: ArrayLike) -> Ar
 
     Parameters
     ----------
-    block : Block
-        Gathered with an objective whose offset is 0, so that w is abs(c).
-    z : (R, K)
-        Rows of the target table.
+    block : Block or IndexedBlock
+        Read with an objective whose offset is 0, so that w is abs(c).
+    t : (R, L)
+        Predictions of the cells.
     is_entry : (R, L)
         `entry_mask` of the block.
     offset : scalar
         The offset of the objective.
     """
-    t = predict(block, z)
     liked, disliked = block.v * jnp.square(1 - t), (block.w - block.v) * (1 + jnp.square(t))
     unobserved = jnp.where(is_entry, offset * jnp.square(t), jnp.zeros((), t.dtype))
     return _row_sums(liked + disliked - unobserved)

@@ -21,7 +21,8 @@ from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import exchange, solve
 from tpu_als.engine.xla.exchange import Route
 from tpu_als.engine.xla.programs import Collectives, PyTree
-from tpu_als.engine.xla.solve import Basis, Block, Cells
+from tpu_als.engine.xla.row_kernels import RowKernels
+from tpu_als.engine.xla.solve import Basis, Cells
 
 Index = int | Array  # a counter of a loop
 _Sums = TypeVar("_Sums")  # arrays with a leading axis of long rows
@@ -80,6 +81,8 @@ class Static(NamedTuple):
         The operations across shards.
     route : Route or None
         How source rows are received; None if the shard has all of them.
+    kernels : RowKernels or None
+        Kernels that read and solve rows; None for the functions of `solve`.
     """
 
     solver: str
@@ -90,6 +93,12 @@ class Static(NamedTuple):
     positive: bool
     collectives: Collectives = Collectives()
     route: Route | None = None
+    kernels: RowKernels | None = None
+
+    @property
+    def products(self) -> Any:
+        """The functions that read blocks and multiply by them: `kernels`, or the module `solve`."""
+        return self.kernels or solve
 
 
 class SharedInputs(NamedTuple):
@@ -122,7 +131,7 @@ class Rows(NamedTuple):
     The start is in the eigenbasis; only iterative solvers use it.
     """
 
-    block: Block
+    block: Any  # Block, or IndexedBlock with kernels
     lengths: Array | np.ndarray
     start: Array
 
@@ -176,11 +185,11 @@ def _over_chunks(
 
 
 class Chunk(NamedTuple):
-    """First slot, lengths (R,) and gathered block of a chunk of a rung."""
+    """First slot, lengths (R,) and block of a chunk of a rung."""
 
     slot: Array
     lengths: Array
-    block: Block
+    block: Any
 
 
 def _gather_chunk(
@@ -199,7 +208,7 @@ def _gather_chunk(
         (cells.ids, cells.values),
     )
     dtype = jnp.dtype(static.dtype)
-    block = solve.gather(source_rows, objective, Cells(ids, values, lengths), dtype)
+    block = static.products.gather(source_rows, objective, Cells(ids, values, lengths), dtype)
     return Chunk(slot, lengths, block)
 
 
@@ -217,15 +226,11 @@ def solve_block(
     scale = solve.equation_scale(d, weight)
     d, block = d * scale, solve.scale_weights(block, scale)
     if static.solver == "diagonal":
-        z = solve.rows_diagonal(solve.project(block, block.v), d)
+        z = solve.rows_diagonal(static.products.project(block, block.v), d)
     elif static.solver == "cholesky":
         z = solve.rows_exact(block, d, static.positive)
     else:
-        z = solve.rows_cg(
-            lambda p: solve.normal(block, p),
-            lambda p: solve.curvature(block, p),
-            solve.residual(block, z), z, d, static.steps,
-        )  # fmt: skip
+        z = static.products.cg(block, z, d, static.steps)
     return finish(basis, lengths, z if relaxation is None else solve.relax(before, z, relaxation))
 
 
@@ -271,7 +276,7 @@ def _sum_over_blocks(
     static: Static,
     batch: LongBatch,
     objective: Objective,
-    function: Callable[[Block, Array, Array], _Sums],
+    function: Callable[[Any, Array, Array], _Sums],
     zero: _Sums,
 ) -> _Sums:
     """Sum function(block, row, n_entries) over the blocks of each row of a batch, and the shards.
@@ -286,7 +291,7 @@ def _sum_over_blocks(
             lambda array: lax.dynamic_slice_in_dim(array, step, 1),
             Cells(long.ids, long.values, long.n_entries),
         )
-        block = solve.gather(batch.source_table, objective, cells, dtype)
+        block = static.products.gather(batch.source_table, objective, cells, dtype)
         row = long.rows[step]
 
         def add(total: Array, more: Array) -> Array:
@@ -321,7 +326,7 @@ def solve_long(
     static: Static, out: Array, long: LongRows, source_table: Array, shared: SharedInputs
 ) -> Array:
     """Solve the long rows, a batch at a time; the shards' sums over their entries are added."""
-    objective, basis = shared.objective, shared.basis
+    objective, basis, products = shared.objective, shared.basis, static.products
 
     def body(number: int, out: Array) -> Array:
         slots, lengths, before = _batch_rows(static, long, out, number)
@@ -330,8 +335,8 @@ def solve_long(
         def take(p: Array, row: Array) -> Array:
             return lax.dynamic_slice_in_dim(p, row, 1)
 
-        def summed(function: Callable[[Block, Array], _Sums], zero: _Sums) -> _Sums:
-            def scaled(block: Block, row: Array, _: Array) -> _Sums:
+        def summed(function: Callable[[Any, Array], _Sums], zero: _Sums) -> _Sums:
+            def scaled(block: Any, row: Array, _: Array) -> _Sums:
                 return function(solve.scale_weights(block, take(scale, row)), row)
 
             return _sum_over_blocks(static, batch, objective, scaled, zero)
@@ -341,16 +346,16 @@ def solve_long(
         scale = solve.equation_scale(d, shared.weight)
         d = d * scale
         if static.solver == "diagonal":
-            z = solve.rows_diagonal(summed(lambda b, _: solve.project(b, b.v), vector), d)
+            z = solve.rows_diagonal(summed(lambda b, _: products.project(b, b.v), vector), d)
         elif static.solver == "cholesky":
             matrix = jnp.zeros((LONG_ROWS, z.shape[1], z.shape[1]), static.dtype)
             parts = summed(lambda b, _: solve.accumulate(b), (matrix, vector))
             z = solve.rows_direct(parts, d)
         else:
-            r = summed(lambda b, row: solve.residual(b, take(z, row)), vector)
+            r = summed(lambda b, row: products.residual(b, take(z, row)), vector)
             z = solve.rows_cg(
-                lambda p: summed(lambda b, row: solve.normal(b, take(p, row)), vector),
-                lambda p: summed(lambda b, row: solve.curvature(b, take(p, row)), vector[:, :1]),
+                lambda p: summed(lambda b, row: products.normal(b, take(p, row)), vector),
+                lambda p: summed(lambda b, row: products.curvature(b, take(p, row)), vector[:, :1]),
                 r, z, d, static.steps,
             )  # fmt: skip
         z = finish(basis, lengths, solve.relax(before, z, shared.relaxation))
@@ -393,7 +398,7 @@ def _loss_rung(
         )
         z = lax.dynamic_slice_in_dim(inputs.table, slot, static.rows).astype(static.dtype)
         is_entry = solve.entry_mask(block.w.shape, lengths)
-        loss = solve.cells_loss(block, z, is_entry, offset)
+        loss = solve.cells_loss(block, static.products.predict(block, z), is_entry, offset)
         return lax.dynamic_update_slice(out, loss, (slot,))
 
     return _over_chunks(static, span, inputs.cells, source_table, body, out)
@@ -409,9 +414,10 @@ def loss_long(
         batch = LongBatch(number, inputs.long, source_table)
         slots, _, z = _batch_rows(static, batch.long, inputs.table, number)
 
-        def loss(block: Block, row: Array, n_entries: Array) -> Array:
+        def loss(block: Any, row: Array, n_entries: Array) -> Array:
             is_entry = solve.entry_mask(block.w.shape, n_entries)
-            return solve.cells_loss(block, lax.dynamic_slice_in_dim(z, row, 1), is_entry, offset)
+            t = static.products.predict(block, lax.dynamic_slice_in_dim(z, row, 1))
+            return solve.cells_loss(block, t, is_entry, offset)
 
         zero = jnp.zeros(LONG_ROWS, static.dtype)
         sums = _sum_over_blocks(static, batch, objective, loss, zero)
