@@ -112,9 +112,9 @@ def chosen(
 ) -> tuple[Backend, AlsParams]:
     """The backend that `fit` would choose, and the parameters that it would pass to it."""
     is_auto = params.linear_solver == "auto"
-    if is_auto and isinstance(choose(wishes, "cg", params.dtype), CpuBackend):
+    if is_auto and isinstance(choose(wishes, "cg"), CpuBackend):
         params = replace(params, linear_solver=reading.cheapest_for(matrix, params))
-    return choose(wishes, params.linear_solver, params.dtype), params
+    return choose(wishes, params.linear_solver), params
 
 
 class Implicit:

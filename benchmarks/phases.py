@@ -82,7 +82,8 @@ def by_loops(model: Ours, repeats: int) -> dict[str, float]:
     tables, n_threads = model.state, model.data.backend.n_threads
 
     def bases() -> list[tuple[np.ndarray, np.ndarray]]:
-        return [cpu_half_epoch.eigenbasis(table, n_threads) for table in tables]
+        grams = (cpu_half_epoch.gramian(table, n_threads, table.dtype) for table in tables)
+        return [cpu_half_epoch.eigenbasis_of(gram, gram.dtype) for gram in grams]
 
     rotations = [rotation for rotation, _ in bases()]
     rotated = [t @ rotation for t, rotation in zip(tables, rotations, strict=True)]

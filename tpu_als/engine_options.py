@@ -74,4 +74,4 @@ def backend_of(
     )
     if params is None:
         return backends.choose(wishes, None)
-    return backends.choose(wishes, params.linear_solver, params.dtype)
+    return backends.choose(wishes, params.linear_solver)

@@ -58,8 +58,8 @@ class TPUAlternatingLeastSquares(
     alpha : float, default=1.0
         The stored values are multiplied by it.
     dtype : np.float32, np.float64 or "bfloat16", default=np.float32
-        Dtype of the tables in `fit`. With "bfloat16", sums and the factors that you read are
-        float32.
+        Dtype of the tables in `fit`. "bfloat16" halves their memory; sums, and the factors that
+        you read, are float32.
     use_native : bool, default=True
         Whether a CPU runs loops compiled by numba, without JAX, instead of XLA's programs. They
         give the same result up to rounding, in less time. In `fit` they need "cg" or "exact", a
@@ -158,7 +158,7 @@ class TPUAlternatingLeastSquares(
     On a CPU, fit, fold-in, ranking, `save` and `load` do not import JAX, so the process may be
     forked. JAX is imported for `devices` other than None and 1, ``use_gpu=True``,
     ``use_native=False`` and a `table_layout` other than "auto"; in `fit` also for "cholesky",
-    "bfloat16", `checkpoint_dir` and a `ShardedMatrix` whose tables are drawn; after
+    `checkpoint_dir` and a `ShardedMatrix` whose tables are drawn; after
     ``jax.distributed.initialize()``; and if a JAX plugin for an accelerator is installed, unless
     the environment has ``JAX_PLATFORMS=cpu``.
 

@@ -184,7 +184,7 @@ class Wishes:
     use_native: bool = True
 
 
-def choose(wishes: Wishes, linear_solver: str | None = "cg", dtype: str = "float32") -> Backend:
+def choose(wishes: Wishes, linear_solver: str | None = "cg") -> Backend:
     """Choose a backend.
 
     Parameters
@@ -194,8 +194,6 @@ def choose(wishes: Wishes, linear_solver: str | None = "cg", dtype: str = "float
     linear_solver : str or None, default="cg"
         How `fit` solves rows; for a fit, the CPU backend has "cg" and "exact", and needs numba.
         None means that the backend is not for a fit, but to rank tables and to solve rows exactly.
-    dtype : str, default="float32"
-        Dtype of the tables. The CPU backend has float32 and float64.
 
     Raises
     ------
@@ -207,8 +205,7 @@ def choose(wishes: Wishes, linear_solver: str | None = "cg", dtype: str = "float
     """
     if wishes.table_layout not in LAYOUTS:
         raise ValueError(f"table_layout must be one of {LAYOUTS}, got {wishes.table_layout!r}")
-    fits = wishes.use_native and dtype in ("float32", "float64")
-    fits = fits and wishes.table_layout == "auto"
+    fits = wishes.use_native and wishes.table_layout == "auto"
     if linear_solver is not None:
         fits = fits and linear_solver in ("cg", "exact") and compiled.is_available()
     is_plain = wishes.devices is None or (wishes.devices == 1 and wishes.devices is not True)

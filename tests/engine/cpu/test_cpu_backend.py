@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numba
 import numpy as np
 import oracle
@@ -103,6 +104,54 @@ def test_tables_and_losses_are_those_of_xla(
         np.testing.assert_allclose(own, other, rtol=0, atol=atol)
     assert not ours[0][-3:].any()
     assert our_loss == pytest.approx(their_loss, rel=1e-12 if dtype == "float64" else 1e-5)
+
+
+@pytest.mark.parametrize("solver", ["cg", "exact"])
+@pytest.mark.parametrize("values", VALUES)
+def test_bfloat16_tables_are_rounded_ones(
+    values: str, solver: str, no_programs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take half the memory; a half-epoch differs from float32's by the rounding of tables."""
+    matrix, objective = _matrix(values), Objective.of("ials", 0.3, 2.0, 0.7, 0.5)
+    rng, bound = np.random.default_rng(1), 2.0**-8
+    tables = [rng.normal(size=(n, 5)).astype(ml_dtypes.bfloat16) for n in matrix.shape]
+    found = {}
+    for dtype in ("bfloat16", "float32"):
+        data = CpuBackend(2).place(matrix, AlsParams(5, dtype, solver, cg_steps=STEPS))
+        state = als.start(data, *(table.astype(np.float32) for table in tables))
+        assert state.users.itemsize == (2 if dtype == "bfloat16" else 4)
+        users = als.half_epoch(*state, data, objective, 1.4, target="users")
+        assert users.dtype == state.users.dtype
+        losses = (
+            als.loss(state, data, objective),
+            als.loss(state._replace(users=users), data, objective),
+        )
+        found[dtype] = als.user_factors(state._replace(users=users), data), losses
+    (ours, our_losses), (wide, wide_losses) = found["bfloat16"], found["float32"]
+    assert ours.dtype == np.float32 and ours.flags.writeable
+    assert not (ours.view(np.uint32) & 0xFFFF).any()
+    # The rotated source table is rounded too, unless rows are solved exactly.
+    atol = (1 if solver == "exact" else 8) * bound * np.abs(wide).max()
+    np.testing.assert_allclose(ours, wide, rtol=0, atol=atol)
+    assert our_losses[0] == pytest.approx(wide_losses[0], rel=1e-5)  # of the same tables
+    assert our_losses[1] == pytest.approx(wide_losses[1], rel=0.01)
+
+
+def test_bfloat16_fits_have_the_loss_of_xla() -> None:
+    matrix, objective = _matrix("counts"), Objective.of("implicit", 0.3, 2.0)
+    params = AlsParams(5, "bfloat16", cg_steps=STEPS)
+    *_, their_loss = _epochs(
+        backend.place(matrix, params, device_mesh(1, num_threads=2)), objective, 1.0
+    )
+    *_, our_loss = _epochs(CpuBackend(2).place(matrix, params), objective, 1.0)
+    assert our_loss == pytest.approx(their_loss, rel=0.01)
+
+
+@pytest.mark.parametrize("bits", [0x0000, 0x8000, 0x3F80, 0x0001, 0x7F7F, 0x7F80, 0xFFC0])
+def test_bits_of_bfloat16_are_widened(bits: int) -> None:
+    widen = numba.njit(lambda numbers: loops.widen(numbers[0]))
+    expected = np.array([bits << 16], np.uint32).view(np.float32)[0]
+    np.testing.assert_array_equal(widen(np.array([bits], np.uint16)), expected)
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.4])
@@ -206,11 +255,11 @@ def test_starts_warm(no_programs: None) -> None:
 
 
 def test_where_it_serves() -> None:
-    def kind(linear_solver: str = "cg", dtype: str = "float32", **wishes: Any) -> type:
-        return type(backends.choose(backends.Wishes(**wishes), linear_solver, dtype))
+    def kind(linear_solver: str = "cg", **wishes: Any) -> type:
+        return type(backends.choose(backends.Wishes(**wishes), linear_solver))
 
-    assert kind() is kind("cg", "float64") is kind(devices=1) is kind(devices=2) is CpuBackend
-    assert kind("cg", "bfloat16") is kind("cholesky") is XlaBackend
+    assert kind() is kind("exact") is kind(devices=1) is kind(devices=2) is CpuBackend
+    assert kind("cholesky") is XlaBackend
     assert kind(use_native=False) is XlaBackend
     for layout in ("replicated", "sharded"):
         assert kind(devices=2, table_layout=layout) is XlaBackend

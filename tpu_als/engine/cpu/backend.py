@@ -79,12 +79,12 @@ class Table:
 
     @property
     def dtype(self) -> np.dtype:
-        """float32 or float64."""
-        return self.rows.dtype
+        """float32 or float64; that of `fetch`."""
+        return half_epoch.compute_dtype(self.rows)
 
     def fetch(self) -> np.ndarray:
-        """A writeable copy."""
-        return np.array(self.rows)
+        """A writeable copy; bfloat16 becomes float32."""
+        return np.array(self.rows, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class CpuBackend:
         """
         require_tables(user_items.shape, params)
         entries = as_entries(user_items)
-        compiled.begin_loading(params.compute_dtype)
+        compiled.begin_loading(params.dtype)
         totals, values_dtype = Totals(), kept_as(entries, params)
         with_digest = with_digest or not isinstance(entries, InMemory)
         digests: dict[str, EntriesDigest] = {}
@@ -211,7 +211,8 @@ class CpuBackend:
                 target_table, source_table, side.entries, settings, data.memory, self.n_threads
             )
         if settings.tolerance:
-            source = exact.Source(source_table, params, self.n_threads)
+            wide = source_table.astype(dtype, copy=False)
+            source = exact.Source(wide, params, self.n_threads)
             exact.solve_failed(solved, target_table, source, side.entries, settings)
         return solved
 
@@ -227,7 +228,9 @@ class CpuBackend:
             users, items = (
                 half_epoch.gramian(table, self.n_threads, np.float64) for table in state
             )
-        squares = [np.einsum("nk,nk->n", table, table) for table in state]
+        dtype = data.params.compute_dtype
+        wide = (table.astype(dtype, copy=False) for table in state)
+        squares = [np.einsum("nk,nk->n", table, table) for table in wide]
         return LossParts(entries, (users, items), (squares[0], squares[1]))
 
     def table(self, table: np.ndarray, side: CpuSide, data: CpuData) -> Table:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tpu_als.engine import compilation_cache, objective
+from tpu_als.engine.data import DTYPES
 from tpu_als.engine.objective import Objective
 from tpu_als.exceptions import DataWarning
 
@@ -92,28 +93,37 @@ def _cache_folder(given: str) -> str:
 
 
 def begin_loading(dtype: str) -> None:
-    """Compile the loops for a dtype in the background."""
+    """Compile the loops for tables of a dtype in the background."""
     threading.Thread(target=ready, args=(dtype,)).start()
 
 
 def ready(dtype: str) -> Any:
-    """The loops, with the one that solves rows compiled for a dtype."""
+    """The loops, with the one that solves rows compiled for tables of a dtype."""
     with _loading:
         return _ready(dtype)
 
 
 @functools.cache
 def _ready(dtype: str) -> Any:
-    found, kind = loops(), np.dtype(dtype).type
-    number, table = np.zeros(1, np.int64), np.zeros((1, 1), dtype)
+    compute = "float32" if dtype == "bfloat16" else dtype
+    found, kind = loops(), np.dtype(compute).type
+    number, table = np.zeros(1, np.int64), np.zeros((1, 1), compute)
     entries = found.Entries(
-        read_only(table), read_only(number.astype(np.uint32)), read_only(np.empty(0, dtype)), 0
+        numbers_of(table.astype(DTYPES[dtype])),
+        read_only(number.astype(np.uint32)),
+        read_only(np.empty(0, compute)),
+        0,
     )
     objective = Objective(*map(kind, (1, 1, 1, 1, 1)))
     diagonal = found.Diagonal(read_only(table[0]), *map(kind, (1,) * 6))
     starts = read_only(number), read_only(number)
     found.solve_rows(table, starts, entries, objective, diagonal, found.Solver(kind(1), 1))
     return found
+
+
+def numbers_of(table: np.ndarray) -> np.ndarray:
+    """A read-only view of a table as the loops read it: the bits of bfloat16 numbers as uint16."""
+    return read_only(table.view(np.uint16) if table.dtype == DTYPES["bfloat16"] else table)
 
 
 def read_only(array: np.ndarray) -> np.ndarray:

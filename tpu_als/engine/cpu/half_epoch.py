@@ -17,8 +17,9 @@ import numpy as np
 from scipy import linalg, sparse
 
 from tpu_als.engine.cpu import compiled
-from tpu_als.engine.cpu.compiled import read_only
+from tpu_als.engine.cpu.compiled import numbers_of, read_only
 from tpu_als.engine.cpu.memory import LINE, Memory
+from tpu_als.engine.data import DTYPES
 from tpu_als.engine.objective import DOMINANT, Objective
 from tpu_als.host import threads
 
@@ -132,9 +133,9 @@ def solve_side(
     Parameters
     ----------
     target : array (M, K)
-        The side's table; stays valid.
+        The side's table, float32, float64 or bfloat16; stays valid.
     source : array (N, K)
-        The other one.
+        The other one, of the same dtype.
     rows : Rows
         The rows and their entries.
     settings : Settings
@@ -149,14 +150,17 @@ def solve_side(
     array (M, K)
         The new table.
     """
-    dtype, factors = source.dtype, target.shape[1]
+    dtype, factors = compute_dtype(source), target.shape[1]
     is_exact = settings.tolerance > 0
-    rotation, spectrum = eigenbasis(source, n_threads, np.float64 if is_exact else dtype)
+    # Rows are solved to more digits than bfloat16 has.
+    stored = dtype if is_exact else source.dtype
+    gram = gramian(source, n_threads, np.float64 if is_exact else dtype)
+    rotation, spectrum = eigenbasis_of(gram, dtype, stored.itemsize)
     width, largest = len(spectrum), max(len(source), len(target))
-    rotated_source = memory.empty((len(source), width), dtype, largest * width)
+    rotated_source = memory.empty((len(source), width), stored, largest * width)
     rotate(source, rotation, n_threads, rotated_source)
     rotation = np.asarray(rotation, dtype)
-    loops = compiled.ready(dtype.name)
+    loops = compiled.ready(stored.name)
     diagonal = diagonal_of(spectrum, len(source), factors, settings)
     objective, relaxation = settings.objective, settings.relaxation
     if is_exact:
@@ -167,22 +171,25 @@ def solve_side(
         )
     else:
         solve_rows, how = loops.solve_rows, loops.Solver(dtype.type(relaxation), settings.steps)
-    fixed, ahead = read_only(rotated_source), prefetched(rotated_source)
+    fixed, ahead = numbers_of(rotated_source), prefetched(rotated_source)
     parts = rows.parts(n_threads, factors)
-    out = memory.empty(target.shape, dtype, largest * width)
+    out = memory.empty(target.shape, target.dtype, largest * width)
     most = max((at.stop - at.start for at in parts), default=0)
     scratch = deque(memory.empty((most, width), dtype) for _ in range(min(n_threads, len(parts))))
 
     def work(at: slice) -> None:
         own = scratch.pop()
         part, rotated = rows.part(at, dtype), own[: at.stop - at.start]
-        np.matmul(target[at], rotation, out=rotated)
+        np.matmul(target[at].astype(dtype, copy=False), rotation, out=rotated)
         solve_rows(
             rotated, (part.cells, part.lengths),
             loops.Entries(fixed, part.ids, part.values, ahead),
             objective, diagonal, how,
         )  # fmt: skip
-        np.matmul(rotated, rotation.T, out=out[at])
+        if out.dtype == dtype:
+            np.matmul(rotated, rotation.T, out=out[at])
+        else:
+            out[at] = rotated @ rotation.T
         scratch.append(own)
 
     threads(work, parts, n_threads)
@@ -209,8 +216,8 @@ def measure_side(
     target: np.ndarray, source: np.ndarray, rows: Rows, objective: Objective, n_threads: int
 ) -> float:
     """Contribution of the rows' entries to the loss, as `xla.solve.cells_loss`, in float64."""
-    dtype, out = source.dtype, np.empty(len(rows.lengths))
-    loops, fixed = compiled.ready(dtype.name), read_only(source)
+    dtype, out = compute_dtype(source), np.empty(len(rows.lengths))
+    loops, fixed = compiled.ready(source.dtype.name), numbers_of(source)
     offset, without_offset = objective.offset, objective._replace(offset=dtype.type(0))
     ahead = prefetched(source) if len(source) else 0
 
@@ -218,25 +225,26 @@ def measure_side(
         part = rows.part(at, dtype)
         entries = loops.Entries(fixed, part.ids, part.values, ahead)
         starts = part.cells, part.lengths
-        loops.measure_rows(read_only(target[at]), starts, entries, without_offset, offset, out[at])
+        measured = read_only(target[at].astype(dtype, copy=False))
+        loops.measure_rows(measured, starts, entries, without_offset, offset, out[at])
 
     threads(work, rows.parts(n_threads, target.shape[1]), n_threads)
     return float(out.sum())
 
 
-def eigenbasis(
-    table: np.ndarray, n_threads: int, dtype: Any = None
+def compute_dtype(table: np.ndarray) -> np.dtype:
+    """Dtype of sums and solves for a table: its own, or float32 for bfloat16."""
+    return np.dtype(np.float32) if table.dtype == DTYPES["bfloat16"] else table.dtype
+
+
+def eigenbasis_of(
+    gram: np.ndarray, dtype: np.dtype, itemsize: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`eigenbasis_of` the gramian of a table (N, K), computed in a dtype or in the table's."""
-    return eigenbasis_of(gramian(table, n_threads, dtype or table.dtype), table.dtype)
+    """Rotation (K, P) into the eigenbasis of a gramian (K, K), and its spectrum (P,) in a dtype.
 
-
-def eigenbasis_of(gram: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Rotation (K, P) into the eigenbasis of a gramian (K, K), and its spectrum (P,).
-
-    Columns beyond K, which pad a row to whole cache lines, are zero; their spectrum is one. If the
-    gramian is not finite, nor is the result. The rotation has the dtype of the gramian, and
-    the spectrum that of the tables.
+    Columns beyond K are zero; their spectrum is one. They pad a row of numbers of `itemsize` bytes,
+    by default those of the dtype, to whole cache lines. If the gramian is not finite, nor is the
+    result. The rotation has the dtype of the gramian.
     """
     limits = np.finfo(gram.dtype)
     try:
@@ -245,7 +253,7 @@ def eigenbasis_of(gram: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.nda
         spectrum, rotation = gram[0] * np.nan, gram * np.nan
     # Rounding may make eigenvalues zero or negative, which would make the systems singular.
     spectrum = np.maximum(spectrum, limits.eps * spectrum[-1] + limits.tiny)
-    pads = 0, -len(gram) % (LINE // dtype.itemsize)
+    pads = 0, -len(gram) % (LINE // (itemsize or dtype.itemsize))
     spectrum = spectrum.astype(dtype)
     return np.pad(rotation, ((0, 0), pads)), np.pad(spectrum, pads, constant_values=1)
 
@@ -274,7 +282,10 @@ def rotate(table: np.ndarray, rotation: np.ndarray, n_threads: int, out: np.ndar
         for low in range(at.start, at.stop, _GRAMIAN_ROWS):
             rows = slice(low, min(low + _GRAMIAN_ROWS, at.stop))
             wide = table[rows].astype(rotation.dtype, copy=False)
-            np.matmul(wide, rotation, out=out[rows], casting="same_kind")
+            if out.dtype == DTYPES["bfloat16"]:
+                out[rows] = wide @ rotation
+            else:
+                np.matmul(wide, rotation, out=out[rows], casting="same_kind")
 
     threads(work, _even(table, n_threads), n_threads)
 

@@ -36,11 +36,11 @@ class Entries(NamedTuple):
     Attributes
     ----------
     source : (N, K)
-        Source rows.
+        Source rows: float32, float64, or the bits of bfloat16 numbers as uint16.
     ids : uint32 (E,)
         Source row of each entry.
     values : (E,)
-        Values in the dtype of the source; empty if all are 1.
+        Values in the dtype of the solved rows; empty if all are 1.
     ahead : int
         How many entries ahead source rows are prefetched; 0 for no prefetching.
     """
@@ -97,6 +97,22 @@ def _prefetch_intrinsic(_: Any, __: Any) -> Any:
 _prefetch: Any = intrinsic(_prefetch_intrinsic)
 
 
+def _widen_intrinsic(_: Any, number: Any) -> Any:
+    """A number as it is, or the float32 number whose upper half is a uint16."""
+    if number != numba.types.uint16:
+        return number(number), lambda *given: given[-1][0]
+    word = ir.IntType(32)
+
+    def emit(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        upper = builder.shl(builder.zext(args[0], word), word(16))
+        return builder.bitcast(upper, ir.FloatType())
+
+    return numba.types.float32(number), emit
+
+
+widen: Any = intrinsic(_widen_intrinsic)
+
+
 confidence = inner(equations.confidence)
 _ridge = inner(equations.ridge)
 
@@ -129,10 +145,10 @@ def add_products(
         t0, t1, t2, t3 = zero, zero, zero, zero
         if on_predictions != zero:
             for k in range(len(p)):
-                t0 += source[i0, k] * p[k]
-                t1 += source[i1, k] * p[k]
-                t2 += source[i2, k] * p[k]
-                t3 += source[i3, k] * p[k]
+                t0 += widen(source[i0, k]) * p[k]
+                t1 += widen(source[i1, k]) * p[k]
+                t2 += widen(source[i2, k]) * p[k]
+                t3 += widen(source[i3, k]) * p[k]
         if len(values):
             w, v = confidence(objective, values[at])
             w0, v0 = on_predictions * kind(w), on_targets * kind(v)
@@ -145,16 +161,19 @@ def add_products(
         s0, s1, s2, s3 = w0 * t0 + v0, w1 * t1 + v1, w2 * t2 + v2, w3 * t3 + v3
         for k in range(len(p)):
             out[k] += (
-                s0 * source[i0, k] + s1 * source[i1, k] + s2 * source[i2, k] + s3 * source[i3, k]
+                s0 * widen(source[i0, k])
+                + s1 * widen(source[i1, k])
+                + s2 * widen(source[i2, k])
+                + s3 * widen(source[i3, k])
             )
     for at in range(end - n % 4, end):
         i0, t0 = ids[at], zero
         for k in range(len(p)):
-            t0 += source[i0, k] * p[k]
+            t0 += widen(source[i0, k]) * p[k]
         w, v = confidence(objective, values[at] if len(values) else one)
         s0 = on_predictions * kind(w) * t0 + on_targets * kind(v)
         for k in range(len(p)):
-            out[k] += s0 * source[i0, k]
+            out[k] += s0 * widen(source[i0, k])
 
 
 @inner
@@ -176,10 +195,10 @@ def _curvature(
                     _prefetch(address + ids[soon] * row_bytes + byte)
         t0, t1, t2, t3 = zero, zero, zero, zero
         for k in range(len(p)):
-            t0 += source[i0, k] * p[k]
-            t1 += source[i1, k] * p[k]
-            t2 += source[i2, k] * p[k]
-            t3 += source[i3, k] * p[k]
+            t0 += widen(source[i0, k]) * p[k]
+            t1 += widen(source[i1, k]) * p[k]
+            t2 += widen(source[i2, k]) * p[k]
+            t3 += widen(source[i3, k]) * p[k]
         if len(values):
             w0 = scale * kind(confidence(objective, values[at])[0])
             w1 = scale * kind(confidence(objective, values[at + 1])[0])
@@ -189,7 +208,7 @@ def _curvature(
     for at in range(end - n % 4, end):
         i0, t0 = ids[at], zero
         for k in range(len(p)):
-            t0 += source[i0, k] * p[k]
+            t0 += widen(source[i0, k]) * p[k]
         w, _ = confidence(objective, values[at] if len(values) else one)
         total += scale * kind(w) * t0 * t0
     return total
@@ -363,7 +382,7 @@ def measure_rows(
                     _prefetch(address + ids[at + ahead] * row_bytes + byte)
             t, i = zero, ids[at]
             for k in range(rows.shape[1]):
-                t += source[i, k] * rows[row, k]
+                t += widen(source[i, k]) * rows[row, k]
             w, v = confidence(objective, values[at] if len(values) else one)
             liked = kind(v)
             total += liked * (one - t) ** 2 + (kind(w) - liked) * (one + t * t)
