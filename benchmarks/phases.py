@@ -4,6 +4,10 @@ NumPy measures the limits in the same run: a matrix-vector product of a matrix i
 and a matrix product, both on one core and multiplied by the cores, and a copy of memory. The lower
 bound of a phase is the longer of two times: its bytes at the speed of the cache or the memory that
 they come from, and its flops at the speed of the matrix product.
+
+On the CPU backend, also what follows a fit: ranking all items for all users, and the fold-in of all
+users. The bound of the fold-in, and of an exact iteration, is a single pass over the entries. It
+cannot be reached, and the ratio to it is the number of passes that would take as long.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import common
@@ -66,6 +71,13 @@ def floors(data: Data, rate: dict[str, float]) -> dict[str, dict[str, float]]:
         "rotations": (6 * row * rows, 3 * 2.0 * rows * factors**2, "memory_bytes"),
         "solve": (stored * row * reads, stored * 2.0 * factors * products, "cache_bytes"),
         "one product (the loss)": (stored / 2 * row, stored * factors * 1.0, "cache_bytes"),
+        "exact iteration": (stored * row, stored * 2.0 * factors * 2, "cache_bytes"),
+        "fold-in of all users": (stored / 2 * row, stored * factors * 2.0, "cache_bytes"),
+        "ranking for all users": (
+            4.0 * data.users.n_rows * data.items.n_rows,
+            2.0 * data.users.n_rows * data.items.n_rows * factors,
+            "cache_bytes",
+        ),
     }
     return {
         phase: {
@@ -99,6 +111,24 @@ def by_loops(model: Ours, repeats: int) -> dict[str, float]:
         )
     found["solve"] = found["iteration"] - found["gramian, eigenbasis"] - found["rotations"]
     return found
+
+
+def after_a_fit(model: Ours, repeats: int) -> dict[str, float]:
+    """Median seconds of ranking, of fold-in, and of an exact iteration, on the CPU backend."""
+    data, matrix = model.data, model.problem.matrix
+    users, items = model.tables()
+    catalog = data.backend.catalog(items)
+    source = data.backend.source(items, replace(data.params, linear_solver="exact"))
+    exact = Ours(model.problem, "exact")
+    exact.state = model.state
+    return common.in_turns(
+        {
+            "ranking for all users": lambda: catalog.top_k(users, 10, seen=matrix),
+            "fold-in of all users": lambda: source.solve(matrix, model.objective),
+            "exact iteration": exact.step,
+        },
+        repeats,
+    )
 
 
 def by_xla(model: Ours, repeats: int) -> dict[str, float]:
@@ -146,6 +176,8 @@ def measured(problem: Problem, native: bool, repeats: int) -> tuple[Data, dict[s
         "one product (the loss)": lambda: als.loss(model.state, data, model.objective),
     }
     once = {"compile": first - found["iteration"]}
+    if not isinstance(data, XlaData):
+        found.update(after_a_fit(model, repeats))
     return data, {**common.in_turns(calls, repeats), **once, **found}
 
 
