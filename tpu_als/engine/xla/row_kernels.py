@@ -2,8 +2,7 @@
 
 XLA gathers the source rows of a chunk into memory, and each of the seven products of CG reads this
 copy. A program of these kernels solves one row, and reads its source rows from the table, a tile at
-a time, once in each step of CG. The caches hold the rows of short ones and of popular items, so
-that about a quarter of the bytes comes from memory.
+a time, once in each step of CG. Short rows are then read from the caches after the first step.
 
 The kernels are written in Pallas and compiled by Triton. JAX can also interpret them on any device,
 for tests. Axis letters: R rows, L padded length, K factors, N source rows, T entries of a tile, P
@@ -16,7 +15,7 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +34,7 @@ try:
 except ImportError:  # an experimental module; XLA's own programs are used without it
     triton = None  # type: ignore[assignment]
 
+Ref: TypeAlias = Any  # Pallas's reference to an array; its type does not allow indexing
 _SOLVERS = ("cg", "diagonal")
 _TILE = 1 << 12  # numbers of a tile of source rows, which are in the registers of a program
 _MOST_ENTRIES = 64  # of a tile
@@ -224,8 +224,8 @@ class _Tiles(NamedTuple):
         Dtype of sums.
     """
 
-    ids: Any
-    table: Any
+    ids: Ref
+    table: Ref
     first: Array
     n_entries: Array
     length: int
@@ -238,7 +238,7 @@ class _Tiles(NamedTuple):
         return min(max(_TILE // width, 1), _MOST_ENTRIES, _power_of_two(self.length)), width
 
     def fold(
-        self, function: Callable[..., Array], width: int, values: tuple[Any, ...] = ()
+        self, function: Callable[..., Array], width: int, values: tuple[Ref, ...] = ()
     ) -> Array:
         """Sum over all entries: function(E (T, K'), *values (T, 1)) is (T, width). (1, width)."""
         zero = jnp.zeros((self.shape[0], width), self.dtype)
@@ -254,7 +254,7 @@ class _Tiles(NamedTuple):
         """Number of tiles that have entries."""
         return (self.n_entries + self.shape[0] - 1) // self.shape[0]
 
-    def read(self, tile: Array, values: tuple[Any, ...]) -> tuple[Array, list[Array], Array, Array]:
+    def read(self, tile: Array, values: tuple[Ref, ...]) -> tuple[Array, list[Array], Array, Array]:
         """A tile: E (T, K'), values (T, 1), its cells (T,) and which of them are entries (T,)."""
         size, width = self.shape
         at = tile * size + jnp.arange(size)
@@ -272,18 +272,18 @@ def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def _row_at(ref: Any, row: Array) -> tuple[Any, Array]:
+def _row_at(ref: Ref, row: Array) -> tuple[Ref, Array]:
     """A ref to row (1, K') of a table (R, K), and which of its columns exist."""
     columns = jnp.arange(_power_of_two(ref.shape[1]))[None, :]
     return ref.at[jnp.full_like(columns, row), columns], columns < ref.shape[1]
 
 
-def _read_row(ref: Any, row: Array) -> Array:
+def _read_row(ref: Ref, row: Array) -> Array:
     at, mask = _row_at(ref, row)
     return triton.load(at, mask=mask, other=0)
 
 
-def _write_row(ref: Any, row: Array, values: Array) -> None:
+def _write_row(ref: Ref, row: Array, values: Array) -> None:
     at, mask = _row_at(ref, row)
     triton.store(at, values, mask=mask)
 
@@ -294,7 +294,7 @@ def _predict(rows: Array, p: Array) -> Array:
 
 
 def _solve_row(
-    ids: Any, w: Any, v: Any, n_entries: Any, table: Any, start: Any, diagonal: Any, out: Any,
+    ids: Ref, w: Ref, v: Ref, n_entries: Ref, table: Ref, start: Ref, diagonal: Ref, out: Ref,
     *, length: int, steps: int,
 ) -> None:  # fmt: skip
     """Kernel: solve the row of this program, which has at most `length` entries."""
@@ -317,7 +317,7 @@ def _solve_row(
 
 
 def _part_of(
-    ids: Any, n_entries: Any, table: Any, dtype: Dtype, length: int, part: int, n_parts: int
+    ids: Ref, n_entries: Ref, table: Ref, dtype: Dtype, length: int, part: int, n_parts: int
 ) -> tuple[Array, _Tiles]:
     """The row of this program, and the entries of its part of the row."""
     row, number = pl.program_id(0) // n_parts, pl.program_id(0) % n_parts
@@ -326,7 +326,7 @@ def _part_of(
 
 
 def _image_of_part(
-    ids: Any, a: Any, b: Any, n_entries: Any, table: Any, rows: Any, out: Any,
+    ids: Ref, a: Ref, b: Ref, n_entries: Ref, table: Ref, rows: Ref, out: Ref,
     *, length: int, part: int, n_parts: int,
 ) -> None:  # fmt: skip
     """Kernel: E^T (a * E p + b) over a part of a row."""
@@ -340,7 +340,7 @@ def _image_of_part(
 
 
 def _predict_part(
-    ids: Any, n_entries: Any, table: Any, rows: Any, out: Any,
+    ids: Ref, n_entries: Ref, table: Ref, rows: Ref, out: Ref,
     *, length: int, part: int, n_parts: int,
 ) -> None:  # fmt: skip
     """Kernel: E z over a part of a row; pads are not written."""
