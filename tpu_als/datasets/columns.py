@@ -91,11 +91,9 @@ def ids_and_positions(column: pd.Series, given: object, name: str) -> tuple[pd.I
         For ids of several types, ids that cannot be sorted or compared, floating-point ids that are
         too large to be exact, and given ids that are missing or repeated.
     """
-    values, label = _plain(column), f"column {column.name!r}"
-    kind = _kind(values, label)
-    _require_exact(column, label)
-    codes, occurring = _distinct(values)
-    distinct = pd.Index(occurring, tupleize_cols=False)
+    label = f"column {column.name!r}"
+    codes, values, kind = _occurring(column, label)
+    distinct = pd.Index(values, tupleize_cols=False)
     if given is None:
         try:
             order = distinct.argsort()
@@ -105,9 +103,8 @@ def ids_and_positions(column: pd.Series, given: object, name: str) -> tuple[pd.I
         ranks[order] = np.arange(len(order))
         return distinct[order], ranks[codes]
     ids = _given_ids(given, name)
-    _require_exact(pd.Series(ids), f"{name}=")
+    *_, known_kind = _occurring(pd.Series(ids), f"{name}=")
     known = pd.Index(_plain(pd.Series(ids)), tupleize_cols=False)
-    known_kind = _kind(known, f"{name}=")
     if len(known) and len(values) and known_kind != kind:
         raise ValueError(
             f"{name}= holds {known_kind} (such as {shown(known[0])}), but {label} holds {kind} "
@@ -257,8 +254,52 @@ def _distinct(
     return pd.factorize(values.to_numpy() if isinstance(values.dtype, np.dtype) else values.array)
 
 
-def _kind(values: pd.Series | pd.Index, label: str) -> str:
-    """Return the type of these values in words; ValueError if they have different types."""
+def _occurring(column: pd.Series, label: str) -> tuple[np.ndarray, pd.Series, str]:
+    """The distinct ids of a column, in any order, and their type in words.
+
+    Parameters
+    ----------
+    column : Series of length n
+        Without missing values. A categorical is read by its codes.
+    label : str
+        What the column is called in messages.
+
+    Returns
+    -------
+    codes : int array (n,)
+        Position of each value among the distinct ids.
+    ids : Series
+        The distinct ids.
+    kind : str
+        As `_kind` names their type.
+
+    Raises
+    ------
+    ValueError
+        For ids of several types, and floating-point ids that are too large to be exact.
+    """
+    dtype = column.dtype
+    if isinstance(dtype, pd.CategoricalDtype):
+        codes = column.cat.codes.to_numpy()
+        occurs = np.bincount(codes, minlength=len(dtype.categories)) > 0
+        codes = (np.cumsum(occurs) - 1)[codes]
+        values, dtype = _plain(pd.Series(dtype.categories[occurs])), dtype.categories.dtype
+        kind = _kind(values, label, codes)
+    else:
+        plain = _plain(column)
+        kind = _kind(plain, label)
+        codes, distinct = _distinct(plain)
+        values = pd.Series(distinct)
+    if kind == "numbers":
+        _require_exact(values, dtype, label, codes)
+    return codes, values, kind
+
+
+def _kind(values: pd.Series | pd.Index, label: str, codes: np.ndarray | None = None) -> str:
+    """Return the type of these values in words; ValueError if they have different types.
+
+    `codes` are the positions of a column's rows among these values, if these are not the rows.
+    """
     dtype = values.dtype
     if isinstance(dtype, pd.StringDtype):
         return "text"
@@ -269,22 +310,25 @@ def _kind(values: pd.Series | pd.Index, label: str) -> str:
     inferred = _INFERRED.get(pd.api.types.infer_dtype(values, skipna=False))
     if inferred is not None:
         return inferred
-    first = None
-    for row, value in enumerate(values):
+    first, row_of_first = None, 0
+    order = range(len(values)) if codes is None else pd.unique(codes)
+    for at, value in zip(order, values[order], strict=True):
         kind = _kind_of(value)
-        first = kind if first is None else first
+        if first is None:
+            first, row_of_first = kind, _row_of(at, codes)
         try:
             hash(value)
         except TypeError:
             raise ValueError(
-                f"{label} holds {shown(value)} in row {row} (counted from 0), which cannot be "
-                "hashed: use numbers, text, times or tuples of them"
+                f"{label} holds {shown(value)} in row {_row_of(at, codes)} (counted from 0), which "
+                "cannot be hashed: use numbers, text, times or tuples of them"
             ) from None
         if kind != first:
             raise ValueError(
                 f"{label} holds values of different types, which cannot be compared: {first} "
-                f"({shown(values[0])}) in row 0, but {kind} ({shown(value)}) in row {row} "
-                "(counted from 0). Convert them to one type, for example with astype(str)"
+                f"({shown(values[order[0]])}) in row {row_of_first}, but {kind} ({shown(value)}) "
+                f"in row {_row_of(at, codes)} (counted from 0). Convert them to one type, for "
+                "example with astype(str)"
             )
     return first or "nothing"
 
@@ -305,11 +349,16 @@ def _time_kind(zone: object) -> str:
     return "times without a time zone" if zone is None else "times with a time zone"
 
 
-def _require_exact(column: pd.Series, label: str) -> None:
-    """Refuse floating-point ids so large that different integers round to the same value."""
-    values, dtype = column.reset_index(drop=True), column.dtype
-    if isinstance(dtype, pd.CategoricalDtype):
-        values, dtype = values.astype(object), dtype.categories.dtype
+def _row_of(at: int, codes: np.ndarray | None) -> int:
+    """The first row that has the value at this position; `codes` are the positions of the rows."""
+    return at if codes is None else int(np.flatnonzero(codes == at)[0])
+
+
+def _require_exact(values: pd.Series, dtype: Any, label: str, codes: np.ndarray) -> None:
+    """Refuse floating-point ids so large that different integers round to the same value.
+
+    `values` are the distinct ids of a column of this dtype, and `codes` the positions of its rows.
+    """
     if dtype.kind == "f":
         dtype = np.dtype(getattr(dtype, "numpy_dtype", dtype))
         positions = np.arange(len(values))
@@ -323,9 +372,10 @@ def _require_exact(column: pd.Series, label: str) -> None:
     numbers = values.iloc[positions].to_numpy(np.float64)
     wrong = positions[~(np.abs(numbers) < limit)]
     if len(wrong):
-        value = values.iloc[wrong[0]]
+        row, at = min((_row_of(at, codes), at) for at in wrong)
+        value = values.iloc[at]
         raise ValueError(
-            f"{label} holds {shown(value)} ({type(_unboxed(value)).__name__}) in row {wrong[0]} "
+            f"{label} holds {shown(value)} ({type(_unboxed(value)).__name__}) in row {row} "
             f"(counted from 0), expected a finite id below {limit:.0f}, because {dtype} does "
             "not represent all larger integers: read the ids as integers or text"
         )
