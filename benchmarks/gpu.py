@@ -8,10 +8,10 @@ times the loss of the reference after `--iterations`. `--what` chooses the parts
 fit : seconds to the target and of an iteration; peak memory of the device.
 parity : the largest difference of tables after two iterations from those of the CPU backend.
 ranking : the best ten unseen items of all users, in batches.
-profile : time of each device program in one iteration.
+profile : time of the 20 longest kernels of an iteration.
 
-Without a GPU, and with `--quick`, only tpu_als runs, on the available device. implicit needs the
-packages librmm-cu13==26.4.* and rapids-logger==0.2.* beside CUDA 13.
+Without a GPU only tpu_als runs, on the available device. implicit needs the packages
+librmm-cu13==26.4.* and rapids-logger==0.2.* beside CUDA 13.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def ranking(problem: Problem, args: argparse.Namespace, about: dict[str, Any]) -
 
 
 def profile(problem: Problem, _: argparse.Namespace, about: dict[str, Any]) -> None:
-    """Print the device time of each program in one iteration, longest first."""
+    """Print the device time of the 20 longest kernels of an iteration."""
     run = Ours(problem)
     run.step()
     with tempfile.TemporaryDirectory() as folder:

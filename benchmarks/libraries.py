@@ -64,7 +64,7 @@ class Library(Protocol):
 class Ours:
     """The engine on the backend that `fit` would choose, or on XLA's with `native=False`.
 
-    Other options are `devices`, `num_threads`, `with_kernels` (False on a GPU for XLA's own
+    Other options are `devices`, `num_threads`, `with_kernels` (False: a GPU runs XLA's own
     programs) and those of `AlsParams`.
     """
 
@@ -85,7 +85,7 @@ class Ours:
         with mock.patch.object(row_kernels, "kernels_for", self._kernels_for()):
             self.data = backend.place(problem.matrix, params)
             if isinstance(self.data, XlaData):
-                self.data.kernels  # noqa: B018 - chosen here, and kept
+                self.data.kernels  # noqa: B018 - cached while patched
         self.objective = Objective.of("implicit", problem.regularization, problem.alpha)
         self.reset()
 

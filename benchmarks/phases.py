@@ -5,9 +5,9 @@ and a matrix product, both on one core and multiplied by the cores, and a copy o
 bound of a phase is the longer of two times: its bytes at the speed of the cache or the memory that
 they come from, and its flops at the speed of the matrix product.
 
-On the CPU backend, also what follows a fit: ranking all items for all users, and the fold-in of all
-users. The bound of the fold-in, and of an exact iteration, is a single pass over the entries. It
-cannot be reached, and the ratio to it is the number of passes that would take as long.
+On the CPU backend it also times ranking and fold-in for all users, and an exact iteration. The
+bound of the fold-in, and of an exact iteration, is a single pass over the entries. It cannot be
+reached, and the ratio to it is the number of passes that would take as long.
 """
 
 from __future__ import annotations

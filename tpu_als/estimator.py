@@ -62,10 +62,9 @@ class TPUAlternatingLeastSquares(
         you read, are float32.
     use_native : bool, default=True
         Whether a CPU runs loops compiled by numba, without JAX, instead of XLA's programs. They
-        give the same result up to rounding, in less time. In `fit` they need "cg" or "exact", a
-        single process, and float32 or float64. Several CPU devices then become threads, unless
-        `table_layout` is set. Where numba does not load, one DataWarning says so and XLA does the
-        work.
+        give the same result up to rounding, in less time. In `fit` they need "cg" or "exact", and a
+        single process. Several CPU devices then become threads, unless `table_layout` is set. Where
+        numba does not load, one DataWarning says so and XLA does the work.
     use_cg : bool, default=True
         Whether `linear_solver=None` means "cg" rather than "exact".
     iterations : int, default=15

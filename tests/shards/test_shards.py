@@ -413,7 +413,7 @@ class TestOtherWriters:
 BAD_FILES = {
     "row_id out of range": (
         {"row_id": [0, 3], "col_ids": [[0], [1]]},
-        "row_id 3 is not from 0 to below 3",
+        "row_id 3 must be 0 or more and below 3",
     ),
     "row_id negative": (
         {"row_id": [-1], "col_ids": [[0]]},
@@ -425,7 +425,7 @@ BAD_FILES = {
     ),
     "column out of range": (
         {"row_id": [0, 2], "col_ids": [[0, 1], [1, 3]]},
-        "row 2 has column 3, which is not from 0 to below 3",
+        "row 2 has column 3, which must be 0 or more and below 3",
     ),
     "column negative": (
         {"row_id": [0, 2], "col_ids": [[], [-1]]},

@@ -30,7 +30,7 @@ def ranking_metrics_at_k(
     show_progress: bool = False,
     num_threads: int = 0,
 ) -> dict[str, float]:
-    """Rank items for every user with positive test entries, and measure.
+    """Rank items for every user with positive test entries; return metrics.
 
     Parameters
     ----------
@@ -39,10 +39,10 @@ def ranking_metrics_at_k(
     train_user_items : csr_matrix of shape (n_users, n_items)
         Known items of the users, which are excluded from the ranking.
     test_user_items : csr_matrix of shape (n_users, n_items)
-        The positive entries are to be found. If both matrices have fewer columns than the model has
-        items, the further items are misses. They may have more columns: test entries of items
-        unknown to the model are misses. Their train entries are passed to the model; the models of
-        this package then raise ValueError.
+        Positive entries are relevant. If both matrices have fewer columns than the model has items,
+        ranked items beyond them are misses. They may have more columns: test entries of items
+        unknown to the model cannot be hits. Train entries of such items are passed to the model;
+        the models of this package then raise ValueError.
     K : int, default=10
         Length of the ranking. Shorter rankings are padded with ids that are not hits.
     show_progress, num_threads
@@ -215,7 +215,7 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
 
 
 def _check_frame(estimator: Any, X: object) -> None:
-    """Refuse objects that are not a matrix, and frames without the estimator's columns."""
+    """Raise an error for objects that are not a matrix, and frames of another width."""
     require_matrix(X)
     expected = getattr(estimator, "n_features_in_", None)
     if hasattr(X, "columns") and expected is not None and len(X.columns) != expected:

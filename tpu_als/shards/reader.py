@@ -34,7 +34,7 @@ class RowReader:
     filesystem : pyarrow.fs.FileSystem
         The file system of the file.
     summary : list, optional
-        Rows, entries, digest, bytes and checksum of the footer, from totals.json, to be verified.
+        To verify, from totals.json: rows, entries, digest, file size and footer checksum.
 
     Raises
     ------
@@ -126,7 +126,7 @@ class RowReader:
         if self._summary is not None:
             with self._reading():
                 found = footer(self._source, self._filesystem)
-            self._compare("bytes and checksum of the footer", found, self._summary[3:])
+            self._compare("file size and footer checksum", found, self._summary[3:])
 
     def _compare(self, what: str, found: Sequence[object], expected: Sequence[object]) -> None:
         if found != expected:
@@ -207,8 +207,8 @@ class RowReader:
         outside = row_ids[(row_ids < 0) | (row_ids >= self.shape[0])]
         if len(outside):
             raise ValueError(
-                f"{self.file}: row_id {outside[0]} is not from 0 to below {self.shape[0]}, "
-                "the rows of this side in totals.json"
+                f"{self.file}: row_id {outside[0]} must be 0 or more and below "
+                f"{self.shape[0]}, the number of rows in totals.json"
             )
         return row_ids
 
@@ -237,8 +237,8 @@ class RowReader:
         if len(outside):
             row = row_ids[np.searchsorted(indptr, outside[0], side="right") - 1]
             raise ValueError(
-                f"{self.file}: row {row} has column {ids[outside[0]]}, which is not from 0 to "
-                f"below {self.shape[1]}, the columns of this side in totals.json"
+                f"{self.file}: row {row} has column {ids[outside[0]]}, which must be 0 or more "
+                f"and below {self.shape[1]}, the number of columns in totals.json"
             )
         values = np.ones(len(ids), np.float32) if values is None else values
         # A copy, as Arrow's memory is read-only and sorting is in place.

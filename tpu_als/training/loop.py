@@ -103,8 +103,8 @@ class Training:
     def step(self) -> dict[str, float]:
         """Run one iteration; return its seconds and, if they are computed, its loss and NDCG."""
         started = time.perf_counter()
-        # The first iteration starts from random tables, and the rows of the last must be solutions:
-        # both are plain ALS.
+        # The first iteration may start from random tables, and the last must end at solutions: both
+        # use plain ALS.
         is_outer = self.done in (0, self.iterations - 1)
         relaxation = 1.0 if is_outer else self.over_relaxation
         self.state, failed = als.epoch(self.state, self.data, self.objective, relaxation)
@@ -192,7 +192,7 @@ def settings_of(
         **{name: float(getattr(estimator, name)) for name in ("over_relaxation", *watching)},
         "early_stopping": is_watched,
         "objective": estimator.objective,
-        # Only with plain ALS do the tables not depend on which iteration is the last.
+        # With over-relaxation the tables depend on which iteration is the last.
         "iterations": int(estimator.iterations) if estimator.over_relaxation != 1 else None,
         "initial tables": [
             drawn if table is None else digests.array(table) for table in initial_tables

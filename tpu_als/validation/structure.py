@@ -50,12 +50,12 @@ def checked(matrix: object, name: str = "user_items", *, widen: bool = False) ->
 
 
 def check_compressed(matrix: sparse.csr_matrix, name: str = "user_items") -> bool:
-    """Raise ValueError unless the arrays of a CSR matrix agree with each other and its shape.
+    """Raise ValueError unless the arrays of a CSR or CSC matrix fit each other and its shape.
 
     Returns
     -------
     bool
-        Whether the matrix is canonical, that is, the ids of each row strictly increase.
+        Whether ids strictly increase in each row, or in each column of a CSC matrix.
     """
     shape = matrix.shape if matrix.ndim == 2 else (1, *matrix.shape)
     major, minor = shape if matrix.format == "csr" else shape[::-1]
@@ -110,7 +110,9 @@ def _is_ascending(
 def checked_with_order(matrix: Any, name: str, *, widen: bool) -> tuple[Any, bool]:
     """Check a sparse matrix; return it, and whether it is CSR with increasing ids in each row."""
     if matrix.ndim > 2:
-        raise ValueError(f"{name} must have 2 dimensions, got a sparse array of {matrix.ndim}")
+        raise ValueError(
+            f"{name} must have at most 2 dimensions, got a sparse array of {matrix.ndim}"
+        )
     kind = matrix.format
     if kind == "csr":
         is_ascending = check_compressed(matrix, name)

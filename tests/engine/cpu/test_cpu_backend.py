@@ -111,7 +111,7 @@ def test_tables_and_losses_are_those_of_xla(
 def test_bfloat16_tables_are_rounded_ones(
     values: str, solver: str, no_programs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They take half the memory; a half-epoch differs from float32's by the rounding of tables."""
+    """The tables take half the memory; half-epochs differ from float32 by rounding."""
     matrix, objective = _matrix(values), Objective.of("ials", 0.3, 2.0, 0.7, 0.5)
     rng, bound = np.random.default_rng(1), 2.0**-8
     tables = [rng.normal(size=(n, 5)).astype(ml_dtypes.bfloat16) for n in matrix.shape]

@@ -1,4 +1,4 @@
-"""The kernels for GPUs, interpreted: against float64 products, and fits with and without them."""
+"""Compare interpreted GPU kernels with float64 products, and with fits without them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ N, STEPS = 30, 3
 
 
 def _blocks(n_factors: int, length: int, seed: int = 0) -> tuple[Block, IndexedBlock, np.ndarray]:
-    """The same rows gathered and not, one of them empty and one full, and rows (R, K)."""
+    """The same rows as `Block` and `IndexedBlock`, one empty and one full; and (R, K)."""
     rng = np.random.default_rng(seed)
     n_rows = 5
     table = jnp.asarray(rng.normal(size=(N, n_factors)), jnp.float32)

@@ -101,7 +101,7 @@ class Settings(NamedTuple):
     Attributes
     ----------
     objective : Objective
-        Equations (1)-(2), in the dtype of the tables.
+        Equations (1)-(2), in the dtype of sums.
     relaxation : float
         As in `xla.solve.relax`.
     steps : int
@@ -152,7 +152,7 @@ def solve_side(
     """
     dtype, factors = compute_dtype(source), target.shape[1]
     is_exact = settings.tolerance > 0
-    # Rows are solved to more digits than bfloat16 has.
+    # "exact" needs more digits than bfloat16 has.
     stored = dtype if is_exact else source.dtype
     gram = gramian(source, n_threads, np.float64 if is_exact else dtype)
     rotation, spectrum = eigenbasis_of(gram, dtype, stored.itemsize)
@@ -242,9 +242,9 @@ def eigenbasis_of(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rotation (K, P) into the eigenbasis of a gramian (K, K), and its spectrum (P,) in a dtype.
 
-    Columns beyond K are zero; their spectrum is one. They pad a row of numbers of `itemsize` bytes,
-    by default those of the dtype, to whole cache lines. If the gramian is not finite, nor is the
-    result. The rotation has the dtype of the gramian.
+    Columns beyond K are zero; their spectrum is one. They pad rows of numbers of `itemsize` bytes
+    (by default the dtype's) to whole cache lines. If the gramian is not finite, the result is not.
+    The rotation has the dtype of the gramian.
     """
     limits = np.finfo(gram.dtype)
     try:

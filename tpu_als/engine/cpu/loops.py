@@ -25,7 +25,7 @@ from tpu_als.engine import objective as equations
 from tpu_als.engine.cpu.jit import compiled, inner
 from tpu_als.engine.objective import Objective
 
-# Number of entries that are summed in the tables' dtype, before a float64 total adds the sum.
+# Number of entries that are summed in the dtype of sums, before a float64 total adds the sum.
 # A multiple of four. It bounds the rounding error of a row's sums, whatever the row's length.
 BLOCK = 1024
 
@@ -98,7 +98,7 @@ _prefetch: Any = intrinsic(_prefetch_intrinsic)
 
 
 def _widen_intrinsic(_: Any, number: Any) -> Any:
-    """A number as it is, or the float32 number whose upper half is a uint16."""
+    """Return a float unchanged, and the bits of a bfloat16 number (uint16) as float32."""
     if number != numba.types.uint16:
         return number(number), lambda *given: given[-1][0]
     word = ir.IntType(32)

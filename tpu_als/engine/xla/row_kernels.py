@@ -1,12 +1,12 @@
 """Kernels for NVIDIA GPUs that solve rows without a copy of their source rows.
 
 XLA gathers the source rows of a chunk into memory, and each of the seven products of CG reads this
-copy. A program of these kernels solves one row, and reads its source rows from the table, a tile at
-a time, once in each step of CG. Short rows are then read from the caches after the first step.
+copy. A program of these kernels solves one row. It reads its source rows from the table by tiles,
+once for the residual and once in each step. Later reads of a short row's entries hit the caches.
 
 The kernels are written in Pallas and compiled by Triton. JAX can also interpret them on any device,
-for tests. Axis letters: R rows, L padded length, K factors, N source rows, T entries of a tile, P
-parts of a row.
+for tests. Axis letters: R rows, L padded length, K factors, N source rows, T entries of a tile, K'
+factors padded to a power of two.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ _PROGRAMS = 1 << 10  # programs that keep all processors busy
 def kernels_for(params: AlsParams, mesh: DeviceMesh) -> RowKernels | None:
     """The kernels of a fit, or None if XLA's own programs solve the rows.
 
-    They are used where they were measured: on NVIDIA GPUs that have the whole source table, with
-    CG and sums in float32.
+    They are used on NVIDIA GPUs that have the whole source table, for "cg" and "diagonal" with
+    float32 sums.
     """
     if params.linear_solver not in _SOLVERS or params.compute_dtype != "float32":
         return None
@@ -77,18 +77,23 @@ def works_on(device: jax.Device, kernels: RowKernels) -> bool:
     shapes = (n_rows, length), (n_rows, n_factors), (16, n_factors)
     w, z, table = (jnp.asarray(rng.random(shape), jnp.float32) for shape in shapes)
     block = IndexedBlock(table, ids, w, w + 1, n_entries)
-    is_entry = np.arange(length) < n_entries[:, None]
+    is_entry = solve.entry_mask(ids.shape, n_entries).astype(jnp.float32)
     gathered = Block(block.table[ids], w * is_entry, (w + 1) * is_entry)
     try:
         block, gathered, z = jax.device_put((block, gathered, z), device)
         found, expected = (
-            np.asarray(products.cg(b, z, jnp.ones_like(z), 3))
+            (
+                np.asarray(products.cg(b, z, jnp.ones_like(z), 3)),
+                np.asarray(products.residual(b, z)),
+                np.asarray(products.predict(b, z) * is_entry),
+            )
             for products, b in ((kernels, block), (solve, gathered))
         )
     except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
         problem = f"do not run there ({type(error).__name__}: {error})"
     else:
-        if np.allclose(found, expected, rtol=1e-3, atol=1e-3):
+        pairs = zip(found, expected, strict=True)
+        if all(np.allclose(*pair, rtol=1e-3, atol=1e-3) for pair in pairs):
             return True
         problem = "solve a small example wrongly there"
     warnings.warn(
@@ -101,7 +106,7 @@ def works_on(device: jax.Device, kernels: RowKernels) -> bool:
 
 
 def chunk_sizes(n_entries: int) -> tuple[int, int]:
-    """Cells of a chunk for a shard with this number of entries, and the maximum number of its rows.
+    """Cells and maximum rows of a chunk, for a shard with this number of entries.
 
     A chunk is large enough to keep a GPU busy, and small enough that the unused rows of the rungs'
     last chunks are few.
@@ -112,7 +117,7 @@ def chunk_sizes(n_entries: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class RowKernels:
-    """The functions of `solve` by which `sweep` reads and solves rows, for `IndexedBlock`.
+    """The functions of `solve` that `sweep` calls, for `IndexedBlock`.
 
     Attributes
     ----------
@@ -201,7 +206,7 @@ class RowKernels:
 
 
 def _parts(n_rows: int, length: int) -> tuple[int, int]:
-    """Entries of a part of a row, so that enough programs run, and parts of each row."""
+    """Entries per part, and parts per row, so that enough programs run."""
     wanted = max(n_rows * length // _PROGRAMS, _SHORTEST_PART)
     part = min(1 << (wanted.bit_length() - 1), _PART)
     return part, -(-length // part)
@@ -240,7 +245,7 @@ class _Tiles(NamedTuple):
     def fold(
         self, function: Callable[..., Array], width: int, values: tuple[Ref, ...] = ()
     ) -> Array:
-        """Sum over all entries: function(E (T, K'), *values (T, 1)) is (T, width). (1, width)."""
+        """Sum (1, width) over all entries of function(E (T, K'), *values (T, 1)): (T, width)."""
         zero = jnp.zeros((self.shape[0], width), self.dtype)
 
         def body(tile: Array, sums: Array) -> Array:
