@@ -417,7 +417,7 @@ BAD_FILES = {
     ),
     "row_id negative": (
         {"row_id": [-1], "col_ids": [[0]]},
-        "row_id -1 is not from 0",
+        "row_id -1 must be 0 or more",
     ),
     "row_id missing": (
         {"row_id": [0, None], "col_ids": [[0], [1]]},
