@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,3 +111,34 @@ def test_a_full_disk_stops_no_call(
     with caplog.at_level(logging.WARNING, logger="tpu_als"):
         assert function(21) == 42
     assert "cannot be written" in caplog.text and "No space left" in caplog.text
+
+
+RESULTS = """
+import zlib
+import numpy as np
+from scipy import sparse
+from tpu_als import TPUAlternatingLeastSquares
+matrix = sparse.random(400, 300, 0.1, "csr", np.float32, random_state=0)
+for dtype in (np.float32, np.float64):
+    settings = dict(factors=24, alpha=5.0, iterations=2, random_state=0, dtype=dtype)
+    model = TPUAlternatingLeastSquares(**settings, calculate_training_loss=True)
+    model.fit(matrix, show_progress=False)
+    ids, scores = model.recommend(np.arange(400), matrix, N=7)
+    parts = model.item_factors, model.transform(matrix), ids, scores, model.history_["loss"]
+    print([zlib.crc32(np.ascontiguousarray(part).tobytes()) for part in parts])
+"""
+
+
+@pytest.mark.slow
+def test_the_process_that_compiles_has_the_results_of_later_ones(tmp_path: Path) -> None:
+    """Bit for bit, though it does not read the code from a file."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", RESULTS], env=environment, capture_output=True, text=True,
+            check=True,
+        ).stdout
+        for _ in range(2)
+    )  # fmt: skip
+    assert list(tmp_path.rglob("*.nbc"))
+    assert first == second

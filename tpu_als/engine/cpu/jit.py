@@ -33,7 +33,12 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 def inner(function: Callable[..., Any]) -> Any:
-    """Compile a function that only compiled functions call, without wrappers for other callers."""
+    """Compile a function that only compiled functions call, without wrappers for other callers.
+
+    It is always inlined. Otherwise the process that compiles would call a copy of it that is
+    optimised by itself, while later processes call the copy in the kept code: their results would
+    differ in the last bits.
+    """
     return _inner(function, _OPTIONS)
 
 
@@ -43,5 +48,5 @@ def inner_without_nan(function: Callable[..., Any]) -> Any:
 
 
 def _inner(function: Callable[..., Any], options: Any) -> Any:
-    wrappers: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    return numba.njit(**options, **wrappers)(function)
+    more: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
+    return numba.njit(**options, **more)(function)
