@@ -8,7 +8,7 @@ even if other threads write, and derived values are stored with the table that t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar
 
@@ -17,7 +17,7 @@ from scipy import sparse
 
 from tpu_als.engine.als import AlsState
 from tpu_als.engine.backends import Backend, Catalog
-from tpu_als.engine.cpu import exact, half_epoch
+from tpu_als.engine.cpu import exact, half_epoch, ranking
 from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams, Data
 from tpu_als.engine.objective import Objective
@@ -63,7 +63,7 @@ class FactorTable:
     ) -> None:
         self._host, self._unread = host, unread
         self.given_gramian, self.given_norms, self._names = gramian, norms, names
-        self._derived: dict[str, tuple[Any, Any]] = {}
+        self._derived: dict[Hashable, tuple[Any, Any]] = {}
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,6 +97,8 @@ class FactorTable:
     def _form(self) -> Any:
         """The table as it is, if its rows can be read so; else as an ndarray."""
         table = self._unread
+        if table is None:
+            return self._host
         is_readable = isinstance(table, ChangedTable) or (table is not None and table.is_resident)
         return table if is_readable else self.read()
 
@@ -124,10 +126,10 @@ class FactorTable:
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Copies of some rows. The ids must be in range; they are not checked."""
         table = self._form()
-        if isinstance(table, ChangedTable):
+        if isinstance(table, np.ndarray):
+            found = table.take(ids, 0)
+        elif isinstance(table, ChangedTable):
             found = table.take(ids) if len(ids) <= FEW else self.read()[ids]
-        elif isinstance(table, np.ndarray):
-            found = table[ids]
         else:
             return table.take(ids)
         _require_finite(found, ids)
@@ -161,10 +163,11 @@ class FactorTable:
         """Euclidean lengths (n,) of the rows, assigned or computed; 1e-10 in place of 0."""
         if self.given_norms is not None:
             return arguments.derived(self.given_norms, self._names[1], self.shape[:1])
+        return self._once("norms", None, self._norms)
+
+    def _norms(self) -> np.ndarray:
         table = self.resident
-        if table is not None:
-            return self._once("norms", None, lambda: _divisible(table.norms()))
-        return self._once("norms", None, lambda: norms(self.read()))
+        return norms(self.read()) if table is None else _divisible(table.norms())
 
     def solve(
         self, rows: sparse.csr_matrix, objective: Objective, params: AlsParams, backend: Backend
@@ -188,22 +191,26 @@ class FactorTable:
 
     def catalog(self, backend: Backend, *, cosine: bool) -> Catalog:
         """The table in a backend's form, to rank its rows by product or by cosine."""
-        table = self.resident
+        name = ("directions" if cosine else "catalog", type(backend))
+        # On a CPU the number of threads changes from call to call.
+        is_fixed = isinstance(backend, CpuBackend) or self.resident is not None
+        stamp = None if is_fixed else backend
+        found = self._once(name, stamp, lambda: self._catalog(backend, cosine))
+        if isinstance(backend, CpuBackend) and isinstance(found, ranking.Catalog):
+            return found.on(backend.n_threads)
+        return found
 
-        def make() -> Catalog:
-            lengths = self.norms() if cosine else None
-            found: Catalog = (
-                backend.catalog(self.read(), lengths) if table is None else table.catalog(lengths)
-            )
-            return found
+    def _catalog(self, backend: Backend, cosine: bool) -> Catalog:
+        lengths, table = self.norms() if cosine else None, self.resident
+        found: Catalog = (
+            backend.catalog(self.read(), lengths) if table is None else table.catalog(lengths)
+        )
+        return found
 
-        name = f"{'directions' if cosine else 'catalog'} for {type(backend).__name__}"
-        return self._once(name, table is None and backend, make)
-
-    def _once(self, name: str, stamp: Any, make: Callable[[], Kept]) -> Kept:
+    def _once(self, name: Hashable, stamp: Any, make: Callable[[], Kept]) -> Kept:
         """Return a derived value; compute it in the first call, or if `stamp` has changed."""
         kept = self._derived.get(name)
-        if kept is None or kept[0] != stamp:
+        if kept is None or (kept[0] is not stamp and kept[0] != stamp):
             kept = self._derived[name] = (stamp, make())
         return kept[1]
 

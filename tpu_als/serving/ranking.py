@@ -13,6 +13,7 @@ from tpu_als.engine.cpu import ranking
 from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.serving.fitted import FactorTable
 from tpu_als.validation import arguments
+from tpu_als.validation.refusals import all_finite
 
 NO_ID = -1  # id that pads short results, as in implicit's batches
 _FOR_FEW = CpuBackend(1)
@@ -90,7 +91,7 @@ def rank(
             queries.astype(catalog.dtype, copy=False), n,
             seen=seen, excluded=hidden, approximate_recall=how.approximate_recall,
         )  # fmt: skip
-        if not np.isfinite(found[1]).all():
+        if not all_finite(found[1]):
             table.require_finite()
     if n and n_rows:
         _fill(found[0][:, :n_rows], limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ _USERS = {
 }
 _ITEMS = {"item", "itemid", "iid", "product", "productid", "movieid", "trackid", "artistid", "asin"}
 _FEW = 16  # most columns of a table of events; wider frames may be matrices with such item names
+_FEW_VALUES = 32
 IF_EVENTS = (
     "if its rows are events, turn them into a matrix first, with "
     "tpu_als.datasets.interactions_from_frame(frame, user, item).matrix"
@@ -109,9 +111,9 @@ def require_finite(rows: Any, values: np.ndarray, name: str = "X") -> None:
     ValueError
         The message gives the number of such values, and the row and column of the first.
     """
-    is_finite = np.isfinite(values)
-    if is_finite.all():
+    if all_finite(values):
         return
+    is_finite = np.isfinite(values)
     wrong, n_nan = np.flatnonzero(~is_finite), int(np.isnan(values).sum())
     problem = "NaN" if n_nan else f"infinity, or values too large for {values.dtype}"
     row = np.searchsorted(rows.indptr, wrong[0], side="right") - 1
@@ -120,6 +122,14 @@ def require_finite(rows: Any, values: np.ndarray, name: str = "X") -> None:
         f"({n_nan} NaN), the first is {rows.data[wrong[0]]} in row {row}, column "
         f"{rows.indices[wrong[0]]} (counted from 0). Remove these entries or replace their values"
     )
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Whether an array of floats holds neither NaN nor infinity."""
+    # Single queries check short arrays, for which every call of NumPy counts.
+    if values.size <= _FEW_VALUES and math.isfinite(sum(values.ravel().tolist())):
+        return True
+    return np.count_nonzero(np.isfinite(values)) == values.size
 
 
 def _sharded_problem(kinds: set[str], name: str, takes_blocks: bool) -> str | None:

@@ -16,6 +16,8 @@ import numpy as np
 
 from tpu_als.engine.cpu.jit import compiled, inner, inner_without_nan
 
+_WIDTH = 16  # columns of a block of a single row
+
 
 class Candidates(NamedTuple):
     """The largest scores so far of each row, in the order of their columns.
@@ -129,6 +131,74 @@ def _maxima(products: Any, row: Any, width: Any, out: Any) -> None:
             score = products[row, column]
             top = score if score > top else top
         out[block] = top
+
+
+@inner
+def _insert(scores: Any, ids: Any, size: Any, score: Any, column: Any) -> None:
+    """Insert a score into a list in order, behind its equals; the last one of the list is lost."""
+    at = size - 1
+    while at > 0 and scores[at - 1] < score:
+        scores[at], ids[at] = scores[at - 1], ids[at - 1]
+        at -= 1
+    scores[at], ids[at] = score, column
+
+
+@compiled
+def best_of_row(
+    products: Any, lengths: Any, seen: Any, excluded: Any, ids: Any, scores: Any
+) -> Any:
+    """Select the largest scores of one row, in order; of equal scores, the first columns.
+
+    It is for few places, as each new score is inserted among the larger ones.
+
+    Parameters
+    ----------
+    products : (n,)
+        Scores, which are overwritten.
+    lengths : (n,)
+        What they are divided by; empty for 1.
+    seen, excluded : int32
+        Columns to hide.
+    ids, scores : int32 (k,), (k,)
+        The result: k, at least 1 and at most n, columns and scores. Scores that are NaN or infinite
+        come first, as infinity, and hidden ones last, as minus infinity.
+
+    Returns
+    -------
+    bool
+        Whether all scores of the result are finite.
+    """
+    n, k, kind = len(products), len(ids), products.dtype.type
+    lowest, highest, row = kind(-np.inf), kind(np.inf), products.reshape((1, n))
+    n_bad = _divide(row, 0, lengths, 0)
+    for at in range(len(seen)):
+        products[seen[at]] = lowest
+    for at in range(len(excluded)):
+        products[excluded[at]] = lowest
+    if n_bad:
+        for column in range(n):
+            if not products[column] < highest:
+                products[column] = highest
+    n_blocks = (n + _WIDTH - 1) // _WIDTH
+    maxima = np.empty(n_blocks, kind)
+    _maxima(row, 0, _WIDTH, maxima)
+    for at in range(k):
+        scores[at] = lowest
+    if n_blocks >= k:
+        for block in range(n_blocks):
+            if maxima[block] > scores[k - 1]:
+                _insert(scores, ids, k, maxima[block], 0)
+    # At least k scores are as large as the k-th of the maxima.
+    bound, size = scores[k - 1], 0
+    for block in range(n_blocks):
+        if maxima[block] < bound:
+            continue
+        for column in range(block * _WIDTH, min(block * _WIDTH + _WIDTH, n)):
+            score = products[column]
+            if score >= bound and (size < k or score > scores[k - 1]):
+                size += size < k
+                _insert(scores, ids, size, score, column)
+    return scores[0] < highest and scores[k - 1] > lowest
 
 
 @compiled

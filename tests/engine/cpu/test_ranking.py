@@ -1,0 +1,93 @@
+"""A single query is ranked alike by the compiled loop and by NumPy, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from tpu_als.engine.cpu import compiled, ranking
+from tpu_als.engine.cpu.ranking import Catalog
+
+SIZES = [(1, 1), (2, 5), (15, 3), (16, 16), (17, 2), (170, 10), (900, 64), (900, 65)]
+
+
+def _by_both(
+    catalog: Catalog, queries: np.ndarray, k: int, monkeypatch: pytest.MonkeyPatch, **limits: object
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the compiled loop finds, and NumPy finds too."""
+    found = catalog.top_k(queries, k, **limits)
+    with monkeypatch.context() as patch:
+        patch.setattr(ranking, "_loaded_selection", lambda: None)
+        for mine, other in zip(found, catalog.top_k(queries, k, **limits), strict=True):
+            assert mine.dtype == other.dtype
+            np.testing.assert_array_equal(mine, other)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _loops() -> None:
+    compiled.selection()
+    assert ranking._loaded_selection() is not None
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("n_items", "k"), SIZES)
+@pytest.mark.parametrize("has_ties", [False, True])
+def test_both_find_the_same(
+    n_items: int, k: int, has_ties: bool, dtype: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(n_items + k)
+    table = rng.standard_normal((n_items, 4)).astype(dtype)
+    if has_ties:
+        table = rng.integers(-1, 2, (n_items, 4)).astype(dtype)
+    queries = rng.integers(-2, 3, (3, 4)).astype(dtype)
+    lengths = 1 + rng.random(n_items).astype(dtype)
+    seen = sparse.random(3, n_items, 0.3, "csr", rng=rng)
+    excluded = np.flatnonzero(rng.random(n_items) < 0.2)
+    for divisors in (None, lengths, lengths.astype(np.float64)):
+        catalog = Catalog(table, divisors, 1)
+        _by_both(catalog, queries, k, monkeypatch)
+        ids, scores = _by_both(catalog, queries, k, monkeypatch, seen=seen, excluded=excluded)
+        expected = queries @ table.T / (1 if divisors is None else divisors)
+        expected[seen.toarray() != 0], expected[:, excluded] = -np.inf, -np.inf
+        for row in range(3):
+            order = np.argsort(-expected[row], kind="stable")[:k]
+            order = order[expected[row][order] > -np.inf]
+            np.testing.assert_array_equal(ids[row, len(order) :], -1)
+            assert (scores[row, len(order) :] == ranking.NO_SCORE).all()
+            np.testing.assert_allclose(scores[row, : len(order)], expected[row][order], 1e-5)
+            if has_ties and divisors is None:  # of equal scores, lower ids come first
+                np.testing.assert_array_equal(ids[row, : len(order)], order)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_not_finite_is_nan(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = np.arange(1, 41, dtype=np.float32)[:, None]
+    table[7] = bad
+    ids, scores = _by_both(Catalog(table, None, 1), np.ones((1, 1), np.float32), 3, monkeypatch)
+    if bad == -np.inf:  # as if it were hidden
+        assert ids.tolist() == [[39, 38, 37]]
+    else:
+        assert ids.tolist() == [[-1, 39, 38]] and np.isnan(scores[0, 0])
+    hidden = np.array([7])
+    ids, scores = _by_both(
+        Catalog(table, None, 1), np.ones((1, 1), np.float32), 3, monkeypatch, excluded=hidden
+    )
+    assert ids.tolist() == [[39, 38, 37]] and np.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+def test_indices_of_any_dtype_hide_items(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, query = np.arange(1, 41, dtype=np.float32)[:, None], np.ones((1, 1), np.float32)
+    indices = np.array([39, 37], kind)
+    indices.flags.writeable = False
+    seen = ranking.Seen(np.array([0, 2]), indices)
+    ids, _ = _by_both(Catalog(table, None, 1), query, 3, monkeypatch, seen=seen)
+    assert ids.tolist() == [[38, 36, 35]]
+
+
+def test_the_number_of_threads_is_not_part_of_the_table() -> None:
+    catalog = Catalog(np.ones((3, 2), np.float32), None, 1)
+    other = catalog.on(4)
+    assert other.n_threads == 4 and other.unused is catalog.unused and catalog.on(1) is catalog
