@@ -338,8 +338,13 @@ def first_not_finite(array: np.ndarray) -> int | None:
     if array.size <= _FEW and all_finite(array):
         return None
     for low in range(0, len(array), _ROWS_AT_ONCE):
+        block = array[low : low + _ROWS_AT_ONCE]
         with np.errstate(all="ignore"):
-            sums = array[low : low + _ROWS_AT_ONCE].sum(axis=-1)
+            if block.dtype.kind == "f" and block.flags.c_contiguous:
+                flat = block.reshape(-1)
+                if np.isfinite(flat.dot(flat)):  # a tenth of the time of the sums
+                    continue
+            sums = block.sum(axis=-1)
         for row in np.flatnonzero(~np.isfinite(sums)) + low:
             if not np.isfinite(array[row]).all():  # sums of finite numbers may overflow
                 return int(row)
