@@ -91,3 +91,23 @@ def test_the_number_of_threads_is_not_part_of_the_table() -> None:
     catalog = Catalog(np.ones((3, 2), np.float32), None, 1)
     other = catalog.on(4)
     assert other.n_threads == 4 and other.unused is catalog.unused and catalog.on(1) is catalog
+
+
+@pytest.mark.parametrize("k", [1, 7, 64, 65, 300])
+@pytest.mark.parametrize("has_ties", [False, True])
+def test_many_queries_are_ranked_like_few(k: int, has_ties: bool) -> None:
+    rng = np.random.default_rng(k)
+    table = rng.integers(-2, 3, (300, 3 if has_ties else 8)).astype(np.float64)
+    queries = rng.integers(-2, 3, (40, table.shape[1])).astype(np.float64)
+    if not has_ties:
+        queries += rng.random(queries.shape)
+    table[11], table[12] = np.nan, -np.inf
+    seen, excluded = sparse.random(40, 300, 0.3, "csr", rng=rng), np.array([3, 4, 299])
+    catalog = Catalog(table, None if has_ties else 1 + rng.random(300), 2)
+    limits = {"seen": seen, "excluded": excluded}
+    ids, scores = catalog.top_k(queries, k, **limits)
+    for row in range(40):
+        limits["seen"] = seen[row]
+        few = catalog.top_k(queries[row : row + 1], k, **limits)
+        np.testing.assert_array_equal(ids[row], few[0][0])
+        np.testing.assert_allclose(scores[row], few[1][0], 1e-12)

@@ -27,7 +27,7 @@ from tpu_als.host import single_blas_thread, threads
 BLOCK = 16  # columns of a block
 FEW = 4  # up to this many queries, products with vectors are faster than a product of matrices
 _FEW_SCORES = 1 << 12  # up to this many scores, each query is ranked by itself
-_MOST_INSERTED = 64  # up to this many places of a single row are filled by insertion
+_MOST_INSERTED = 64  # up to this many places are filled by insertion
 NO_SCORE = -np.finfo(np.float32).max  # of places without a result, as in implicit
 _KEPT_BYTES = 1 << 22
 _BATCH_BYTES = 1 << 22  # of a thread's scores, which a core's share of the last cache holds
@@ -136,8 +136,7 @@ class Catalog:
         def work(low: int) -> None:
             at = slice(low, min(low + size, len(queries)))
             part = Seen(read_only(starts[low : at.stop + 1]), read_only(seen_ids))
-            found, best = select(queries[at], part)
-            keep(ids[at, :width], scores[at, :width], found, best)
+            select(queries[at], part, ids[at], scores[at])
 
         with single_blas_thread():
             threads(work, range(0, len(queries), size), n_threads)
@@ -169,12 +168,14 @@ class _Selection:
         self._excluded = np.asarray(() if excluded is None else excluded, np.int32)
         # The cost is about that of finding the k-th of the blocks' maxima, and of reading k blocks.
         best = math.isqrt(4 * n_columns // k)
-        width = max(min(best, n_columns // (4 * k)), 1)
-        self._width = width - width % 8 if width > 8 else width  # whole vectors
         self._loops = compiled.selection()
+        most = max(min(best, n_columns // (4 * k)), 1)
+        self._width = next(width for width in self._loops.WIDTHS if width <= most)
 
-    def __call__(self, queries: np.ndarray, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and scores (B, k), best first; hidden items have a score of minus infinity."""
+    def __call__(
+        self, queries: np.ndarray, seen: Seen, ids: np.ndarray, scores: np.ndarray
+    ) -> None:
+        """Write ids and scores to the first k columns of (B, n), as `keep` does, best first."""
         catalog, k, loops = self._catalog, self._k, self._loops
         n_queries, n_items, dtype = len(queries), len(catalog.table), catalog.dtype
         shape = n_queries, min(2 * k + 32, n_items + 1)
@@ -192,10 +193,13 @@ class _Selection:
             hidden = loops.Hidden(self._lengths, *seen, excluded)
             loops.select(products, low, hidden, k, self._width, candidates)
         catalog.unused.append(scratch)
-        scores = candidates.scores[:, :k]
-        order = np.argsort(-scores, axis=1, kind="stable")
-        found = np.take_along_axis(candidates.ids, order, 1)
-        return found, np.take_along_axis(scores, order, 1)
+        if k <= _MOST_INSERTED:
+            loops.finish(candidates, k, ids, scores)
+            return
+        best = candidates.scores[:, :k]
+        order = np.argsort(-best, axis=1, kind="stable")
+        found, best = (np.take_along_axis(a, order, 1) for a in (candidates.ids, best))
+        keep(ids[:, :k], scores[:, :k], found, best)
 
     def _memory(self, size: int) -> np.ndarray:
         """Memory for so many scores."""
