@@ -17,7 +17,7 @@ from scipy import sparse
 
 from tpu_als.engine.als import AlsState
 from tpu_als.engine.backends import Backend, Catalog
-from tpu_als.engine.cpu import exact, half_epoch, ranking
+from tpu_als.engine.cpu import exact, half_epoch
 from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams, Data
 from tpu_als.engine.objective import Objective
@@ -27,6 +27,7 @@ from tpu_als.validation import arguments
 
 Kept = TypeVar("Kept")
 SIDES = ("user", "item")
+ONE_THREAD = CpuBackend(1)
 # The attributes to which users may assign a gramian and norms, as in implicit.
 _ASSIGNED = {"user": ("_XtX", "_user_norms"), "item": ("_YtY", "_item_norms")}
 
@@ -191,14 +192,10 @@ class FactorTable:
 
     def catalog(self, backend: Backend, *, cosine: bool) -> Catalog:
         """The table in a backend's form, to rank its rows by product or by cosine."""
-        name = ("directions" if cosine else "catalog", type(backend))
-        # On a CPU the number of threads changes from call to call.
-        is_fixed = isinstance(backend, CpuBackend) or self.resident is not None
-        stamp = None if is_fixed else backend
-        found = self._once(name, stamp, lambda: self._catalog(backend, cosine))
-        if isinstance(backend, CpuBackend) and isinstance(found, ranking.Catalog):
-            return found.on(backend.n_threads)
-        return found
+        # Calls for few and for many queries alternate, on a CPU with one and with more threads.
+        name = ("directions" if cosine else "catalog", type(backend), backend is ONE_THREAD)
+        stamp = backend if self._unread is None or self.resident is None else None
+        return self._once(name, stamp, lambda: self._catalog(backend, cosine))
 
     def _catalog(self, backend: Backend, cosine: bool) -> Catalog:
         lengths, table = self.norms() if cosine else None, self.resident

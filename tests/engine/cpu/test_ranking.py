@@ -87,10 +87,27 @@ def test_indices_of_any_dtype_hide_items(kind: type, monkeypatch: pytest.MonkeyP
     assert ids.tolist() == [[38, 36, 35]]
 
 
-def test_the_number_of_threads_is_not_part_of_the_table() -> None:
-    catalog = Catalog(np.ones((3, 2), np.float32), None, 1)
-    other = catalog.on(4)
-    assert other.n_threads == 4 and other.unused is catalog.unused and catalog.on(1) is catalog
+def test_the_usual_query_has_the_result_of_others() -> None:
+    rng = np.random.default_rng(3)
+    table, query = rng.standard_normal((50, 4)), rng.standard_normal((1, 4))
+    seen = sparse.random(1, 50, 0.3, "csr", rng=rng)
+    for lengths in (None, 1 + rng.random(50)):
+        catalog = Catalog(table, lengths, 1)
+        for k in (1, 7, 35):
+            found = catalog.best_of_one(query[0], k, seen)
+            assert found is not None
+            for mine, other in zip(found, catalog.top_k(query, k, seen=seen), strict=True):
+                np.testing.assert_array_equal(mine, other)
+    few = Catalog(table, (1 + rng.random(50)).astype(np.float32), 1)
+    assert few.best_of_one(query[0], 5) is None  # divided in float64 by NumPy
+    catalog = Catalog(table, None, 1)
+    assert catalog.best_of_one(query[0], 40, seen) is None  # some places stay empty
+    assert catalog.best_of_one(query[0], 65) is None
+    assert catalog.best_of_one(query[0], 0) is None
+    assert catalog.best_of_one(query[0, :3], 5) is None
+    assert catalog.best_of_one(query[0].astype(np.float32), 5) is None
+    table[9] = np.nan
+    assert catalog.best_of_one(query[0], 5) is None
 
 
 @pytest.mark.parametrize("k", [1, 7, 64, 65, 300])
