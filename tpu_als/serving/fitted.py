@@ -8,7 +8,7 @@ even if other threads write, and derived values are stored with the table that t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar
 
@@ -64,7 +64,7 @@ class FactorTable:
     ) -> None:
         self._host, self._unread = host, unread
         self.given_gramian, self.given_norms, self._names = gramian, norms, names
-        self._derived: dict[Hashable, tuple[Any, Any]] = {}
+        self._derived: dict[str, tuple[Any, Any]] = {}
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -193,7 +193,8 @@ class FactorTable:
     def catalog(self, backend: Backend, *, cosine: bool) -> Catalog:
         """The table in a backend's form, to rank its rows by product or by cosine."""
         # Calls for few and for many queries alternate, on a CPU with one and with more threads.
-        name = ("directions" if cosine else "catalog", type(backend), backend is ONE_THREAD)
+        kind = "one thread" if backend is ONE_THREAD else type(backend).__name__
+        name = f"{'directions' if cosine else 'catalog'} for {kind}"
         stamp = backend if self._unread is None or self.resident is None else None
         return self._once(name, stamp, lambda: self._catalog(backend, cosine))
 
@@ -204,7 +205,7 @@ class FactorTable:
         )
         return found
 
-    def _once(self, name: Hashable, stamp: Any, make: Callable[[], Kept]) -> Kept:
+    def _once(self, name: str, stamp: Any, make: Callable[[], Kept]) -> Kept:
         """Return a derived value; compute it in the first call, or if `stamp` has changed."""
         kept = self._derived.get(name)
         if kept is None or (kept[0] is not stamp and kept[0] != stamp):
