@@ -280,7 +280,7 @@ class Ranking:
         lengths = table.norms()
         if factors is None:
             at, is_scalar, _ = arguments.ids_of(ids, len(lengths), name)
-            queries = table.rows(at) / (lengths[at] if is_scalar else lengths[at, None])
+            queries = table.rows(at) / lengths.take(at)[:, None]
         else:
             is_scalar = factors.ndim == 1
             queries = np.atleast_2d(factors / norms(factors)[..., None])
