@@ -26,6 +26,8 @@ _USERS = {
 _ITEMS = {"item", "itemid", "iid", "product", "productid", "movieid", "trackid", "artistid", "asin"}
 _FEW = 16  # most columns of a table of events; wider frames may be matrices with such item names
 _FEW_VALUES = 32
+_MOST_AT_ONCE = 1 << 13  # numbers of an array that need no blocks
+_ROWS_AT_ONCE = 1 << 16  # rows of a table that are checked for NaN at once
 IF_EVENTS = (
     "if its rows are events, turn them into a matrix first, with "
     "tpu_als.datasets.interactions_from_frame(frame, user, item).matrix"
@@ -130,6 +132,24 @@ def all_finite(values: np.ndarray) -> bool:
     if values.size <= _FEW_VALUES and math.isfinite(sum(values.ravel().tolist())):
         return True
     return np.count_nonzero(np.isfinite(values)) == values.size
+
+
+def first_not_finite(array: np.ndarray) -> int | None:
+    """The first row of an array (n, K) that holds NaN or infinity; None if there is none."""
+    if array.size <= _FEW and all_finite(array):
+        return None
+    for low in range(0, len(array), _ROWS_AT_ONCE):
+        block = array[low : low + _ROWS_AT_ONCE]
+        with np.errstate(all="ignore"):
+            if block.dtype.kind == "f" and block.flags.c_contiguous:
+                flat = block.reshape(-1)
+                if np.isfinite(flat.dot(flat)):  # a tenth of the time of the sums
+                    continue
+            sums = block.sum(axis=-1)
+        for row in np.flatnonzero(~np.isfinite(sums)) + low:
+            if not np.isfinite(array[row]).all():  # sums of finite numbers may overflow
+                return int(row)
+    return None
 
 
 def _sharded_problem(kinds: set[str], name: str, takes_blocks: bool) -> str | None:

@@ -166,19 +166,23 @@ def _maxima(products: Any, row: Any, width: Any, out: Any) -> None:
 
 
 @inner
-def _kth_of_few(numbers: Any, n: Any, k: Any, best: Any) -> Any:
-    """The k-th largest of n numbers, by insertion into the list of the k largest."""
-    for at in range(k):
-        best[at] = -np.inf
+def _kth_kept(numbers: Any, n: Any, k: Any, scratch: Any) -> Any:
+    """The k-th largest of n numbers, which stay as they are."""
+    if k > _FEW:
+        for at in range(n):
+            scratch[at] = numbers[at]
+        return _kth(scratch, n, k)
+    for at in range(k):  # the k largest so far, in order
+        scratch[at] = -np.inf
     for number in range(n):
         value = numbers[number]
-        if value > best[k - 1]:
+        if value > scratch[k - 1]:
             at = k - 1
-            while at > 0 and best[at - 1] < value:
-                best[at] = best[at - 1]
+            while at > 0 and scratch[at - 1] < value:
+                scratch[at] = scratch[at - 1]
                 at -= 1
-            best[at] = value
-    return best[k - 1]
+            scratch[at] = value
+    return scratch[k - 1]
 
 
 @inner
@@ -291,12 +295,7 @@ def select(
         size, bound = sizes[row], bounds[row]
         is_full = size >= k
         if not is_full and n_blocks >= k:
-            if k <= _FEW:
-                bound = max(bound, _kth_of_few(maxima, n_blocks, k, scratch))
-            else:
-                for block in range(n_blocks):
-                    scratch[block] = maxima[block]
-                bound = max(bound, _kth(scratch, n_blocks, k))
+            bound = max(bound, _kth_kept(maxima, n_blocks, k, scratch))
         for block in range(n_blocks):
             if maxima[block] < bound:
                 continue
