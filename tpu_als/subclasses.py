@@ -91,7 +91,8 @@ def construct(cls: type[Estimator], ours: dict[str, Any], own: dict[str, Any]) -
         )
     estimator = cls(**given)
     # The file has no entries for parameters that are None.
-    nones = [name for name in parameters.RULES if getattr(_base(cls), name) is None]
+    base = _base(cls)
+    nones = [name for name in parameters.RULES if getattr(base, name) is None]
     for name, value in {**dict.fromkeys(nones), **ours, **own}.items():
         if name not in given:
             with contextlib.suppress(AttributeError):  # a read-only property of a subclass

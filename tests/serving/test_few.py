@@ -129,3 +129,14 @@ def test_a_recall_that_makes_no_sense_is_refused(users: Any) -> None:
     model = _model().set_params(approximate_recall=5.0)
     with pytest.raises(ValueError, match="approximate_recall must be"):
         model.recommend(users, COUNTS[users])
+
+
+def test_few_and_many_queries_keep_their_catalogs() -> None:
+    model, everyone = _model(num_threads=2), np.arange(60)
+    kept: list[dict[str, Any]] = []
+    for _ in range(2):
+        model.recommend(0, COUNTS[0])
+        model.recommend(everyone, COUNTS)
+        kept.append(dict(model._fitted.item._derived))
+    assert len(kept[0]) >= 2
+    assert all(kept[1][name] is value for name, value in kept[0].items())

@@ -75,7 +75,7 @@ def _refit(model: Any) -> None:
 
 WRITERS = {"grow items": _grow_items, "grow users": _grow_users, "assign": _assign, "fit": _refit}
 READERS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
-    "one user": (ranking, "_of_few", lambda m: m.recommend(3, COUNTS[3], N=5)),
+    "one user": (ranking, "_scratch", lambda m: m.recommend(3, COUNTS[3], N=5)),
     "all users": (ranking.Catalog, "top_k", lambda m: m.recommend(USERS, COUNTS, N=5)),
     "catalog": (CpuBackend, "catalog", lambda m: m.recommend(USERS, COUNTS, N=5)),
     "similar items": (fitted, "norms", lambda m: m.similar_items(3, N=5)),

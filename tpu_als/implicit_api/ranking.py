@@ -239,9 +239,9 @@ class Ranking:
             filter_already_liked_items=False,
         )
 
-    def _how(self) -> How:
+    def _how(self, cosine: bool = False) -> How:
         parameters.check(self, ("approximate_recall",))
-        return How(lambda: engine_options.backend_of(self).alone, self.approximate_recall)
+        return How(lambda: engine_options.backend_of(self).alone, self.approximate_recall, cosine)
 
     # implicit's approximate-neighbour wrappers call these methods. They normalise the result in
     # place, so it must be a copy.
@@ -280,12 +280,12 @@ class Ranking:
         lengths = table.norms()
         if factors is None:
             at, is_scalar, _ = arguments.ids_of(ids, len(lengths), name)
-            queries = table.rows(at) / lengths[at, None]
+            queries = table.rows(at) / lengths.take(at)[:, None]
         else:
             is_scalar = factors.ndim == 1
             queries = np.atleast_2d(factors / norms(factors)[..., None])
         limits = Limits(None, *selection)
-        found = rank(table, queries, n, limits, self._how()._replace(cosine=True))
+        found = rank(table, queries, n, limits, self._how(cosine=True))
         return _unwrapped(found, is_scalar)
 
 

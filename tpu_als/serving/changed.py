@@ -76,8 +76,9 @@ def with_rows(
     """
     if not isinstance(table, ChangedTable):
         table = ChangedTable(table, {}, len(table))
-    base, n_rows = table.base, max(table.n_rows, 1 + int(ids.max(initial=-1)))
+    base = table.base
     changes = dict(zip(ids.tolist(), rows.astype(base.dtype), strict=True))
+    n_rows = max(table.n_rows, 1 + max(changes, default=-1))
     changed = ChangedTable(base, {**table.rows, **changes}, n_rows)
     is_small = base.size < _LARGE or n_rows > 2 * len(base)
     if is_small or len(ids) > FEW or len(changed.rows) > _MOST:

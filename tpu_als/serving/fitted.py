@@ -27,6 +27,7 @@ from tpu_als.validation import arguments
 
 Kept = TypeVar("Kept")
 SIDES = ("user", "item")
+ONE_THREAD = CpuBackend(1)
 # The attributes to which users may assign a gramian and norms, as in implicit.
 _ASSIGNED = {"user": ("_XtX", "_user_norms"), "item": ("_YtY", "_item_norms")}
 
@@ -97,6 +98,8 @@ class FactorTable:
     def _form(self) -> Any:
         """The table as it is, if its rows can be read so; else as an ndarray."""
         table = self._unread
+        if table is None:
+            return self._host
         is_readable = isinstance(table, ChangedTable) or (table is not None and table.is_resident)
         return table if is_readable else self.read()
 
@@ -124,10 +127,10 @@ class FactorTable:
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Copies of some rows. The ids must be in range; they are not checked."""
         table = self._form()
-        if isinstance(table, ChangedTable):
+        if isinstance(table, np.ndarray):
+            found = table.take(ids, 0)
+        elif isinstance(table, ChangedTable):
             found = table.take(ids) if len(ids) <= FEW else self.read()[ids]
-        elif isinstance(table, np.ndarray):
-            found = table[ids]
         else:
             return table.take(ids)
         _require_finite(found, ids)
@@ -161,10 +164,11 @@ class FactorTable:
         """Euclidean lengths (n,) of the rows, assigned or computed; 1e-10 in place of 0."""
         if self.given_norms is not None:
             return arguments.derived(self.given_norms, self._names[1], self.shape[:1])
+        return self._once("norms", None, self._norms)
+
+    def _norms(self) -> np.ndarray:
         table = self.resident
-        if table is not None:
-            return self._once("norms", None, lambda: _divisible(table.norms()))
-        return self._once("norms", None, lambda: norms(self.read()))
+        return norms(self.read()) if table is None else _divisible(table.norms())
 
     def solve(
         self, rows: sparse.csr_matrix, objective: Objective, params: AlsParams, backend: Backend
@@ -188,22 +192,23 @@ class FactorTable:
 
     def catalog(self, backend: Backend, *, cosine: bool) -> Catalog:
         """The table in a backend's form, to rank its rows by product or by cosine."""
-        table = self.resident
+        # Calls for few and for many queries alternate, on a CPU with one and with more threads.
+        kind = "one thread" if backend is ONE_THREAD else type(backend).__name__
+        name = f"{'directions' if cosine else 'catalog'} for {kind}"
+        stamp = backend if self._unread is None or self.resident is None else None
+        return self._once(name, stamp, lambda: self._catalog(backend, cosine))
 
-        def make() -> Catalog:
-            lengths = self.norms() if cosine else None
-            found: Catalog = (
-                backend.catalog(self.read(), lengths) if table is None else table.catalog(lengths)
-            )
-            return found
-
-        name = f"{'directions' if cosine else 'catalog'} for {type(backend).__name__}"
-        return self._once(name, table is None and backend, make)
+    def _catalog(self, backend: Backend, cosine: bool) -> Catalog:
+        lengths, table = self.norms() if cosine else None, self.resident
+        found: Catalog = (
+            backend.catalog(self.read(), lengths) if table is None else table.catalog(lengths)
+        )
+        return found
 
     def _once(self, name: str, stamp: Any, make: Callable[[], Kept]) -> Kept:
         """Return a derived value; compute it in the first call, or if `stamp` has changed."""
         kept = self._derived.get(name)
-        if kept is None or kept[0] != stamp:
+        if kept is None or (kept[0] is not stamp and kept[0] != stamp):
             kept = self._derived[name] = (stamp, make())
         return kept[1]
 

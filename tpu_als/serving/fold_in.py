@@ -9,11 +9,11 @@ from scipy import sparse
 
 from tpu_als.engine.backends import Backend
 from tpu_als.engine.cpu import exact
-from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective, ridge
-from tpu_als.serving.fitted import FactorTable
+from tpu_als.serving.fitted import ONE_THREAD, FactorTable
 from tpu_als.validation import arguments, matrices
+from tpu_als.validation.refusals import all_finite
 
 # Up to these numbers of rows and entries, a dispatch to a device takes longer than the work.
 _FEW_ROWS, _FEW_ENTRIES = 4, 1 << 14
@@ -34,12 +34,12 @@ def solve(
         If a row could not be solved, or NaN was written into the table.
     """
     is_few = rows.shape[0] <= _FEW_ROWS and rows.nnz <= _FEW_ENTRIES
-    solved = table.solve(rows, objective, params, CpuBackend(1) if is_few else backend())
-    failed = np.flatnonzero(~np.isfinite(solved).all(axis=1))
-    if len(failed):
-        table.require_finite()
-        solved = np.array(solved)
-        solved[failed] = _in_float64(table, rows[failed], objective)
+    solved = table.solve(rows, objective, params, ONE_THREAD if is_few else backend())
+    if all_finite(solved):
+        return solved
+    table.require_finite()
+    failed, solved = np.flatnonzero(~np.isfinite(solved).all(axis=1)), np.array(solved)
+    solved[failed] = _in_float64(table, rows[failed], objective)
     return arguments.finite_rows(solved, "the given rows")
 
 

@@ -10,12 +10,11 @@ from scipy import sparse
 
 from tpu_als.engine.backends import Backend
 from tpu_als.engine.cpu import ranking
-from tpu_als.engine.cpu.backend import CpuBackend
-from tpu_als.serving.fitted import FactorTable
+from tpu_als.serving.fitted import ONE_THREAD, FactorTable
 from tpu_als.validation import arguments
+from tpu_als.validation.refusals import all_finite
 
 NO_ID = -1  # id that pads short results, as in implicit's batches
-_FOR_FEW = CpuBackend(1)
 _FEW = 4  # whitelists of at most 1 / _FEW of the table are ranked by themselves, on the host
 
 
@@ -69,7 +68,14 @@ def rank(
     MemoryError
         If the result would not fit into the free memory; raised before any work.
     """
-    (n_rows, width), (seen, chosen, excluded) = table.shape, limits
+    seen, chosen, excluded = limits
+    if len(queries) == 1 and chosen is None and excluded is None:  # the usual call of a service
+        catalog = table.catalog(ONE_THREAD, cosine=how.cosine)
+        if isinstance(catalog, ranking.Catalog):
+            found = catalog.best_of_one(queries[0], n, seen)
+            if found is not None:
+                return found
+    n_rows, width = table.shape
     arguments.same_width(queries.shape[-1], width)
     if chosen is not None:
         n = min(n, len(chosen))
@@ -85,12 +91,12 @@ def rank(
             hidden = np.setdiff1d(np.arange(n_rows), chosen, assume_unique=True)
         # For a few queries a dispatch to a device takes longer than the product.
         is_few = len(queries) <= ranking.FEW
-        catalog = table.catalog(_FOR_FEW if is_few else how.backend(), cosine=how.cosine)
+        catalog = table.catalog(ONE_THREAD if is_few else how.backend(), cosine=how.cosine)
         found = catalog.top_k(
             queries.astype(catalog.dtype, copy=False), n,
             seen=seen, excluded=hidden, approximate_recall=how.approximate_recall,
         )  # fmt: skip
-        if not np.isfinite(found[1]).all():
+        if not all_finite(found[1]):
             table.require_finite()
     if n and n_rows:
         _fill(found[0][:, :n_rows], limits)

@@ -16,7 +16,7 @@ import numpy as np
 from tpu_als import parameters as rules
 from tpu_als.exceptions import DataWarning, ModelFileError
 from tpu_als.storage.atomic import replacing
-from tpu_als.storage.npz import Header, NpzFile
+from tpu_als.storage.npz import Header, NpzFile, write_npz
 from tpu_als.validation.arguments import factor_table, same_width
 
 PREFIX = "tpu_als_"
@@ -260,10 +260,10 @@ def save_npz(target: str | os.PathLike | BinaryIO, values: dict[str, Any]) -> No
         if array is not None and not array.dtype.hasobject:
             arrays[name if name in _IMPLICIT else PREFIX + name] = array
     if hasattr(target, "write"):
-        np.savez(target, **arrays)
+        write_npz(target, arrays)  # type: ignore[arg-type]
         return
     with replacing(_with_suffix(target)) as file:
-        np.savez(file, **arrays)
+        write_npz(file, arrays)
 
 
 def load_npz(source: str | os.PathLike | BinaryIO, own_names: Iterable[str] = ()) -> dict[str, Any]:

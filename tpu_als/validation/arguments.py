@@ -16,11 +16,12 @@ from tpu_als.parameters import check_parameters, is_flag
 from tpu_als.validation.matrices import canonical_csr as canonical_csr
 from tpu_als.validation.matrices import rows_for as rows_for
 from tpu_als.validation.matrices import warn_if_converted as warn_if_converted
+from tpu_als.validation.refusals import all_finite
+from tpu_als.validation.refusals import first_not_finite as first_not_finite
 
 GROWTH = 1_000_000  # rows that a partial fit may add to a table, in addition to doubling it
 _MOST_PADDING = 1 << 26  # bytes of results that are mostly padding
-_FEW = 1 << 13  # numbers of an array that need no blocks
-_ROWS_AT_ONCE = 1 << 16  # rows of a table that are checked for NaN at once
+_FEW = 1 << 13  # results that need no check of the memory
 
 
 def fit_arguments(
@@ -198,6 +199,8 @@ def selection(
     excluded : ndarray of int64 or None
         The dropped ids, also sorted and distinct.
     """
+    if chosen is None and dropped is None:
+        return None, None
     kept = None if chosen is None else np.unique(ids_of(chosen, count, names[0])[0])
     out = None if dropped is None else np.unique(ids_of(dropped, count, names[1])[0])
     if kept is None:
@@ -234,6 +237,8 @@ def require_results(n_queries: int, n: int, n_rows: int, dtype: DTypeLike) -> No
     take 64 MB.
     """
     size = n_queries * n
+    if size <= _FEW:
+        return
     require_memory(
         {"ids": 4 * size, "scores": size * np.dtype(dtype).itemsize},
         f"set N to less than {n}, or pass fewer than {n_queries} ids at a time",
@@ -328,19 +333,6 @@ def _check_finite(array: np.ndarray, name: str) -> None:
         )
 
 
-def first_not_finite(array: np.ndarray) -> int | None:
-    """The first row of an array (n, K) that holds NaN or infinity; None if there is none."""
-    if array.size <= _FEW and np.isfinite(array).all():
-        return None
-    for low in range(0, len(array), _ROWS_AT_ONCE):
-        with np.errstate(all="ignore"):
-            sums = array[low : low + _ROWS_AT_ONCE].sum(axis=-1)
-        for row in np.flatnonzero(~np.isfinite(sums)) + low:
-            if not np.isfinite(array[row]).all():  # sums of finite numbers may overflow
-                return int(row)
-    return None
-
-
 def same_width(user_width: int, item_width: int) -> None:
     """Raise ValueError if the user and item table differ in their number of factors."""
     if user_width != item_width:
@@ -401,8 +393,8 @@ def derived(value: ArrayLike, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def finite_rows(rows: np.ndarray, what: str) -> np.ndarray:
     """Return solved rows; ModelFitError if one of them is not finite."""
-    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-    if bad.size:
+    if not all_finite(rows):
+        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
         raise ModelFitError(
             f"NaN encountered in factors: {bad.size} of {len(rows)} rows could not be solved for "
             f"{what} (first: row {bad[0]}). alpha times a value may be too large for the dtype"

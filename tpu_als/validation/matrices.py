@@ -183,9 +183,9 @@ def rows_for(
         For another format, another number of rows, or entries beyond the table.
     """
     refuse_misplaced(matrix, name)
-    one_row = sparse.issparse(matrix) and matrix.ndim == 1
-    if not sparse.issparse(matrix) or (strict and matrix.format != "csr" and not one_row):
-        advice = f"{name}.tocsr()" if sparse.issparse(matrix) else f"csr_matrix({name})"
+    is_sparse = sparse.issparse(matrix)
+    if not is_sparse or (strict and matrix.format != "csr" and matrix.ndim > 1):
+        advice = f"{name}.tocsr()" if is_sparse else f"csr_matrix({name})"
         if matrix is None:
             advice = "the rows of the ids"
             advice += ", or filter_already_liked_items=False" if strict else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ _USERS = {
 }
 _ITEMS = {"item", "itemid", "iid", "product", "productid", "movieid", "trackid", "artistid", "asin"}
 _FEW = 16  # most columns of a table of events; wider frames may be matrices with such item names
+_FEW_VALUES = 32
+_MOST_AT_ONCE = 1 << 13  # numbers of an array that need no blocks
+_ROWS_AT_ONCE = 1 << 16  # rows of a table that are checked for NaN at once
 IF_EVENTS = (
     "if its rows are events, turn them into a matrix first, with "
     "tpu_als.datasets.interactions_from_frame(frame, user, item).matrix"
@@ -109,9 +113,9 @@ def require_finite(rows: Any, values: np.ndarray, name: str = "X") -> None:
     ValueError
         The message gives the number of such values, and the row and column of the first.
     """
-    is_finite = np.isfinite(values)
-    if is_finite.all():
+    if all_finite(values):
         return
+    is_finite = np.isfinite(values)
     wrong, n_nan = np.flatnonzero(~is_finite), int(np.isnan(values).sum())
     problem = "NaN" if n_nan else f"infinity, or values too large for {values.dtype}"
     row = np.searchsorted(rows.indptr, wrong[0], side="right") - 1
@@ -120,6 +124,32 @@ def require_finite(rows: Any, values: np.ndarray, name: str = "X") -> None:
         f"({n_nan} NaN), the first is {rows.data[wrong[0]]} in row {row}, column "
         f"{rows.indices[wrong[0]]} (counted from 0). Remove these entries or replace their values"
     )
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Whether an array of floats holds neither NaN nor infinity."""
+    # Single queries check short arrays, for which every call of NumPy counts.
+    if values.size <= _FEW_VALUES and math.isfinite(sum(values.ravel().tolist())):
+        return True
+    return np.count_nonzero(np.isfinite(values)) == values.size
+
+
+def first_not_finite(array: np.ndarray) -> int | None:
+    """The first row of an array (n, K) that holds NaN or infinity; None if there is none."""
+    if array.size <= _FEW and all_finite(array):
+        return None
+    for low in range(0, len(array), _ROWS_AT_ONCE):
+        block = array[low : low + _ROWS_AT_ONCE]
+        with np.errstate(all="ignore"):
+            if block.dtype.kind == "f" and block.flags.c_contiguous:
+                flat = block.reshape(-1)
+                if np.isfinite(flat.dot(flat)):  # a tenth of the time of the sums
+                    continue
+            sums = block.sum(axis=-1)
+        for row in np.flatnonzero(~np.isfinite(sums)) + low:
+            if not np.isfinite(array[row]).all():  # sums of finite numbers may overflow
+                return int(row)
+    return None
 
 
 def _sharded_problem(kinds: set[str], name: str, takes_blocks: bool) -> str | None:

@@ -97,7 +97,7 @@ def _is_ascending(
     if major > 1:  # the first id of a row may be below the last id of the row before
         starts = indptr[1:-1]
         rises[starts[(starts > 0) & (starts < n_entries)] - 1] = True
-    is_ascending = bool(rises.all())
+    is_ascending = np.count_nonzero(rises) == len(rises)  # half the time of `all`
     if is_ascending and major == 1:
         low, high = indices[0], indices[-1]
     else:

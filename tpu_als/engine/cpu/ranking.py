@@ -1,8 +1,8 @@
 """The k best of each query on a CPU: BLAS multiplies, and the best scores are selected.
 
-For a few queries NumPy selects, so that a process that serves single queries does not load numba;
-for more, the compiled loops of `selection`. Of equal scores, the lower ids are kept and come
-first.
+The compiled loops of `selection` select. For a few queries NumPy does, unless numba is loaded
+already: a process that serves single queries need not load it. Of equal scores, the lower ids are
+kept and come first.
 
 Axis letters: B queries, N items, K factors.
 """
@@ -10,12 +10,14 @@ Axis letters: B queries, N items, K factors.
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections import deque
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 from scipy import sparse
 
 from tpu_als.engine.cpu import compiled
@@ -24,7 +26,8 @@ from tpu_als.host import single_blas_thread, threads
 
 BLOCK = 16  # columns of a block
 FEW = 4  # up to this many queries, products with vectors are faster than a product of matrices
-_FEW_SCORES = 1 << 12  # up to this many scores, NumPy selects
+_FEW_SCORES = 1 << 12  # up to this many scores, each query is ranked by itself
+_MOST_INSERTED = 64  # up to this many places are filled by insertion
 NO_SCORE = -np.finfo(np.float32).max  # of places without a result, as in implicit
 _KEPT_BYTES = 1 << 22
 _BATCH_BYTES = 1 << 22  # of a thread's scores, which a core's share of the last cache holds
@@ -32,6 +35,8 @@ _MOST_COLUMNS = 1 << 13  # so that many queries share the cached part of a large
 _MOST_QUERIES, _LEAST_QUERIES = 256, 16  # of a thread at a time
 _CANDIDATE_BYTES = 1 << 24
 _LEAST_WORK = 1 << 26  # multiplications for which a thread pays
+_NONE = np.empty(0, np.int32)
+_NO_LENGTHS = {np.dtype(kind): np.empty(0, kind) for kind in (np.float32, np.float64)}
 _memory = threading.local()
 
 
@@ -95,11 +100,33 @@ class Catalog:
         """
         if not (k and len(queries) and len(self.table)):
             return empty(len(queries), k, self.table.dtype)
-        with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for NaN
-            is_small = len(queries) <= FEW or len(queries) * len(self.table) <= _FEW_SCORES
-            if is_small or not compiled.is_available():
-                return _of_few(self, queries, k, seen, excluded)
-            return self._of_many(queries, k, seen, excluded)
+        is_small = len(queries) <= FEW or len(queries) * len(self.table) <= _FEW_SCORES
+        if is_small or not compiled.is_available():
+            return _of_few(self, queries, k, seen, excluded)
+        return self._of_many(queries, k, seen, excluded)
+
+    @np.errstate(over="ignore", invalid="ignore")  # then a score is not finite
+    def best_of_one(
+        self, query: np.ndarray, k: int, seen: sparse.csr_matrix | None = None
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """`top_k` of the usual single query (K,), with fewer calls around the product.
+
+        Returns None where `top_k` does more: if numba is not loaded, if k is large, if a place of
+        the result stays empty, or if a score is not finite.
+        """
+        table, lengths, (n_items, width) = self.table, self.lengths, self.table.shape
+        loops = _loaded_selection() if 0 < k <= min(_MOST_INSERTED, n_items) else None
+        if loops is None or len(query) != width or query.dtype != table.dtype:
+            return None
+        hidden = _NONE if seen is None else _plain(seen.indices, np.int32)
+        given = _NO_LENGTHS[table.dtype] if lengths is None else lengths
+        if lengths is not None and _plain(lengths, table.dtype) is not lengths:
+            return None
+        ids, scores = np.empty((1, k), np.int32), np.empty((1, k), table.dtype)
+        products = _scratch(n_items, table.dtype)
+        np.dot(table, query, out=products)
+        is_complete = loops.best_of_row(products, given, hidden, _NONE, ids[0], scores[0])
+        return (ids, scores) if is_complete else None
 
     def _of_many(
         self,
@@ -128,8 +155,7 @@ class Catalog:
         def work(low: int) -> None:
             at = slice(low, min(low + size, len(queries)))
             part = Seen(read_only(starts[low : at.stop + 1]), read_only(seen_ids))
-            found, best = select(queries[at], part)
-            keep(ids[at, :width], scores[at, :width], found, best)
+            select(queries[at], part, ids[at], scores[at])
 
         with single_blas_thread():
             threads(work, range(0, len(queries), size), n_threads)
@@ -161,12 +187,14 @@ class _Selection:
         self._excluded = np.asarray(() if excluded is None else excluded, np.int32)
         # The cost is about that of finding the k-th of the blocks' maxima, and of reading k blocks.
         best = math.isqrt(4 * n_columns // k)
-        width = max(min(best, n_columns // (4 * k)), 1)
-        self._width = width - width % 8 if width > 8 else width  # whole vectors
         self._loops = compiled.selection()
+        most = max(min(best, n_columns // (4 * k)), 1)
+        self._width = next(width for width in self._loops.WIDTHS if width <= most)
 
-    def __call__(self, queries: np.ndarray, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and scores (B, k), best first; hidden items have a score of minus infinity."""
+    def __call__(
+        self, queries: np.ndarray, seen: Seen, ids: np.ndarray, scores: np.ndarray
+    ) -> None:
+        """Write ids and scores to the first k columns of (B, n), as `keep` does, best first."""
         catalog, k, loops = self._catalog, self._k, self._loops
         n_queries, n_items, dtype = len(queries), len(catalog.table), catalog.dtype
         shape = n_queries, min(2 * k + 32, n_items + 1)
@@ -184,10 +212,13 @@ class _Selection:
             hidden = loops.Hidden(self._lengths, *seen, excluded)
             loops.select(products, low, hidden, k, self._width, candidates)
         catalog.unused.append(scratch)
-        scores = candidates.scores[:, :k]
-        order = np.argsort(-scores, axis=1, kind="stable")
-        found = np.take_along_axis(candidates.ids, order, 1)
-        return found, np.take_along_axis(scores, order, 1)
+        if k <= _MOST_INSERTED:
+            loops.finish(candidates, k, ids, scores)
+            return
+        best = candidates.scores[:, :k]
+        order = np.argsort(-best, axis=1, kind="stable")
+        found, best = (np.take_along_axis(a, order, 1) for a in (candidates.ids, best))
+        keep(ids[:, :k], scores[:, :k], found, best)
 
     def _memory(self, size: int) -> np.ndarray:
         """Memory for so many scores."""
@@ -236,6 +267,7 @@ def top_k_of_chosen(
     return ids, scores
 
 
+@np.errstate(over="ignore", invalid="ignore")  # the caller looks for NaN
 def _of_few(
     catalog: Catalog,
     queries: np.ndarray,
@@ -245,28 +277,44 @@ def _of_few(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`Catalog.top_k` of a few queries."""
     # Every call of NumPy counts here: its code is not in a cache after a product with the table.
-    table, lengths = catalog.table, catalog.lengths
-    products, width = _scratch(len(table), table.dtype), min(k, len(table))
-    rows = []
+    table, lengths, n_items = catalog.table, catalog.lengths, len(catalog.table)
+    dtype, width, products = table.dtype, min(k, n_items), _scratch(n_items, table.dtype)
+    loops = _loaded_selection() if width <= _MOST_INSERTED else None
+    # The loops are compiled for lengths of the table's dtype. Others lead to scores of other bits.
+    divides = lengths is not None and (loops is None or _plain(lengths, dtype) is not lengths)
+    given = _NO_LENGTHS[dtype] if lengths is None or divides else lengths
+    hidden, excluded = _NONE, _NONE if excluded is None else _plain(excluded, np.int32)
+    ids, scores = np.empty((len(queries), k), np.int32), np.empty((len(queries), k), dtype)
     for row in range(len(queries)):
         # One product per query: a thin matrix product is much slower than products with vectors.
         np.dot(table, queries[row], out=products)
-        if lengths is not None:
+        if divides:
             products /= lengths
         if seen is not None:
-            products[seen.indices[seen.indptr[row] : seen.indptr[row + 1]]] = -np.inf
-        if excluded is not None:
-            products[excluded] = -np.inf
-        best, found = largest(products, width)
-        if np.inf > best[0] and best[-1] > -np.inf and width == k:  # nothing is missing
-            rows.append((found.astype(np.int32), best))
-            continue
-        ids, scores = empty(1, k, table.dtype)
-        keep(ids[0, :width], scores[0, :width], found, best)
-        rows.append((ids[0], scores[0]))
-    if len(rows) == 1:
-        return rows[0][0][None], rows[0][1][None]
-    return np.array([ids for ids, _ in rows]), np.array([scores for _, scores in rows])
+            hidden = _plain(seen.indices[seen.indptr[row] : seen.indptr[row + 1]], np.int32)
+        if loops is None:
+            products[hidden] = products[excluded] = -np.inf
+            best, found = largest(products, width)
+        else:
+            found, best = ids[row, :width], scores[row, :width]
+            if loops.best_of_row(products, given, hidden, excluded, found, best) and width == k:
+                continue
+            found, best = found.copy(), best.copy()
+        ids[row], scores[row] = -1, NO_SCORE
+        keep(ids[row, :width], scores[row, :width], found, best)
+    return ids, scores
+
+
+def _loaded_selection() -> Any:
+    """The compiled loops if numba is loaded already, which takes a second; else None."""
+    return compiled.selection() if "numba" in sys.modules and compiled.is_available() else None
+
+
+def _plain(array: np.ndarray, dtype: DTypeLike) -> np.ndarray:
+    """An array of the type that the loops are compiled for; a copy if it is of another."""
+    if array.dtype == dtype and array.flags.writeable and array.flags.c_contiguous:
+        return array
+    return np.array(array, dtype)
 
 
 def largest(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,10 @@ import numpy as np
 
 from tpu_als.engine.cpu.jit import compiled, inner, inner_without_nan
 
+WIDTHS = 32, 16, 8, 4, 1  # columns of a block
+_WIDTH = 16  # of a single row
+_FEW = 16  # up to this many numbers are kept in order
+
 
 class Candidates(NamedTuple):
     """The largest scores so far of each row, in the order of their columns.
@@ -118,17 +122,135 @@ def _divide(products: Any, row: Any, lengths: Any, first: Any) -> Any:
     return n_bad
 
 
-@inner_without_nan
+def _maxima_by(width: int) -> Any:
+    """Compile a function that writes the maximum of each block of `width` columns of a row."""
+
+    @inner_without_nan
+    def maxima(products: Any, row: Any, out: Any) -> None:
+        n = products.shape[1]
+        n_full = n // width
+        for block in range(n_full):
+            low = block * width
+            top = products[row, low]
+            for column in range(low, low + width):
+                score = products[row, column]
+                top = score if score > top else top
+            out[block] = top
+        if n_full * width < n:
+            top = products[row, n_full * width]
+            for column in range(n_full * width, n):
+                score = products[row, column]
+                top = score if score > top else top
+            out[n_full] = top
+
+    return maxima
+
+
+# With a width that the compiler knows, this takes a third of the time.
+_maxima_by_32, _maxima_by_16, _maxima_by_8, _maxima_by_4, _maxima_by_1 = map(_maxima_by, WIDTHS)
+
+
+@inner
 def _maxima(products: Any, row: Any, width: Any, out: Any) -> None:
-    """Write the maximum of each block of columns of a row."""
-    n = products.shape[1]
-    for block in range((n + width - 1) // width):
-        low = block * width
-        top = products[row, low]
-        for column in range(low, min(low + width, n)):
-            score = products[row, column]
-            top = score if score > top else top
-        out[block] = top
+    """Write the maximum of each block of columns of a row; the width is one of `WIDTHS`."""
+    if width == 32:
+        _maxima_by_32(products, row, out)
+    elif width == 16:
+        _maxima_by_16(products, row, out)
+    elif width == 8:
+        _maxima_by_8(products, row, out)
+    elif width == 4:
+        _maxima_by_4(products, row, out)
+    else:
+        _maxima_by_1(products, row, out)
+
+
+@inner
+def _kth_kept(numbers: Any, n: Any, k: Any, scratch: Any) -> Any:
+    """The k-th largest of n numbers, which stay as they are."""
+    if k > _FEW:
+        for at in range(n):
+            scratch[at] = numbers[at]
+        return _kth(scratch, n, k)
+    for at in range(k):  # the k largest so far, in order
+        scratch[at] = -np.inf
+    for number in range(n):
+        value = numbers[number]
+        if value > scratch[k - 1]:
+            at = k - 1
+            while at > 0 and scratch[at - 1] < value:
+                scratch[at] = scratch[at - 1]
+                at -= 1
+            scratch[at] = value
+    return scratch[k - 1]
+
+
+@inner
+def _insert(scores: Any, ids: Any, size: Any, score: Any, column: Any) -> None:
+    """Insert a score into a list in order, behind its equals; the last one of the list is lost."""
+    at = size - 1
+    while at > 0 and scores[at - 1] < score:
+        scores[at], ids[at] = scores[at - 1], ids[at - 1]
+        at -= 1
+    scores[at], ids[at] = score, column
+
+
+@compiled
+def best_of_row(
+    products: Any, lengths: Any, seen: Any, excluded: Any, ids: Any, scores: Any
+) -> Any:
+    """Select the largest scores of one row, in order; of equal scores, the first columns.
+
+    It is for few places, as each new score is inserted among the larger ones.
+
+    Parameters
+    ----------
+    products : (n,)
+        Scores, which are overwritten.
+    lengths : (n,)
+        What they are divided by; empty for 1.
+    seen, excluded : int32
+        Columns to hide.
+    ids, scores : int32 (k,), (k,)
+        The result: k, at least 1 and at most n, columns and scores. Scores that are NaN or infinite
+        come first, as infinity, and hidden ones last, as minus infinity.
+
+    Returns
+    -------
+    bool
+        Whether all scores of the result are finite.
+    """
+    n, k, kind = len(products), len(ids), products.dtype.type
+    lowest, highest, row = kind(-np.inf), kind(np.inf), products.reshape((1, n))
+    n_bad = _divide(row, 0, lengths, 0)
+    for at in range(len(seen)):
+        products[seen[at]] = lowest
+    for at in range(len(excluded)):
+        products[excluded[at]] = lowest
+    if n_bad:
+        for column in range(n):
+            if not products[column] < highest:
+                products[column] = highest
+    n_blocks = (n + _WIDTH - 1) // _WIDTH
+    maxima = np.empty(n_blocks, kind)
+    _maxima(row, 0, _WIDTH, maxima)
+    for at in range(k):
+        scores[at] = lowest
+    if n_blocks >= k:
+        for block in range(n_blocks):
+            if maxima[block] > scores[k - 1]:
+                _insert(scores, ids, k, maxima[block], 0)
+    # At least k scores are as large as the k-th of the maxima.
+    bound, size = scores[k - 1], 0
+    for block in range(n_blocks):
+        if maxima[block] < bound:
+            continue
+        for column in range(block * _WIDTH, min(block * _WIDTH + _WIDTH, n)):
+            score = products[column]
+            if score >= bound and (size < k or score > scores[k - 1]):
+                size += size < k
+                _insert(scores, ids, size, score, column)
+    return scores[0] < highest and scores[k - 1] > lowest
 
 
 @compiled
@@ -148,7 +270,7 @@ def select(
     k : int
         Number of candidates to keep, at least 1.
     width : int
-        Columns of a block for which a maximum is computed.
+        Columns of a block for which a maximum is computed; one of `WIDTHS`.
     candidates : Candidates
         Those of the columns before; overwritten. At most k are left of each row.
     """
@@ -173,9 +295,7 @@ def select(
         size, bound = sizes[row], bounds[row]
         is_full = size >= k
         if not is_full and n_blocks >= k:
-            for block in range(n_blocks):
-                scratch[block] = maxima[block]
-            bound = max(bound, _kth(scratch, n_blocks, k))
+            bound = max(bound, _kth_kept(maxima, n_blocks, k, scratch))
         for block in range(n_blocks):
             if maxima[block] < bound:
                 continue
@@ -192,3 +312,37 @@ def select(
         elif size < k:
             bound = lowest
         sizes[row], bounds[row] = size, bound
+
+
+@compiled
+def finish(candidates: Candidates, k: Any, ids: Any, scores: Any) -> None:
+    """Write the candidates of each row in order, best first; of equal scores, the first columns.
+
+    Parameters
+    ----------
+    candidates : Candidates
+        Those of all columns, at least k of each row. They are reordered.
+    k : int
+        Number of places of a row; for a few, as each candidate is inserted among the larger ones.
+    ids, scores : int32 (B, n), (B, n)
+        The results, n at least k. Places of hidden columns are left as they are. Scores that are
+        NaN or infinite become NaN, and leave the id as it is.
+    """
+    best, columns, _, _ = candidates
+    kind = scores.dtype.type
+    for row in range(len(ids)):
+        for at in range(1, k):
+            score, column, place = best[row, at], columns[row, at], at
+            while place > 0 and best[row, place - 1] < score:
+                best[row, place], columns[row, place] = (
+                    best[row, place - 1],
+                    columns[row, place - 1],
+                )
+                place -= 1
+            best[row, place], columns[row, place] = score, column
+        for at in range(k):
+            score = best[row, at]
+            if not score < kind(np.inf):
+                scores[row, at] = kind(np.nan)
+            elif score > kind(-np.inf):
+                scores[row, at], ids[row, at] = score, columns[row, at]

@@ -1,0 +1,130 @@
+"""A single query is ranked alike by the compiled loop and by NumPy, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from tpu_als.engine.cpu import compiled, ranking
+from tpu_als.engine.cpu.ranking import Catalog
+
+SIZES = [(1, 1), (2, 5), (15, 3), (16, 16), (17, 2), (170, 10), (900, 64), (900, 65)]
+
+
+def _by_both(
+    catalog: Catalog, queries: np.ndarray, k: int, monkeypatch: pytest.MonkeyPatch, **limits: object
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the compiled loop finds, and NumPy finds too."""
+    found = catalog.top_k(queries, k, **limits)
+    with monkeypatch.context() as patch:
+        patch.setattr(ranking, "_loaded_selection", lambda: None)
+        for mine, other in zip(found, catalog.top_k(queries, k, **limits), strict=True):
+            assert mine.dtype == other.dtype
+            np.testing.assert_array_equal(mine, other)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _loops() -> None:
+    compiled.selection()
+    assert ranking._loaded_selection() is not None
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("n_items", "k"), SIZES)
+@pytest.mark.parametrize("has_ties", [False, True])
+def test_both_find_the_same(
+    n_items: int, k: int, has_ties: bool, dtype: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(n_items + k)
+    table = rng.standard_normal((n_items, 4)).astype(dtype)
+    if has_ties:
+        table = rng.integers(-1, 2, (n_items, 4)).astype(dtype)
+    queries = rng.integers(-2, 3, (3, 4)).astype(dtype)
+    lengths = 1 + rng.random(n_items).astype(dtype)
+    seen = sparse.random(3, n_items, 0.3, "csr", rng=rng)
+    excluded = np.flatnonzero(rng.random(n_items) < 0.2)
+    for divisors in (None, lengths, lengths.astype(np.float64)):
+        catalog = Catalog(table, divisors, 1)
+        _by_both(catalog, queries, k, monkeypatch)
+        ids, scores = _by_both(catalog, queries, k, monkeypatch, seen=seen, excluded=excluded)
+        expected = queries @ table.T / (1 if divisors is None else divisors)
+        expected[seen.toarray() != 0], expected[:, excluded] = -np.inf, -np.inf
+        for row in range(3):
+            order = np.argsort(-expected[row], kind="stable")[:k]
+            order = order[expected[row][order] > -np.inf]
+            np.testing.assert_array_equal(ids[row, len(order) :], -1)
+            assert (scores[row, len(order) :] == ranking.NO_SCORE).all()
+            np.testing.assert_allclose(scores[row, : len(order)], expected[row][order], 1e-5)
+            if has_ties and divisors is None:  # of equal scores, lower ids come first
+                np.testing.assert_array_equal(ids[row, : len(order)], order)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_not_finite_is_nan(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = np.arange(1, 41, dtype=np.float32)[:, None]
+    table[7] = bad
+    ids, scores = _by_both(Catalog(table, None, 1), np.ones((1, 1), np.float32), 3, monkeypatch)
+    if bad == -np.inf:  # as if it were hidden
+        assert ids.tolist() == [[39, 38, 37]]
+    else:
+        assert ids.tolist() == [[-1, 39, 38]] and np.isnan(scores[0, 0])
+    hidden = np.array([7])
+    ids, scores = _by_both(
+        Catalog(table, None, 1), np.ones((1, 1), np.float32), 3, monkeypatch, excluded=hidden
+    )
+    assert ids.tolist() == [[39, 38, 37]] and np.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+def test_indices_of_any_dtype_hide_items(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, query = np.arange(1, 41, dtype=np.float32)[:, None], np.ones((1, 1), np.float32)
+    indices = np.array([39, 37], kind)
+    indices.flags.writeable = False
+    seen = ranking.Seen(np.array([0, 2]), indices)
+    ids, _ = _by_both(Catalog(table, None, 1), query, 3, monkeypatch, seen=seen)
+    assert ids.tolist() == [[38, 36, 35]]
+
+
+def test_the_usual_query_has_the_result_of_others() -> None:
+    rng = np.random.default_rng(3)
+    table, query = rng.standard_normal((50, 4)), rng.standard_normal((1, 4))
+    seen = sparse.random(1, 50, 0.3, "csr", rng=rng)
+    for lengths in (None, 1 + rng.random(50)):
+        catalog = Catalog(table, lengths, 1)
+        for k in (1, 7, 35):
+            found = catalog.best_of_one(query[0], k, seen)
+            assert found is not None
+            for mine, other in zip(found, catalog.top_k(query, k, seen=seen), strict=True):
+                np.testing.assert_array_equal(mine, other)
+    few = Catalog(table, (1 + rng.random(50)).astype(np.float32), 1)
+    assert few.best_of_one(query[0], 5) is None  # divided in float64 by NumPy
+    catalog = Catalog(table, None, 1)
+    assert catalog.best_of_one(query[0], 40, seen) is None  # some places stay empty
+    assert catalog.best_of_one(query[0], 65) is None
+    assert catalog.best_of_one(query[0], 0) is None
+    assert catalog.best_of_one(query[0, :3], 5) is None
+    assert catalog.best_of_one(query[0].astype(np.float32), 5) is None
+    table[9] = np.nan
+    assert catalog.best_of_one(query[0], 5) is None
+
+
+@pytest.mark.parametrize("k", [1, 7, 64, 65, 300])
+@pytest.mark.parametrize("has_ties", [False, True])
+def test_many_queries_are_ranked_like_few(k: int, has_ties: bool) -> None:
+    rng = np.random.default_rng(k)
+    table = rng.integers(-2, 3, (300, 3 if has_ties else 8)).astype(np.float64)
+    queries = rng.integers(-2, 3, (40, table.shape[1])).astype(np.float64)
+    if not has_ties:
+        queries += rng.random(queries.shape)
+    table[11], table[12] = np.nan, -np.inf
+    seen, excluded = sparse.random(40, 300, 0.3, "csr", rng=rng), np.array([3, 4, 299])
+    catalog = Catalog(table, None if has_ties else 1 + rng.random(300), 2)
+    limits = {"seen": seen, "excluded": excluded}
+    ids, scores = catalog.top_k(queries, k, **limits)
+    for row in range(40):
+        limits["seen"] = seen[row]
+        few = catalog.top_k(queries[row : row + 1], k, **limits)
+        np.testing.assert_array_equal(ids[row], few[0][0])
+        np.testing.assert_allclose(scores[row], few[1][0], 1e-12)
