@@ -17,7 +17,9 @@ from tpu_als.engine import compilation_cache, objective
 from tpu_als.engine.objective import Objective
 from tpu_als.exceptions import DataWarning
 
-_SOURCES = "jit.py", "kept_code.py", "loops.py", "converging.py", "selection.py"
+_SOURCES = (
+    "jit.py", "kept_code.py", "loops.py", "converging.py", "selection.py", "vectors.py",
+)  # fmt: skip
 _loading, _importing = threading.Lock(), threading.Lock()
 
 
