@@ -25,6 +25,10 @@ counts.data[:] = 1 + np.arange(counts.nnz) % 5
 model = TPUAlternatingLeastSquares(4, iterations=2, random_state=0, calculate_training_loss=True)
 model.fit(counts, show_progress=False)
 TPUAlternatingLeastSquares(4, iterations=2, use_cg=False).fit(counts, show_progress=False)
+for settings in ({"linear_solver": "cholesky"}, {"regularization": 0, "unobserved_weight": 0}):
+    TPUAlternatingLeastSquares(4, iterations=2, objective="ials", **settings).fit(
+        counts, show_progress=False
+    )
 """
 SERVE = """
 model.recommend(3, counts[3], N=5)

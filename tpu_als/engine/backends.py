@@ -192,8 +192,8 @@ def choose(wishes: Wishes, linear_solver: str | None = "cg", dtype: str = "float
     wishes : Wishes
         Devices and threads.
     linear_solver : str or None, default="cg"
-        How `fit` solves rows; for a fit, the CPU backend has "cg" and "exact", and needs numba.
-        None means that the backend is not for a fit, but to rank tables and to solve rows exactly.
+        How `fit` solves rows; for a fit, the CPU backend needs numba. None means that the backend
+        is not for a fit, but to rank tables and to solve rows exactly.
     dtype : str, default="float32"
         Dtype of the tables. The CPU backend has float32 and float64.
 
@@ -210,7 +210,7 @@ def choose(wishes: Wishes, linear_solver: str | None = "cg", dtype: str = "float
     fits = wishes.use_native and dtype in ("float32", "float64")
     fits = fits and wishes.table_layout == "auto"
     if linear_solver is not None:
-        fits = fits and linear_solver in ("cg", "exact") and compiled.is_available()
+        fits = fits and linear_solver != "auto" and compiled.is_available()
     is_plain = wishes.devices is None or (wishes.devices == 1 and wishes.devices is not True)
     if fits and is_plain and not wishes.use_gpu and not may_have_accelerator():
         return CpuBackend(thread_count(wishes.num_threads))

@@ -210,7 +210,8 @@ def test_where_it_serves() -> None:
         return type(backends.choose(backends.Wishes(**wishes), linear_solver, dtype))
 
     assert kind() is kind("cg", "float64") is kind(devices=1) is kind(devices=2) is CpuBackend
-    assert kind("cg", "bfloat16") is kind("cholesky") is XlaBackend
+    assert kind("exact") is kind("cholesky") is CpuBackend
+    assert kind("cg", "bfloat16") is XlaBackend
     assert kind(use_native=False) is XlaBackend
     for layout in ("replicated", "sharded"):
         assert kind(devices=2, table_layout=layout) is XlaBackend

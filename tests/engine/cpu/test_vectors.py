@@ -18,7 +18,7 @@ DTYPES = [("float32", "float32"), ("float32", "float64"), ("float64", "float64")
 @pytest.fixture(params=[16, 32, 64])
 def register_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """The size of registers for which functions are compiled; LLVM splits those it has not."""
-    monkeypatch.setattr(vectors, "_BYTES", request.param)
+    monkeypatch.setattr(vectors, "REGISTER_BYTES", request.param)
     return int(request.param)
 
 
@@ -78,3 +78,20 @@ def test_multiply(dtype: str, register_bytes: int) -> None:
         own = found[:, tile * line : (tile + 1) * line]
         np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-5)
     assert (found[:, line : 2 * line] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_add_tile(dtype: str, register_bytes: int) -> None:
+    lanes, rng = register_bytes // np.dtype(dtype).itemsize, np.random.default_rng(0)
+    rows, factors = (rng.normal(size=(9, WIDTH)).astype(dtype) for _ in range(2))
+    found = rng.normal(size=(WIDTH, WIDTH + 16)).astype(dtype)
+    expected, columns = found.astype(np.float64), slice(16, 16 + lanes)
+
+    @numba.njit
+    def run(rows: Any, factors: Any, sign: Any, out: Any) -> None:
+        vectors.add_tile(rows, factors, 7, (GROUP, 16), sign, out)
+
+    run(rows, factors, np.dtype(dtype).type(-1), found)
+    own = factors[:7, GROUP : 2 * GROUP].astype(np.float64)
+    expected[GROUP : 2 * GROUP, columns] -= own.T @ rows[:7, columns]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=100 * np.finfo(dtype).eps)

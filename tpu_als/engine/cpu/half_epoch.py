@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,6 +111,8 @@ class Settings(NamedTuple):
     tolerance : float, default=0
         0 for exactly so many steps. Otherwise rows are solved to convergence, as in
         `converging.Limits`; rows that did not converge are NaN.
+    is_direct : bool, default=False
+        Whether rows are solved by a factorisation, and not by CG.
     """
 
     objective: Objective
@@ -117,6 +120,7 @@ class Settings(NamedTuple):
     steps: int
     weight: float
     tolerance: float = 0.0
+    is_direct: bool = False
 
 
 def solve_side(
@@ -150,7 +154,7 @@ def solve_side(
         The new table.
     """
     dtype, factors = source.dtype, target.shape[1]
-    is_exact = settings.tolerance > 0
+    is_exact = settings.is_direct or settings.tolerance > 0
     rotation, spectrum = eigenbasis(source, n_threads, np.float64 if is_exact else dtype)
     width, largest = len(spectrum), max(len(source), len(target))
     rotated_source = memory.empty((len(source), width), dtype, largest * width)
@@ -158,15 +162,7 @@ def solve_side(
     rotation = np.asarray(rotation, dtype)
     loops = compiled.ready(dtype.name)
     diagonal = diagonal_of(spectrum, len(source), factors, settings)
-    objective, relaxation = settings.objective, settings.relaxation
-    if is_exact:
-        converging = compiled.converging()
-        solve_rows, how = (
-            converging.solve_rows,
-            converging.Limits(settings.tolerance, settings.steps, float(relaxation)),
-        )
-    else:
-        solve_rows, how = loops.solve_rows, loops.Solver(dtype.type(relaxation), settings.steps)
+    solve_rows, how = _solver(settings, dtype, factors)
     fixed, ahead = read_only(rotated_source), prefetched(rotated_source)
     parts = rows.parts(n_threads, factors)
     out = memory.empty(target.shape, dtype, largest * width)
@@ -180,13 +176,27 @@ def solve_side(
         solve_rows(
             rotated, (part.cells, part.lengths),
             loops.Entries(fixed, part.ids, part.values, ahead),
-            objective, diagonal, how,
+            settings.objective, diagonal, how,
         )  # fmt: skip
         np.matmul(rotated, rotation.T, out=out[at])
         scratch.append(own)
 
     threads(work, parts, n_threads)
     return out
+
+
+def _solver(settings: Settings, dtype: np.dtype, factors: int) -> tuple[Callable[..., None], Any]:
+    """The loop that solves rows, and its last argument."""
+    relaxation, steps, kind = settings.relaxation, settings.steps, dtype.type
+    if settings.is_direct:
+        direct = compiled.direct()
+        return direct.solve_rows, direct.How(kind(relaxation), factors)
+    if settings.tolerance > 0:
+        converging = compiled.converging()
+        limits = converging.Limits(settings.tolerance, steps, float(relaxation))
+        return converging.solve_rows, limits
+    loops = compiled.ready(dtype.name)
+    return loops.solve_rows, loops.Solver(kind(relaxation), steps)
 
 
 def diagonal_of(spectrum: np.ndarray, n_source: int, factors: int, settings: Settings) -> Any:

@@ -32,7 +32,7 @@ def _register_bytes() -> int:
     return 64 if features.get("avx512f") else 32 if features.get("avx2") else 16
 
 
-_BYTES = _register_bytes()
+REGISTER_BYTES = _register_bytes()
 
 
 class _Emitter:
@@ -41,7 +41,7 @@ class _Emitter:
     def __init__(self, context: Any, builder: Any, dtype: Any) -> None:
         self.context, self.builder = context, builder
         self.kind = context.get_value_type(dtype)
-        self.lanes = _BYTES // _size(self.kind)
+        self.lanes = REGISTER_BYTES // _size(self.kind)
         self.vector = ir.VectorType(self.kind, self.lanes)
 
     def array(self, kind: Any, value: Any) -> tuple[Any, Any]:
@@ -188,6 +188,42 @@ def _add_rows_intrinsic(_: Any, rows: Any, at: Any, factors: Any, out: Any) -> A
     return numba.types.void(rows, at, factors, out), emit
 
 
+def _add_tile_intrinsic(
+    _: Any, rows: Any, factors: Any, count: Any, place: Any, sign: Any, out: Any
+) -> Any:
+    """Add sign F^T E to G rows of `out` (P, P), in the columns of one register.
+
+    E and F are the first `count` rows of `rows` and `factors`; `place` has the first row and the
+    first column. Sums stay in registers.
+    """
+
+    def emit(context: Any, builder: Any, _: Any, args: Any) -> Any:
+        emitter = _Emitter(context, builder, out.dtype)
+        (data, pitch), (given, pitch_given) = (
+            emitter.array(rows, args[0]), emitter.array(factors, args[1]),
+        )  # fmt: skip
+        target, width = emitter.array(out, args[5])
+        row, column = cgutils.unpack_tuple(builder, args[3])
+        sums = emitter.zeros(GROUP)
+        with cgutils.for_range(builder, args[2]) as loop:
+            at = builder.add(builder.mul(loop.index, pitch), column)
+            value, at = emitter.load(data, at), builder.mul(loop.index, pitch_given)
+            for j, total in enumerate(sums):
+                factor = emitter.spread(given, builder.add(at, builder.add(row, width.type(j))))
+                builder.store(emitter.multiply_add(builder.load(total), value, factor), total)
+        first = builder.insert_element(
+            ir.Constant(emitter.vector, ir.Undefined), args[4], _INDEX(0)
+        )
+        signs = emitter.shuffled(first, first, [0] * emitter.lanes)
+        for j, total in enumerate(sums):
+            at = builder.add(builder.mul(builder.add(row, width.type(j)), width), column)
+            before = emitter.load(target, at)
+            emitter.store(emitter.multiply_add(before, builder.load(total), signs), target, at)
+        return context.get_dummy_value()
+
+    return numba.types.void(rows, factors, count, place, sign, out), emit
+
+
 def _multiply_intrinsic(_: Any, columns: Any, tiles: Any, tile: Any, out: Any) -> Any:
     """Write products of G rows, given as `columns` (K, G), and a tile (K, L) to `out` (G, P).
 
@@ -223,3 +259,4 @@ def _multiply_intrinsic(_: Any, columns: Any, tiles: Any, tile: Any, out: Any) -
 multiply: Any = intrinsic(_multiply_intrinsic)
 dots: Any = intrinsic(_dots_intrinsic)
 add_rows: Any = intrinsic(_add_rows_intrinsic)
+add_tile: Any = intrinsic(_add_tile_intrinsic)
