@@ -151,14 +151,17 @@ def _reduce(
 ) -> Any:  # fmt: skip
     """Steps of CG on the scaled system, from zero.
 
-    `vectors` are the residual r, the scaled diagonal d, the multiple of its inverse, and the
-    solution to add to; then memory for p, A p, a part of A p and a group of numbers. `numbers` are
-    the scale, the least divisor and the float64 sums of a long row. `limits` are the target for
-    r^T D^-1 r and the number of steps. Returns the number of steps taken, and the least
+    The rows of `vectors` are the residual r, the scaled diagonal d, the multiple of its inverse,
+    and the solution to add to; then memory for p, A p, a part of A p and a group of numbers.
+    `numbers` are the scale, the least divisor and the float64 sums of a long row. `limits` are the
+    target for r^T D^-1 r and the number of steps. Returns the number of steps taken, and the least
     p^T A p / p^T D p seen.
     """
     (first, n), (scale, tiny, total), (target, most) = span, numbers, limits
-    r, d, inverse, x, p, image, part, s = vectors
+    r, d, inverse, x, p, image, part, s = (
+        vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], vectors[5], vectors[6],
+        vectors[7],
+    )  # fmt: skip
     zero, one = r.dtype.type(0), r.dtype.type(1)
     size, least = zero, r.dtype.type(np.inf)
     for k in range(len(r)):
@@ -236,14 +239,32 @@ def _residual(
 
 
 @inner
-def _room(lengths: Any, row_bytes: Any) -> Any:
-    """Number of entries to copy at once: those of the longest row, if they are not too many."""
-    longest = 0
+def _block_for(lengths: Any, rows: Any) -> Block:
+    """Memory for the copies of the longest row, or of a part of it if it is very long."""
+    width, line, longest = rows.shape[1], LINE // rows.itemsize, 0
     for n in lengths:
         longest = max(longest, n)
-    if longest * row_bytes > _LARGEST_COPY:
-        longest = max(_LARGEST_COPY // row_bytes, BLOCK)
-    return longest + -longest % GROUP
+    if longest * width * rows.itemsize > _LARGEST_COPY:
+        longest = max(_LARGEST_COPY // (width * rows.itemsize), BLOCK)
+    room = longest + -longest % GROUP
+    memory = np.empty(room * width + line, rows.dtype)  # to begin at a cache line
+    skipped = (LINE - memory.ctypes.data % LINE) % LINE // rows.itemsize
+    copies = memory[skipped : skipped + room * width].reshape(room, width)
+    numbers = np.empty((2, room), rows.dtype)
+    return Block(copies, numbers[0], numbers[1])
+
+
+@inner
+def _write(rows: Any, row: Any, z: Any, is_solved: Any, relaxation: Any) -> None:
+    """Write the solution z of a row, relaxed, or NaN."""
+    kind = rows.dtype.type
+    for k in range(len(z)):
+        if not is_solved:
+            rows[row, k] = np.nan
+        elif relaxation == 1:
+            rows[row, k] = kind(z[k])
+        else:
+            rows[row, k] += kind(relaxation * (z[k] - rows[row, k]))
 
 
 @compiled
@@ -266,24 +287,14 @@ def solve_rows(
     (cells, lengths), (tolerance, most, relaxation) = starts, limits
     width, kind = rows.shape[1], rows.dtype.type
     vectors, wide = np.empty((8, width), rows.dtype), np.zeros((4, width))
-    r, d, inverse, x, p, image, part, s = (
-        vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], vectors[5], vectors[6],
-        vectors[7],
-    )  # fmt: skip
+    r, d, inverse, x = vectors[0], vectors[1], vectors[2], vectors[3]
     z, residual, total = wide[0], wide[1], wide[2]
     zero, tiny, eps = kind(0), diagonal.tiny, np.finfo(rows.dtype).eps
-    room = _room(lengths, width * rows.itemsize)
-    numbers = np.empty((2, room), rows.dtype)
-    line = LINE // rows.itemsize
-    memory = np.empty(room * width + line, rows.dtype)  # to begin at a cache line
-    skipped = (LINE - memory.ctypes.data % LINE) % LINE // rows.itemsize
-    copies = memory[skipped : skipped + room * width].reshape(room, width)
-    block = Block(copies, numbers[0], numbers[1])
+    block = _block_for(lengths, rows)
     for row in range(len(lengths)):
         first, n = cells[row], lengths[row]
         if n == 0:
-            for k in range(width):
-                rows[row, k] = zero
+            rows[row] = zero
             continue
         # Only the row's own weights count, so that those of other rows change nothing.
         least_weight, weight = _weights_of(entries, objective, first, n)
@@ -295,7 +306,7 @@ def solve_rows(
         for k in range(width):
             z[k] = 0.0 if is_new else rows[row, k]
         span, left, share = (first, n), most, np.float64(1)
-        if n <= room:
+        if n <= len(block.weights):
             _copy(entries, objective, span, scale, block)
         is_solved: Any = False
         for turn in range(_ROUNDS):
@@ -316,7 +327,7 @@ def solve_rows(
                 r[k], x[k] = kind(residual[k] * raised), zero
             target = max(goal / 4, eps * size) * raised * raised
             steps, least = _reduce(
-                entries, objective, span, block, (r, d, inverse, x, p, image, part, s),
+                entries, objective, span, block, vectors,
                 (scale, tiny, total), (kind(target), left),
             )  # fmt: skip
             error = np.float64(0)
@@ -332,10 +343,4 @@ def solve_rows(
             if is_solved:
                 break
             left -= steps
-        for k in range(width):
-            if not is_solved:
-                rows[row, k] = np.nan
-            elif relaxation == 1:
-                rows[row, k] = kind(z[k])
-            else:
-                rows[row, k] += kind(relaxation * (z[k] - rows[row, k]))
+        _write(rows, row, z, is_solved, relaxation)

@@ -2,7 +2,7 @@
 
 `compiled.direct` imports this module when it is needed. A row's matrix (3) is summed and factorised
 in the tables' dtype, in tiles of eight rows whose sums stay in registers. LAPACK and BLAS would
-need calls by address, and are not faster for a few hundred factors.
+need calls by address of the functions that SciPy has.
 
 Axis letters: R rows, E entries, K factors, P of them and pads to whole cache lines.
 """

@@ -1,6 +1,6 @@
 """Products of a few rows that lie one after the other, written in LLVM's vector instructions.
 
-numba's own loops over four rows take 1.3 to 1.6 times as long: the compiler gives one row of sums
+numba's own loops over four rows take 1.2 to 1.6 times as long: the compiler gives one row of sums
 two registers, tests whether arrays overlap, and never prefetches.
 
 The width of rows is a multiple of a cache line's, as `half_epoch.eigenbasis_of` makes it. The order
