@@ -26,6 +26,10 @@ model = TPUAlternatingLeastSquares(4, iterations=2, random_state=0, calculate_tr
 model.fit(counts, show_progress=False)
 TPUAlternatingLeastSquares(4, iterations=2, use_cg=False).fit(counts, show_progress=False)
 TPUAlternatingLeastSquares(4, iterations=2, dtype="bfloat16").fit(counts, show_progress=False)
+for settings in ({"linear_solver": "cholesky"}, {"regularization": 0, "unobserved_weight": 0}):
+    TPUAlternatingLeastSquares(4, iterations=2, objective="ials", **settings).fit(
+        counts, show_progress=False
+    )
 """
 SERVE = """
 model.recommend(3, counts[3], N=5)

@@ -91,8 +91,8 @@ class TPUAlternatingLeastSquares(
         How the rows' systems are solved in `fit`. Fold-in is always exact. None means "cg", unless
         `use_cg` is False. "exact" solves each row to rounding: on a CPU by CG to convergence,
         elsewhere by "cholesky". "auto" chooses "cg" or "cholesky", whichever a cost model predicts
-        to be faster. "cholesky" imports JAX. If `regularization` and `unobserved_weight` are
-        negligible beside `alpha`, the others mean "cholesky".
+        to be faster. If `regularization` and `unobserved_weight` are negligible beside `alpha`, the
+        others mean "cholesky".
     cg_steps : int, default=3
         Steps of "cg".
     devices : None, int, list of jax.Device or jax.sharding.Mesh, default=None
@@ -156,7 +156,7 @@ class TPUAlternatingLeastSquares(
     -----
     On a CPU, fit, fold-in, ranking, `save` and `load` do not import JAX, so the process may be
     forked. JAX is imported for `devices` other than None and 1, ``use_gpu=True``,
-    ``use_native=False`` and a `table_layout` other than "auto"; in `fit` also for "cholesky",
+    ``use_native=False`` and a `table_layout` other than "auto"; in `fit` also for
     `checkpoint_dir` and a `ShardedMatrix` whose tables are drawn; after
     ``jax.distributed.initialize()``; and if a JAX plugin for an accelerator is installed, unless
     the environment has ``JAX_PLATFORMS=cpu``.

@@ -192,8 +192,8 @@ def choose(wishes: Wishes, linear_solver: str | None = "cg") -> Backend:
     wishes : Wishes
         Devices and threads.
     linear_solver : str or None, default="cg"
-        How `fit` solves rows; for a fit, the CPU backend has "cg" and "exact", and needs numba.
-        None means that the backend is not for a fit, but to rank tables and to solve rows exactly.
+        How `fit` solves rows; for a fit, the CPU backend needs numba. None means that the backend
+        is not for a fit, but to rank tables and to solve rows exactly.
 
     Raises
     ------
@@ -207,7 +207,7 @@ def choose(wishes: Wishes, linear_solver: str | None = "cg") -> Backend:
         raise ValueError(f"table_layout must be one of {LAYOUTS}, got {wishes.table_layout!r}")
     fits = wishes.use_native and wishes.table_layout == "auto"
     if linear_solver is not None:
-        fits = fits and linear_solver in ("cg", "exact") and compiled.is_available()
+        fits = fits and linear_solver != "auto" and compiled.is_available()
     is_plain = wishes.devices is None or (wishes.devices == 1 and wishes.devices is not True)
     if fits and is_plain and not wishes.use_gpu and not may_have_accelerator():
         return CpuBackend(thread_count(wishes.num_threads))

@@ -206,6 +206,8 @@ class CpuBackend:
         if params.linear_solver == "exact" and settings.steps:
             steps, tolerance = half_epoch.most_steps(params.factors), half_epoch.TOLERANCE[dtype]
             settings = settings._replace(steps=steps, tolerance=tolerance)
+        if params.linear_solver == "cholesky" and settings.steps:
+            settings = settings._replace(is_direct=True)
         with single_blas_thread():
             solved = half_epoch.solve_side(
                 target_table, source_table, side.entries, settings, data.memory, self.n_threads

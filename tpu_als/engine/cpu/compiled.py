@@ -18,7 +18,10 @@ from tpu_als.engine.data import DTYPES
 from tpu_als.engine.objective import Objective
 from tpu_als.exceptions import DataWarning
 
-_SOURCES = "jit.py", "kept_code.py", "loops.py", "converging.py", "selection.py"
+_SOURCES = (
+    "jit.py", "kept_code.py", "loops.py", "converging.py", "direct.py", "selection.py",
+    "vectors.py",
+)  # fmt: skip
 _loading, _importing = threading.Lock(), threading.Lock()
 
 
@@ -55,6 +58,12 @@ def selection() -> Any:
 def converging() -> Any:
     """The module `engine.cpu.converging`, whose functions numba compiles when they are called."""
     return _load("converging")
+
+
+@functools.cache
+def direct() -> Any:
+    """The module `engine.cpu.direct`, whose functions numba compiles when they are called."""
+    return _load("direct")
 
 
 def _load(name: str) -> Any:

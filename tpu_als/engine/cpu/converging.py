@@ -18,10 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tpu_als.engine.cpu.jit import compiled, inner
-from tpu_als.engine.cpu.loops import BLOCK, Diagonal, Entries, add_products, confidence, scaled
+from tpu_als.engine.cpu.loops import BLOCK, Diagonal, Entries, confidence, prefetch, scaled
+from tpu_als.engine.cpu.memory import LINE
+from tpu_als.engine.cpu.vectors import GROUP, add_rows, dots, multiply
 from tpu_als.engine.objective import Objective
 
 _ROUNDS = 8  # computations of the residual in float64; two are usual
+_LARGEST_COPY = 1 << 21  # bytes of source rows; longer rows are copied by blocks, in each step
 
 
 class Limits(NamedTuple):
@@ -45,39 +48,87 @@ class Limits(NamedTuple):
 
 
 @compiled
-def rotate(table: Any, ids: Any, rotation: Any, out: Any) -> None:
-    """Write the products of n rows of a table (N, K) and a rotation (K, P) to `out` (n, P).
+def rotate(table: Any, ids: Any, tiles: Any, out: Any) -> None:
+    """Write the products of n rows of a table (N, K) and a matrix (K, P) to `out`.
 
-    Sums are float64, so that small components are as accurate as large ones: those in the
-    directions of small eigenvalues decide the solution where the ridge is small. Four rows are
-    processed at once, as the rotation does not fit into the nearest cache; n is a multiple of four.
-    The id N stands for a row of zeros.
+    If `out` (n, O) has fewer columns than the matrix, the last ones are left out. Sums have the
+    dtype of `tiles`, which are the matrix as `vectors.multiply` reads it. Products of a row do not
+    depend on the other rows. The id N stands for a row of zeros.
     """
-    n_rows, n_factors, width = len(table), table.shape[1], rotation.shape[1]
-    scalars, sums = np.empty((4, n_factors + n_factors % 2)), np.empty((4, width))
-    for at in range(0, len(ids), 4):
-        for j in range(4):
-            row = ids[at + j]
-            scalars[j, n_factors - 1 + n_factors % 2] = 0.0
+    n_rows, n_factors = table.shape
+    columns = np.empty((n_factors, GROUP), tiles.dtype)
+    sums = np.empty((GROUP, len(tiles) * tiles.shape[2]), tiles.dtype)
+    for at in range(0, len(ids), GROUP):
+        count = min(len(ids) - at, GROUP)
+        for j in range(GROUP):
+            row = ids[at + j] if j < count else n_rows
             for k in range(n_factors):
-                scalars[j, k] = table[row, k] if row < n_rows else 0.0
-            for p in range(width):
-                sums[j, p] = 0.0
-        for k in range(0, n_factors, 2):
-            k2 = min(k + 1, n_factors - 1)
-            a0, a1, a2, a3 = scalars[0, k], scalars[1, k], scalars[2, k], scalars[3, k]
-            b0, b1, b2, b3 = (
-                scalars[0, k + 1], scalars[1, k + 1], scalars[2, k + 1], scalars[3, k + 1],
-            )  # fmt: skip
-            for p in range(width):
-                first, second = rotation[k, p], rotation[k2, p]
-                sums[0, p] += a0 * first + b0 * second
-                sums[1, p] += a1 * first + b1 * second
-                sums[2, p] += a2 * first + b2 * second
-                sums[3, p] += a3 * first + b3 * second
-        for j in range(4):
-            for p in range(width):
-                out[at + j, p] = sums[j, p]
+                columns[k, j] = table[row, k] if row < n_rows else 0
+        for tile in range(len(tiles)):
+            multiply(columns, tiles, tile, sums)
+        for j in range(count):
+            for k in range(out.shape[1]):
+                out[at + j, k] = sums[j, k]
+
+
+class Block(NamedTuple):
+    """Copies of the entries of a row, one after the other: scratch.
+
+    The elements after the last entry, up to a multiple of `GROUP`, are zero.
+
+    Attributes
+    ----------
+    rows : (E, P)
+        Source rows.
+    weights, targets : (E,)
+        The numbers w and v of equation (1), scaled.
+    """
+
+    rows: Any
+    weights: Any
+    targets: Any
+
+
+@inner
+def _copy(entries: Entries, objective: Objective, span: Any, scale: Any, block: Block) -> None:
+    """Copy some entries: steps of CG read them as fast as the nearest cache has them."""
+    source, ids, values, ahead = entries
+    rows, weights, targets = block
+    first, n = span
+    address, row_bytes = source.ctypes.data, source.shape[1] * source.itemsize
+    w, v = confidence(objective, source.dtype.type(1))
+    for at in range(n):
+        if ahead and first + at + ahead < len(ids):
+            for byte in range(0, row_bytes, 64):
+                prefetch(address + ids[first + at + ahead] * row_bytes + byte)
+        i = ids[first + at]
+        for k in range(source.shape[1]):
+            rows[at, k] = source[i, k]
+        if len(values):
+            w, v = confidence(objective, values[first + at])
+        weights[at], targets[at] = w * scale, v * scale
+    for at in range(n, n + -n % GROUP):
+        weights[at] = targets[at] = 0
+        for k in range(source.shape[1]):
+            rows[at, k] = 0
+
+
+@inner
+def _add_products(block: Block, span: Any, factors: Any, p: Any, s: Any, out: Any) -> None:
+    """Add E^T s of some copied entries to `out`, with s = factors[0] v + factors[1] W E p.
+
+    `s` is memory for a group of its elements.
+    """
+    rows, weights, targets = block
+    (first, n), (on_targets, on_predictions) = span, factors
+    for j in range(GROUP):
+        s[j] = 0
+    for at in range(first, first + n, GROUP):
+        if on_predictions != 0:
+            dots(rows, at, p, s)
+        for j in range(GROUP):
+            s[j] = on_predictions * weights[at + j] * s[j] + on_targets * targets[at + j]
+        add_rows(rows, at, s, out)
 
 
 @inner
@@ -95,18 +146,23 @@ def _weights_of(entries: Entries, objective: Objective, first: Any, n: Any) -> A
 
 @inner
 def _reduce(
-    entries: Entries, objective: Objective, span: Any, vectors: Any, numbers: Any, limits: Any
-) -> Any:
+    entries: Entries, objective: Objective, span: Any, block: Block, vectors: Any, numbers: Any,
+    limits: Any,
+) -> Any:  # fmt: skip
     """Steps of CG on the scaled system, from zero.
 
-    `vectors` are the residual r, the scaled diagonal d, the multiple of its inverse, and the
-    solution to add to; then memory for p, A p and a part of A p. `numbers` are the scale, the least
-    divisor and the float64 sums of a long row. `limits` are the target for r^T D^-1 r and the
-    number of steps. Returns the number of steps taken, and the least p^T A p / p^T D p seen.
+    The rows of `vectors` are the residual r, the scaled diagonal d, the multiple of its inverse,
+    and the solution to add to; then memory for p, A p, a part of A p and a group of numbers.
+    `numbers` are the scale, the least divisor and the float64 sums of a long row. `limits` are the
+    target for r^T D^-1 r and the number of steps. Returns the number of steps taken, and the least
+    p^T A p / p^T D p seen.
     """
     (first, n), (scale, tiny, total), (target, most) = span, numbers, limits
-    r, d, inverse, x, p, image, part = vectors
-    zero = r.dtype.type(0)
+    r, d, inverse, x, p, image, part, s = (
+        vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], vectors[5], vectors[6],
+        vectors[7],
+    )  # fmt: skip
+    zero, one = r.dtype.type(0), r.dtype.type(1)
     size, least = zero, r.dtype.type(np.inf)
     for k in range(len(r)):
         p[k] = r[k] * inverse[k]
@@ -120,13 +176,15 @@ def _reduce(
         if is_long:  # blocks of a long row are summed in float64, as in `loops.solve_rows`
             for k in range(len(r)):
                 total[k] = image[k]
-        for low in range(first, first + n, BLOCK):
+        for low in range(0, n, BLOCK):
             if is_long:
                 for k in range(len(r)):
                     part[k] = zero
-            count = min(first + n - low, BLOCK)
-            target_of_sum = part if is_long else image
-            add_products(entries, objective, (low, count), (zero, scale), p, target_of_sum)
+            count, at = min(n - low, BLOCK), low
+            if n > len(block.weights):
+                _copy(entries, objective, (first + low, count), scale, block)
+                at = 0
+            _add_products(block, (at, count), (zero, one), p, s, part if is_long else image)
             if is_long:
                 for k in range(len(r)):
                     total[k] += part[k]
@@ -152,29 +210,61 @@ def _reduce(
 
 @inner
 def _residual(
-    entries: Entries, objective: Objective, span: Any, scale: Any, vectors: Any
+    entries: Entries, objective: Objective, span: Any, block: Block, scale: Any, vectors: Any
 ) -> tuple[Any, Any, Any, Any, Any]:
     """Write the residual r at z in float64.
 
-    `vectors` are z, the scaled diagonal d, the multiple of its inverse, and r. Returns r^T D^-1 r,
-    z^T D z and the squared lengths of D^-1 r and z; the first has the multiple as a factor, the
-    third its square. The last number is the largest element of r.
+    `vectors` are z, the scaled diagonal d, the multiple of its inverse, r, and memory for a group
+    of numbers. Returns r^T D^-1 r, z^T D z and the squared lengths of D^-1 r and z; the first has
+    the multiple as a factor, the third its square. The last number is the largest element of r.
     """
-    z, d, inverse, residual = vectors
+    (first, n), (z, d, inverse, residual, s) = span, vectors
     size = energy = error = length = largest = np.float64(0)
     for k in range(len(z)):
         residual[k] = -d[k] * z[k]
         energy += d[k] * z[k] * z[k]
         length += z[k] * z[k]
-    on_targets, on_predictions = np.float64(scale), -np.float64(scale)
-    if energy == 0:
-        on_predictions = np.float64(0)
-    add_products(entries, objective, span, (on_targets, on_predictions), z, residual)
+    factors = np.float64(1), np.float64(0 if energy == 0 else -1)
+    for low in range(0, n, BLOCK):
+        count, at = min(n - low, BLOCK), low
+        if n > len(block.weights):
+            _copy(entries, objective, (first + low, count), scale, block)
+            at = 0
+        _add_products(block, (at, count), factors, z, s, residual)
     for k in range(len(z)):
         size += residual[k] * residual[k] * inverse[k]
         error += (residual[k] * inverse[k]) ** 2
         largest = max(largest, abs(residual[k]))
     return size, energy, error, length, largest
+
+
+@inner
+def _block_for(lengths: Any, rows: Any) -> Block:
+    """Memory for the copies of the longest row, or of a part of it if it is very long."""
+    width, line, longest = rows.shape[1], LINE // rows.itemsize, 0
+    for n in lengths:
+        longest = max(longest, n)
+    if longest * width * rows.itemsize > _LARGEST_COPY:
+        longest = max(_LARGEST_COPY // (width * rows.itemsize), BLOCK)
+    room = longest + -longest % GROUP
+    memory = np.empty(room * width + line, rows.dtype)  # to begin at a cache line
+    skipped = (LINE - memory.ctypes.data % LINE) % LINE // rows.itemsize
+    copies = memory[skipped : skipped + room * width].reshape(room, width)
+    numbers = np.empty((2, room), rows.dtype)
+    return Block(copies, numbers[0], numbers[1])
+
+
+@inner
+def _write(rows: Any, row: Any, z: Any, is_solved: Any, relaxation: Any) -> None:
+    """Write the solution z of a row, relaxed, or NaN."""
+    kind = rows.dtype.type
+    for k in range(len(z)):
+        if not is_solved:
+            rows[row, k] = np.nan
+        elif relaxation == 1:
+            rows[row, k] = kind(z[k])
+        else:
+            rows[row, k] += kind(relaxation * (z[k] - rows[row, k]))
 
 
 @compiled
@@ -196,17 +286,15 @@ def solve_rows(
     """
     (cells, lengths), (tolerance, most, relaxation) = starts, limits
     width, kind = rows.shape[1], rows.dtype.type
-    vectors, wide = np.empty((7, width), rows.dtype), np.zeros((3, width))
-    r, d, inverse, x, p, image, part = (
-        vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], vectors[5], vectors[6],
-    )  # fmt: skip
+    vectors, wide = np.empty((8, width), rows.dtype), np.zeros((4, width))
+    r, d, inverse, x = vectors[0], vectors[1], vectors[2], vectors[3]
     z, residual, total = wide[0], wide[1], wide[2]
     zero, tiny, eps = kind(0), diagonal.tiny, np.finfo(rows.dtype).eps
+    block = _block_for(lengths, rows)
     for row in range(len(lengths)):
         first, n = cells[row], lengths[row]
         if n == 0:
-            for k in range(width):
-                rows[row, k] = zero
+            rows[row] = zero
             continue
         # Only the row's own weights count, so that those of other rows change nothing.
         least_weight, weight = _weights_of(entries, objective, first, n)
@@ -218,10 +306,12 @@ def solve_rows(
         for k in range(width):
             z[k] = 0.0 if is_new else rows[row, k]
         span, left, share = (first, n), most, np.float64(1)
+        if n <= len(block.weights):
+            _copy(entries, objective, span, scale, block)
         is_solved: Any = False
         for turn in range(_ROUNDS):
             size, energy, error, length, largest = _residual(
-                entries, objective, span, scale, (z, d, inverse, residual)
+                entries, objective, span, block, scale, (z, d, inverse, residual, wide[3])
             )
             # A - share D has no negative eigenvalue. Negative weights make the share small.
             goal = (share * tolerance) ** 2 * unit * energy
@@ -237,7 +327,7 @@ def solve_rows(
                 r[k], x[k] = kind(residual[k] * raised), zero
             target = max(goal / 4, eps * size) * raised * raised
             steps, least = _reduce(
-                entries, objective, span, (r, d, inverse, x, p, image, part),
+                entries, objective, span, block, vectors,
                 (scale, tiny, total), (kind(target), left),
             )  # fmt: skip
             error = np.float64(0)
@@ -253,21 +343,4 @@ def solve_rows(
             if is_solved:
                 break
             left -= steps
-        for k in range(width):
-            if not is_solved:
-                rows[row, k] = np.nan
-            elif relaxation == 1:
-                rows[row, k] = kind(z[k])
-            else:
-                rows[row, k] += kind(relaxation * (z[k] - rows[row, k]))
-
-
-@compiled
-def rotate_back(rows: Any, rotation: Any, out: Any) -> None:
-    """Write the products of rows (R, P) and the transpose of a rotation (K, P) to `out` (R, K)."""
-    for row in range(len(rows)):
-        for k in range(out.shape[1]):
-            total = rows[row, 0] * rotation[k, 0]
-            for p in range(1, rotation.shape[1]):
-                total += rows[row, p] * rotation[k, p]
-            out[row, k] = total
+        _write(rows, row, z, is_solved, relaxation)

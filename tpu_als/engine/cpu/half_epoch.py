@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,6 +112,8 @@ class Settings(NamedTuple):
     tolerance : float, default=0
         0 for exactly so many steps. Otherwise rows are solved to convergence, as in
         `converging.Limits`; rows that did not converge are NaN.
+    is_direct : bool, default=False
+        Whether rows are solved by a factorisation, and not by CG.
     """
 
     objective: Objective
@@ -118,6 +121,7 @@ class Settings(NamedTuple):
     steps: int
     weight: float
     tolerance: float = 0.0
+    is_direct: bool = False
 
 
 def solve_side(
@@ -151,8 +155,8 @@ def solve_side(
         The new table.
     """
     dtype, factors = compute_dtype(source), target.shape[1]
-    is_exact = settings.tolerance > 0
-    # "exact" needs more digits than bfloat16 has.
+    is_exact = settings.is_direct or settings.tolerance > 0
+    # Exact solutions need more digits than bfloat16 has.
     stored = dtype if is_exact else source.dtype
     gram = gramian(source, n_threads, np.float64 if is_exact else dtype)
     rotation, spectrum = eigenbasis_of(gram, dtype, stored.itemsize)
@@ -162,15 +166,7 @@ def solve_side(
     rotation = np.asarray(rotation, dtype)
     loops = compiled.ready(stored.name)
     diagonal = diagonal_of(spectrum, len(source), factors, settings)
-    objective, relaxation = settings.objective, settings.relaxation
-    if is_exact:
-        converging = compiled.converging()
-        solve_rows, how = (
-            converging.solve_rows,
-            converging.Limits(settings.tolerance, settings.steps, float(relaxation)),
-        )
-    else:
-        solve_rows, how = loops.solve_rows, loops.Solver(dtype.type(relaxation), settings.steps)
+    solve_rows, how = _solver(settings, dtype, factors)
     fixed, ahead = numbers_of(rotated_source), prefetched(rotated_source)
     parts = rows.parts(n_threads, factors)
     out = memory.empty(target.shape, target.dtype, largest * width)
@@ -184,7 +180,7 @@ def solve_side(
         solve_rows(
             rotated, (part.cells, part.lengths),
             loops.Entries(fixed, part.ids, part.values, ahead),
-            objective, diagonal, how,
+            settings.objective, diagonal, how,
         )  # fmt: skip
         if out.dtype == dtype:
             np.matmul(rotated, rotation.T, out=out[at])
@@ -194,6 +190,20 @@ def solve_side(
 
     threads(work, parts, n_threads)
     return out
+
+
+def _solver(settings: Settings, dtype: np.dtype, factors: int) -> tuple[Callable[..., None], Any]:
+    """The loop that solves rows, and its last argument."""
+    relaxation, steps, kind = settings.relaxation, settings.steps, dtype.type
+    if settings.is_direct:
+        direct = compiled.direct()
+        return direct.solve_rows, direct.How(kind(relaxation), factors)
+    if settings.tolerance > 0:
+        converging = compiled.converging()
+        limits = converging.Limits(settings.tolerance, steps, float(relaxation))
+        return converging.solve_rows, limits
+    loops = compiled.ready(dtype.name)
+    return loops.solve_rows, loops.Solver(kind(relaxation), steps)
 
 
 def diagonal_of(spectrum: np.ndarray, n_source: int, factors: int, settings: Settings) -> Any:

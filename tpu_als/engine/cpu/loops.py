@@ -94,7 +94,7 @@ def _prefetch_intrinsic(_: Any, __: Any) -> Any:
     return numba.types.void(numba.types.uintp), emit
 
 
-_prefetch: Any = intrinsic(_prefetch_intrinsic)
+prefetch: Any = intrinsic(_prefetch_intrinsic)
 
 
 def _widen_intrinsic(_: Any, number: Any) -> Any:
@@ -141,7 +141,7 @@ def add_products(
         if ahead:
             for soon in range(at + ahead, min(at + ahead + 4, len(ids))):
                 for byte in range(0, row_bytes, 64):
-                    _prefetch(address + ids[soon] * row_bytes + byte)
+                    prefetch(address + ids[soon] * row_bytes + byte)
         t0, t1, t2, t3 = zero, zero, zero, zero
         if on_predictions != zero:
             for k in range(len(p)):
@@ -192,7 +192,7 @@ def _curvature(
         if ahead:
             for soon in range(at + ahead, min(at + ahead + 4, len(ids))):
                 for byte in range(0, row_bytes, 64):
-                    _prefetch(address + ids[soon] * row_bytes + byte)
+                    prefetch(address + ids[soon] * row_bytes + byte)
         t0, t1, t2, t3 = zero, zero, zero, zero
         for k in range(len(p)):
             t0 += widen(source[i0, k]) * p[k]
@@ -379,7 +379,7 @@ def measure_rows(
         for at in range(cells[row], cells[row] + lengths[row]):
             if ahead and at + ahead < len(ids):
                 for byte in range(0, row_bytes, 64):
-                    _prefetch(address + ids[at + ahead] * row_bytes + byte)
+                    prefetch(address + ids[at + ahead] * row_bytes + byte)
             t, i = zero, ids[at]
             for k in range(rows.shape[1]):
                 t += widen(source[i, k]) * rows[row, k]

@@ -15,10 +15,12 @@ from scipy import sparse
 from tpu_als.engine.cpu import compiled, half_epoch
 from tpu_als.engine.cpu.compiled import read_only
 from tpu_als.engine.cpu.half_epoch import Rows, Settings
-from tpu_als.engine.cpu.memory import Memory
+from tpu_als.engine.cpu.memory import LINE, Memory
 from tpu_als.engine.objective import Objective, largest_weight, typed
 from tpu_als.host import threads
 
+_LEAST_ROWS = 4  # rows for which there is memory
+_MANY = 4  # entries for each source row from which all source rows are rotated
 _LEAST_ROTATION = 1 << 21  # multiplications for which a thread pays
 
 
@@ -37,8 +39,10 @@ class Eigenbasis:
 
     def __init__(self, table: np.ndarray, gram: np.ndarray) -> None:
         rotation, spectrum = half_epoch.eigenbasis_of(gram, table.dtype)
-        self._rotation = read_only(np.ascontiguousarray(rotation))
-        self._rotation_back = read_only(self._rotation.astype(table.dtype))
+        # In float64, as small components, those in the directions of small eigenvalues, decide the
+        # solution where the ridge is small.
+        self._tiles = read_only(_tiles(rotation))
+        self._tiles_back = read_only(_tiles(rotation.T.astype(table.dtype)))
         self._table, self._spectrum = table, spectrum
         self._latest: tuple[Settings, Any] | None = None  # settings and diagonal part of a call
         self._memory = Memory()
@@ -67,7 +71,9 @@ class Eigenbasis:
                 loops.Entries(read_only(source), part.ids, part.values, ahead),
                 settings.objective, diagonal, limits,
             )  # fmt: skip
-            loops.rotate_back(rotated, self._rotation_back, out[at])
+            loops.rotate(
+                read_only(rotated), read_only(np.arange(len(rotated))), self._tiles_back, out[at]
+            )
 
         threads(work, given.parts(n_threads, factors), n_threads)
         return out
@@ -92,6 +98,8 @@ class Eigenbasis:
         ids, n_source = rows.indices, len(self._table)
         if rows.shape[0] == 1:
             needed, positions = ids, np.arange(len(ids), dtype=np.uint32)
+        elif len(ids) > _MANY * n_source:
+            needed, positions = np.arange(n_source + 1), ids.astype(np.uint32)
         else:
             is_needed = np.zeros(n_source + 1, bool)
             is_needed[ids] = True
@@ -99,18 +107,24 @@ class Eigenbasis:
             position = np.empty(n_source + 1, np.uint32)
             position[needed] = np.arange(len(needed))
             positions = position[ids]
-        quads = np.full((len(needed) + 3) // 4 * 4, n_source)
-        quads[: len(needed)] = needed
-        shape = len(quads), self._rotation.shape[1]
+        needed = read_only(needed.astype(np.int64))
+        shape = len(needed), len(self._spectrum)
         # Blocks of few sizes: the pool keeps one of each.
-        room = 1 << (math.prod(shape) - 1).bit_length()
+        room = 1 << (max(math.prod(shape), _LEAST_ROWS * shape[1]) - 1).bit_length()
         out = self._memory.empty(shape, self._table.dtype, room)
-        loops, table, padded = compiled.converging(), read_only(self._table), read_only(quads)
+        loops, table = compiled.converging(), read_only(self._table)
         count = min(n_threads, 1 + out.size * table.shape[1] // _LEAST_ROTATION)
-        bounds = 4 * np.linspace(0, len(quads) // 4, count + 1).astype(int)
+        bounds = np.linspace(0, len(needed), count + 1).astype(int)
 
         def rotate(at: tuple[int, int]) -> None:
-            loops.rotate(table, padded[slice(*at)], self._rotation, out[slice(*at)])
+            loops.rotate(table, needed[slice(*at)], self._tiles, out[slice(*at)])
 
         threads(rotate, list(itertools.pairwise(bounds)), count)
         return out, positions
+
+
+def _tiles(matrix: np.ndarray) -> np.ndarray:
+    """A matrix (K, P) as `vectors.multiply` reads it; zeros fill the last tile."""
+    line = LINE // matrix.itemsize
+    padded = np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % line)))
+    return np.ascontiguousarray(padded.reshape(len(matrix), -1, line).transpose(1, 0, 2))
