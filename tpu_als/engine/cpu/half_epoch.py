@@ -202,7 +202,7 @@ def _solver(settings: Settings, dtype: np.dtype, factors: int) -> tuple[Callable
         converging = compiled.converging()
         limits = converging.Limits(settings.tolerance, steps, float(relaxation))
         return converging.solve_rows, limits
-    loops = compiled.ready(dtype.name)
+    loops = compiled.loops()
     return loops.solve_rows, loops.Solver(kind(relaxation), steps)
 
 
