@@ -10,7 +10,7 @@ import pytest
 from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares
-from tpu_als.engine.cpu import compiled, exact, half_epoch
+from tpu_als.engine.cpu import compiled, exact, half_epoch, rotated
 from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective, confidence, ridge
@@ -146,7 +146,8 @@ def test_weights_that_cancel_the_gramian_up_to_rounding_have_a_solution() -> Non
     assert np.isfinite(found).all()
 
 
-def test_memory_for_rotated_rows_has_few_sizes() -> None:
+def test_memory_for_rotated_rows_has_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotated, "_SMALL", 0)
     objective, rows = OBJECTIVES["implicit"], _rows()
     source = _source(_table(16, "float32"))
     for row in range(1, N_ROWS):

@@ -27,6 +27,7 @@ from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective, confidence, largest_weight, ridge, typed
 from tpu_als.host import single_blas_thread, threads
 from tpu_als.validation import structure
+from tpu_als.validation.refusals import all_finite
 
 _BLOCK = 1 << 14  # entries of a row gathered at once
 _PARTS = 8  # for each thread, so that threads end together
@@ -92,8 +93,8 @@ class Source:
         if gram is not None or not compiled.is_available():
             return self.directly(rows, objective, gram)
         out = self._eigenbasis().solve(rows, objective, self.n_threads)
-        failed = np.flatnonzero(~np.isfinite(out).all(axis=1))
-        if len(failed):
+        if not all_finite(out):
+            failed = np.flatnonzero(~np.isfinite(out).all(axis=1))
             out[failed] = self.directly(rows[failed], objective)
         return out
 

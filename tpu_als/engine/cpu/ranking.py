@@ -27,7 +27,7 @@ from tpu_als.host import single_blas_thread, threads
 BLOCK = 16  # columns of a block
 FEW = 4  # up to this many queries, products with vectors are faster than a product of matrices
 _FEW_SCORES = 1 << 12  # up to this many scores, each query is ranked by itself
-_MOST_INSERTED = 64  # up to this many places are filled by insertion
+_MOST_INSERTED = 128  # up to this many places are filled by insertion
 NO_SCORE = -np.finfo(np.float32).max  # of places without a result, as in implicit
 _KEPT_BYTES = 1 << 22
 _BATCH_BYTES = 1 << 22  # of a thread's scores, which a core's share of the last cache holds

@@ -21,6 +21,7 @@ from tpu_als.host import threads
 
 _LEAST_ROWS = 4  # rows for which there is memory
 _MANY = 4  # entries for each source row from which all source rows are rotated
+_SMALL = 1 << 15  # numbers of rotated rows that take no memory of the pool
 _LEAST_ROTATION = 1 << 21  # multiplications for which a thread pays
 
 
@@ -44,7 +45,8 @@ class Eigenbasis:
         self._tiles = read_only(_tiles(rotation))
         self._tiles_back = read_only(_tiles(rotation.T.astype(table.dtype)))
         self._table, self._spectrum = table, spectrum
-        self._latest: tuple[Settings, Any] | None = None  # settings and diagonal part of a call
+        # The latest call's objective and largest value, and its settings and diagonal part.
+        self._latest: tuple[tuple[Objective, float], Settings, Any] | None = None
         self._memory = Memory()
 
     def solve(self, rows: sparse.csr_matrix, objective: Objective, n_threads: int) -> np.ndarray:
@@ -80,18 +82,17 @@ class Eigenbasis:
 
     def _settings(self, values: np.ndarray, objective: Objective) -> tuple[Settings, Any]:
         """How to solve rows with these values, and the diagonal part of their equations."""
-        sizes, dtype, factors = np.abs(values), self._table.dtype, self._table.shape[1]
-        magnitudes = sizes.min(initial=np.inf), sizes.max(initial=0)
-        settings = Settings(
-            typed(objective, dtype), 1.0, half_epoch.most_steps(factors),
-            largest_weight(objective, magnitudes, dtype), half_epoch.TOLERANCE[dtype.name],
-        )  # fmt: skip
-        latest = self._latest
-        if latest is None or latest[0] != settings:
-            n_source = len(self._table)
+        largest = max(float(values.max(initial=0)), -float(values.min(initial=0)))
+        given, latest = (objective, largest), self._latest
+        if latest is None or latest[0] != given:
+            dtype, (n_source, factors) = self._table.dtype, self._table.shape
+            settings = Settings(
+                typed(objective, dtype), 1.0, half_epoch.most_steps(factors),
+                largest_weight(objective, (0, largest), dtype), half_epoch.TOLERANCE[dtype.name],
+            )  # fmt: skip
             diagonal = half_epoch.diagonal_of(self._spectrum, n_source, factors, settings)
-            self._latest = latest = settings, diagonal
-        return latest
+            self._latest = latest = given, settings, diagonal
+        return latest[1:]
 
     def _rotated(self, rows: sparse.csr_matrix, n_threads: int) -> tuple[np.ndarray, np.ndarray]:
         """The rotated source rows (n, P) of the entries, and the one of each entry."""
@@ -109,11 +110,15 @@ class Eigenbasis:
             positions = position[ids]
         needed = read_only(needed.astype(np.int64))
         shape = len(needed), len(self._spectrum)
+        loops, table, size = compiled.converging(), read_only(self._table), math.prod(shape)
+        count = min(n_threads, 1 + size * table.shape[1] // _LEAST_ROTATION)
+        if count == 1 and size <= _SMALL:
+            out = np.empty(shape, table.dtype)
+            loops.rotate(table, needed, self._tiles, out)
+            return out, positions
         # Blocks of few sizes: the pool keeps one of each.
-        room = 1 << (max(math.prod(shape), _LEAST_ROWS * shape[1]) - 1).bit_length()
-        out = self._memory.empty(shape, self._table.dtype, room)
-        loops, table = compiled.converging(), read_only(self._table)
-        count = min(n_threads, 1 + out.size * table.shape[1] // _LEAST_ROTATION)
+        room = 1 << (max(size, _LEAST_ROWS * shape[1]) - 1).bit_length()
+        out = self._memory.empty(shape, table.dtype, room)
         bounds = np.linspace(0, len(needed), count + 1).astype(int)
 
         def rotate(at: tuple[int, int]) -> None:
