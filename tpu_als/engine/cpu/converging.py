@@ -13,7 +13,7 @@ Axis letters: R rows, E entries, N source rows, K factors, P of them and pads to
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,13 +42,13 @@ class Limits(NamedTuple):
         As in `xla.solve.relax`.
     """
 
-    tolerance: Any
-    steps: Any
-    relaxation: Any
+    tolerance: float
+    steps: int
+    relaxation: float
 
 
 @compiled
-def rotate(table: Any, ids: Any, tiles: Any, out: Any) -> None:
+def rotate(table: np.ndarray, ids: np.ndarray, tiles: np.ndarray, out: np.ndarray) -> None:
     """Write the products of n rows of a table (N, K) and a matrix (K, P) to `out`.
 
     If `out` (n, O) has fewer columns than the matrix, the last ones are left out. Sums have the
@@ -84,13 +84,15 @@ class Block(NamedTuple):
         The numbers w and v of equation (1), scaled.
     """
 
-    rows: Any
-    weights: Any
-    targets: Any
+    rows: np.ndarray
+    weights: np.ndarray
+    targets: np.ndarray
 
 
 @inner
-def _copy(entries: Entries, objective: Objective, span: Any, scale: Any, block: Block) -> None:
+def _copy(
+    entries: Entries, objective: Objective, span: tuple[int, int], scale: float, block: Block
+) -> None:
     """Copy some entries: steps of CG read them as fast as the nearest cache has them."""
     source, ids, values, ahead = entries
     rows, weights, targets = block
@@ -114,7 +116,14 @@ def _copy(entries: Entries, objective: Objective, span: Any, scale: Any, block: 
 
 
 @inner
-def _add_products(block: Block, span: Any, factors: Any, p: Any, s: Any, out: Any) -> None:
+def _add_products(
+    block: Block,
+    span: tuple[int, int],
+    factors: tuple[float, float],
+    p: np.ndarray,
+    s: np.ndarray,
+    out: np.ndarray,
+) -> None:
     """Add E^T s of some copied entries to `out`, with s = factors[0] v + factors[1] W E p.
 
     `s` is memory for a group of its elements.
@@ -132,7 +141,7 @@ def _add_products(block: Block, span: Any, factors: Any, p: Any, s: Any, out: An
 
 
 @inner
-def _weights_of(entries: Entries, objective: Objective, first: Any, n: Any) -> Any:
+def _weights_of(entries: Entries, objective: Objective, first: int, n: int) -> tuple[float, float]:
     """The least weight w of a row, and its largest absolute one."""
     values = entries.values
     w, _ = confidence(objective, values[first] if len(values) else entries.source.dtype.type(1))
@@ -146,9 +155,9 @@ def _weights_of(entries: Entries, objective: Objective, first: Any, n: Any) -> A
 
 @inner
 def _reduce(
-    entries: Entries, objective: Objective, span: Any, block: Block, vectors: Any, numbers: Any,
-    limits: Any,
-) -> Any:  # fmt: skip
+    entries: Entries, objective: Objective, span: tuple[int, int], block: Block,
+    vectors: np.ndarray, numbers: tuple[float, float, np.ndarray], limits: tuple[float, int],
+) -> tuple[int, float]:  # fmt: skip
     """Steps of CG on the scaled system, from zero.
 
     The rows of `vectors` are the residual r, the scaled diagonal d, the multiple of its inverse,
@@ -210,8 +219,13 @@ def _reduce(
 
 @inner
 def _residual(
-    entries: Entries, objective: Objective, span: Any, block: Block, scale: Any, vectors: Any
-) -> tuple[Any, Any, Any, Any, Any]:
+    entries: Entries,
+    objective: Objective,
+    span: tuple[int, int],
+    block: Block,
+    scale: float,
+    vectors: np.ndarray,
+) -> tuple[float, float, float, float, float]:
     """Write the residual r at z in float64.
 
     `vectors` are z, the scaled diagonal d, the multiple of its inverse, r, and memory for a group
@@ -239,7 +253,7 @@ def _residual(
 
 
 @inner
-def _block_for(lengths: Any, rows: Any) -> Block:
+def _block_for(lengths: np.ndarray, rows: np.ndarray) -> Block:
     """Memory for the copies of the longest row, or of a part of it if it is very long."""
     width, line, longest = rows.shape[1], LINE // rows.itemsize, 0
     for n in lengths:
@@ -255,7 +269,7 @@ def _block_for(lengths: Any, rows: Any) -> Block:
 
 
 @inner
-def _write(rows: Any, row: Any, z: Any, is_solved: Any, relaxation: Any) -> None:
+def _write(rows: np.ndarray, row: int, z: np.ndarray, is_solved: bool, relaxation: float) -> None:
     """Write the solution z of a row, relaxed, or NaN."""
     kind = rows.dtype.type
     for k in range(len(z)):
@@ -269,8 +283,8 @@ def _write(rows: Any, row: Any, z: Any, is_solved: Any, relaxation: Any) -> None
 
 @compiled
 def solve_rows(
-    rows: Any, starts: Any, entries: Entries, objective: Objective, diagonal: Diagonal,
-    limits: Limits,
+    rows: np.ndarray, starts: tuple[np.ndarray, np.ndarray], entries: Entries,
+    objective: Objective, diagonal: Diagonal, limits: Limits,
 ) -> None:  # fmt: skip
     """Solve R rows of equation (3) to convergence.
 
@@ -308,7 +322,7 @@ def solve_rows(
         span, left, share = (first, n), most, np.float64(1)
         if n <= len(block.weights):
             _copy(entries, objective, span, scale, block)
-        is_solved: Any = False
+        is_solved: bool | np.bool_ = False
         for turn in range(_ROUNDS):
             size, energy, error, length, largest = _residual(
                 entries, objective, span, block, scale, (z, d, inverse, residual, wide[3])

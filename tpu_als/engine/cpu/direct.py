@@ -10,7 +10,7 @@ Axis letters: R rows, E entries, K factors, P of them and pads to whole cache li
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,11 +41,11 @@ class System(NamedTuple):
         Source rows of entries, and their products with w.
     """
 
-    matrix: Any
-    rhs: Any
-    diagonal: Any
-    rows: Any
-    weighted: Any
+    matrix: np.ndarray
+    rhs: np.ndarray
+    diagonal: np.ndarray
+    rows: np.ndarray
+    weighted: np.ndarray
 
 
 class How(NamedTuple):
@@ -59,12 +59,14 @@ class How(NamedTuple):
         Number K of factors.
     """
 
-    relaxation: Any
-    factors: Any
+    relaxation: float
+    factors: int
 
 
 @inner
-def _add_rows(rows: Any, factors: Any, count: Any, low: Any, sign: Any, out: Any) -> None:
+def _add_rows(
+    rows: np.ndarray, factors: np.ndarray, count: int, low: int, sign: float, out: np.ndarray
+) -> None:
     """Add sign F^T E to the rows from `low` on of an upper triangle, as many as a group has."""
     lanes, width = REGISTER_BYTES // out.itemsize, len(out)
     for column in range(low // lanes * lanes, width, lanes):
@@ -73,7 +75,7 @@ def _add_rows(rows: Any, factors: Any, count: Any, low: Any, sign: Any, out: Any
 
 @inner
 def _add_entries(
-    entries: Entries, objective: Objective, span: Any, scale: Any, system: System
+    entries: Entries, objective: Objective, span: tuple[int, int], scale: float, system: System
 ) -> None:
     """Add what some entries contribute to a system."""
     source, ids, values, _ = entries
@@ -96,7 +98,12 @@ def _add_entries(
 
 @inner
 def _form(
-    entries: Entries, objective: Objective, span: Any, scale: Any, system: System, total: Any
+    entries: Entries,
+    objective: Objective,
+    span: tuple[int, int],
+    scale: float,
+    system: System,
+    total: np.ndarray,
 ) -> None:
     """Write a system, whose blocks of entries are summed in float64 if there are several."""
     (first, n), matrix, rhs = span, system.matrix, system.rhs
@@ -121,7 +128,7 @@ def _form(
 
 
 @inner
-def _factorise(system: System) -> Any:
+def _factorise(system: System) -> bool:
     """Replace the matrix by U with U^T U = matrix; return whether it is positive definite."""
     matrix, width = system.matrix, len(system.matrix)
     for low in range(0, width, GROUP):
@@ -157,7 +164,12 @@ def _substitute(system: System) -> None:
 
 @compiled
 def solve_rows(
-    rows: Any, starts: Any, entries: Entries, objective: Objective, diagonal: Diagonal, how: How
+    rows: np.ndarray,
+    starts: tuple[np.ndarray, np.ndarray],
+    entries: Entries,
+    objective: Objective,
+    diagonal: Diagonal,
+    how: How,
 ) -> None:
     """Solve R rows of equation (3) by Cholesky, as `xla.cholesky.direct` does.
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numba
+from llvmlite import ir
+from numba.core.base import BaseContext
+from numba.core.typing.templates import Signature
 
 from tpu_als.engine.cpu import kept_code
 
 log = logging.getLogger("tpu_als")
+# What numba passes to an intrinsic, and what the intrinsic returns: a signature, and a function
+# that writes LLVM's instructions.
+Context: TypeAlias = BaseContext
+Intrinsic: TypeAlias = tuple[Signature, Callable[..., ir.Value]]
 
 # Sums may be reordered, to vectorise them; infinity and NaN are preserved.
 _OPTIONS: Any = {

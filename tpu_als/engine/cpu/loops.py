@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from llvmlite import ir
+from numba import types
+from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
 from tpu_als.engine import objective as equations
-from tpu_als.engine.cpu.jit import compiled, inner
+from tpu_als.engine.cpu.jit import Context, Intrinsic, compiled, inner
 from tpu_als.engine.objective import Objective
 
 # Number of entries that are summed in the dtype of sums, before a float64 total adds the sum.
@@ -45,10 +46,10 @@ class Entries(NamedTuple):
         How many entries ahead source rows are prefetched; 0 for no prefetching.
     """
 
-    source: Any
-    ids: Any
-    values: Any
-    ahead: Any
+    source: np.ndarray
+    ids: np.ndarray
+    values: np.ndarray
+    ahead: int
 
 
 class Diagonal(NamedTuple):
@@ -71,43 +72,45 @@ class Diagonal(NamedTuple):
         The least divisor, and the largest number.
     """
 
-    spectrum: Any
-    top: Any
-    n_source: Any
-    weight: Any
-    reach: Any
-    tiny: Any
-    most: Any
+    spectrum: np.ndarray
+    top: float
+    n_source: float
+    weight: float
+    reach: float
+    tiny: float
+    most: float
 
 
-def _prefetch_intrinsic(_: Any, __: Any) -> Any:
+def _prefetch_intrinsic(_: Context, __: types.Type) -> Intrinsic:
     """Prefetch the cache line at an address: LLVM's intrinsic, because Python has none."""
     number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
     read, nearest, data = number(0), number(3), number(1)
 
-    def emit(context: Any, builder: Any, _: Any, args: Any) -> Any:
+    def emit(
+        context: Context, builder: ir.IRBuilder, _: Signature, args: list[ir.Value]
+    ) -> ir.Value:
         kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
         word = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
         builder.call(word, [builder.inttoptr(args[0], pointer), read, nearest, data])
         return context.get_dummy_value()
 
-    return numba.types.void(numba.types.uintp), emit
+    return types.void(types.uintp), emit
 
 
 prefetch: Any = intrinsic(_prefetch_intrinsic)
 
 
-def _widen_intrinsic(_: Any, number: Any) -> Any:
+def _widen_intrinsic(_: Context, number: types.Type) -> Intrinsic:
     """Return a float unchanged, and the bits of a bfloat16 number (uint16) as float32."""
-    if number != numba.types.uint16:
+    if number != types.uint16:
         return number(number), lambda *given: given[-1][0]
     word = ir.IntType(32)
 
-    def emit(_: Any, builder: Any, __: Any, args: Any) -> Any:
+    def emit(_: Context, builder: ir.IRBuilder, __: Signature, args: list[ir.Value]) -> ir.Value:
         upper = builder.shl(builder.zext(args[0], word), word(16))
         return builder.bitcast(upper, ir.FloatType())
 
-    return numba.types.float32(number), emit
+    return types.float32(number), emit
 
 
 widen: Any = intrinsic(_widen_intrinsic)
@@ -119,7 +122,12 @@ _ridge = inner(equations.ridge)
 
 @inner
 def add_products(
-    entries: Entries, objective: Objective, span: Any, scales: Any, p: Any, out: Any
+    entries: Entries,
+    objective: Objective,
+    span: tuple[int, int],
+    scales: tuple[float, float],
+    p: np.ndarray,
+    out: np.ndarray,
 ) -> None:
     """Add E^T s of some entries to `out`, with s = scales[0] v + scales[1] W t and t = E p.
 
@@ -178,8 +186,8 @@ def add_products(
 
 @inner
 def _curvature(
-    entries: Entries, objective: Objective, first: Any, n: Any, scale: Any, p: Any
-) -> Any:
+    entries: Entries, objective: Objective, first: int, n: int, scale: float, p: np.ndarray
+) -> float:
     """scale p^T E^T W E p of n entries: half the work of `add_products`."""
     source, ids, values, ahead = entries
     kind = p.dtype.type
@@ -216,8 +224,8 @@ def _curvature(
 
 @inner
 def scaled(
-    objective: Objective, diagonal: Diagonal, n: Any, steps: Any, d: Any, inverse: Any
-) -> Any:
+    objective: Objective, diagonal: Diagonal, n: int, steps: int, d: np.ndarray, inverse: np.ndarray
+) -> tuple[float, float, bool]:
     """Write a row's scaled diagonal part D to `d`, and a multiple of D^-1 to `inverse`.
 
     Returns the scale (`xla.solve.equation_scale`), the multiple, and whether CG starts at zero
@@ -249,14 +257,14 @@ class Solver(NamedTuple):
         Steps of CG; 0 where every weight w is 0.
     """
 
-    relaxation: Any
-    steps: Any
+    relaxation: float
+    steps: int
 
 
 @compiled
 def solve_rows(
-    rows: Any,
-    starts: Any,
+    rows: np.ndarray,
+    starts: tuple[np.ndarray, np.ndarray],
     entries: Entries,
     objective: Objective,
     diagonal: Diagonal,
@@ -361,7 +369,12 @@ def solve_rows(
 
 @compiled
 def measure_rows(
-    rows: Any, starts: Any, entries: Entries, objective: Objective, offset: Any, out: Any
+    rows: np.ndarray,
+    starts: tuple[np.ndarray, np.ndarray],
+    entries: Entries,
+    objective: Objective,
+    offset: float,
+    out: np.ndarray,
 ) -> None:
     """Write the loss of the entries of R rows into `out`, as in `xla.solve.cells_loss`.
 

@@ -10,7 +10,8 @@ Axis letters: B rows of scores, n columns, C capacity of the lists of candidates
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,10 +37,10 @@ class Candidates(NamedTuple):
         Once a row has k candidates: the least of them. Before that, minus infinity.
     """
 
-    scores: Any
-    ids: Any
-    sizes: Any
-    bounds: Any
+    scores: np.ndarray
+    ids: np.ndarray
+    sizes: np.ndarray
+    bounds: np.ndarray
 
 
 class Hidden(NamedTuple):
@@ -56,14 +57,14 @@ class Hidden(NamedTuple):
         Columns to hide in all rows.
     """
 
-    lengths: Any
-    starts: Any
-    seen: Any
-    excluded: Any
+    lengths: np.ndarray
+    starts: np.ndarray
+    seen: np.ndarray
+    excluded: np.ndarray
 
 
 @inner
-def _kth(numbers: Any, n: Any, k: Any) -> Any:
+def _kth(numbers: np.ndarray, n: int, k: int) -> float:
     """The k-th largest of n numbers, which are reordered (Hoare's quickselect)."""
     low, high, wanted = 0, n - 1, k - 1
     while low < high:
@@ -89,7 +90,7 @@ def _kth(numbers: Any, n: Any, k: Any) -> Any:
 
 
 @inner
-def _keep_k(candidates: Candidates, row: Any, n: Any, k: Any, scratch: Any) -> Any:
+def _keep_k(candidates: Candidates, row: int, n: int, k: int, scratch: np.ndarray) -> float:
     """Keep the k largest of n candidates of a row, the first ones of equals; return the least."""
     scores, ids, _, _ = candidates
     for at in range(n):
@@ -108,7 +109,7 @@ def _keep_k(candidates: Candidates, row: Any, n: Any, k: Any, scratch: Any) -> A
 
 
 @inner
-def _divide(products: Any, row: Any, lengths: Any, first: Any) -> Any:
+def _divide(products: np.ndarray, row: int, lengths: np.ndarray, first: int) -> np.int32:
     """Divide the scores of a row by lengths, if any; return how many are NaN or infinite."""
     n_bad, top = np.int32(0), products.dtype.type(np.inf)
     if len(lengths):
@@ -122,11 +123,11 @@ def _divide(products: Any, row: Any, lengths: Any, first: Any) -> Any:
     return n_bad
 
 
-def _maxima_by(width: int) -> Any:
+def _maxima_by(width: int) -> Callable[..., None]:
     """Compile a function that writes the maximum of each block of `width` columns of a row."""
 
     @inner_without_nan
-    def maxima(products: Any, row: Any, out: Any) -> None:
+    def maxima(products: np.ndarray, row: int, out: np.ndarray) -> None:
         n = products.shape[1]
         n_full = n // width
         for block in range(n_full):
@@ -151,7 +152,7 @@ _maxima_by_32, _maxima_by_16, _maxima_by_8, _maxima_by_4, _maxima_by_1 = map(_ma
 
 
 @inner
-def _maxima(products: Any, row: Any, width: Any, out: Any) -> None:
+def _maxima(products: np.ndarray, row: int, width: int, out: np.ndarray) -> None:
     """Write the maximum of each block of columns of a row; the width is one of `WIDTHS`."""
     if width == 32:
         _maxima_by_32(products, row, out)
@@ -166,7 +167,7 @@ def _maxima(products: Any, row: Any, width: Any, out: Any) -> None:
 
 
 @inner
-def _kth_kept(numbers: Any, n: Any, k: Any, scratch: Any) -> Any:
+def _kth_kept(numbers: np.ndarray, n: int, k: int, scratch: np.ndarray) -> float:
     """The k-th largest of n numbers, which stay as they are."""
     if k > _FEW:
         for at in range(n):
@@ -186,7 +187,7 @@ def _kth_kept(numbers: Any, n: Any, k: Any, scratch: Any) -> Any:
 
 
 @inner
-def _insert(scores: Any, ids: Any, size: Any, score: Any, column: Any) -> None:
+def _insert(scores: np.ndarray, ids: np.ndarray, size: int, score: float, column: int) -> None:
     """Insert a score into a list in order, behind its equals; the last one of the list is lost."""
     at = size - 1
     while at > 0 and scores[at - 1] < score:
@@ -197,8 +198,13 @@ def _insert(scores: Any, ids: Any, size: Any, score: Any, column: Any) -> None:
 
 @compiled
 def best_of_row(
-    products: Any, lengths: Any, seen: Any, excluded: Any, ids: Any, scores: Any
-) -> Any:
+    products: np.ndarray,
+    lengths: np.ndarray,
+    seen: np.ndarray,
+    excluded: np.ndarray,
+    ids: np.ndarray,
+    scores: np.ndarray,
+) -> bool:
     """Select the largest scores of one row, in order; of equal scores, the first columns.
 
     It is for few places, as each new score is inserted among the larger ones.
@@ -255,7 +261,7 @@ def best_of_row(
 
 @compiled
 def select(
-    products: Any, first: Any, hidden: Hidden, k: Any, width: Any, candidates: Candidates
+    products: np.ndarray, first: int, hidden: Hidden, k: int, width: int, candidates: Candidates
 ) -> None:
     """Add the scores of a block of columns to the candidates of each row.
 
@@ -315,7 +321,7 @@ def select(
 
 
 @compiled
-def finish(candidates: Candidates, k: Any, ids: Any, scores: Any) -> None:
+def finish(candidates: Candidates, k: int, ids: np.ndarray, scores: np.ndarray) -> None:
     """Write the candidates of each row in order, best first; of equal scores, the first columns.
 
     Parameters

@@ -14,11 +14,13 @@ from __future__ import annotations
 from typing import Any
 
 import llvmlite.binding
-import numba
 from llvmlite import ir
+from numba import types
 from numba.core import cgutils
+from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
+from tpu_als.engine.cpu.jit import Context, Intrinsic
 from tpu_als.engine.cpu.memory import LINE
 
 GROUP = 8  # rows that are processed together
@@ -38,37 +40,37 @@ REGISTER_BYTES = _register_bytes()
 class _Emitter:
     """Writes the instructions that the intrinsics share."""
 
-    def __init__(self, context: Any, builder: Any, dtype: Any) -> None:
+    def __init__(self, context: Context, builder: ir.IRBuilder, dtype: types.Type) -> None:
         self.context, self.builder = context, builder
         self.kind = context.get_value_type(dtype)
         self.lanes = REGISTER_BYTES // _size(self.kind)
         self.vector = ir.VectorType(self.kind, self.lanes)
 
-    def array(self, kind: Any, value: Any) -> tuple[Any, Any]:
+    def array(self, kind: types.Array, value: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Address and number of columns of an array."""
         found = self.context.make_array(kind)(self.context, self.builder, value)
         return found.data, cgutils.unpack_tuple(self.builder, found.shape)[-1]
 
-    def pointer(self, data: Any, at: Any) -> Any:
+    def pointer(self, data: ir.Value, at: ir.Value) -> ir.Value:
         """Address of a vector of elements."""
         element = self.builder.gep(data, [at])
         kind = ir.VectorType(element.type.pointee, self.lanes)
         return self.builder.bitcast(element, kind.as_pointer())
 
-    def load(self, data: Any, at: Any) -> Any:
+    def load(self, data: ir.Value, at: ir.Value) -> ir.Value:
         """A vector of elements, in the dtype of the sums."""
         pointer = self.pointer(data, at)
         found = self.builder.load(pointer, align=_size(pointer.type.pointee.element))
         return found if found.type == self.vector else self.builder.fpext(found, self.vector)
 
-    def store(self, value: Any, data: Any, at: Any) -> None:
+    def store(self, value: ir.Value, data: ir.Value, at: ir.Value) -> None:
         """Store a vector of sums, rounded to the dtype of the array."""
         pointer = self.pointer(data, at)
         if pointer.type.pointee != value.type:
             value = self.builder.fptrunc(value, pointer.type.pointee)
         self.builder.store(value, pointer, align=_size(pointer.type.pointee.element))
 
-    def spread(self, data: Any, at: Any) -> Any:
+    def spread(self, data: ir.Value, at: ir.Value) -> ir.Value:
         """A vector of copies of one element."""
         value = self.builder.load(self.builder.gep(data, [at]))
         first = self.builder.insert_element(
@@ -76,20 +78,20 @@ class _Emitter:
         )
         return self.shuffled(first, first, [0] * self.lanes)
 
-    def shuffled(self, a: Any, b: Any, order: list[int]) -> Any:
+    def shuffled(self, a: ir.Value, b: ir.Value, order: list[int]) -> ir.Value:
         """The elements of two vectors in this order."""
         mask = ir.Constant(ir.VectorType(_INDEX, len(order)), order)
         return self.builder.shuffle_vector(a, b, mask)
 
-    def add(self, a: Any, b: Any) -> Any:
+    def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """The sum a + b."""
         return self.builder.fadd(a, b, flags=_FAST)
 
-    def multiply_add(self, total: Any, a: Any, b: Any) -> Any:
+    def multiply_add(self, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
         """The sum total + a b."""
         return self.add(total, self.builder.fmul(a, b, flags=_FAST))
 
-    def zeros(self, count: int) -> list[Any]:
+    def zeros(self, count: int) -> list[ir.Value]:
         """Variables for sums, which the compiler keeps in registers."""
         zero = ir.Constant(self.vector, None)
         variables = [cgutils.alloca_once_value(self.builder, zero) for _ in range(count)]
@@ -97,7 +99,7 @@ class _Emitter:
             self.builder.store(zero, variable)
         return variables
 
-    def collected(self, variables: list[Any]) -> list[Any]:
+    def collected(self, variables: list[ir.Value]) -> list[ir.Value]:
         """The sums of the elements of each of G vectors, as few vectors in this order."""
         vectors, lanes = [self.builder.load(variable) for variable in variables], self.lanes
         while lanes > len(vectors):
@@ -118,7 +120,7 @@ class _Emitter:
             step *= 2
         return vectors
 
-    def prefetch(self, data: Any, at: Any) -> None:
+    def prefetch(self, data: ir.Value, at: ir.Value) -> None:
         """Prefetch an element's cache line."""
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, _INDEX, _INDEX, _INDEX])
@@ -127,14 +129,18 @@ class _Emitter:
         self.builder.call(word, [address, _INDEX(0), _INDEX(3), _INDEX(1)])
 
 
-def _size(kind: Any) -> int:
+def _size(kind: ir.Type) -> int:
     return 8 if isinstance(kind, ir.DoubleType) else 4
 
 
-def _dots_intrinsic(_: Any, rows: Any, at: Any, p: Any, out: Any) -> Any:
+def _dots_intrinsic(
+    _: Context, rows: types.Array, at: types.Type, p: types.Array, out: types.Array
+) -> Intrinsic:
     """Write the products of rows at, ..., at + G - 1 of `rows` (E, P) and p (P,) to `out` (G,)."""
 
-    def emit(context: Any, builder: Any, _: Any, args: Any) -> Any:
+    def emit(
+        context: Context, builder: ir.IRBuilder, _: Signature, args: list[ir.Value]
+    ) -> ir.Value:
         emitter = _Emitter(context, builder, p.dtype)
         data, width = emitter.array(rows, args[0])
         given, _ = emitter.array(p, args[2])
@@ -155,16 +161,20 @@ def _dots_intrinsic(_: Any, rows: Any, at: Any, p: Any, out: Any) -> Any:
             builder.store(value, pointer, align=_size(emitter.kind))
         return context.get_dummy_value()
 
-    return numba.types.void(rows, at, p, out), emit
+    return types.void(rows, at, p, out), emit
 
 
-def _add_rows_intrinsic(_: Any, rows: Any, at: Any, factors: Any, out: Any) -> Any:
+def _add_rows_intrinsic(
+    _: Context, rows: types.Array, at: types.Type, factors: types.Array, out: types.Array
+) -> Intrinsic:
     """Add the rows at, ..., at + G - 1 of `rows` (E, P), times `factors` (G,), to `out` (P,).
 
     The rows after them are prefetched.
     """
 
-    def emit(context: Any, builder: Any, _: Any, args: Any) -> Any:
+    def emit(
+        context: Context, builder: ir.IRBuilder, _: Signature, args: list[ir.Value]
+    ) -> ir.Value:
         emitter = _Emitter(context, builder, out.dtype)
         data, width = emitter.array(rows, args[0])
         given, _ = emitter.array(factors, args[2])
@@ -185,19 +195,27 @@ def _add_rows_intrinsic(_: Any, rows: Any, at: Any, factors: Any, out: Any) -> A
                 emitter.prefetch(data, builder.add(ahead, width.type(element)))
         return context.get_dummy_value()
 
-    return numba.types.void(rows, at, factors, out), emit
+    return types.void(rows, at, factors, out), emit
 
 
 def _add_tile_intrinsic(
-    _: Any, rows: Any, factors: Any, count: Any, place: Any, sign: Any, out: Any
-) -> Any:
+    _: Context,
+    rows: types.Array,
+    factors: types.Array,
+    count: types.Type,
+    place: types.Type,
+    sign: types.Type,
+    out: types.Array,
+) -> Intrinsic:
     """Add sign F^T E to G rows of `out` (P, P), in the columns of one register.
 
     E and F are the first `count` rows of `rows` and `factors`; `place` has the first row and the
     first column. Sums stay in registers.
     """
 
-    def emit(context: Any, builder: Any, _: Any, args: Any) -> Any:
+    def emit(
+        context: Context, builder: ir.IRBuilder, _: Signature, args: list[ir.Value]
+    ) -> ir.Value:
         emitter = _Emitter(context, builder, out.dtype)
         (data, pitch), (given, pitch_given) = (
             emitter.array(rows, args[0]), emitter.array(factors, args[1]),
@@ -221,16 +239,20 @@ def _add_tile_intrinsic(
             emitter.store(emitter.multiply_add(before, builder.load(total), signs), target, at)
         return context.get_dummy_value()
 
-    return numba.types.void(rows, factors, count, place, sign, out), emit
+    return types.void(rows, factors, count, place, sign, out), emit
 
 
-def _multiply_intrinsic(_: Any, columns: Any, tiles: Any, tile: Any, out: Any) -> Any:
+def _multiply_intrinsic(
+    _: Context, columns: types.Array, tiles: types.Array, tile: types.Type, out: types.Array
+) -> Intrinsic:
     """Write products of G rows, given as `columns` (K, G), and a tile (K, L) to `out` (G, P).
 
     `tiles` (P / L, K, L) are all columns of a matrix (K, P), and L of its numbers a cache line.
     """
 
-    def emit(context: Any, builder: Any, _: Any, args: Any) -> Any:
+    def emit(
+        context: Context, builder: ir.IRBuilder, _: Signature, args: list[ir.Value]
+    ) -> ir.Value:
         emitter = _Emitter(context, builder, tiles.dtype)
         given, _ = emitter.array(columns, args[0])
         data, line = emitter.array(tiles, args[1])
@@ -253,7 +275,7 @@ def _multiply_intrinsic(_: Any, columns: Any, tiles: Any, tile: Any, out: Any) -
                 emitter.store(builder.load(total), target, builder.add(at, width.type(part)))
         return context.get_dummy_value()
 
-    return numba.types.void(columns, tiles, tile, out), emit
+    return types.void(columns, tiles, tile, out), emit
 
 
 multiply: Any = intrinsic(_multiply_intrinsic)
