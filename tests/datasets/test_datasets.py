@@ -160,6 +160,20 @@ class TestFrames:
             got = interactions_from_frame(events, "who", "what", users=given, unknown="error")
             np.testing.assert_array_equal(got.matrix.toarray(), [[2], [1]])
 
+    def test_unused_categories_do_not_change_the_type(self) -> None:
+        people = pd.Categorical(list("cab"), categories=["c", "a", "b", 99])
+        found = interactions_from_frame(
+            pd.DataFrame({"who": people, "what": [1, 2, 3]}), "who", "what"
+        )
+        expected = pd.Index(np.array(["a", "b", "c"], object))
+        pd.testing.assert_index_equal(found.users, expected, check_names=False)
+
+    def test_half_precision_ids_are_given(self) -> None:
+        ids = np.array([2, 1], np.float16)
+        events = pd.DataFrame({"who": ids, "what": [1, 1]})
+        found = interactions_from_frame(events, "who", "what", users=ids)
+        assert found.users.tolist() == [2, 1]
+
     def test_sums_are_exact(self) -> None:
         events = pd.DataFrame({"who": "ann", "what": 1, "paid": [2.0**24, 1, 1, 1, 1]})
         assert interactions_from_frame(events, "who", "what", "paid").matrix[0, 0] == 2**24 + 4

@@ -93,7 +93,9 @@ def ids_and_positions(column: pd.Series, given: object, name: str) -> tuple[pd.I
     """
     label = f"column {column.name!r}"
     codes, values, kind = _occurring(column, label)
-    distinct = pd.Index(values, tupleize_cols=False)
+    # An array of objects lets pandas find their type, such as text.
+    plain = values.to_numpy() if values.dtype == object else values
+    distinct = pd.Index(plain, tupleize_cols=False)
     if given is None:
         try:
             order = distinct.argsort()
@@ -217,6 +219,8 @@ def _given_ids(given: Any, name: str) -> pd.Index:
         given = given.to_flat_index()
     elif not isinstance(given, (pd.Index, pd.Series, np.ndarray)):
         given = list(given)
+    elif given.dtype == np.float16:  # pandas cannot index float16
+        given = given.astype(np.float32)
     ids = given if isinstance(given, pd.Index) else pd.Index(given, tupleize_cols=False)
     if ids.isna().any():
         raise ValueError(

@@ -34,8 +34,8 @@ class NewRows:
         Returns
         -------
         ndarray of shape (factors,), or (n, factors) for several users
-            Exact up to rounding. On a CPU each row is solved in float64 and rounded, whatever else
-            is in the batch; docs/math.md states what holds on other devices.
+            Exact up to rounding. On a CPU a row has the same bits whatever else is in the batch;
+            docs/math.md states what holds on other devices.
 
         Raises
         ------

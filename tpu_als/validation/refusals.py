@@ -136,7 +136,7 @@ def all_finite(values: np.ndarray) -> bool:
 
 def first_not_finite(array: np.ndarray) -> int | None:
     """The first row of an array (n, K) that holds NaN or infinity; None if there is none."""
-    if array.size <= _FEW and all_finite(array):
+    if array.size <= _MOST_AT_ONCE and all_finite(array):
         return None
     for low in range(0, len(array), _ROWS_AT_ONCE):
         block = array[low : low + _ROWS_AT_ONCE]

@@ -146,6 +146,15 @@ def test_weights_that_cancel_the_gramian_up_to_rounding_have_a_solution() -> Non
     assert np.isfinite(found).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gramians_do_not_depend_on_the_order_of_memory(dtype: str) -> None:
+    wide = np.random.default_rng(0).normal(size=(300, 2 * 33)).astype(dtype)
+    table = np.ascontiguousarray(wide[:, ::2])
+    expected = half_epoch.gramian(table, 1, np.float64)
+    for other in (wide[:, ::2], np.asfortranarray(table)):
+        np.testing.assert_array_equal(half_epoch.gramian(other, 1, np.float64), expected)
+
+
 def test_memory_for_rotated_rows_has_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rotated, "_SMALL", 0)
     objective, rows = OBJECTIVES["implicit"], _rows()

@@ -277,7 +277,8 @@ def gramian(table: np.ndarray, n_threads: int, dtype: Any) -> np.ndarray:
     def work(at: slice) -> np.ndarray:
         total = np.zeros((table.shape[1],) * 2)
         for low in range(at.start, at.stop, _GRAMIAN_ROWS):
-            rows = table[low : min(low + _GRAMIAN_ROWS, at.stop)].astype(dtype, copy=False)
+            # In one order, since BLAS's sums depend on that of the memory.
+            rows = np.ascontiguousarray(table[low : min(low + _GRAMIAN_ROWS, at.stop)], dtype)
             total += rows.T @ rows
         return total
 
