@@ -52,6 +52,17 @@ def test_reads_are_those_of_an_array(seed: int, dtype: Any) -> None:
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(table)).read(), expected)
 
 
+def test_the_share_of_changed_rows_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changed, "_SHARE", 0.5)
+    table, rows = np.zeros((200, 3), np.float32), np.ones((100, 3))
+    half = changed.with_rows(table, np.arange(100), rows)
+    assert isinstance(half, ChangedTable)
+    whole = changed.with_rows(half, np.array([150]), rows[:1])
+    assert isinstance(whole, np.ndarray)
+    assert np.flatnonzero(whole[:, 0]).tolist() == [*range(100), 150]
+    assert not table.any()
+
+
 def test_partial_fits_do_not_copy_the_table() -> None:
     plain, model = (
         TPUAlternatingLeastSquares(6, alpha=5.0, iterations=2, random_state=0).fit(

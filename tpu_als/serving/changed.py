@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FEW = 64  # rows to change or to read without a copy of the table
-_MOST = 1024  # changed rows of a table that is not copied
+FEW = 64  # rows to read without a copy of the table
+# Changed rows of a table that is not copied: so many, or this share of a larger table.
+_MOST, _SHARE = 1024, 1 / 64
 _LARGE = 1 << 18  # numbers of a table whose copy takes longer than the calls around it
 
 
@@ -81,6 +82,6 @@ def with_rows(
     n_rows = max(table.n_rows, 1 + max(changes, default=-1))
     changed = ChangedTable(base, {**table.rows, **changes}, n_rows)
     is_small = base.size < _LARGE or n_rows > 2 * len(base)
-    if is_small or len(ids) > FEW or len(changed.rows) > _MOST:
+    if is_small or len(changed.rows) > max(_MOST, _SHARE * len(base)):
         return changed.fetch()
     return changed
