@@ -46,7 +46,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-@pytest.mark.parametrize("n_factors", [1, 8, 13])
+@pytest.mark.parametrize("n_factors", [1, pytest.param(8, marks=pytest.mark.slow), 13])
 @pytest.mark.parametrize("length", [8, 24, 32, 40, 96])
 def test_products_equal_dense_ones(n_factors: int, length: int) -> None:
     block, indexed, p = _blocks(n_factors, length)
@@ -67,7 +67,7 @@ def test_products_equal_dense_ones(n_factors: int, length: int) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-@pytest.mark.parametrize("n_factors", [1, 8, 13])
+@pytest.mark.parametrize("n_factors", [1, pytest.param(8, marks=pytest.mark.slow), 13])
 @pytest.mark.parametrize("length", [8, 24, 32, 96])
 def test_cg_takes_the_same_steps(n_factors: int, length: int) -> None:
     block, indexed, z = _blocks(n_factors, length)
@@ -101,9 +101,9 @@ def _fit(
     ("n_devices", "dtype", "kind"),
     [
         (1, "float32", "implicit"),
-        (1, "float32", "zero weights"),
-        (1, "bfloat16", "implicit"),
-        (2, "float32", "ials"),
+        pytest.param(1, "float32", "zero weights", marks=pytest.mark.slow),
+        pytest.param(1, "bfloat16", "implicit", marks=pytest.mark.slow),
+        pytest.param(2, "float32", "ials", marks=pytest.mark.slow),
     ],
 )
 def test_fits_equal_those_without_kernels(
