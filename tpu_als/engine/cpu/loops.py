@@ -26,7 +26,7 @@ from tpu_als.engine import objective as equations
 from tpu_als.engine.cpu.jit import Context, Intrinsic, compiled, inner
 from tpu_als.engine.objective import Objective
 
-# Number of entries that are summed in the dtype of sums, before a float64 total adds the sum.
+# Number of entries that are summed in the rows' dtype, before a float64 total adds the sum.
 # A multiple of four. It bounds the rounding error of a row's sums, whatever the row's length.
 BLOCK = 1024
 

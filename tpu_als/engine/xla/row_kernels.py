@@ -298,11 +298,9 @@ def _predict(rows: Array, p: Array) -> Array:
     return jnp.sum(rows * p, axis=1, keepdims=True)
 
 
-def _solve_row(
-    ids: Ref, w: Ref, v: Ref, n_entries: Ref, table: Ref, start: Ref, diagonal: Ref, out: Ref,
-    *, length: int, steps: int,
-) -> None:  # fmt: skip
+def _solve_row(*refs: Ref, length: int, steps: int) -> None:
     """Kernel: solve the row of this program, which has at most `length` entries."""
+    ids, w, v, n_entries, table, start, diagonal, out = refs
     row = pl.program_id(0)
     tiles = _Tiles(ids, table, row * length, n_entries[row], length, out.dtype)
     z, d = _read_row(start, row), _read_row(diagonal, row)
@@ -330,11 +328,9 @@ def _part_of(
     return row, _Tiles(ids, table, row * length + number * part, count, part, dtype)
 
 
-def _image_of_part(
-    ids: Ref, a: Ref, b: Ref, n_entries: Ref, table: Ref, rows: Ref, out: Ref,
-    *, length: int, part: int, n_parts: int,
-) -> None:  # fmt: skip
+def _image_of_part(*refs: Ref, length: int, part: int, n_parts: int) -> None:
     """Kernel: E^T (a * E p + b) over a part of a row."""
+    ids, a, b, n_entries, table, rows, out = refs
     row, tiles = _part_of(ids, n_entries, table, out.dtype, length, part, n_parts)
     p = _read_row(rows, row)
 
@@ -344,11 +340,9 @@ def _image_of_part(
     _write_row(out, pl.program_id(0), tiles.fold(image, p.shape[1], (a, b)))
 
 
-def _predict_part(
-    ids: Ref, n_entries: Ref, table: Ref, rows: Ref, out: Ref,
-    *, length: int, part: int, n_parts: int,
-) -> None:  # fmt: skip
+def _predict_part(*refs: Ref, length: int, part: int, n_parts: int) -> None:
     """Kernel: E z over a part of a row; pads are not written."""
+    ids, n_entries, table, rows, out = refs
     row, tiles = _part_of(ids, n_entries, table, out.dtype, length, part, n_parts)
     z = _read_row(rows, row)
 
