@@ -1,6 +1,7 @@
 """Alternating least squares for implicit feedback on one or many devices.
 
-`TPUAlternatingLeastSquares` has the interface of ``implicit.als.AlternatingLeastSquares`` and is a
+`Recommender` takes tables of events and returns tables of recommendations. The model in it,
+`TPUAlternatingLeastSquares`, has the interface of ``implicit.als.AlternatingLeastSquares`` and is a
 scikit-learn estimator. On a CPU it runs compiled loops, and JAX is not imported; on accelerators,
 on several devices and in several processes it runs a sharded, jitted JAX engine.
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from tpu_als.engine.compilation_cache import enable_compilation_cache
     from tpu_als.estimator import TPUAlternatingLeastSquares
     from tpu_als.exceptions import DataWarning, ModelFileError, ModelFitError, ParameterWarning
+    from tpu_als.recommender import Recommender
     from tpu_als.served_model import ServedModel
 
 __version__ = "0.1.0"
@@ -26,6 +28,7 @@ __all__ = [
     "ModelFileError",
     "ModelFitError",
     "ParameterWarning",
+    "Recommender",
     "ServedModel",
     "TPUAlternatingLeastSquares",
     "__version__",
@@ -42,6 +45,7 @@ _SUBMODULES = (
     "compat", "datasets", "engine", "evaluation", "exceptions", "shards", "weighting",
 )  # fmt: skip
 _HOME = {
+    "Recommender": "tpu_als.recommender",
     "ServedModel": "tpu_als.served_model",
     "TPUAlternatingLeastSquares": "tpu_als.estimator",
     "enable_compilation_cache": "tpu_als.engine.compilation_cache",
