@@ -67,16 +67,21 @@ class IdMap:
     def grown(self, column: pd.Series, label: str) -> tuple[IdMap, np.ndarray]:
         """Add the ids that are not in the map; return the new map and the positions (n,)."""
         codes, distinct = self._distinct(column, label)
+        if not len(self):
+            known, order = _ascending(distinct)
+            places = np.empty(len(order), np.int64)
+            places[order] = np.arange(len(order))
+            return IdMap(known, kind=_kind_of(known)), places[codes]
         found = self._find(distinct)
         is_new = found < 0
         if not is_new.any():
             return self, found[codes]
-        new = _ascending(distinct[is_new])
-        kind = _kind_of(distinct) if self.kind == "nothing" else self.kind
-        if len(self) and len(self.added) + len(new) <= len(self.first) // _SHARE:
-            known = IdMap(self.first, self.added.append(new) if len(self.added) else new, kind)
+        new, _ = _ascending(distinct[is_new])
+        if len(self.added) + len(new) <= len(self.first) // _SHARE:
+            added = self.added.append(new) if len(self.added) else new
+            known = IdMap(self.first, added, self.kind)
         else:
-            known = IdMap(self.index.append(new) if len(self) else new, kind=kind)
+            known = IdMap(self.index.append(new), kind=self.kind)
         return known, known._find(distinct)[codes]
 
     def _distinct(self, column: pd.Series, label: str) -> tuple[np.ndarray, pd.Index]:
@@ -108,16 +113,17 @@ def whole_numbers(column: pd.Series) -> pd.Series:
     return pd.Series(pd.Categorical.from_codes(codes, numbers), column.index, name=column.name)
 
 
-def _ascending(ids: pd.Index) -> pd.Index:
-    """Sorted ids; ids that cannot be compared stay in the order in which they occur."""
+def _ascending(ids: pd.Index) -> tuple[pd.Index, np.ndarray]:
+    """Sorted ids, and their order; ids that cannot be compared stay as they occur."""
     try:
-        return ids[ids.argsort()]
+        order = ids.argsort()
     except TypeError:
-        return ids
+        order = np.arange(len(ids))
+    return ids[order], order
 
 
 def _kind_of(ids: pd.Index) -> str:
-    return occurring(pd.Series(ids), "ids")[2]
+    return occurring(pd.Series(ids[:1]), "ids")[2]
 
 
 def given_ids(ids: Any, name: str) -> tuple[pd.Series, bool]:

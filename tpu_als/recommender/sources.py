@@ -89,7 +89,7 @@ def _read_files(paths: list[Path], columns: list[str], ids: list[str]) -> pd.Dat
     frames = [_read_csv(path, columns, ids) for path in paths if path.name.endswith(_CSV)]
     parquet = [path for path in paths if path.name.endswith(_PARQUET)]
     if parquet:
-        frames.append(_read_parquet(parquet, columns, ids))
+        frames.append(_read_parquet(parquet, columns))
     return frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
 
 
@@ -105,22 +105,15 @@ def _read_csv(path: Path, columns: list[str], ids: list[str]) -> pd.DataFrame:
     )
 
 
-def _read_parquet(paths: list[Path], columns: list[str], ids: list[str]) -> pd.DataFrame:
+def _read_parquet(paths: list[Path], columns: list[str]) -> pd.DataFrame:
     try:
-        import pyarrow as pa
         from pyarrow import dataset
     except ImportError as error:
         message = f"{paths[0]}: Parquet files need pyarrow: pip install 'tpu-als[shards]'"
         raise ImportError(message) from error
-    schema = dataset.dataset(paths, format="parquet").schema
-    present = [name for name in columns if name in schema.names]
-    # Ids of text are read as positions in a dictionary, which takes a fraction of the time.
-    texts = [
-        name for name in present if name in ids and pa.types.is_string(schema.field(name).type)
-    ]
-    reading = dataset.ParquetFileFormat(dictionary_columns=set(texts))
-    table = dataset.dataset(paths, format=reading).to_table(columns=present)
-    return table.to_pandas(split_blocks=True, self_destruct=True)
+    files = dataset.dataset(paths, format="parquet")
+    present = [name for name in columns if name in files.schema.names]
+    return files.to_table(columns=present).to_pandas(split_blocks=True, self_destruct=True)
 
 
 def _read_frame(events: Any, columns: list[str]) -> tuple[pd.DataFrame, str]:
