@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from numbers import Real
 from typing import Any, Self
 
 import numpy as np
@@ -14,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from tpu_als.evaluation import holdout, splits
 from tpu_als.evaluation.metrics import popularity_of
-from tpu_als.validation import arguments, structure
+from tpu_als.validation import arguments, fractions, structure
 from tpu_als.validation.refusals import require_matrix
 
 _NO_ID = -1
@@ -202,8 +201,7 @@ class PopularityRecommender(BaseEstimator):
     def _recent(self, rows: sparse.csr_matrix, timestamps: Any) -> np.ndarray:
         """Sum over users of ``0.5 ** (age / half_life)`` for each item (n_items,)."""
         half_life: Any = self.half_life
-        is_number = isinstance(half_life, Real) and not isinstance(half_life, bool)
-        if not is_number or not 0 < float(half_life) < np.inf:
+        if not fractions.is_number(half_life) or half_life <= 0:
             raise ValueError(
                 f"half_life must be None or a finite number above 0, got {half_life!r}"
             )

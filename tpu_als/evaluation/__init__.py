@@ -7,6 +7,7 @@ reproducible for a seed. Ids may have any integer dtype, and id -1 is never a hi
 
 from __future__ import annotations
 
+from tpu_als.evaluation.comparison import compare
 from tpu_als.evaluation.metrics import (
     METRICS,
     metrics_of_rankings,
@@ -38,6 +39,7 @@ __all__ = [
     "METRICS",
     "AUC_at_k",
     "AUC_unseen_at_k",
+    "compare",
     "coverage_at_k",
     "hit_rate_at_k",
     "leave_k_out_split",
