@@ -26,6 +26,7 @@ HOST_ONLY = [
     "exceptions",
     "host",
     "parameters",
+    "pipelines",
     "subclasses",
     "weighting",
     "engine_options",

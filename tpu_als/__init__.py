@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tpu_als.engine.compilation_cache import enable_compilation_cache
     from tpu_als.estimator import TPUAlternatingLeastSquares
     from tpu_als.exceptions import DataWarning, ModelFileError, ModelFitError, ParameterWarning
+    from tpu_als.pipelines import RecommenderPipeline
     from tpu_als.served_model import ServedModel
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "ModelFileError",
     "ModelFitError",
     "ParameterWarning",
+    "RecommenderPipeline",
     "ServedModel",
     "TPUAlternatingLeastSquares",
     "__version__",
@@ -52,6 +54,7 @@ _SUBMODULES = (
     "baselines", "compat", "datasets", "engine", "evaluation", "exceptions", "shards", "weighting",
 )  # fmt: skip
 _HOME = {
+    "RecommenderPipeline": "tpu_als.pipelines",
     "ServedModel": "tpu_als.served_model",
     "TPUAlternatingLeastSquares": "tpu_als.estimator",
     "enable_compilation_cache": "tpu_als.engine.compilation_cache",
