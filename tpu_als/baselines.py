@@ -79,7 +79,8 @@ class PopularityRecommender(BaseEstimator):
             Ignored.
         timestamps : csr_matrix or csr_array with the same entries
             The time of each entry, as a number. Required with `half_life`. If an entry is stored
-            twice, the later time is used.
+            twice, the later time is used. `datasets.interactions_from_frame` makes this matrix from
+            the latest event of each user and item, with the day of the event as its value.
         show_progress : bool
             Ignored; a parameter of the `fit` of other models.
 

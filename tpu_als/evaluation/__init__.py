@@ -2,7 +2,8 @@
 
 Functions with implicit's names return implicit's values for a test matrix of positive entries. Here
 only positive entries are relevant; in implicit all stored entries are. Splits are vectorised and
-reproducible for a seed. Ids may have any integer dtype, and id -1 is never a hit.
+reproducible for a seed. Ids may have any integer dtype, and id -1 is never a hit. `compare`
+measures several models on the same users.
 """
 
 from __future__ import annotations
