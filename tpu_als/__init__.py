@@ -5,8 +5,8 @@
 scikit-learn estimator. On a CPU it runs compiled loops, and JAX is not imported; on accelerators,
 on several devices and in several processes it runs a sharded, jitted JAX engine.
 
-Submodules are imported when they are first used: `compat`, `datasets`, `engine`, `evaluation`,
-`exceptions`, `shards` and `weighting`.
+Submodules are imported when they are first used: `baselines`, `compat`, `datasets`, `engine`,
+`evaluation`, `exceptions`, `shards` and `weighting`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tpu_als import compat, datasets, engine, evaluation, exceptions, shards, weighting
+    from tpu_als import (
+        baselines,
+        compat,
+        datasets,
+        engine,
+        evaluation,
+        exceptions,
+        shards,
+        weighting,
+    )
     from tpu_als.engine.compilation_cache import enable_compilation_cache
     from tpu_als.estimator import TPUAlternatingLeastSquares
     from tpu_als.exceptions import DataWarning, ModelFileError, ModelFitError, ParameterWarning
+    from tpu_als.pipelines import RecommenderPipeline
     from tpu_als.recommender import Recommender
     from tpu_als.served_model import ServedModel
 
@@ -29,9 +39,11 @@ __all__ = [
     "ModelFitError",
     "ParameterWarning",
     "Recommender",
+    "RecommenderPipeline",
     "ServedModel",
     "TPUAlternatingLeastSquares",
     "__version__",
+    "baselines",
     "compat",
     "datasets",
     "enable_compilation_cache",
@@ -42,10 +54,11 @@ __all__ = [
     "weighting",
 ]
 _SUBMODULES = (
-    "compat", "datasets", "engine", "evaluation", "exceptions", "shards", "weighting",
+    "baselines", "compat", "datasets", "engine", "evaluation", "exceptions", "shards", "weighting",
 )  # fmt: skip
 _HOME = {
     "Recommender": "tpu_als.recommender",
+    "RecommenderPipeline": "tpu_als.pipelines",
     "ServedModel": "tpu_als.served_model",
     "TPUAlternatingLeastSquares": "tpu_als.estimator",
     "enable_compilation_cache": "tpu_als.engine.compilation_cache",
