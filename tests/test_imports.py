@@ -27,6 +27,7 @@ HOST_ONLY = [
     "host",
     "parameters",
     "pipelines",
+    "recommender",
     "subclasses",
     "weighting",
     "engine_options",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -49,7 +50,7 @@ def recommendations(
 
 
 def _columns(state: State, found: Ranked, names: Any) -> dict[str, Any]:
-    own = {} if names is None else {"user": names.take(found.queries)}
+    own = {} if names is None else {"user": names.take(found.queries).array}
     return {
         **own,
         "item": state.items.take(found.items),
@@ -73,7 +74,7 @@ def to_parquet(
     n_rows, schema = 0, None
     with replacing(Path(path)) as file:
         writer = None
-        for part in parts:
+        for part in itertools.chain(parts, [ranking.nothing()]):  # at least one, for the schema
             frame = pd.DataFrame(_columns(state, part, names))
             table = pa.Table.from_pandas(frame, schema, preserve_index=False)
             if writer is None:
@@ -81,8 +82,8 @@ def to_parquet(
                 writer = pq.ParquetWriter(file, schema)
             writer.write_table(table.cast(schema))
             n_rows += len(frame)
-        if writer is not None:
-            writer.close()
+        assert writer is not None
+        writer.close()
     return n_rows
 
 

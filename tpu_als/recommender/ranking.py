@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
+from tpu_als.evaluation.holdout import positive_counts
 from tpu_als.recommender.state import State
 
 _BLOCK = 1 << 14  # users that are ranked at a time, which bounds the memory
@@ -74,7 +75,8 @@ def blocks(state: State, users: np.ndarray, n: int, limits: Limits) -> Iterator[
 def ranked(state: State, users: np.ndarray, n: int, limits: Limits) -> Ranked:
     """As `blocks`, all users at once."""
     rows = _rows(state, users)
-    by_model = users >= 0
+    # The factors of a user without a positive weight should be zero, and are what rounding left.
+    by_model = positive_counts(rows) > 0
     by_model[by_model] = _has_factors(state, users[by_model])
     parts = [_by_model(state, users, rows, np.flatnonzero(by_model), n, limits)]
     parts.append(_by_popularity(state, users, rows, np.flatnonzero(~by_model), n, limits))
@@ -84,7 +86,7 @@ def ranked(state: State, users: np.ndarray, n: int, limits: Limits) -> Ranked:
 def ranked_row(state: State, row: sparse.csr_matrix, n: int, limits: Limits) -> Ranked:
     """Rank for one user with this row (1, N) of weights, who need not be in the data."""
     one, chosen = np.zeros(1, np.int64), _chosen(limits)
-    if row.nnz and (chosen is None or len(chosen)):
+    if (row.data > 0).any() and (chosen is None or len(chosen)):
         found = state.model.recommend(
             one, row, N=min(n, len(state.items)), recalculate_user=True,
             filter_already_liked_items=limits.excludes_seen,

@@ -48,7 +48,7 @@ def save(path: str | os.PathLike[str], recommender: Any, state: State) -> None:
         "library": state.library,
         "parameters": _parameters(recommender),
         "weighting": _weighting(state.weighting, arrays),
-        "clock": None if state.clock is None else [state.clock.kind, state.clock.latest.item()],
+        "clock": None if state.clock is None else [state.clock.kind, np.asarray(state.clock.latest).item()],
         "users": _ids(state.users, "user_ids", arrays),
         "items": _ids(state.items, "item_ids", arrays),
     }
