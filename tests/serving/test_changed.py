@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matrices import random_counts
+from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.serving import changed
@@ -97,3 +98,28 @@ def test_many_changed_rows_are_written_into_a_new_table() -> None:
         unread = table._unread
         assert unread is None or len(unread.rows) <= 20
     np.testing.assert_array_equal(table.read()[:, 0], np.r_[1:51, np.zeros(50)])
+
+
+def test_the_gramian_is_carried_over_changes() -> None:
+    """Over 300 changes the systems stay those of the table, also after huge rows came and went."""
+    rng = np.random.default_rng(0)
+    model = TPUAlternatingLeastSquares(8, alpha=5.0, random_state=0)
+    model.fit(random_counts(400, 40, seed=1), show_progress=False)
+    some = random_counts(5, 400, seed=2)
+    n_carried, last = 0, np.empty(0, int)
+    for step in range(300):
+        model.recalculate_item(np.arange(5), some)  # computes or uses the gramian
+        ids = rng.integers(0, 410, 3)
+        rows = rng.normal(size=(3, 8)) * (1e6 if step == 100 else 1)
+        if step == 101:
+            ids, rows = last, rng.normal(size=(3, 8))
+        last = ids
+        model._fitted = model._fitted.with_rows("user", ids, rows)
+        n_carried += model._fitted.user._carried is not None
+        width = model.user_factors.shape[0] - 400
+        grown = sparse.csr_matrix((some.data, some.indices, some.indptr), shape=(5, 400 + width))
+        fresh = copy.deepcopy(model).recalculate_item(np.arange(5), grown)
+        got = model.recalculate_item(np.arange(5), grown)
+        np.testing.assert_allclose(got, fresh, rtol=1e-4, atol=1e-5 * np.abs(fresh).max())
+        some = grown
+    assert n_carried > 250

@@ -48,7 +48,9 @@ def save(path: str | os.PathLike[str], recommender: Any, state: State) -> None:
         "library": state.library,
         "parameters": _parameters(recommender),
         "weighting": _weighting(state.weighting, arrays),
-        "clock": None if state.clock is None else [state.clock.kind, np.asarray(state.clock.latest).item()],
+        "clock": None
+        if state.clock is None
+        else [state.clock.kind, np.asarray(state.clock.latest).item()],
         "users": _ids(state.users, "user_ids", arrays),
         "items": _ids(state.items, "item_ids", arrays),
     }
@@ -63,6 +65,10 @@ def save(path: str | os.PathLike[str], recommender: Any, state: State) -> None:
     arrays["recommender"] = _bytes(json.dumps(about))
     with replacing(Path(path)) as file:
         write_npz(file, arrays)
+
+
+def _plain(clock: Clock | None) -> list[Any] | None:
+    return None if clock is None else [clock.kind, np.asarray(clock.latest).item()]
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], State]:

@@ -41,6 +41,9 @@ class ChangedTable:
         """Dtype of the values."""
         return self.base.dtype
 
+    def __len__(self) -> int:
+        return self.n_rows
+
     def fetch(self) -> np.ndarray:
         """The whole table, in new memory."""
         table = np.empty(self.shape, self.dtype)
@@ -59,6 +62,16 @@ class ChangedTable:
             elif number < len(self.base):
                 found[at] = self.base[number]
         return found
+
+
+def rows_of(table: np.ndarray | ChangedTable, ids: np.ndarray) -> np.ndarray:
+    """Copies (m, K) of rows; zeros for ids past the end."""
+    if isinstance(table, ChangedTable):
+        return table.take(ids)
+    found = np.zeros((len(ids), table.shape[1]), table.dtype)
+    is_row = ids < len(table)
+    found[is_row] = table[ids[is_row]]
+    return found
 
 
 def with_rows(

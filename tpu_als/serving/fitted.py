@@ -22,7 +22,8 @@ from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams, Data
 from tpu_als.engine.objective import Objective
 from tpu_als.host import single_blas_thread
-from tpu_als.serving.changed import FEW, ChangedTable, with_rows
+from tpu_als.serving.carried import Carried, after_change
+from tpu_als.serving.changed import FEW, ChangedTable, rows_of, with_rows
 from tpu_als.validation import arguments
 
 Kept = TypeVar("Kept")
@@ -51,6 +52,8 @@ class FactorTable:
         Assigned by the user, instead of the computed ones. They are checked when they are used.
     names : (str, str)
         The attributes that they were assigned to, for messages.
+    carried : Carried, optional
+        The gramian in float64, from a table of which few rows differ.
     """
 
     def __init__(
@@ -61,8 +64,9 @@ class FactorTable:
         gramian: np.ndarray | None = None,
         norms: np.ndarray | None = None,
         names: tuple[str, str] = ("gramian", "norms"),
+        carried: Carried | None = None,
     ) -> None:
-        self._host, self._unread = host, unread
+        self._host, self._unread, self._carried = host, unread, carried
         self.given_gramian, self.given_norms, self._names = gramian, norms, names
         self._derived: dict[str, tuple[Any, Any]] = {}
         self._lock = threading.RLock()
@@ -142,13 +146,27 @@ class FactorTable:
         if not isinstance(table, ChangedTable):
             table = self.read()
         made = with_rows(table, ids, rows)
-        return FactorTable(made) if isinstance(made, np.ndarray) else FactorTable(unread=made)
+        carried = self._carried_to(table, ids, rows.astype(table.dtype, copy=False))
+        host, unread = (made, None) if isinstance(made, np.ndarray) else (None, made)
+        return FactorTable(host, unread, carried=carried)
+
+    def _carried_to(self, table: Any, ids: np.ndarray, rows: np.ndarray) -> Carried | None:
+        """The gramian in float64 after a change of some rows, if it is known before."""
+        known = self._carried
+        source = self._derived.get(f"source for {CpuBackend.__name__}", (None, None))[1]
+        if isinstance(source, exact.Source) and source.known_gramian is not None:
+            known = known or Carried(source.known_gramian)
+        if known is None:
+            return None
+        last, at = np.unique(ids[::-1], return_index=True)  # the last row of an id is kept
+        return after_change(known, len(table), rows_of(table, last), rows[::-1][at])
 
     def given(self, names: tuple[str, str], **values: np.ndarray | None) -> FactorTable:
         """The same table with a gramian or norms assigned; None has them computed again."""
         values = {"gramian": self.given_gramian, "norms": self.given_norms, **values}
+        gramian, norms = values["gramian"], values["norms"]
         with self._lock:
-            return FactorTable(self._host, self._unread, names=names, **values)
+            return FactorTable(self._host, self._unread, gramian=gramian, norms=norms, names=names)
 
     def gramian(self) -> np.ndarray:
         """Y^T Y (factors, factors), assigned or computed."""
@@ -183,12 +201,18 @@ class FactorTable:
         name = f"source for {type(backend).__name__}"
         # On a CPU the number of threads changes from call to call.
         stamp = params if isinstance(backend, CpuBackend) else (params, backend)
-        source = self._once(name, stamp, lambda: backend.source(self.read(), params))
+        source = self._once(name, stamp, lambda: self._source(backend, params))
         if isinstance(backend, CpuBackend) and isinstance(source, exact.Source):
             source = source.on(backend.n_threads)
         is_given = source.wants_gramian or self.given_gramian is not None
         gram = self.gramian() if is_given else None
         return source.solve(rows, objective, gram=gram).astype(self.dtype, copy=False)
+
+    def _source(self, backend: Backend, params: AlsParams) -> Any:
+        source = backend.source(self.read(), params)
+        if isinstance(source, exact.Source) and self._carried is not None:
+            return source.knowing(self._carried.gram)
+        return source
 
     def catalog(self, backend: Backend, *, cosine: bool) -> Catalog:
         """The table in a backend's form, to rank its rows by product or by cosine."""

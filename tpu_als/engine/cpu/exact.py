@@ -102,6 +102,16 @@ class Source:
         """The same source for another number of threads."""
         return self if n_threads == self.n_threads else replace(self, n_threads=n_threads)
 
+    @property
+    def known_gramian(self) -> np.ndarray | None:
+        """The table's gramian in float64 if a call has computed it."""
+        return self._kept.get("gramian")
+
+    def knowing(self, gram: np.ndarray) -> Source:
+        """The same source with its gramian (K, K), float64, which is not computed then."""
+        self._kept["gramian"] = gram
+        return self
+
     def _eigenbasis(self) -> Eigenbasis:
         gram = self._gramian()
 
