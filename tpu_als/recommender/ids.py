@@ -42,9 +42,14 @@ class IdMap:
 
     def take(self, positions: np.ndarray) -> pd.Index:
         """The ids at some positions."""
-        if not len(self.added):
+        is_added = positions >= len(self.first)
+        if not is_added.any():
             return self.first.take(positions)
-        return self.index.take(positions)
+        both = self.first.take(positions[~is_added])
+        both = both.append(self.added.take(positions[is_added] - len(self.first)))
+        order = np.empty(len(positions), np.int64)
+        order[np.argsort(is_added, kind="stable")] = np.arange(len(positions))
+        return both.take(order)
 
     def positions(self, column: pd.Series, label: str) -> np.ndarray:
         """Position (n,) of each value, int64; -1 for ids that are not in the map.
