@@ -150,10 +150,11 @@ class Recommender(BaseEstimator):
             no events. The message has column, row and value.
         """
         schema = schema_of(self)
-        ids = [schema.user, schema.item]
+        ids, step = [schema.user, schema.item], state.Steps()
         frame, library, is_text = sources.read(events, schema.columns, ids)
         frame = _with_whole_numbers(frame, ids) if is_text else frame
         checked = counting.checked(frame, schema)
+        step.done("reading")
         if not len(checked.frame):
             raise ValueError(f"fit needs events, got none of {len(frame)} with a weight")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +19,21 @@ from tpu_als.recommender.counting import Clock, Events
 from tpu_als.recommender.history import Cells, History
 from tpu_als.recommender.ids import IdMap
 from tpu_als.recommender.schema import Schema
+
+log = logging.getLogger("tpu_als")
+
+
+class Steps:
+    """Logs how long the steps of `fit` take, at the level DEBUG of the logger "tpu_als"."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def done(self, name: str) -> None:
+        """Log a step, which began when the one before it was done."""
+        now = time.perf_counter()
+        log.debug("%s: %.3f s", name, now - self._begin)
+        self._begin = now
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +110,10 @@ def fitted(recommender: Any, schema: Schema, events: Events, library: str, fit: 
     fit : callable
         Fits a model to a matrix.
     """
+    step = Steps()
     users, user_at = IdMap(pd.Index([])).grown(events.frame[schema.user], _column(schema.user))
     items, item_at = IdMap(pd.Index([])).grown(events.frame[schema.item], _column(schema.item))
+    step.done("ids")
     clock = None if events.times is None else Clock(events.kind, events.latest)
     values = counting.decayed(events, schema, clock)
     shape = len(users), len(items)
@@ -103,7 +122,9 @@ def fitted(recommender: Any, schema: Schema, events: Events, library: str, fit: 
     if recommender.weighting is not None:
         weighting = clone(recommender.weighting).fit(cells.matrix(len(items), of="values"))
     cells = weighted(weighting, cells, len(items))
+    step.done("values and weights")
     model = fit(cells.matrix(len(items)))
+    step.done("model")
     return State(
         users=users,
         items=items,
