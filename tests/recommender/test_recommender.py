@@ -17,7 +17,14 @@ from scipy import sparse
 from shop import events, model
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.exceptions import NotFittedError, UndefinedMetricWarning
-from sklearn.model_selection import GridSearchCV, KFold, TimeSeriesSplit
+from sklearn.experimental import enable_halving_search_cv  # noqa: F401
+from sklearn.model_selection import (
+    GridSearchCV,
+    HalvingGridSearchCV,
+    KFold,
+    RandomizedSearchCV,
+    TimeSeriesSplit,
+)
 
 from tpu_als import DataWarning, ModelFileError, Recommender
 from tpu_als.weighting import BM25Weighting, LogWeighting, TfidfWeighting
@@ -534,8 +541,9 @@ def test_score_is_the_ndcg_of_new_items():
             best = sum(1 / np.log2(2 + at) for at in range(min(10, len(wanted))))
             values.append(sum(gains) / best)
     assert rec.score(later) == pytest.approx(np.mean(values), rel=1e-6)
-    with pytest.warns(UndefinedMetricWarning):
-        assert np.isnan(rec.score(EVENTS[:300]))
+    assert np.isnan(rec.score(EVENTS[:300]))  # no item is new
+    with pytest.warns(UndefinedMetricWarning, match="none of the 1 events has a user with"):
+        assert np.isnan(rec.score(stranger))
 
 
 def test_time_series_search_is_quiet_and_sees_no_later_event():
@@ -638,3 +646,22 @@ def test_new_items_and_bm25():
         rec.update(new)
     assert rec._state is state
     rec.update(EVENTS[:10])
+
+
+@pytest.mark.parametrize("search", ["randomized", "halving", "parallel", "polars"])
+def test_other_searches(search):
+    grid, cv = {"model__alpha": [1, 10], "half_life": [None, "5D"]}, TimeSeriesSplit(3)
+    rec, frame = make(timestamp="time"), EVENTS.drop(columns="kind")
+    made = {
+        "randomized": lambda: RandomizedSearchCV(rec, grid, n_iter=3, cv=cv, random_state=0),
+        "halving": lambda: HalvingGridSearchCV(rec, grid, cv=cv, random_state=0),
+        "parallel": lambda: GridSearchCV(rec, grid, cv=cv, n_jobs=2),
+        "polars": lambda: GridSearchCV(rec, grid, cv=cv),
+    }[search]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.set_params(error_score="raise").fit(
+            pl.from_pandas(frame) if search == "polars" else frame
+        )
+    assert np.isfinite(made.best_score_)
+    assert len(made.best_estimator_.recommend(["c03"], n=3)) == 3

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy import sparse
+from sklearn.exceptions import UndefinedMetricWarning
 
 from tpu_als.exceptions import DataWarning
 from tpu_als.recommender import counting, ranking, sources
@@ -221,6 +222,12 @@ def relevant(
     """
     user_at = state.users.positions(events.frame[schema.user], schema.user)
     is_known = user_at >= 0
+    if not is_known.any():
+        warnings.warn(
+            f"the score is not defined: none of the {len(user_at)} events has a user with a history",
+            UndefinedMetricWarning,
+            stacklevel=3,
+        )
     items, item_at = state.items.grown(events.frame[schema.item], schema.item)
     values = counting.decayed(events, schema, state.clock)
     users, row_at = np.unique(user_at[is_known], return_inverse=True)

@@ -395,14 +395,14 @@ class Recommender(BaseEstimator):
         Returns
         -------
         float
-            Between 0 and 1; NaN, with an UndefinedMetricWarning, if no known user has such an item.
+            Between 0 and 1; NaN if no known user has such an item, as for the events of `fit`. If
+            no event has a known user, an UndefinedMetricWarning says so.
         """
         schema, now = schema_of(self), self._state_
         checked = counting.checked(self._read(events, schema, now), schema)
         self._check_times(now, checked)
         relevant, users, counts = answers.relevant(now, schema, checked)
-        if not len(users):
-            holdout.warn_of_undefined("NDCG")
+        if not len(users):  # scikit-learn also scores the events of the fit, where this is usual
             return float("nan")
         ids = np.full((len(users), holdout.CUTOFF), -1, np.int64)
         for found in ranking.blocks(now, users, holdout.CUTOFF, ranking.Limits()):
