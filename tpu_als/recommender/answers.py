@@ -224,7 +224,7 @@ def relevant(
     is_known = user_at >= 0
     if not is_known.any():
         warnings.warn(
-            f"the score is not defined: none of the {len(user_at)} events has a user with a history",
+            f"the score is not defined: no user of the {len(user_at)} events has a history",
             UndefinedMetricWarning,
             stacklevel=3,
         )

@@ -395,8 +395,9 @@ class Recommender(BaseEstimator):
         Returns
         -------
         float
-            Between 0 and 1; NaN if no known user has such an item, as for the events of `fit`. If
-            no event has a known user, an UndefinedMetricWarning says so.
+            Between 0 and 1; NaN if no known user has such an item, as for the events of `fit`: use
+            ``return_train_score=False`` in searches. If no event has a known user, an
+            UndefinedMetricWarning says so.
         """
         schema, now = schema_of(self), self._state_
         checked = counting.checked(self._read(events, schema, now), schema)
