@@ -613,6 +613,8 @@ def test_refused_parameters(params, message):
 
 
 def test_refused_events():
+    with pytest.raises(TypeError, match="model must be a TPUAlternatingLeastSquares or None"):
+        make(model=LogWeighting()).fit(EVENTS)
     rec = make()
     for bad in (EVENTS["sku"], 3, None, {"a": 1}, [1, 2]):
         with pytest.raises(TypeError, match="events must be a DataFrame of pandas"):

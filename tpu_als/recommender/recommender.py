@@ -150,6 +150,11 @@ class Recommender(BaseEstimator):
             no events. The message has column, row and value.
         """
         schema = schema_of(self)
+        if not (self.model is None or isinstance(self.model, TPUAlternatingLeastSquares)):
+            raise TypeError(
+                "model must be a TPUAlternatingLeastSquares or None, got "
+                f"{type(self.model).__name__}: use weighting= for transformers"
+            )
         ids, step = [schema.user, schema.item], state.Steps()
         frame, library, is_text = sources.read(events, schema.columns, ids)
         frame = _with_whole_numbers(frame, ids) if is_text else frame
@@ -158,8 +163,9 @@ class Recommender(BaseEstimator):
         if not len(checked.frame):
             raise ValueError(f"fit needs events, got none of {len(frame)} with a weight")
 
+        model = TPUAlternatingLeastSquares() if self.model is None else clone(self.model)
+
         def fit_model(matrix: Any) -> Any:
-            model = TPUAlternatingLeastSquares() if self.model is None else clone(self.model)
             return model.fit(matrix, show_progress=show_progress)
 
         self._publish(state.fitted(self, schema, checked, library, fit_model))
