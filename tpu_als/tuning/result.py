@@ -1,0 +1,128 @@
+"""What a search returns: the model, all trials, and the settings as code."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.pipeline import Pipeline
+
+from tpu_als import parameters
+from tpu_als.tuning.trials import Trial
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """Result of `tpu_als.tune`.
+
+    Attributes
+    ----------
+    estimator : TPUAlternatingLeastSquares or Pipeline
+        The best settings, fitted on all data. With a weighting it is a Pipeline of steps
+        "weighting" and "model".
+    score : float
+        The metric of the best trial on the held-out part, before the fit on all data. It is the
+        best of many, so it is a little above what new data give.
+    metric : str
+        Name of the metric.
+    k : int
+        Length of the rankings.
+    trials : pandas.DataFrame
+        A row for each trial, in the order of the search: "rung", "objective", "weighting",
+        "epsilon", the estimator's parameters on the part that was trained on, "factors",
+        "iterations", "rows" (number of rows trained on), "score" (NaN if the fit failed) and
+        "seconds".
+    code : str
+        A line of Python that makes the unfitted estimator. It uses the names
+        `TPUAlternatingLeastSquares`, `Pipeline`, and the classes of `tpu_als.weighting`.
+    interrupted : bool
+        Whether the search was ended by a KeyboardInterrupt.
+    seconds : float
+        Time of the search, with the fit on all data.
+    """
+
+    estimator: Any
+    score: float
+    metric: str
+    k: int
+    trials: pd.DataFrame = field(repr=False)
+    code: str
+    interrupted: bool
+    seconds: float
+
+
+def assembled(weighting: Any, model: Any) -> Any:
+    """The model, behind its weighting if there is one.
+
+    Parameters
+    ----------
+    weighting : transformer or None
+        Fitted or not.
+    model : TPUAlternatingLeastSquares
+        Fitted or not.
+    """
+    return model if weighting is None else Pipeline([("weighting", weighting), ("model", model)])
+
+
+def code_of(weighting: Any, model: Any) -> str:
+    """A line of Python that makes `assembled(weighting, model)`, unfitted.
+
+    Parameters
+    ----------
+    weighting : transformer or None
+        The weighting.
+    model : TPUAlternatingLeastSquares
+        The model.
+    """
+    made = _call_of(model)
+    if weighting is None:
+        return made
+    return f'Pipeline([("weighting", {_call_of(weighting)}), ("model", {made})])'
+
+
+def frame_of(trials: list[Trial]) -> pd.DataFrame:
+    """The frame of `TuneResult.trials`."""
+    rows = [
+        {
+            "rung": trial.rung,
+            "objective": trial.settings.objective,
+            "weighting": trial.settings.weighting,
+            "epsilon": trial.epsilon,
+            "alpha": trial.parameters.get("alpha"),
+            "regularization": trial.parameters.get("regularization"),
+            "regularization_exponent": trial.settings.exponent,
+            "unobserved_weight": trial.parameters.get("unobserved_weight", 1.0),
+            **trial.size._asdict(),
+            "rows": trial.n_rows,
+            "score": trial.score,
+            "seconds": trial.seconds,
+        }
+        for trial in trials
+    ]
+    return pd.DataFrame(rows)
+
+
+def _call_of(estimator: Any) -> str:
+    """The constructor's call, with the parameters that differ from their defaults."""
+    defaults = inspect.signature(type(estimator).__init__).parameters
+    given = estimator.get_params(deep=False)
+    if given.get("dtype") is not None:
+        given["dtype"] = parameters.storage_dtype(given["dtype"])
+        given = {name: value for name, value in given.items() if (name, value) != ("dtype", "float32")}
+    changed = [
+        f"{name}={_text_of(given[name])}"
+        for name in defaults
+        if name in given and not _is_default(given[name], defaults[name].default)
+    ]
+    return f"{type(estimator).__name__}({', '.join(changed)})"
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    return value is default or (type(value) is type(default) and bool(value == default))
+
+
+def _text_of(value: Any) -> str:
+    return repr(value.item() if isinstance(value, np.generic) else value)
