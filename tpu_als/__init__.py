@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tpu_als.estimator import TPUAlternatingLeastSquares
     from tpu_als.exceptions import DataWarning, ModelFileError, ModelFitError, ParameterWarning
     from tpu_als.served_model import ServedModel
+    from tpu_als.tuning import TuneResult, tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ParameterWarning",
     "ServedModel",
     "TPUAlternatingLeastSquares",
+    "TuneResult",
     "__version__",
     "compat",
     "datasets",
@@ -36,6 +38,7 @@ __all__ = [
     "evaluation",
     "exceptions",
     "shards",
+    "tune",
     "weighting",
 ]
 _SUBMODULES = (
@@ -44,6 +47,8 @@ _SUBMODULES = (
 _HOME = {
     "ServedModel": "tpu_als.served_model",
     "TPUAlternatingLeastSquares": "tpu_als.estimator",
+    "TuneResult": "tpu_als.tuning",
+    "tune": "tpu_als.tuning",
     "enable_compilation_cache": "tpu_als.engine.compilation_cache",
     **dict.fromkeys(
         ("DataWarning", "ModelFileError", "ModelFitError", "ParameterWarning"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tpu_als.tuning.result import TuneResult
 from tpu_als.tuning.api import tune
+from tpu_als.tuning.result import TuneResult
 
 __all__ = ["TuneResult", "tune"]

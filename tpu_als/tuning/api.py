@@ -18,6 +18,7 @@ from tpu_als.tuning.budget import Budget, seconds_of
 from tpu_als.tuning.halving import Found
 from tpu_als.tuning.result import TuneResult
 from tpu_als.tuning.search import Options, search
+from tpu_als.tuning.space import Settings
 from tpu_als.tuning.split import split
 from tpu_als.tuning.trials import fit_until
 from tpu_als.validation import fractions, matrices
@@ -38,7 +39,7 @@ def tune(
     model: TPUAlternatingLeastSquares | None = None,
     max_factors: int = 256,
     n_candidates: int = 64,
-    validation_fraction: float = 0.2,
+    validation_fraction: float = 0.1,
     random_state: Any = None,
     verbose: bool = False,
 ) -> TuneResult:
@@ -72,8 +73,8 @@ def tune(
         Most factors to try. A budget that is too small for the final fit lowers it.
     n_candidates : int, default=64
         Candidates of the first round, without the neighbours of the best ones.
-    validation_fraction : float, default=0.2
-        Part of the entries to hold out.
+    validation_fraction : float, default=0.1
+        Part of the entries to hold out; without times, of at most 4,000 rows.
     random_state : int, RandomState, Generator or None, default=None
         Seed of the split, the candidates and the fits.
     verbose : bool, default=False
@@ -123,7 +124,8 @@ def tune(
     problem = split(rows, timestamps, validation_fraction, np.random.default_rng(seed))
     options = Options(metric, int(k), int(max_factors), int(n_candidates), seed, bool(verbose))
     found = search(problem, rows, template, options, limit)
-    weighting, fitted = _fitted(found, rows, template, limit)
+    best = found.best.settings.for_all(problem.kept)
+    weighting, fitted = _fitted(found, best, rows, template, limit)
     return TuneResult(
         estimator=result.assembled(weighting, fitted),
         score=found.best.score,
@@ -172,14 +174,17 @@ def _template(
 
 
 def _fitted(
-    found: Found, rows: sparse.csr_matrix, template: TPUAlternatingLeastSquares, limit: Budget
+    found: Found,
+    settings: Settings,
+    rows: sparse.csr_matrix,
+    template: TPUAlternatingLeastSquares,
+    limit: Budget,
 ) -> tuple[Any, TPUAlternatingLeastSquares]:
     """Fit the best settings on all data; return the fitted weighting, or None, and the model."""
-    best = found.best
-    weighting = scales.weighting_of(best.settings, rows)
+    weighting = scales.weighting_of(settings, rows)
     weighted = scales.weighted(weighting, rows)
-    values = scales.parameters_of(best.settings, weighted)
-    model = clone(template).set_params(**values, **best.size._asdict())
+    values = scales.parameters_of(settings, weighted)
+    model = clone(template).set_params(**values, **found.best.size._asdict())
     try:
         done = fit_until(model, weighted, limit.end)
     except KeyboardInterrupt:

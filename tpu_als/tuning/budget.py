@@ -96,7 +96,7 @@ def work_of(rows: sparse.csr_matrix, factors: int, iterations: int) -> float:
 
 
 class Costs:
-    """Predicts seconds of fits from those of earlier fits, and those of what each trial does besides.
+    """Predicts seconds of fits, and of weighting and ranking, from those of earlier trials.
 
     Seconds per unit of work depend on the number of factors, above all because small fits have
     overheads. A prediction uses the latest fits with the nearest number of factors.

@@ -24,6 +24,7 @@ log = logging.getLogger("tpu_als")
 
 _TOLERANCE = 1e-3  # relative gain that is worth more iterations
 _STEP, _MOST_ITERATIONS = 4, 40  # of the last phase
+_PATIENCE = 10  # a rung ends after that many neighbours that are no better
 _PARENTS = 4  # a neighbour is drawn from one of that many best trials
 
 
@@ -81,22 +82,24 @@ class Halving:
     ) -> None:
         self._found, self._space, self._runner_of, self._report = found, space, runner_of, report
 
-    def run(self, plan: list[Rung], started: float, end: float) -> None:
+    def run(self, plan: list[Rung], end_of: Callable[[], float]) -> None:
         """Run the rungs, and continue the best trial.
 
         Parameters
         ----------
         plan : list of Rung
             The rounds.
-        started, end : float
-            Times of `budget.clock`; `end` is infinity without a limit.
+        end_of : callable
+            Returns the time of `budget.clock` at which the search ends; infinity without a limit.
+            It is asked again in each rung, because predictions of the final fit improve.
         """
         found: list[Settings] = []
+        started = budget.clock()
         for number, rung in enumerate(plan):
-            until = started + rung.until * (end - started)
+            until = started + rung.until * (end_of() - started)
             first = self._space.first() if number == 0 else iter(found)
             found = self._rung(number, rung, first, until)
-        self._continue(self._runner_of(1.0), end)
+        self._continue(self._runner_of(1.0), end_of())
 
     def _rung(
         self, number: int, rung: Rung, first: Iterator[Settings], until: float
@@ -115,6 +118,8 @@ class Halving:
                 trial, tables = runner.run(number, settings, rung.size, until)
                 here.append(trial)
                 self._add(trial, tables)
+            if len(here) >= rung.n_kept + _PATIENCE and _is_stale(here):
+                break
         return [trial.settings for trial in _ranked(here)]
 
     def _near(self, here: list[Trial], width: float) -> Settings:
@@ -149,3 +154,9 @@ def _value(trial: Trial) -> tuple[int, float]:
 def _ranked(trials: list[Trial]) -> list[Trial]:
     """Best first, in a stable order."""
     return sorted(trials, key=_value, reverse=True)
+
+
+def _is_stale(here: list[Trial]) -> bool:
+    """Whether the last trials of a rung are no better than those before them."""
+    before, last = (max(map(_value, part)) for part in (here[:-_PATIENCE], here[-_PATIENCE:]))
+    return last[1] <= before[1] * (1 + _TOLERANCE)

@@ -10,7 +10,7 @@ from tpu_als.tuning.budget import Budget, Costs
 from tpu_als.tuning.trials import Size
 
 _ITERATIONS = (6, 8, 12, 16)  # of the rungs; the last are those of the last rung
-_LEAST_FACTORS = 8
+_LEAST_FACTORS = 16
 _ETA = 3  # a rung takes over one of that many candidates
 _REFIT = 0.25  # most of the budget for the final fit
 _MARGIN = 1.3  # the final fit may take that much longer than predicted
@@ -71,7 +71,7 @@ def rungs(n_candidates: int, largest: int, share: float) -> list[Rung]:
                 size=Size(factors, _ITERATIONS[number - n]),
                 share=part,
                 n_kept=n_kept,
-                n_near=n_kept // 2 if number == 0 else n_kept,
+                n_near=n_kept // 2 if number == 0 else n_candidates // 2,
                 until=_UNTIL[n][number],
                 width=0.7**number,
             )
@@ -106,9 +106,7 @@ def reserve(data: sparse.csr_matrix, factors: int, costs: Costs) -> float:
     return _MARGIN * costs.fit(data, factors, _ITERATIONS[-1])
 
 
-def first_share(
-    train: sparse.csr_matrix, largest: int, costs: Costs, seconds: float
-) -> float:
+def first_share(train: sparse.csr_matrix, largest: int, costs: Costs, seconds: float) -> float:
     """Part of the rows with which the first rung has time for enough candidates.
 
     Parameters

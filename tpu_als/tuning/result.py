@@ -33,8 +33,8 @@ class TuneResult:
     trials : pandas.DataFrame
         A row for each trial, in the order of the search: "rung", "objective", "weighting",
         "epsilon", the estimator's parameters on the part that was trained on, "factors",
-        "iterations", "rows" (number of rows trained on), "score" (NaN if the fit failed) and
-        "seconds".
+        "iterations", "rows" (number of rows trained on), "score" (NaN if the fit failed),
+        "seconds", and the numbers "balance" and "ridge" of docs/math.md.
     code : str
         A line of Python that makes the unfitted estimator. It uses the names
         `TPUAlternatingLeastSquares`, `Pipeline`, and the classes of `tpu_als.weighting`.
@@ -99,6 +99,8 @@ def frame_of(trials: list[Trial]) -> pd.DataFrame:
             "rows": trial.n_rows,
             "score": trial.score,
             "seconds": trial.seconds,
+            "balance": trial.settings.balance,
+            "ridge": trial.settings.ridge,
         }
         for trial in trials
     ]
@@ -109,9 +111,10 @@ def _call_of(estimator: Any) -> str:
     """The constructor's call, with the parameters that differ from their defaults."""
     defaults = inspect.signature(type(estimator).__init__).parameters
     given = estimator.get_params(deep=False)
-    if given.get("dtype") is not None:
+    if "dtype" in given:  # a class has no text that evaluates to it
         given["dtype"] = parameters.storage_dtype(given["dtype"])
-        given = {name: value for name, value in given.items() if (name, value) != ("dtype", "float32")}
+        if given["dtype"] == "float32":
+            del given["dtype"]
     changed = [
         f"{name}={_text_of(given[name])}"
         for name in defaults

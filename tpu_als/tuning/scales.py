@@ -1,4 +1,4 @@
-"""From settings that do not depend on the data's scale to the estimator's parameters, and weights."""
+"""Weights and parameters of the estimator, from settings that do not depend on the data's scale."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from scipy import sparse
 
 from tpu_als.tuning.space import Settings
-from tpu_als.weighting import BM25Weighting, LogWeighting, TfidfWeighting
+from tpu_als.weighting import LogWeighting, TfidfWeighting
 
 _POWER_ITERATIONS = 30
 _PRECISION = 1e-4
@@ -32,9 +32,7 @@ def weighting_of(settings: Settings, rows: sparse.csr_matrix) -> Any:
         positive = rows.data[rows.data > 0]
         unit = float(np.median(positive)) if len(positive) else 1.0
         return LogWeighting(_rounded(settings.epsilon * unit))
-    if settings.weighting == "tfidf":
-        return TfidfWeighting()
-    return BM25Weighting() if settings.weighting == "bm25" else None
+    return TfidfWeighting() if settings.weighting == "tfidf" else None
 
 
 def weighted(weighting: Any, rows: sparse.csr_matrix) -> sparse.csr_matrix:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from scipy import sparse
 from tqdm.auto import tqdm
 
 from tpu_als.estimator import TPUAlternatingLeastSquares
-from tpu_als.tuning import budget, plan
+from tpu_als.exceptions import ModelFitError
+from tpu_als.tuning import plan
 from tpu_als.tuning.budget import Budget, Costs
 from tpu_als.tuning.halving import Found, Halving
 from tpu_als.tuning.space import STARTS, Space
@@ -62,7 +64,7 @@ def search(
     ------
     KeyboardInterrupt
         If interrupted before the first trial has ended.
-    ValueError
+    ModelFitError
         If all trials failed.
     """
     costs, ranking = Costs(), Ranking(options.metric, options.k)
@@ -77,13 +79,19 @@ def search(
         space = Space(problem.train, np.random.default_rng(options.seed))
         halving = Halving(found, space, runner_of, functools.partial(_report, bar))
         try:
-            rungs, end = _planned(problem, everything, runner_of, options, limit)
-            halving.run(rungs, budget.clock(), end)
+            rungs = _planned(problem, everything, runner_of, options, limit)
+            largest = rungs[-1].size.factors
+            halving.run(rungs, lambda: limit.end - plan.reserve(everything, largest, costs))
         except KeyboardInterrupt:
             if not found.trials:
                 raise
             found.is_interrupted = True
             log.warning("tune: interrupted; the best of %d trials is fitted", len(found.trials))
+    if math.isnan(found.best.score):
+        raise ModelFitError(
+            f"all {len(found.trials)} trials failed. Their reasons are logged by the logger "
+            '"tpu_als" at the level INFO'
+        )
     return found
 
 
@@ -93,8 +101,8 @@ def _planned(
     runner_of: Callable[[float], Runner],
     options: Options,
     limit: Budget,
-) -> tuple[list[plan.Rung], float]:
-    """Measure how fast fits are; return the rungs, and the time of the clock at which they end."""
+) -> list[plan.Rung]:
+    """Measure how fast fits are, and plan the rungs."""
     train = problem.train
     runner = runner_of(min(_PROBE_ENTRIES / max(train.nnz, 1), 1.0))
     costs = runner.costs
@@ -102,10 +110,10 @@ def _planned(
         costs.forget()  # the first fit of a process may compile
         runner.run(0, STARTS[0], _PROBE, limit.end)
     largest = plan.largest_factors(train, everything, options.max_factors, costs, limit)
-    end = limit.end - plan.reserve(everything, largest, costs)
-    share = plan.first_share(train, largest, costs, end - budget.clock())
+    seconds = limit.left - plan.reserve(everything, largest, costs)
+    share = plan.first_share(train, largest, costs, seconds)
     log.info("tune: up to %d factors; the first rung has %.3g of the rows", largest, share)
-    return plan.rungs(options.n_candidates, largest, share), end
+    return plan.rungs(options.n_candidates, largest, share)
 
 
 def _report(bar: tqdm, trial: Trial, best: Trial) -> None:

@@ -26,11 +26,14 @@ class Problem:
         Positive entries to find.
     users : ndarray of int
         Rows that are scored: a sample of those with kept and with hidden entries.
+    kept : float
+        Part of all entries that is in `train`.
     """
 
     train: sparse.csr_matrix
     hidden: sparse.csr_matrix
     users: np.ndarray
+    kept: float
 
     def sample(self, share: float, rng: np.random.Generator) -> Problem:
         """A part of the rows, with the scored ones first; columns without entries are dropped.
@@ -51,7 +54,7 @@ class Problem:
         train, hidden = self.train[chosen], self.hidden[chosen]
         columns = np.flatnonzero(np.bincount(train.indices, minlength=train.shape[1]))
         train, hidden = train[:, columns], hidden[:, columns]
-        return Problem(train, hidden, _scored(train, hidden, rng))
+        return Problem(train, hidden, _drawn(_scorable(train, hidden), rng), self.kept)
 
 
 def split(
@@ -79,25 +82,55 @@ def split(
         If no row has kept and held-out entries.
     """
     if timestamps is None:
-        train, hidden = holdout.hide(rows, fraction, at_least=1, rng=rng)
+        users = _drawn(np.flatnonzero(holdout.positive_counts(rows) >= 2), rng)
+        train, hidden = _hidden(rows, users, fraction, rng)
     else:
-        train, late = time_split(rows, timestamps, fraction)
-        hidden = holdout.relevant(late, "data")
-    users = _scored(train, hidden, rng)
+        train, hidden = _latest(rows, timestamps, fraction)
+        users = _drawn(_scorable(train, hidden), rng)
     if not len(users):
         raise ValueError(_problem(rows, timestamps is not None, fraction))
-    return Problem(train, hidden, users)
+    return Problem(train, hidden, users, train.nnz / rows.nnz)
 
 
-def _scored(
-    train: sparse.csr_matrix, hidden: sparse.csr_matrix, rng: np.random.Generator
-) -> np.ndarray:
-    """A sample of the rows that have something to learn from and something to find."""
-    is_known = holdout.positive_counts(train) > 0
-    users = np.flatnonzero(is_known & (np.diff(hidden.indptr) > 0))
-    if len(users) > _MOST_USERS:
-        users = np.sort(rng.choice(users, _MOST_USERS, replace=False))
-    return users
+def _hidden(
+    rows: sparse.csr_matrix, users: np.ndarray, fraction: float, rng: np.random.Generator
+) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+    """Kept and hidden entries; a fraction of the positive entries of some rows is hidden.
+
+    Other rows keep all entries, so that the part to train on is as similar to all data as it can.
+    """
+    counts = holdout.positive_counts(rows)[users]
+    # Round at random, so that the fraction is right on average for short rows too.
+    wanted = np.floor(counts * fraction + rng.random(len(users))).astype(np.int64)
+    n_hidden = np.zeros(rows.shape[0], np.int64)
+    n_hidden[users] = np.clip(wanted, 1, counts - 1)
+    return holdout.parts(rows, holdout.drawn(rows, n_hidden, rng))
+
+
+def _latest(
+    rows: sparse.csr_matrix, timestamps: Any, fraction: float
+) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+    """Earlier entries, and the latest positive ones."""
+    if not sparse.issparse(timestamps) or timestamps.shape != rows.shape:
+        got = getattr(timestamps, "shape", type(timestamps).__name__)
+        raise ValueError(
+            f"timestamps must be a sparse matrix of the shape of data, {rows.shape}, with the time "
+            f"of each of its {rows.nnz} entries, got {got}"
+        )
+    train, late = time_split(rows, timestamps, fraction)
+    return train, holdout.relevant(late, "data")
+
+
+def _scorable(train: sparse.csr_matrix, hidden: sparse.csr_matrix) -> np.ndarray:
+    """Rows that have something to learn from and something to find."""
+    return np.flatnonzero((holdout.positive_counts(train) > 0) & (np.diff(hidden.indptr) > 0))
+
+
+def _drawn(users: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """At most `_MOST_USERS` of some users, in order."""
+    if len(users) <= _MOST_USERS:
+        return users
+    return np.sort(rng.choice(users, _MOST_USERS, replace=False))
 
 
 def _problem(rows: sparse.csr_matrix, has_times: bool, fraction: float) -> str:

@@ -92,14 +92,16 @@ def fit_until(model: TPUAlternatingLeastSquares, weighted: sparse.csr_matrix, en
     int
         The number of iterations run; at least one.
     """
-    done = 0
+    done, before = 0, math.inf
 
     def count(iteration: int, seconds: float, loss: float | None) -> None:
-        nonlocal done
-        del loss
-        done = iteration + 1
-        if done < model.iterations and budget.clock() + seconds > end:
+        nonlocal done, before
+        del seconds, loss
+        done, now = iteration + 1, budget.clock()
+        # The first iteration is preceded by the layout, so the second may be the first to count.
+        if done < model.iterations and now + max(now - before, 0.0) > end:
             raise _Deadline
+        before = now
 
     with contextlib.suppress(_Deadline):
         model.fit(weighted, show_progress=False, callback=count)
@@ -144,7 +146,9 @@ class Runner:
         """Seconds that a trial will take."""
         return self.costs.trial(self._train, *size)
 
-    def run(self, rung: int, settings: Settings, size: Size, end: float) -> tuple[Trial, Tables]:
+    def run(
+        self, rung: int, settings: Settings, size: Size, end: float
+    ) -> tuple[Trial, Tables | None]:
         """Fit and score a candidate.
 
         Parameters
