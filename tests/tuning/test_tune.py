@@ -161,16 +161,16 @@ def test_weightings_that_cannot_help_are_not_tried() -> None:
 @pytest.mark.parametrize("metric", ["ndcg", "recall", "map", "precision", "hit_rate", "mrr"])
 def test_metrics(metric: str) -> None:
     found = tune(groups(), **{**SMALL, "n_candidates": 2}, metric=metric)
-    assert 0.2 < found.score <= 1
+    assert 0 < found.score <= 1
     assert (found.metric, found.k) == (metric, 5)
 
 
-@pytest.mark.parametrize("seconds", [30.0, 200.0, 2000.0])
+@pytest.mark.parametrize("seconds", [40.0, 200.0])
 def test_ends_within_the_budget(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     clock = Clock(monkeypatch)
     found = tune(groups(), **{**SMALL, "budget": seconds, "n_candidates": 500})
     assert clock.now - 100 <= seconds + 1
-    assert clock.now - 100 >= seconds / 2
+    assert clock.now - 100 >= seconds * 0.7
     assert found.seconds == clock.now - 100
     # A part of the time was kept for the final fit.
     assert model_of(found).n_iter_ == found.trials.loc[found.trials["score"].idxmax(), "iterations"]
@@ -262,7 +262,7 @@ def test_all_trials_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModelFitError("diverged")
 
     monkeypatch.setattr(TPUAlternatingLeastSquares, "fit", fit)
-    with pytest.raises(ModelFitError, match="all 16 trials failed.*logger"):
+    with pytest.raises(ModelFitError, match="all 9 trials failed.*logger"):
         tune(groups(), **SMALL)
 
 

@@ -82,7 +82,7 @@ class Halving:
     ) -> None:
         self._found, self._space, self._runner_of, self._report = found, space, runner_of, report
 
-    def run(self, plan: list[Rung], end_of: Callable[[], float]) -> None:
+    def run(self, plan: list[Rung], end_of: Callable[[Size], float]) -> None:
         """Run the rungs, and continue the best trial.
 
         Parameters
@@ -90,16 +90,17 @@ class Halving:
         plan : list of Rung
             The rounds.
         end_of : callable
-            Returns the time of `budget.clock` at which the search ends; infinity without a limit.
-            It is asked again in each rung, because predictions of the final fit improve.
+            Takes the size of the final fit, and returns the time of `budget.clock` at which the
+            search has to end; infinity without a limit. It is asked again in each rung, because
+            predictions improve.
         """
         found: list[Settings] = []
         started = budget.clock()
         for number, rung in enumerate(plan):
-            until = started + rung.until * (end_of() - started)
+            until = started + rung.until * (end_of(plan[-1].size) - started)
             first = self._space.first() if number == 0 else iter(found)
             found = self._rung(number, rung, first, until)
-        self._continue(self._runner_of(1.0), end_of())
+        self._continue(self._runner_of(1.0), end_of)
 
     def _rung(
         self, number: int, rung: Rung, first: Iterator[Settings], until: float
@@ -126,19 +127,20 @@ class Halving:
         """A neighbour of one of a rung's best trials."""
         return self._space.near([trial.settings for trial in _ranked(here)[:_PARENTS]], width)
 
-    def _continue(self, runner: Runner, end: float) -> None:
+    def _continue(self, runner: Runner, end_of: Callable[[Size], float]) -> None:
         """Run more iterations of the best trial, while they help and there is time."""
         while True:
             best, tables = self._found.best, self._found.tables
             if tables is None or best.n_rows != runner.n_rows:
                 return
             size = Size(best.size.factors, _STEP)
-            is_over = best.size.iterations + _STEP > _MOST_ITERATIONS
+            longer = Size(best.size.factors, best.size.iterations + _STEP)
+            is_over, end = longer.iterations > _MOST_ITERATIONS, end_of(longer)
             if is_over or budget.clock() + runner.predicted(size) > end:
                 return
-            longer, tables = runner.resume(best, tables, _STEP, end)
-            self._add(longer, tables)
-            if longer.score <= best.score * (1 + _TOLERANCE):
+            trial, tables = runner.resume(best, tables, _STEP, end)
+            self._add(trial, tables)
+            if trial.score <= best.score * (1 + _TOLERANCE):
                 return
 
     def _add(self, trial: Trial, tables: Tables | None) -> None:

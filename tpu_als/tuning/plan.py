@@ -96,14 +96,17 @@ def largest_factors(
         The budget.
     """
     factors = max(min(most, *train.shape), 1)
-    while factors > _LEAST_FACTORS and reserve(data, factors, costs) > _REFIT * budget.seconds:
+    while (
+        factors > _LEAST_FACTORS
+        and reserve(data, Size(factors, _ITERATIONS[-1]), costs) > _REFIT * budget.seconds
+    ):
         factors = max(factors // 2, _LEAST_FACTORS)
     return factors
 
 
-def reserve(data: sparse.csr_matrix, factors: int, costs: Costs) -> float:
+def reserve(data: sparse.csr_matrix, size: Size, costs: Costs) -> float:
     """Seconds to keep for the final fit on all data."""
-    return _MARGIN * costs.fit(data, factors, _ITERATIONS[-1])
+    return _MARGIN * costs.fit(data, *size)
 
 
 def first_share(train: sparse.csr_matrix, largest: int, costs: Costs, seconds: float) -> float:

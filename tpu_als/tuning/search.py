@@ -80,8 +80,7 @@ def search(
         halving = Halving(found, space, runner_of, functools.partial(_report, bar))
         try:
             rungs = _planned(problem, everything, runner_of, options, limit)
-            largest = rungs[-1].size.factors
-            halving.run(rungs, lambda: limit.end - plan.reserve(everything, largest, costs))
+            halving.run(rungs, lambda size: limit.end - plan.reserve(everything, size, costs))
         except KeyboardInterrupt:
             if not found.trials:
                 raise
@@ -110,8 +109,7 @@ def _planned(
         costs.forget()  # the first fit of a process may compile
         runner.run(0, STARTS[0], _PROBE, limit.end)
     largest = plan.largest_factors(train, everything, options.max_factors, costs, limit)
-    seconds = limit.left - plan.reserve(everything, largest, costs)
-    share = plan.first_share(train, largest, costs, seconds)
+    share = plan.first_share(train, largest, costs, limit.left)
     log.info("tune: up to %d factors; the first rung has %.3g of the rows", largest, share)
     return plan.rungs(options.n_candidates, largest, share)
 
