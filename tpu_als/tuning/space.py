@@ -21,7 +21,7 @@ from scipy import sparse
 from scipy.stats import qmc
 
 # Ranges of the search.
-BALANCE, RIDGE, EPSILON = (0.3, 300.0), (3e-3, 0.3), (0.03, 10.0)
+BALANCE, RIDGE, EPSILON = (0.3, 300.0), (3e-3, 0.7), (0.03, 10.0)
 _IALS = 0.75  # part of the drawn candidates with this objective
 _SWITCH = 0.15  # probability that a neighbour has another weighting, or another objective
 _STEP = 0.15  # deviation of a neighbour, relative to the range
@@ -87,6 +87,7 @@ STARTS = (
     Settings("ials", "log", 15.0, 0.04, 1.0, 0.3),
     Settings("implicit", "log", 10.0, 0.05, 0.0, 0.3),
     Settings("implicit", "none", 10.0, 0.05, 0.0),
+    Settings("ials", "none", 30.0, 0.5, 0.0),  # few components, as where only popularity counts
 )
 
 
