@@ -82,12 +82,12 @@ STARTS = (
     Settings("ials", "tfidf", 10.0, 0.05, 0.8),
     Settings("ials", "log", 60.0, 0.06, 0.5, 0.3),
     Settings("ials", "none", 10.0, 0.05, 1.0),
+    Settings("ials", "none", 30.0, 0.5, 0.0),  # few components, as where only popularity counts
     Settings("ials", "tfidf", 60.0, 0.05, 0.5),
     Settings("ials", "tfidf", 2.0, 0.05, 0.0),
     Settings("ials", "log", 15.0, 0.04, 1.0, 0.3),
     Settings("implicit", "log", 10.0, 0.05, 0.0, 0.3),
     Settings("implicit", "none", 10.0, 0.05, 0.0),
-    Settings("ials", "none", 30.0, 0.5, 0.0),  # few components, as where only popularity counts
 )
 
 
