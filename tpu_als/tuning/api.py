@@ -119,7 +119,7 @@ def tune(
     limit = Budget(seconds_of(budget))
     _check(metric, validation_fraction, k=k, max_factors=max_factors, n_candidates=n_candidates)
     template, seed = _template(model, random_state)
-    require_matrix(data, "data")
+    require_matrix(data, "data", takes_frames=False)
     rows = matrices.canonical_csr(data, "data")
     problem = split(rows, timestamps, validation_fraction, np.random.default_rng(seed))
     options = Options(metric, int(k), int(max_factors), int(n_candidates), seed, bool(verbose))
