@@ -16,9 +16,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares
+from tpu_als.baselines import PopularityRecommender
 from tpu_als.datasets import interactions_from_frame, load_groceries, split_by_time
 from tpu_als.evaluation import metrics_of_rankings
 from tpu_als.weighting import LogWeighting
@@ -60,7 +60,8 @@ def main() -> None:
     buyers = np.flatnonzero(np.diff(new.indptr))
     with step("recommend 10 new products to every household"):
         ids, _ = model.recommend(buyers, confidence[buyers], N=10)
-    popular = recommend_popular(train.matrix, buyers, 10)
+    with step("recommend the most popular products"):
+        popular, _ = PopularityRecommender().fit(confidence).recommend(buyers, confidence[buyers])
     for name, ranked in (("tpu_als", ids), ("popularity", popular)):
         found = metrics_of_rankings(ranked, new[buyers])
         print(f"{name:>12}: NDCG@10 {found['ndcg']:.4f}, recall@10 {found['recall']:.4f}")
@@ -74,13 +75,6 @@ def main() -> None:
     similar, _ = model.similar_items(item, N=6)
     print(f"\nsimilar to {names[item]}: {'; '.join(names[similar[1:]])}")
     print(f"\ntotal: {time.perf_counter() - begin:.1f} s")
-
-
-def recommend_popular(train: sparse.csr_matrix, users: np.ndarray, k: int) -> np.ndarray:
-    """The most popular products, without those that a household has bought."""
-    buyers = np.diff(train.tocsc().indptr)
-    scores = np.where(train[users].toarray() > 0, -1, buyers)
-    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
 
 
 def product_names(products: pd.DataFrame, items: pd.Index) -> np.ndarray:

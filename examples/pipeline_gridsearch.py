@@ -9,9 +9,8 @@ from __future__ import annotations
 import time
 
 from sklearn.model_selection import GridSearchCV
-from sklearn.pipeline import Pipeline
 
-from tpu_als import TPUAlternatingLeastSquares
+from tpu_als import RecommenderPipeline, TPUAlternatingLeastSquares
 from tpu_als.datasets import interactions_from_frame, load_groceries
 from tpu_als.weighting import LogWeighting
 
@@ -25,7 +24,7 @@ def main() -> None:
     print(f"{purchases.matrix.shape[0]} households, {purchases.matrix.shape[1]} products")
 
     model = TPUAlternatingLeastSquares(factors=32, iterations=8, random_state=0)
-    pipeline = Pipeline([("weight", LogWeighting()), ("als", model)])
+    pipeline = RecommenderPipeline([("weight", LogWeighting()), ("als", model)])
     grid = {"als__regularization": [1.0, 10.0, 100.0], "als__alpha": [1.0, 5.0, 20.0]}
     search = GridSearchCV(pipeline, grid, cv=3)
     start = time.perf_counter()
@@ -34,6 +33,10 @@ def main() -> None:
     results = zip(search.cv_results_["params"], search.cv_results_["mean_test_score"], strict=True)
     for parameters, score in sorted(results, key=lambda pair: -pair[1]):
         print(f"NDCG@10 {score:.4f}  {parameters}")
+
+    # The best pipeline weights the counts before it recommends.
+    ids, scores = search.best_estimator_.recommend([0, 1], purchases.matrix[[0, 1]], N=3)
+    print(purchases.decode(ids, scores, [0, 1]).to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,8 @@ from typing import Any
 
 from scipy import sparse
 from sklearn.model_selection import GridSearchCV, KFold
-from sklearn.pipeline import Pipeline
 
-from tpu_als import TPUAlternatingLeastSquares
+from tpu_als import RecommenderPipeline, TPUAlternatingLeastSquares
 from tpu_als.datasets import interactions_from_frame, load_groceries, split_by_time
 from tpu_als.evaluation import ranking_metrics_at_k
 from tpu_als.weighting import LogWeighting
@@ -65,18 +64,12 @@ def groceries() -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
     return train.matrix, new
 
 
-def ndcg(pipeline: Pipeline, train: sparse.csr_matrix, test: sparse.csr_matrix) -> float:
-    """Mean NDCG@10 of the test entries among the items not in the train part."""
-    weighted = pipeline[:-1].transform(train)
-    return ranking_metrics_at_k(pipeline[-1], weighted, test, K=10)["ndcg"]
-
-
 def search(
     objective: str, grid: dict[str, Any], train: sparse.csr_matrix, settings: dict[str, Any]
 ) -> GridSearchCV:
     """Search the grid on folds of the users in the train part; refit the winner on all of them."""
     model = TPUAlternatingLeastSquares(objective=objective, random_state=0, **settings)
-    pipeline = Pipeline([("weight", LogWeighting()), ("als", model)])
+    pipeline = RecommenderPipeline([("weight", LogWeighting()), ("als", model)])
     folds = KFold(3, shuffle=True, random_state=0)
     return GridSearchCV(pipeline, grid, cv=folds).fit(train, als__show_progress=False)
 
@@ -98,7 +91,8 @@ def main() -> None:
         begin = time.perf_counter()
         found_best = search(objective, grid, train, settings)
         n_candidates = len(found_best.cv_results_["params"])
-        results[objective] = ndcg(found_best.best_estimator_, train, test)
+        best = found_best.best_estimator_  # weights the counts before it ranks
+        results[objective] = ranking_metrics_at_k(best, train, test, K=10)["ndcg"]
         print(
             f"{objective:>8}: NDCG@10 {results[objective]:.4f} on the test part, "
             f"{found_best.best_score_:.4f} in the search; {found_best.best_params_}; "

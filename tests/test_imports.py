@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tpu_als"
 FILES = sorted(PACKAGE.glob("**/*.py"))
 HOST_ONLY = [
+    "baselines",
     "datasets",
     "evaluation",
     "shards",
@@ -25,6 +26,7 @@ HOST_ONLY = [
     "exceptions",
     "host",
     "parameters",
+    "pipelines",
     "subclasses",
     "weighting",
     "engine_options",

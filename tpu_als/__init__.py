@@ -1,11 +1,12 @@
 """Alternating least squares for implicit feedback on one or many devices.
 
-`TPUAlternatingLeastSquares` has the interface of ``implicit.als.AlternatingLeastSquares`` and is a
+`Recommender` takes tables of events and returns tables of recommendations. The model in it,
+`TPUAlternatingLeastSquares`, has the interface of ``implicit.als.AlternatingLeastSquares`` and is a
 scikit-learn estimator. On a CPU it runs compiled loops, and JAX is not imported; on accelerators,
 on several devices and in several processes it runs a sharded, jitted JAX engine.
 
-Submodules are imported when they are first used: `compat`, `datasets`, `engine`, `evaluation`,
-`exceptions`, `shards` and `weighting`.
+Submodules are imported when they are first used: `baselines`, `compat`, `datasets`, `engine`,
+`evaluation`, `exceptions`, `shards` and `weighting`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tpu_als import compat, datasets, engine, evaluation, exceptions, shards, weighting
+    from tpu_als import (
+        baselines,
+        compat,
+        datasets,
+        engine,
+        evaluation,
+        exceptions,
+        shards,
+        weighting,
+    )
     from tpu_als.engine.compilation_cache import enable_compilation_cache
     from tpu_als.estimator import TPUAlternatingLeastSquares
     from tpu_als.exceptions import DataWarning, ModelFileError, ModelFitError, ParameterWarning
+    from tpu_als.pipelines import RecommenderPipeline
+    from tpu_als.recommender import Recommender
     from tpu_als.served_model import ServedModel
     from tpu_als.tuning import TuneResult, tune
 
@@ -27,10 +39,13 @@ __all__ = [
     "ModelFileError",
     "ModelFitError",
     "ParameterWarning",
+    "Recommender",
+    "RecommenderPipeline",
     "ServedModel",
     "TPUAlternatingLeastSquares",
     "TuneResult",
     "__version__",
+    "baselines",
     "compat",
     "datasets",
     "enable_compilation_cache",
@@ -42,9 +57,11 @@ __all__ = [
     "weighting",
 ]
 _SUBMODULES = (
-    "compat", "datasets", "engine", "evaluation", "exceptions", "shards", "weighting",
+    "baselines", "compat", "datasets", "engine", "evaluation", "exceptions", "shards", "weighting",
 )  # fmt: skip
 _HOME = {
+    "Recommender": "tpu_als.recommender",
+    "RecommenderPipeline": "tpu_als.pipelines",
     "ServedModel": "tpu_als.served_model",
     "TPUAlternatingLeastSquares": "tpu_als.estimator",
     "TuneResult": "tpu_als.tuning",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +13,6 @@ import numpy as np
 from scipy import sparse
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import check_array, metadata_routing
-from sklearn.utils.validation import validate_data
 
 from tpu_als import engine_options, fitting, parameters
 from tpu_als.evaluation import holdout
@@ -28,10 +26,7 @@ from tpu_als.serving.fitted import FittedModel
 from tpu_als.serving.ranking import How, Limits, rank
 from tpu_als.shards import ShardedMatrix
 from tpu_als.training import initial, progress
-from tpu_als.validation import arguments, structure
-from tpu_als.validation.refusals import require_matrix
-
-log = logging.getLogger("tpu_als")
+from tpu_als.validation import arguments
 
 
 @parameters.with_defaults
@@ -391,7 +386,7 @@ class TPUAlternatingLeastSquares(
 
     def _validated(self, X: Any, fitted: FittedModel) -> sparse.csr_matrix:
         """Check X against a fitted model as scikit-learn does; return canonical CSR."""
-        return _checked(self._view(fitted), X, reset=False)
+        return fitting.checked_rows(self._view(fitted), X, reset=False)
 
     def _view(self, fitted: FittedModel) -> Self:
         """Copy this estimator with another fitted model; everything else is shared."""
@@ -406,7 +401,7 @@ class TPUAlternatingLeastSquares(
         before = vars(self).get("_fitted")
         view = self._view(FittedModel() if before is None else FittedModel(lock=before.lock))
         if not isinstance(user_items, ShardedMatrix):
-            rows = _checked(view, user_items, reset=True)
+            rows = fitting.checked_rows(view, user_items, reset=True)
             return rows, replace(view._fitted, popularity=popularity_of(rows))
         if self.early_stopping:
             raise ValueError(
@@ -414,24 +409,6 @@ class TPUAlternatingLeastSquares(
                 "False, and measure on held_out() in a callback"
             )
         return user_items, replace(view._fitted, n_features=user_items.shape[1])
-
-
-def _checked(estimator: TPUAlternatingLeastSquares, X: Any, reset: bool) -> sparse.csr_matrix:
-    name = "user_items" if reset else "X"
-    require_matrix(X, name)
-    # A sparse matrix may have no rows. An empty array is refused: it is most likely a mistake.
-    least = 0 if sparse.issparse(X) else 1
-    X = validate_data(
-        estimator,
-        structure.checked(X, name, widen=True),
-        reset=reset,
-        accept_sparse="csr",
-        dtype=[np.float64, np.float32],
-        ensure_min_samples=least,
-        ensure_min_features=least,
-        ensure_all_finite=False,  # checked below, as scikit-learn suggests other estimators
-    )
-    return arguments.canonical_csr(X, name)
 
 
 # implicit's wrappers check for its class; it is an ABC, so no inheritance is needed.

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 from scipy import sparse
+from sklearn import get_config
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
@@ -69,12 +70,14 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Raises
         ------
         TypeError, ValueError
-            As in `fit`. A ValueError also for another number of columns, and for parameters that
-            give weights beyond the range of the dtype.
+            As in `fit`. A ValueError also for another number of columns, for parameters that give
+            weights beyond the range of the dtype, and for a sparse matrix if `set_output` or
+            scikit-learn's configuration asks for frames of pandas or polars.
         """
         check_is_fitted(self)
         self._check_parameters()
         refuse_misplaced(X)
+        self._refuse_frames_of_sparse(X)
         accepted = self._later(structure.checked(X, "X", widen=True))
         weighted = self._csr(accepted)
         with np.errstate(all="ignore"):
@@ -82,6 +85,19 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         self._check_range(weighted.data, values)
         weighted.data = values
         return weighted if sparse.issparse(accepted) else weighted.toarray()
+
+    def _refuse_frames_of_sparse(self, X: Any) -> None:
+        """Raise ValueError for a sparse matrix if `set_output` asks for a frame."""
+        config = getattr(self, "_sklearn_output_config", {})
+        chosen = config.get("transform", get_config()["transform_output"])
+        if sparse.issparse(X) and chosen != "default":
+            raise ValueError(
+                f"{chosen.capitalize()} output does not support sparse data, and "
+                f"{type(self).__name__} keeps a sparse matrix sparse. Call "
+                'set_output(transform="default") of this transformer, after set_output of its '
+                "Pipeline; or use a tpu_als.RecommenderPipeline, whose set_output changes the last "
+                "step only; or pass a dense array"
+            )
 
     def _later(self, X: Any) -> Any:
         """Validate the input of `transform`."""

@@ -14,13 +14,19 @@ from scipy import sparse
 from sklearn.pipeline import Pipeline
 
 import tpu_als
-from tpu_als import TPUAlternatingLeastSquares, TuneResult, tune
+from tpu_als import (
+    RecommenderPipeline,
+    TPUAlternatingLeastSquares,
+    TuneResult,
+    tune,
+)
 from tpu_als.evaluation import ndcg_at_k, train_test_split
 from tpu_als.exceptions import ModelFitError
 from tpu_als.tuning import budget
 from tpu_als.weighting import LogWeighting, TfidfWeighting
 
 SMALL: dict[str, Any] = dict(budget=None, n_candidates=6, max_factors=16, k=5, random_state=0)
+CLASSES = ("Recommender", "RecommenderPipeline", "TPUAlternatingLeastSquares")
 original = TPUAlternatingLeastSquares.fit
 
 
@@ -40,9 +46,16 @@ def ndcg_of(estimator: Any, train: sparse.csr_matrix, test: sparse.csr_matrix) -
     return ndcg_at_k(estimator, train, test, K=5)
 
 
+def evaluated(code: str) -> Any:
+    """The estimator that a line of code makes."""
+    return eval(code, {name: getattr(tpu_als, name) for name in CLASSES} | vars(tpu_als.weighting))
+
+
 def model_of(found: TuneResult) -> TPUAlternatingLeastSquares:
     """The fitted model."""
-    return found.estimator[-1] if isinstance(found.estimator, Pipeline) else found.estimator
+    return (
+        found.estimator[-1] if isinstance(found.estimator, RecommenderPipeline) else found.estimator
+    )
 
 
 def times_of(rows: sparse.csr_matrix) -> sparse.csr_matrix:
@@ -84,7 +97,7 @@ def test_the_estimator_is_fitted_on_all_data() -> None:
     rows = groups()
     found = tune(rows, **SMALL)
     weighted = rows
-    if isinstance(found.estimator, Pipeline):
+    if isinstance(found.estimator, RecommenderPipeline):
         weighted = found.estimator[:-1].transform(rows)
     model = model_of(found)
     again = TPUAlternatingLeastSquares(**model.get_params()).fit(weighted, show_progress=False)
@@ -95,9 +108,8 @@ def test_the_estimator_is_fitted_on_all_data() -> None:
 def test_code_gives_the_same_settings(data: sparse.csr_matrix) -> None:
     found = tune(data, **SMALL)
     assert "\n" not in found.code
-    names = {"Pipeline": Pipeline, "TPUAlternatingLeastSquares": TPUAlternatingLeastSquares}
-    made = eval(found.code, {**names, **vars(tpu_als.weighting)})
-    if isinstance(made, Pipeline):
+    made = evaluated(found.code)
+    if isinstance(made, RecommenderPipeline):
         assert made[0].get_params() == found.estimator[0].get_params()
         made = made[-1]
     assert made.get_params() == model_of(found).get_params()
@@ -321,10 +333,10 @@ def test_refuses_events() -> None:
 
 
 def test_refuses_data_without_pairs() -> None:
-    with pytest.raises(ValueError, match="0 of the 4 rows of data have two positive entries"):
+    with pytest.raises(ValueError, match="none of the 4 rows of data has two positive entries"):
         tune(sparse.eye(4, format="csr"), **SMALL)
     rows = groups()
-    with pytest.raises(ValueError, match="pass another validation_fraction, or no timestamps"):
+    with pytest.raises(ValueError, match="pass another validation_fraction, or no times"):
         tune(rows, timestamps=sparse.csr_matrix(rows > 0).astype(float), **SMALL)
 
 
@@ -337,4 +349,9 @@ def test_weighting_of_the_pipeline_is_fitted() -> None:
         )
     )
     assert isinstance(found.estimator["weighting"], (LogWeighting, TfidfWeighting))
-    assert found.estimator.transform(groups()).shape == (80, model_of(found).factors)
+    rows = groups()
+    ids, scores = found.estimator.recommend([3, 4], rows[[3, 4]], N=5)
+    weighted = found.estimator["weighting"].transform(rows)
+    expected = model_of(found).recommend([3, 4], weighted[[3, 4]], N=5)
+    np.testing.assert_array_equal(ids, expected[0])
+    np.testing.assert_allclose(scores, expected[1])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from tpu_als.datasets.frames import Interactions, interactions_from_frame, split_by_time
+from tpu_als.datasets.frames import interactions_from_frame, split_by_time
 from tpu_als.datasets.generators import power_law, web_graph
 from tpu_als.datasets.groceries import load_groceries
+from tpu_als.datasets.interactions import Interactions
 
 __all__ = [
     "Interactions",

@@ -92,10 +92,8 @@ def ids_and_positions(column: pd.Series, given: object, name: str) -> tuple[pd.I
         too large to be exact, and given ids that are missing or repeated.
     """
     label = f"column {column.name!r}"
-    codes, values, kind = _occurring(column, label)
-    # An array of objects lets pandas find their type, such as text.
-    plain = values.to_numpy() if values.dtype == object else values
-    distinct = pd.Index(plain, tupleize_cols=False)
+    codes, values, kind = occurring(column, label)
+    distinct = index_of(values)
     if given is None:
         try:
             order = distinct.argsort()
@@ -105,14 +103,19 @@ def ids_and_positions(column: pd.Series, given: object, name: str) -> tuple[pd.I
         ranks[order] = np.arange(len(order))
         return distinct[order], ranks[codes]
     ids = _given_ids(given, name)
-    *_, known_kind = _occurring(pd.Series(ids), f"{name}=")
-    known = pd.Index(_plain(pd.Series(ids)), tupleize_cols=False)
+    *_, known_kind = occurring(pd.Series(ids), f"{name}=")
+    known = pd.Index(plain(pd.Series(ids)), tupleize_cols=False)
     if len(known) and len(values) and known_kind != kind:
         raise ValueError(
             f"{name}= holds {known_kind} (such as {shown(known[0])}), but {label} holds {kind} "
             f"(such as {shown(values[0])}), so no id can match: convert one of them with astype"
         )
     return ids, known.get_indexer(distinct)[codes].astype(np.int64)
+
+
+def index_of(values: pd.Series) -> pd.Index:
+    """Distinct ids as an Index; an array of objects lets pandas find their type, such as text."""
+    return pd.Index(values.to_numpy() if values.dtype == object else values, tupleize_cols=False)
 
 
 def numbers_of(column: pd.Series) -> np.ndarray:
@@ -131,7 +134,7 @@ def numbers_of(column: pd.Series) -> np.ndarray:
     ValueError
         For a value that is not a number, not finite, or too large for float32.
     """
-    values = _plain(column)
+    values = plain(column)
     if values.dtype.kind not in _WIDEST:
         values = values.astype(object)
         for row, value in enumerate(values):
@@ -169,7 +172,7 @@ def ranks_of_times(column: pd.Series) -> np.ndarray:
     name = column.name
     if isinstance(column.dtype, pd.CategoricalDtype) and column.cat.ordered:
         return column.cat.codes.to_numpy(np.int64)
-    values = _plain(column)
+    values = plain(column)
     kind = _kind(values, f"column {name!r}")
     if kind in ("booleans", "complex numbers"):
         raise _refusal(name, 0, values[0], "a time", "split by a column of times")
@@ -187,6 +190,55 @@ def ranks_of_times(column: pd.Series) -> np.ndarray:
         message = f"column {name!r} holds {kind}, which cannot be sorted: {error}"
         raise ValueError(message) from error
     return ranks[codes]
+
+
+def times_of(column: pd.Series) -> tuple[np.ndarray, str]:
+    """Times that can be compared over several frames.
+
+    Parameters
+    ----------
+    column : Series of length n
+        Times, dates, ISO 8601 text, or finite numbers.
+
+    Returns
+    -------
+    times : int64 or float64 array (n,)
+        Nanoseconds since 1970, in UTC if there is a time zone; numbers as they are.
+    kind : {"numbers", "times with a time zone", "times without a time zone"}
+
+    Raises
+    ------
+    ValueError
+        For values of several types, or a value that is not a time.
+    """
+    name = column.name
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        column = column.astype(column.cat.categories.dtype)
+    values = plain(column)
+    kind = _kind(values, f"column {name!r}") if len(values) else "numbers"
+    if kind == "numbers":
+        numbers = values.to_numpy(np.int64 if values.dtype.kind in "iu" else np.float64)
+        wrong = np.flatnonzero(~np.isfinite(numbers))
+        if len(wrong):
+            row = wrong[0]
+            raise _refusal(name, row, values[row], "a finite time", "replace it or drop its row")
+        return numbers, kind
+    if kind == "text":
+        codes, distinct = _distinct(values)
+        texts = pd.Series(distinct)
+        times = _parsed(texts, values, str(name))
+        is_zoned = bool(texts.str.contains(_ZONE, regex=True).any())
+        return _nanoseconds(times)[codes], _time_kind(is_zoned or None)
+    times = pd.to_datetime(values, errors="coerce", utc=True)
+    wrong = np.flatnonzero(times.isna())
+    if (not kind.startswith("times") and kind != "date objects") or len(wrong):
+        row = wrong[0] if len(wrong) else 0
+        raise _refusal(name, row, values[row], "a time", "convert it with pandas.to_datetime")
+    return _nanoseconds(times), kind if kind.startswith("times") else _time_kind(None)
+
+
+def _nanoseconds(times: pd.Series) -> np.ndarray:
+    return times.dt.tz_localize(None).to_numpy("datetime64[ns]").astype(np.int64)
 
 
 def _parsed(texts: pd.Series, values: pd.Series, name: str) -> pd.Series:
@@ -235,7 +287,7 @@ def _given_ids(given: Any, name: str) -> pd.Index:
     return ids
 
 
-def _plain(column: pd.Series) -> pd.Series:
+def plain(column: pd.Series) -> pd.Series:
     """Values with a default index; categoricals and nullable types become plain values."""
     values = column.reset_index(drop=True)
     if isinstance(values.dtype, pd.CategoricalDtype):
@@ -258,7 +310,7 @@ def _distinct(
     return pd.factorize(values.to_numpy() if isinstance(values.dtype, np.dtype) else values.array)
 
 
-def _occurring(column: pd.Series, label: str) -> tuple[np.ndarray, pd.Series, str]:
+def occurring(column: pd.Series, label: str) -> tuple[np.ndarray, pd.Series, str]:
     """The distinct ids of a column, in any order, and their type in words.
 
     Parameters
@@ -287,12 +339,12 @@ def _occurring(column: pd.Series, label: str) -> tuple[np.ndarray, pd.Series, st
         codes = column.cat.codes.to_numpy()
         occurs = np.bincount(codes, minlength=len(dtype.categories)) > 0
         codes = (np.cumsum(occurs) - 1)[codes]
-        values, dtype = _plain(pd.Series(dtype.categories[occurs])), dtype.categories.dtype
+        values, dtype = plain(pd.Series(dtype.categories[occurs])), dtype.categories.dtype
         kind = _kind(values, label, codes)
     else:
-        plain = _plain(column)
-        kind = _kind(plain, label)
-        codes, distinct = _distinct(plain)
+        column = plain(column)
+        kind = _kind(column, label)
+        codes, distinct = _distinct(column)
         values = pd.Series(distinct)
     if kind == "numbers":
         _require_exact(values, dtype, label, codes)

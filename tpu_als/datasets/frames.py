@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -18,29 +17,11 @@ from tpu_als.datasets.columns import (
     ranks_of_times,
     shown,
 )
+from tpu_als.datasets.interactions import Interactions
 from tpu_als.exceptions import DataWarning
 from tpu_als.validation import fractions
 
 log = logging.getLogger("tpu_als")
-
-
-@dataclass(frozen=True)
-class Interactions:
-    """A matrix of interactions, and the ids of its rows and columns.
-
-    Attributes
-    ----------
-    matrix : csr_matrix of shape (n_users, n_items)
-        float32; repeated interactions are summed.
-    users : Index of shape (n_users,)
-        User id of each row, in ascending order unless the ids were given.
-    items : Index of shape (n_items,)
-        Item id of each column, in ascending order unless the ids were given.
-    """
-
-    matrix: sparse.csr_matrix
-    users: pd.Index
-    items: pd.Index
 
 
 def interactions_from_frame(
@@ -73,6 +54,8 @@ def interactions_from_frame(
     Returns
     -------
     Interactions
+        Unpacks as ``matrix, users, items``. Its method `decode` converts recommendations to a table
+        with item ids.
 
     Raises
     ------

@@ -2,11 +2,13 @@
 
 Functions with implicit's names return implicit's values for a test matrix of positive entries. Here
 only positive entries are relevant; in implicit all stored entries are. Splits are vectorised and
-reproducible for a seed. Ids may have any integer dtype, and id -1 is never a hit.
+reproducible for a seed. Ids may have any integer dtype, and id -1 is never a hit. `compare`
+measures several models on the same users.
 """
 
 from __future__ import annotations
 
+from tpu_als.evaluation.comparison import compare
 from tpu_als.evaluation.metrics import (
     METRICS,
     metrics_of_rankings,
@@ -38,6 +40,7 @@ __all__ = [
     "METRICS",
     "AUC_at_k",
     "AUC_unseen_at_k",
+    "compare",
     "coverage_at_k",
     "hit_rate_at_k",
     "leave_k_out_split",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,6 +17,68 @@ METRICS = (
     "precision", "map", "ndcg", "auc", "recall", "hit_rate", "mrr", "coverage", "novelty",
     "recall_full", "precision_at_k", "auc_unseen",
 )  # fmt: skip
+
+
+class Ratio(NamedTuple):
+    """A metric as a ratio of two sums over users.
+
+    Attributes
+    ----------
+    above : ndarray of shape (n,)
+        Each user's part of the numerator.
+    below : ndarray of shape (n,)
+        Each user's part of the denominator; 1 for a mean over users, 0 where it is undefined.
+    """
+
+    above: np.ndarray
+    below: np.ndarray
+
+    def value(self) -> float:
+        """The metric; NaN if it is undefined for all users."""
+        total = self.below.sum()
+        return float(self.above.sum() / total) if total else float("nan")
+
+
+class HeldOut(NamedTuple):
+    """Held-out entries of the users who have relevant ones, for any number of rankings.
+
+    Attributes
+    ----------
+    is_measured : ndarray of bool and shape (n_rows,)
+        Whether a row has relevant entries. The other attributes are of these n rows.
+    relevant : csr_matrix of shape (n, width)
+        The relevant entries.
+    counts : ndarray of int64 and shape (n,)
+        Their number.
+    popularity : ndarray of shape (width,) or None
+        Number of users who like each item.
+    n_users : int or None
+        Total number of users.
+    seen : csr_matrix of bool and shape (n, width) or None
+        Items excluded from the rankings.
+    n_excluded : ndarray of int64 and shape (n,)
+        Number of relevant entries that are also in `seen`.
+    """
+
+    is_measured: np.ndarray
+    relevant: sparse.csr_matrix
+    counts: np.ndarray
+    popularity: np.ndarray | None
+    n_users: int | None
+    seen: sparse.csr_matrix | None
+    n_excluded: np.ndarray
+
+
+class Ranked(NamedTuple):
+    """Ranked ids (n, K), whether they are relevant, and whether they are in `HeldOut.seen`."""
+
+    ids: np.ndarray
+    hits: np.ndarray
+    was_seen: np.ndarray
+
+    def first(self, k: int) -> Ranked:
+        """The first k ids of each ranking."""
+        return Ranked(*(array[:, :k] for array in self))
 
 
 def metrics_of_rankings(
@@ -87,31 +149,85 @@ def metrics_of_rankings(
     for name, value in (("n_users", n_users), ("n_items", n_items)):
         if value is not None:
             inputs.integer(name, value, 0)
-    popularity = _checked_popularity(popularity, n_users)
-    held_out = holdout.relevant(held_out, "held_out")
-    ids = holdout.rankings(ids, held_out.shape[0])
-    seen = None if seen is None else _pattern(holdout.canonical(seen, "seen"))
-    if seen is not None and seen.shape[0] != held_out.shape[0]:
-        raise ValueError(f"seen must have {held_out.shape[0]} rows, got shape {seen.shape}")
-    counts = np.diff(held_out.indptr).astype(np.int64)
-    is_measured = counts > 0
-    ids, held_out, counts = ids[is_measured], held_out[is_measured], counts[is_measured]
+    truth = held_out_entries(held_out, popularity, n_users, seen)
+    ids = holdout.rankings(ids, len(truth.is_measured))[truth.is_measured]
     if not ids.size:
         return dict.fromkeys(METRICS, float("nan"))
-    catalogue = _catalogue(ids, held_out, popularity, n_items, seen)
-    hits = holdout.hits_of(ids, held_out)
-    ranked = ids[ids >= 0]
+    warn_of_overlap(truth, stacklevel=4)
+    ranked = ranked_in(ids, truth)
+    found = {name: ratio.value() for name, ratio in ratios(ranked, truth, n_items).items()}
+    return {**found, "coverage": coverage(ranked, truth, n_items)}
+
+
+def held_out_entries(
+    held_out: Any, popularity: ArrayLike | None, n_users: int | None, seen: Any
+) -> HeldOut:
+    """Check held-out entries; arguments and errors are those of `metrics_of_rankings`."""
+    counted = _checked_popularity(popularity, n_users)
+    rows = holdout.relevant(held_out, "held_out")
+    excluded = None if seen is None else _pattern(holdout.canonical(seen, "seen"))
+    if excluded is not None and excluded.shape[0] != rows.shape[0]:
+        raise ValueError(f"seen must have {rows.shape[0]} rows, got shape {excluded.shape}")
+    counts = np.diff(rows.indptr).astype(np.int64)
+    is_measured = counts > 0
+    rows, counts, n_excluded = rows[is_measured], counts[is_measured], np.zeros(0, np.int64)
+    if excluded is not None:
+        excluded = excluded[is_measured]
+        width = max(excluded.shape[1], rows.shape[1])
+        both = _widened(excluded, width).multiply(_pattern(_widened(rows, width))).tocsr()
+        n_excluded = np.diff(both.indptr).astype(np.int64)
+    return HeldOut(is_measured, rows, counts, counted, n_users, excluded, n_excluded)
+
+
+def warn_of_overlap(truth: HeldOut, stacklevel: int) -> None:
+    """Warn once if relevant entries are excluded from the rankings, with their number."""
+    if truth.n_excluded.any():
+        warnings.warn(
+            f"{truth.n_excluded.sum()} of {truth.relevant.nnz} relevant test entries are stored in "
+            "the train part too: a ranking excludes them, so they count as misses. Remove them "
+            "from one of the parts",
+            DataWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def ranked_in(ids: np.ndarray, truth: HeldOut) -> Ranked:
+    """Look up ranked ids (n, K), without repeats, in the held-out entries."""
+    seen = np.zeros(ids.shape, bool) if truth.seen is None else holdout.hits_of(ids, truth.seen)
+    return Ranked(ids, holdout.hits_of(ids, truth.relevant), seen)
+
+
+def ratios(ranked: Ranked, truth: HeldOut, n_items: int | None) -> dict[str, Ratio]:
+    """All metrics that are sums over users; "coverage" is not.
+
+    Parameters
+    ----------
+    ranked : Ranked
+        Of n users and K ids, K > 0.
+    truth : HeldOut
+        Of the same n users.
+    n_items : int or None
+        As in `metrics_of_rankings`.
+    """
+    hits, counts = ranked.hits, truth.counts
+    unseen = Ratio(np.zeros(0), np.zeros(0))
+    if truth.seen is not None:
+        wanted = counts - truth.n_excluded
+        others = _catalogue(ranked, truth, n_items) - np.diff(truth.seen.indptr) - wanted
+        misses = (ranked.ids >= 0) & ~hits & ~ranked.was_seen
+        unseen = _auc(hits & ~ranked.was_seen, misses, wanted, others)
     return {
         **_of_hits(hits, counts),
-        "auc": _auc(hits, ~hits, counts, held_out.shape[1] - counts),
-        "coverage": len(np.unique(ranked)) / catalogue,
-        "novelty": _novelty(ranked, popularity, n_users),
-        "auc_unseen": (
-            float("nan")
-            if seen is None
-            else _auc_unseen(ids, hits, held_out, seen[is_measured], catalogue)
-        ),
+        "auc": _auc(hits, ~hits, counts, truth.relevant.shape[1] - counts),
+        "novelty": _novelty(ranked.ids, truth.popularity, truth.n_users),
+        "auc_unseen": unseen,
     }
+
+
+def coverage(ranked: Ranked, truth: HeldOut, n_items: int | None) -> float:
+    """Fraction of the catalogue that is ranked for any user."""
+    shown = np.unique(ranked.ids[ranked.ids >= 0])
+    return len(shown) / _catalogue(ranked, truth, n_items)
 
 
 def popularity_of(user_items: sparse.csr_matrix) -> np.ndarray:
@@ -131,23 +247,27 @@ def popularity_of(user_items: sparse.csr_matrix) -> np.ndarray:
     return np.bincount(liked, minlength=n_items)
 
 
-def _of_hits(hits: np.ndarray, counts: np.ndarray) -> dict[str, float]:
+def _of_hits(hits: np.ndarray, counts: np.ndarray) -> dict[str, Ratio]:
     """Metrics that depend only on hits (n, K) and numbers of relevant entries (n,) > 0."""
     found, k = np.cumsum(hits, axis=1), hits.shape[1]
     n_hits, ranks, best = found[:, -1], np.arange(1, k + 1), np.minimum(counts, k)
+    means = {
+        "precision_at_k": n_hits / k,
+        "recall": n_hits / best,
+        "recall_full": n_hits / counts,
+        "hit_rate": n_hits > 0,
+        "mrr": (hits / ranks).max(axis=1),
+        "map": (hits * found / ranks).sum(axis=1) / best,
+        "ndcg": holdout.ndcg_of_hits(hits, counts),
+    }
+    ones = np.ones(len(hits))
     return {
-        "precision": float(n_hits.sum() / best.sum()),
-        "precision_at_k": float(np.mean(n_hits / k)),
-        "recall": float(np.mean(n_hits / best)),
-        "recall_full": float(np.mean(n_hits / counts)),
-        "hit_rate": float(np.mean(n_hits > 0)),
-        "mrr": float(np.mean((hits / ranks).max(axis=1))),
-        "map": float(np.mean((hits * found / ranks).sum(axis=1) / best)),
-        "ndcg": float(np.mean(holdout.ndcg_of_hits(hits, counts))),
+        "precision": Ratio(n_hits, best),
+        **{name: Ratio(values, ones) for name, values in means.items()},
     }
 
 
-def _auc(hits: np.ndarray, misses: np.ndarray, counts: np.ndarray, others: np.ndarray) -> float:
+def _auc(hits: np.ndarray, misses: np.ndarray, counts: np.ndarray, others: np.ndarray) -> Ratio:
     """Mean fraction of the pairs (relevant item, irrelevant item) that are in the right order.
 
     Parameters
@@ -163,32 +283,8 @@ def _auc(hits: np.ndarray, misses: np.ndarray, counts: np.ndarray, others: np.nd
     right = right + (found[:, -1] + counts) / 2 * (others - misses.sum(axis=1))
     pairs = counts * others  # int64: 1,000 relevant of 3,000,000 items do not fit into int32
     is_defined = pairs > 0
-    return float(np.mean(right[is_defined] / pairs[is_defined])) if is_defined.any() else np.nan
-
-
-def _auc_unseen(
-    ids: np.ndarray,
-    hits: np.ndarray,
-    held_out: sparse.csr_matrix,
-    seen: sparse.csr_matrix,
-    n_items: int,
-) -> float:
-    """AUC over the unseen items; relevant entries that were seen are ignored, with a warning."""
-    width = max(seen.shape[1], held_out.shape[1])
-    both = _widened(seen, width).multiply(_pattern(_widened(held_out, width))).tocsr()
-    if both.nnz:
-        warnings.warn(
-            f"{both.nnz} of {held_out.nnz} relevant test entries are stored in the train part "
-            "too: a ranking excludes them, so they count as misses. Remove them from one of "
-            "the parts",
-            DataWarning,
-            stacklevel=4,
-        )
-    was_seen = holdout.hits_of(ids, seen)
-    counts = np.diff(held_out.indptr).astype(np.int64) - np.diff(both.indptr)
-    others = n_items - np.diff(seen.indptr) - counts
-    misses = (ids >= 0) & ~hits & ~was_seen
-    return _auc(hits & ~was_seen, misses, counts, others)
+    fractions = np.divide(right, pairs, out=np.zeros(len(pairs)), where=is_defined)
+    return Ratio(fractions, is_defined)
 
 
 def _pattern(rows: sparse.csr_matrix) -> sparse.csr_matrix:
@@ -200,16 +296,11 @@ def _widened(rows: sparse.csr_matrix, width: int) -> sparse.csr_matrix:
     return sparse.csr_matrix((rows.data, rows.indices, rows.indptr), shape=(rows.shape[0], width))
 
 
-def _catalogue(
-    ids: np.ndarray,
-    held_out: sparse.csr_matrix,
-    popularity: np.ndarray | None,
-    n_items: int | None,
-    seen: sparse.csr_matrix | None,
-) -> int:
-    widths = [held_out.shape[1], int(ids.max(initial=-1)) + 1]
-    widths += [] if popularity is None else [len(popularity)]
-    widths += [] if seen is None else [seen.shape[1]]
+def _catalogue(ranked: Ranked, truth: HeldOut, n_items: int | None) -> int:
+    """Size of the catalogue, see `metrics_of_rankings`."""
+    widths = [truth.relevant.shape[1], int(ranked.ids.max(initial=-1)) + 1]
+    widths += [] if truth.popularity is None else [len(truth.popularity)]
+    widths += [] if truth.seen is None else [truth.seen.shape[1]]
     return max([*widths, *([] if n_items is None else [n_items])])
 
 
@@ -239,11 +330,13 @@ def _checked_popularity(popularity: ArrayLike | None, n_users: int | None) -> np
     return counts
 
 
-def _novelty(ranked: np.ndarray, popularity: np.ndarray | None, n_users: int | None) -> float:
-    if popularity is None or n_users is None or not len(ranked):
-        return float("nan")
-    liked = np.zeros(len(ranked))
-    is_known = ranked < len(popularity)
-    liked[is_known] = popularity[ranked[is_known]]
+def _novelty(ids: np.ndarray, popularity: np.ndarray | None, n_users: int | None) -> Ratio:
+    if popularity is None or n_users is None:
+        return Ratio(np.zeros(0), np.zeros(0))
+    liked = np.zeros(ids.shape)
+    is_known = (ids >= 0) & (ids < len(popularity))
+    liked[is_known] = popularity[ids[is_known]]
     # Items that no user likes count as liked by half a user, to keep the logarithm finite.
-    return float(np.mean(-np.log2(np.maximum(liked, 0.5) / n_users)))
+    surprise = -np.log2(np.maximum(liked, 0.5) / n_users)
+    is_ranked = ids >= 0
+    return Ratio((surprise * is_ranked).sum(axis=1), is_ranked.sum(axis=1))

@@ -74,15 +74,43 @@ def ranking_metrics_at_k(
     if train.shape != test.shape:
         raise ValueError(f"train has shape {train.shape}, but test {test.shape}")
     users = np.flatnonzero(np.diff(test.indptr))
-    _require_memory(len(users), K)
-    ids = np.full((len(users), K), -1, np.int64)
+    ids = ranked_ids(model, train, users, K)
+    likes, n_users = popularity_of(train), max(train.shape[0], 1)
+    seen, n_items = train[users], catalogue_of(model)
+    return metrics_of_rankings(ids, test[users], likes, n_users, n_items, seen)
+
+
+def ranked_ids(model: Any, train: sparse.csr_matrix, users: np.ndarray, k: int) -> np.ndarray:
+    """Rank k items for each of some users, in batches.
+
+    Parameters
+    ----------
+    model : object
+        Any model with ``recommend(userids, user_items, N)``.
+    train : csr_matrix of shape (n_users, n_items)
+        Known items of all users.
+    users : ndarray of int and shape (n,)
+        The users.
+    k : int
+        Length of the rankings.
+
+    Returns
+    -------
+    ndarray of int64 and shape (n, k)
+        -1 for missing results.
+
+    Raises
+    ------
+    ValueError
+        If the model returns ids of another shape or dtype.
+    """
+    _require_memory(len(users), k)
+    ids = np.full((len(users), k), -1, np.int64)
     for low in range(0, len(users), _BATCH):
         batch = users[low : low + _BATCH]
-        ranked = model.recommend(batch, train[batch], N=K)[0]
-        ids[low : low + _BATCH] = _rankings(ranked, len(batch), K)
-    likes, n_users = popularity_of(train), max(train.shape[0], 1)
-    seen, n_items = train[users], _n_items(model)
-    return metrics_of_rankings(ids, test[users], likes, n_users, n_items, seen)
+        ranked = model.recommend(batch, train[batch], N=k)[0]
+        ids[low : low + _BATCH] = _rankings(ranked, len(batch), k)
+    return ids
 
 
 def _require_memory(n_rows: int, k: int) -> None:
@@ -104,7 +132,7 @@ def _rankings(ids: ArrayLike, n_rows: int, k: int) -> np.ndarray:
     return filled
 
 
-def _n_items(model: Any) -> int | None:
+def catalogue_of(model: Any) -> int | None:
     """Number of items of a model, if it is known, without copying the table from the devices."""
     count = getattr(model, "n_features_in_", None)
     if count is None:
@@ -210,7 +238,7 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
         likes, n_users = None, None
         if self.metric == "novelty":
             likes, n_users = _popularity_of_fit(model, visible)
-        found = metrics_of_rankings(ranked, hidden, likes, n_users, _n_items(model), visible)
+        found = metrics_of_rankings(ranked, hidden, likes, n_users, catalogue_of(model), visible)
         return found[self.metric]
 
 

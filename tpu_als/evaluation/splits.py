@@ -169,17 +169,48 @@ def time_split(
         For a fraction out of range, other entries, or a missing time (NaN).
     """
     fractions.require("fraction", fraction)
-    entries, times = holdout.canonical(user_items), _earliest(timestamps)
+    entries = holdout.canonical(user_items)
+    return holdout.parts(entries, fractions.is_latest(times_of(entries, timestamps), fraction))
+
+
+def times_of(
+    entries: sparse.csr_matrix,
+    timestamps: sparse.spmatrix | sparse.sparray,
+    of_repeats: np.ufunc = np.minimum,
+) -> np.ndarray:
+    """Times of the entries of a matrix, in its order.
+
+    Parameters
+    ----------
+    entries : csr_matrix of shape (n_users, n_items)
+        Canonical.
+    timestamps : sparse matrix or array of the same entries
+        Their times, in any unit.
+    of_repeats : ufunc, default=np.minimum
+        Which time to use if an entry is stored twice: the earlier one, or np.maximum for the later.
+
+    Returns
+    -------
+    ndarray of shape (nnz,)
+
+    Raises
+    ------
+    ValueError
+        For other entries, or a missing time (NaN).
+    """
+    times = _one_of_each(timestamps, of_repeats)
     same = entries.shape == times.shape and np.array_equal(entries.indptr, times.indptr)
     if not same or not np.array_equal(entries.indices, times.indices):
         raise ValueError("timestamps must be a sparse matrix with the entries of user_items")
     if np.isnan(times.data).any():
         raise ValueError("timestamps must have no missing values (NaN): drop those entries first")
-    return holdout.parts(entries, fractions.is_latest(times.data, fraction))
+    return times.data
 
 
-def _earliest(timestamps: sparse.spmatrix | sparse.sparray) -> sparse.csr_matrix:
-    """Canonical CSR with the smallest of the values stored for each entry."""
+def _one_of_each(
+    timestamps: sparse.spmatrix | sparse.sparray, of_repeats: np.ufunc
+) -> sparse.csr_matrix:
+    """Canonical CSR with one of the values stored for each entry, which `of_repeats` chooses."""
     name = "timestamps"
     times = holdout.require_users_by_items(timestamps, name)
     if sparse.issparse(times):
@@ -193,7 +224,7 @@ def _earliest(timestamps: sparse.spmatrix | sparse.sparray) -> sparse.csr_matrix
     rows, columns, values = times.row[order], times.col[order], times.data[order]
     is_first = np.append(True, (np.diff(rows) != 0) | (np.diff(columns) != 0))[: len(order)]
     if len(order):
-        values = np.minimum.reduceat(values, np.flatnonzero(is_first))
+        values = of_repeats.reduceat(values, np.flatnonzero(is_first))
     counts = np.bincount(rows[is_first], minlength=times.shape[0])
     entries = (values, columns[is_first], np.append(0, np.cumsum(counts)))
     return sparse.csr_matrix(entries, shape=times.shape)

@@ -13,12 +13,12 @@ from sklearn.base import clone
 from tpu_als import parameters
 from tpu_als.estimator import TPUAlternatingLeastSquares
 from tpu_als.evaluation import inputs
-from tpu_als.tuning import result, scales
+from tpu_als.recommender import Recommender
+from tpu_als.tuning import events, result, scales
 from tpu_als.tuning.budget import Budget, seconds_of
 from tpu_als.tuning.halving import Found
 from tpu_als.tuning.result import TuneResult
 from tpu_als.tuning.search import Options, search
-from tpu_als.tuning.space import Settings
 from tpu_als.tuning.split import split
 from tpu_als.tuning.trials import fit_until
 from tpu_als.validation import fractions, matrices
@@ -33,6 +33,7 @@ def tune(
     data: Any,
     *,
     timestamps: Any = None,
+    recommender: Recommender | None = None,
     budget: float | str | None = "10min",
     metric: str = "ndcg",
     k: int = 20,
@@ -43,7 +44,7 @@ def tune(
     random_state: Any = None,
     verbose: bool = False,
 ) -> TuneResult:
-    """Find objective, weighting and parameters for a matrix within a time budget, and fit them.
+    """Find objective, weighting and parameters within a time budget, and fit them on all data.
 
     A part of the entries is held out, and candidates are compared by how well they rank it. Only
     `data` are used, so a test part that is not in them stays unseen. The search is successive
@@ -51,12 +52,17 @@ def tune(
 
     Parameters
     ----------
-    data : csr_matrix, csr_array or array-like of shape (n_users, n_items)
-        Counts, ratings or ones, as for the estimator's `fit`, without a weighting.
+    data : csr_matrix, csr_array or array-like of shape (n_users, n_items); or events
+        Counts, ratings or ones, as for the estimator's `fit`, without a weighting. With
+        `recommender`, a table of events as for `Recommender.fit`: a frame, a path or paths.
     timestamps : sparse matrix of shape (n_users, n_items), optional
         The time of each entry of `data`, in any unit. The latest entries are then held out, which
         is what a model in use has to find. Otherwise a part of each row's positive entries is held
         out, at least one of a row that has two.
+    recommender : Recommender, optional
+        What the columns of events mean. It is not modified. Its `timestamp`, if it has one, is used
+        in place of `timestamps`, and its `model` in place of `model`; its `weighting` must be None.
+        Items that a user has in the earlier events are not to be found in the later ones.
     budget : float, str or None, default="10min"
         Seconds, or text such as "90s", "10min" or "1h", for all of the call, the final fit
         included. The search ends earlier if it has no candidates left. None sets no limit:
@@ -89,7 +95,7 @@ def tune(
     Raises
     ------
     TypeError
-        For an object that is not a matrix, such as a table of events.
+        For an object that is not a matrix, such as a table of events without `recommender`.
     ValueError
         For arguments out of range, and for data of which no entry can be held out.
     KeyboardInterrupt
@@ -111,28 +117,57 @@ def tune(
     --------
     >>> from tpu_als import tune
     >>> from tpu_als.datasets import power_law
-    >>> found = tune(power_law(60, 30, 400), budget=None, n_candidates=2, max_factors=8, k=5)
-    >>> ids, scores = found.estimator.recommend(0, power_law(60, 30, 400)[0], N=3)  # doctest: +SKIP
-    >>> len(found.trials) > 2
-    True
+    >>> purchases = power_law(60, 30, 400)
+    >>> found = tune(purchases, budget=None, n_candidates=4, max_factors=8, k=5, random_state=0)
+    >>> ids, scores = found.estimator.recommend(0, purchases[0], N=3)
+    >>> len(ids)
+    3
+
+    From events to recommendations with the caller's ids:
+
+    >>> import pandas as pd
+    >>> from tpu_als import Recommender
+    >>> events = pd.DataFrame({"customer": list("aabbccdd"), "sku": list("xyxzyzwx")})
+    >>> shop = Recommender(user="customer", item="sku")
+    >>> found = tune(events, recommender=shop, budget=None, n_candidates=2, max_factors=2)
+    >>> found.estimator.recommend(["a"], n=1).shape
+    (1, 5)
     """
     limit = Budget(seconds_of(budget))
     _check(metric, validation_fraction, k=k, max_factors=max_factors, n_candidates=n_candidates)
+    if recommender is not None:
+        events.require_recommender(recommender, timestamps=timestamps, model=model)
+        model = recommender.model
     template, seed = _template(model, random_state)
-    require_matrix(data, "data", takes_frames=False)
-    rows = matrices.canonical_csr(data, "data")
-    problem = split(rows, timestamps, validation_fraction, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    if recommender is None:
+        require_matrix(data, "data", takes_frames=False)
+        rows = matrices.canonical_csr(data, "data")
+        problem = split(rows, timestamps, validation_fraction, rng)
+    else:
+        problem, rows = events.problem_of(data, recommender, validation_fraction, rng)
     options = Options(metric, int(k), int(max_factors), int(n_candidates), seed, bool(verbose))
     found = search(problem, rows, template, options, limit)
-    best = found.best.settings.for_all(problem.kept)
-    weighting, fitted = _fitted(found, best, rows, template, limit)
+    settings = found.best.settings.for_all(problem.kept)
+    weighting = scales.weighting_of(settings, rows)
+
+    def fit(weighted: sparse.csr_matrix) -> TPUAlternatingLeastSquares:
+        values = scales.parameters_of(settings, weighted)
+        made = clone(template).set_params(**values, **found.best.size._asdict())
+        return _fitted(made, weighted, found, limit)
+
+    if recommender is None:
+        weighted = scales.weighted(weighting, rows)
+        estimator = result.assembled(weighting, fit(weighted))
+    else:
+        estimator = events.fitted(recommender, data, weighting, fit)
     return TuneResult(
-        estimator=result.assembled(weighting, fitted),
+        estimator=estimator,
         score=found.best.score,
         metric=metric,
         k=options.k,
         trials=result.frame_of(found.trials),
-        code=result.code_of(weighting, fitted),
+        code=result.code_of(estimator),
         interrupted=found.is_interrupted,
         seconds=limit.elapsed,
     )
@@ -174,17 +209,9 @@ def _template(
 
 
 def _fitted(
-    found: Found,
-    settings: Settings,
-    rows: sparse.csr_matrix,
-    template: TPUAlternatingLeastSquares,
-    limit: Budget,
-) -> tuple[Any, TPUAlternatingLeastSquares]:
-    """Fit the best settings on all data; return the fitted weighting, or None, and the model."""
-    weighting = scales.weighting_of(settings, rows)
-    weighted = scales.weighted(weighting, rows)
-    values = scales.parameters_of(settings, weighted)
-    model = clone(template).set_params(**values, **found.best.size._asdict())
+    model: TPUAlternatingLeastSquares, weighted: sparse.csr_matrix, found: Found, limit: Budget
+) -> TPUAlternatingLeastSquares:
+    """Fit a model on all data within the budget; an interrupt keeps its last iteration."""
     try:
         done = fit_until(model, weighted, limit.end)
     except KeyboardInterrupt:
@@ -193,8 +220,8 @@ def _fitted(
         found.is_interrupted, done = True, model.n_iter_
     if done < model.iterations:
         log.warning(
-            "tune: the final fit ended after %d of %d iterations, when the time was over",
-            done, model.iterations,
+            "tune: the final fit ended after %d of %d iterations, when the time was over or an "
+            "interrupt came", done, model.iterations,
         )  # fmt: skip
         model.iterations = done
-    return weighting, model
+    return model

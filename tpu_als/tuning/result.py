@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from sklearn.pipeline import Pipeline
+from sklearn.base import BaseEstimator
 
 from tpu_als import parameters
+from tpu_als.pipelines import RecommenderPipeline
 from tpu_als.tuning.trials import Trial
 
 
@@ -20,9 +21,10 @@ class TuneResult:
 
     Attributes
     ----------
-    estimator : TPUAlternatingLeastSquares or Pipeline
-        The best settings, fitted on all data. With a weighting it is a Pipeline of steps
-        "weighting" and "model".
+    estimator : TPUAlternatingLeastSquares, RecommenderPipeline or Recommender
+        The best settings, fitted on all data: a Recommender for events. For a matrix, with a
+        weighting, a RecommenderPipeline of the steps "weighting" and "model", which recommends
+        from values without weighting.
     score : float
         The metric of the best trial on the held-out part, before the fit on all data. It is the
         best of many, so it is a little above what new data give.
@@ -37,7 +39,8 @@ class TuneResult:
         "seconds", and the numbers "balance" and "ridge" of docs/math.md.
     code : str
         A line of Python that makes the unfitted estimator. It uses the names
-        `TPUAlternatingLeastSquares`, `Pipeline`, and the classes of `tpu_als.weighting`.
+        `TPUAlternatingLeastSquares`, `RecommenderPipeline` and `Recommender` of `tpu_als`, and the
+        classes of `tpu_als.weighting`.
     interrupted : bool
         Whether the search was ended by a KeyboardInterrupt.
     seconds : float
@@ -64,23 +67,31 @@ def assembled(weighting: Any, model: Any) -> Any:
     model : TPUAlternatingLeastSquares
         Fitted or not.
     """
-    return model if weighting is None else Pipeline([("weighting", weighting), ("model", model)])
+    if weighting is None:
+        return model
+    return RecommenderPipeline([("weighting", weighting), ("model", model)])
 
 
-def code_of(weighting: Any, model: Any) -> str:
-    """A line of Python that makes `assembled(weighting, model)`, unfitted.
+def code_of(estimator: Any) -> str:
+    """A line of Python that makes the estimator, unfitted.
 
     Parameters
     ----------
-    weighting : transformer or None
-        The weighting.
-    model : TPUAlternatingLeastSquares
-        The model.
+    estimator : Recommender, RecommenderPipeline, or a step
+        Parameters that are equal to their defaults are left out.
     """
-    made = _call_of(model)
-    if weighting is None:
-        return made
-    return f'Pipeline([("weighting", {_call_of(weighting)}), ("model", {made})])'
+    defaults = inspect.signature(type(estimator).__init__).parameters
+    given = estimator.get_params(deep=False)
+    if "dtype" in given:  # a class has no text that evaluates to it
+        given["dtype"] = parameters.storage_dtype(given["dtype"])
+        if given["dtype"] == "float32":
+            del given["dtype"]
+    changed = [
+        f"{name}={_text_of(given[name])}"
+        for name in defaults
+        if name in given and not _is_default(given[name], defaults[name].default)
+    ]
+    return f"{type(estimator).__name__}({', '.join(changed)})"
 
 
 def frame_of(trials: list[Trial]) -> pd.DataFrame:
@@ -107,25 +118,15 @@ def frame_of(trials: list[Trial]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _call_of(estimator: Any) -> str:
-    """The constructor's call, with the parameters that differ from their defaults."""
-    defaults = inspect.signature(type(estimator).__init__).parameters
-    given = estimator.get_params(deep=False)
-    if "dtype" in given:  # a class has no text that evaluates to it
-        given["dtype"] = parameters.storage_dtype(given["dtype"])
-        if given["dtype"] == "float32":
-            del given["dtype"]
-    changed = [
-        f"{name}={_text_of(given[name])}"
-        for name in defaults
-        if name in given and not _is_default(given[name], defaults[name].default)
-    ]
-    return f"{type(estimator).__name__}({', '.join(changed)})"
-
-
 def _is_default(value: Any, default: Any) -> bool:
     return value is default or (type(value) is type(default) and bool(value == default))
 
 
 def _text_of(value: Any) -> str:
+    if isinstance(value, BaseEstimator):
+        return code_of(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text_of, value))}]"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_text_of, value))})"
     return repr(value.item() if isinstance(value, np.generic) else value)

@@ -81,15 +81,59 @@ def split(
     ValueError
         If no row has kept and held-out entries.
     """
-    if timestamps is None:
-        users = _drawn(np.flatnonzero(holdout.positive_counts(rows) >= 2), rng)
-        train, hidden = _hidden(rows, users, fraction, rng)
-    else:
+    if timestamps is not None:
         train, hidden = _latest(rows, timestamps, fraction)
-        users = _drawn(_scorable(train, hidden), rng)
-    if not len(users):
-        raise ValueError(_problem(rows, timestamps is not None, fraction))
+        return of_parts(train, hidden, train.nnz / max(rows.nnz, 1), fraction, rng)
+    n_able = np.count_nonzero(holdout.positive_counts(rows) >= 2)
+    if not n_able:
+        raise ValueError(
+            f"none of the {rows.shape[0]} rows of data has two positive entries or more, of which "
+            "one is held out to score candidates: pass data with such rows"
+        )
+    users = _drawn(np.flatnonzero(holdout.positive_counts(rows) >= 2), rng)
+    train, hidden = _hidden(rows, users, fraction, rng)
     return Problem(train, hidden, users, train.nnz / rows.nnz)
+
+
+def of_parts(
+    train: sparse.csr_matrix,
+    hidden: sparse.csr_matrix,
+    kept: float,
+    fraction: float,
+    rng: np.random.Generator,
+) -> Problem:
+    """Make a problem of earlier and later entries.
+
+    Entries of `hidden` that are in `train` too, as of repeated events, are not to be found.
+
+    Parameters
+    ----------
+    train, hidden : csr_matrix of shape (n_users, n_items)
+        Earlier entries, and the later positive ones.
+    kept : float
+        Part of all entries that is in `train`.
+    fraction : float
+        Fraction that was to be held out, for the message.
+    rng : Generator
+        Draws users.
+
+    Raises
+    ------
+    ValueError
+        If no row has entries in both parts.
+    """
+    pattern = train.copy()
+    pattern.data = np.ones_like(pattern.data)
+    new = sparse.csr_matrix(hidden - hidden.multiply(pattern))
+    new.eliminate_zeros()
+    users = _drawn(_scorable(train, new), rng)
+    if not len(users):
+        raise ValueError(
+            f"none of the {train.shape[0]} users has positive entries before the latest "
+            f"{fraction:g} of data, and new ones in it: pass another validation_fraction, or no "
+            "times, so that a part of each user's entries is held out"
+        )
+    return Problem(train, new, users, kept)
 
 
 def _hidden(
@@ -131,18 +175,3 @@ def _drawn(users: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if len(users) <= _MOST_USERS:
         return users
     return np.sort(rng.choice(users, _MOST_USERS, replace=False))
-
-
-def _problem(rows: sparse.csr_matrix, has_times: bool, fraction: float) -> str:
-    """Why no row can be scored, and what to do."""
-    n_able = int(np.count_nonzero(holdout.positive_counts(rows) >= 2))
-    if has_times:
-        return (
-            f"none of the {rows.shape[0]} rows of data has positive entries both before and in "
-            f"the latest {fraction:g} of the entries: pass another validation_fraction, or no "
-            "timestamps, so that a part of each row is held out"
-        )
-    return (
-        f"{n_able} of the {rows.shape[0]} rows of data have two positive entries or more, of which "
-        "one is held out to score candidates: pass data with such rows"
-    )

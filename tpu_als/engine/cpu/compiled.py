@@ -19,8 +19,8 @@ from tpu_als.engine.objective import Objective
 from tpu_als.exceptions import DataWarning
 
 _SOURCES = (
-    "jit.py", "kept_code.py", "loops.py", "converging.py", "direct.py", "selection.py",
-    "vectors.py",
+    "jit.py", "kept_code.py", "intrinsics.py", "loops.py", "converging.py", "direct.py",
+    "selection.py", "vectors.py",
 )  # fmt: skip
 _loading, _importing = threading.Lock(), threading.Lock()
 

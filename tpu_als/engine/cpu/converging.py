@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tpu_als.engine.cpu.intrinsics import prefetch
 from tpu_als.engine.cpu.jit import compiled, inner
-from tpu_als.engine.cpu.loops import BLOCK, Diagonal, Entries, confidence, prefetch, scaled
+from tpu_als.engine.cpu.loops import BLOCK, Diagonal, Entries, confidence, scaled
 from tpu_als.engine.cpu.memory import LINE
 from tpu_als.engine.cpu.vectors import GROUP, add_rows, dots, multiply
 from tpu_als.engine.objective import Objective

@@ -14,16 +14,13 @@ Axis letters: R rows, E entries, N source rows, K factors including pads to whol
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core.typing.templates import Signature
-from numba.extending import intrinsic
 
 from tpu_als.engine import objective as equations
-from tpu_als.engine.cpu.jit import Context, Intrinsic, compiled, inner
+from tpu_als.engine.cpu.intrinsics import prefetch, widen
+from tpu_als.engine.cpu.jit import compiled, inner
 from tpu_als.engine.objective import Objective
 
 # Number of entries that are summed in the rows' dtype, before a float64 total adds the sum.
@@ -79,41 +76,6 @@ class Diagonal(NamedTuple):
     reach: float
     tiny: float
     most: float
-
-
-def _prefetch_intrinsic(_: Context, __: types.Type) -> Intrinsic:
-    """Prefetch the cache line at an address: LLVM's intrinsic, because Python has none."""
-    number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-    read, nearest, data = number(0), number(3), number(1)
-
-    def emit(
-        context: Context, builder: ir.IRBuilder, _: Signature, args: list[ir.Value]
-    ) -> ir.Value:
-        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-        word = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
-        builder.call(word, [builder.inttoptr(args[0], pointer), read, nearest, data])
-        return context.get_dummy_value()
-
-    return types.void(types.uintp), emit
-
-
-prefetch: Any = intrinsic(_prefetch_intrinsic)
-
-
-def _widen_intrinsic(_: Context, number: types.Type) -> Intrinsic:
-    """Return a float unchanged, and the bits of a bfloat16 number (uint16) as float32."""
-    if number != types.uint16:
-        return number(number), lambda *given: given[-1][0]
-    word = ir.IntType(32)
-
-    def emit(_: Context, builder: ir.IRBuilder, __: Signature, args: list[ir.Value]) -> ir.Value:
-        upper = builder.shl(builder.zext(args[0], word), word(16))
-        return builder.bitcast(upper, ir.FloatType())
-
-    return types.float32(number), emit
-
-
-widen: Any = intrinsic(_widen_intrinsic)
 
 
 confidence = inner(equations.confidence)
@@ -223,6 +185,54 @@ def _curvature(
 
 
 @inner
+def _add_all_products(
+    entries: Entries,
+    objective: Objective,
+    span: tuple[int, int],
+    scales: tuple[float, float],
+    p: np.ndarray,
+    out: np.ndarray,
+    scratch: tuple[np.ndarray, np.ndarray],
+) -> None:
+    """`add_products` of a whole row, whose sums may be long.
+
+    `scratch` has a vector of the dtype of `out`, and one of float64. The sums of a long row's
+    blocks are added in float64. Compensated sums cannot be used, because the compiler may reorder
+    them.
+    """
+    (first, n), (part, total) = span, scratch
+    kind, is_long = out.dtype.type, n > BLOCK
+    target = part if is_long else out
+    if is_long:
+        for k in range(len(out)):
+            total[k] = out[k]
+    for low in range(first, first + n, BLOCK):
+        if is_long:
+            for k in range(len(out)):
+                part[k] = kind(0)
+        count = min(first + n - low, BLOCK)
+        add_products(entries, objective, (low, count), scales, p, target)
+        if is_long:
+            for k in range(len(out)):
+                total[k] += part[k]
+    if is_long:
+        for k in range(len(out)):
+            out[k] = kind(total[k])
+
+
+@inner
+def _whole_curvature(
+    entries: Entries, objective: Objective, span: tuple[int, int], scale: float, p: np.ndarray
+) -> float:
+    """`_curvature` of a whole row; the sums of its blocks are added in float64."""
+    (first, n), total = span, np.float64(0)
+    for low in range(first, first + n, BLOCK):
+        count = min(first + n - low, BLOCK)
+        total += _curvature(entries, objective, low, count, scale, p)
+    return p.dtype.type(total)
+
+
+@inner
 def scaled(
     objective: Objective, diagonal: Diagonal, n: int, steps: int, d: np.ndarray, inverse: np.ndarray
 ) -> tuple[float, float, bool]:
@@ -289,10 +299,11 @@ def solve_rows(
         How to solve them.
     """
     (cells, lengths), (relaxation, steps) = starts, solver
-    vectors, total = np.empty((7, rows.shape[1]), rows.dtype), np.empty(rows.shape[1])
-    z, p, r, image, part, d, inverse = (
-        vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], vectors[5], vectors[6],
+    vectors = np.empty((7, rows.shape[1]), rows.dtype)
+    z, p, r, image, d, inverse = (
+        vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], vectors[5],
     )  # fmt: skip
+    scratch = vectors[6], np.empty(rows.shape[1])
     zero, one, tiny = z.dtype.type(0), z.dtype.type(1), diagonal.tiny
     for row in range(len(lengths)):
         first, n = cells[row], lengths[row]
@@ -313,32 +324,10 @@ def solve_rows(
             given, out = (vectors[0], vectors[2]) if step < 0 else (vectors[1], vectors[3])
             bend = zero
             if is_last:
-                wide = np.float64(0)
-                for low in range(first, first + n, BLOCK):
-                    count = min(first + n - low, BLOCK)
-                    wide += _curvature(entries, objective, low, count, scale, given)
-                bend = z.dtype.type(wide)
+                bend = _whole_curvature(entries, objective, (first, n), scale, given)
             else:
-                # The sums of a long row's blocks are added in float64. Compensated sums cannot be
-                # used, because the compiler may reorder them.
-                is_long = n > BLOCK
-                target = part if is_long else out
-                if is_long:
-                    for k in range(len(z)):
-                        total[k] = out[k]
-                for low in range(first, first + n, BLOCK):
-                    if is_long:
-                        for k in range(len(z)):
-                            part[k] = zero
-                    count = min(first + n - low, BLOCK)
-                    scales = on_targets, on_predictions
-                    add_products(entries, objective, (low, count), scales, given, target)
-                    if is_long:
-                        for k in range(len(z)):
-                            total[k] += part[k]
-                if is_long:
-                    for k in range(len(z)):
-                        out[k] = z.dtype.type(total[k])
+                scales = on_targets, on_predictions
+                _add_all_products(entries, objective, (first, n), scales, given, out, scratch)
             if step < 0:
                 for k in range(len(z)):
                     p[k] = r[k] * inverse[k]

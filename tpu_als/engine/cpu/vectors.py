@@ -20,6 +20,7 @@ from numba.core import cgutils
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
+from tpu_als.engine.cpu.intrinsics import emit_prefetch
 from tpu_als.engine.cpu.jit import Context, Intrinsic
 from tpu_als.engine.cpu.memory import LINE
 
@@ -122,11 +123,8 @@ class _Emitter:
 
     def prefetch(self, data: ir.Value, at: ir.Value) -> None:
         """Prefetch an element's cache line."""
-        byte = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, _INDEX, _INDEX, _INDEX])
-        word = self.builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        address = self.builder.bitcast(self.builder.gep(data, [at]), byte)
-        self.builder.call(word, [address, _INDEX(0), _INDEX(3), _INDEX(1)])
+        address = self.builder.gep(data, [at])
+        emit_prefetch(self.builder, self.builder.bitcast(address, ir.IntType(8).as_pointer()))
 
 
 def _size(kind: ir.Type) -> int:

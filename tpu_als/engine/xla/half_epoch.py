@@ -24,12 +24,13 @@ from tpu_als.engine import cells, layout
 from tpu_als.engine.als import AlsState
 from tpu_als.engine.data import DTYPES, LossParts
 from tpu_als.engine.objective import Objective, largest_weight, typed, weights_vanish
-from tpu_als.engine.xla import solve, sweep
+from tpu_als.engine.xla import solve, sweep, sweep_loss
 from tpu_als.engine.xla.data import XlaData, XlaSide, static_of
 from tpu_als.engine.xla.mesh import Collectives, ShardPass, Shards, precision
 from tpu_als.engine.xla.programs import REPLICATED, SHARDED, PyTree
 from tpu_als.engine.xla.solve import Basis
-from tpu_als.engine.xla.sweep import LongLossInputs, LossInputs, SharedInputs, Span
+from tpu_als.engine.xla.sweep import SharedInputs, Span
+from tpu_als.engine.xla.sweep_loss import LongLossInputs, LossInputs
 from tpu_als.host import give_back_memory, single_blas_thread
 
 _RUNGS_PER_PROGRAM = 4
@@ -292,10 +293,10 @@ def _entries_loss(
     params, mesh, users = data.params, data.mesh, data.users
     shared = _shared_inputs(source.basis, objective, data, 1.0)
     inputs = LossInputs(users.cells, state.users)
-    loss_passes = _rung_passes(sweep.loss_rungs, users, inputs, data, shared)
+    loss_passes = _rung_passes(sweep_loss.loss_rungs, users, inputs, data, shared)
     if users.long is not None:
         long_inputs = LongLossInputs(users.long, state.users)
-        loss_passes.append(_long_pass(sweep.loss_long, users, long_inputs, data, shared))
+        loss_passes.append(_long_pass(sweep_loss.loss_long, users, long_inputs, data, shared))
     out = mesh.zeros((users.rows.n_slots,), np.dtype(params.compute_dtype))
     return mesh.get(mesh.run(loss_passes, out, source.source_table, params.dtype))
 

@@ -1,4 +1,4 @@
-"""Process the chunks of one shard: slice the cells, solve or measure the rows, write the slots.
+"""Process the chunks of one shard: slice the cells, solve the rows, write the slots.
 
 Pure functions for one device. Trip counts and offsets are traced, so that the same program works
 for a rung of either side, for any data and any parameter values.
@@ -144,24 +144,10 @@ class LongBatch(NamedTuple):
     source_table: Array
 
 
-class LossInputs(NamedTuple):
-    """Inputs of a shard's loss: its cells, and its part (S, K) of the target table."""
-
-    cells: ShardCells
-    table: Array
-
-
-class LongLossInputs(NamedTuple):
-    """Inputs of the loss of long rows: the rows, and the shard's part of the target table."""
-
-    long: LongRows
-    table: Array
-
-
 Body = Callable[[int, Array, Array], Array]
 
 
-def _over_chunks(
+def over_chunks(
     static: Static, span: Span, cells: ShardCells, source_table: Array, body: Body, out: Array
 ) -> Array:
     """Fold body(step, source_rows, out) over a rung's chunks.
@@ -192,7 +178,7 @@ class Chunk(NamedTuple):
     block: Any
 
 
-def _gather_chunk(
+def gather_chunk(
     static: Static, span: Span, cells: ShardCells, source_rows: Array, objective: Objective,
     step: Index,
 ) -> Chunk:  # fmt: skip
@@ -261,7 +247,7 @@ def _solve_rung(
     shared: SharedInputs,
 ) -> Array:
     def body(step: int, source_rows: Array, out: Array) -> Array:
-        slot, lengths, block = _gather_chunk(
+        slot, lengths, block = gather_chunk(
             static, span, cells, source_rows, shared.objective, step
         )
         z = lax.dynamic_slice_in_dim(out, slot, static.rows).astype(static.dtype)
@@ -269,10 +255,10 @@ def _solve_rung(
         z = solve_block(static, shared.basis, shared.objective, rows, shared.relaxation)
         return lax.dynamic_update_slice_in_dim(out, solve.rounded(z, out.dtype), slot, 0)
 
-    return _over_chunks(static, span, cells, source_table, body, out)
+    return over_chunks(static, span, cells, source_table, body, out)
 
 
-def _sum_over_blocks(
+def sum_over_blocks(
     static: Static,
     batch: LongBatch,
     objective: Objective,
@@ -310,7 +296,7 @@ def _sum_over_blocks(
     return static.collectives.sum(jax.tree.map(lambda pair: pair[0] + pair[1], pairs))
 
 
-def _batch_rows(
+def batch_rows(
     static: Static, long: LongRows, table: Array, batch: Index
 ) -> tuple[Array, Array, Array]:
     """Slots and lengths of a batch of long rows, and their rows (LONG_ROWS, K) of a table."""
@@ -329,7 +315,7 @@ def solve_long(
     objective, basis, products = shared.objective, shared.basis, static.products
 
     def body(number: int, out: Array) -> Array:
-        slots, lengths, before = _batch_rows(static, long, out, number)
+        slots, lengths, before = batch_rows(static, long, out, number)
         batch, vector = LongBatch(number, long, source_table), jnp.zeros_like(before)
 
         def take(p: Array, row: Array) -> Array:
@@ -339,7 +325,7 @@ def solve_long(
             def scaled(block: Any, row: Array, _: Array) -> _Sums:
                 return function(solve.scale_weights(block, take(scale, row)), row)
 
-            return _sum_over_blocks(static, batch, objective, scaled, zero)
+            return sum_over_blocks(static, batch, objective, scaled, zero)
 
         d = solve.diagonal(basis, objective, lengths)
         z = solve.initial_rows(before, d, shared.weight, basis)
@@ -360,67 +346,5 @@ def solve_long(
             )  # fmt: skip
         z = finish(basis, lengths, solve.relax(before, z, shared.relaxation))
         return out.at[slots].set(solve.rounded(z, out.dtype), mode="drop")
-
-    return lax.fori_loop(0, shared.spans[0].n_chunks, body, out)
-
-
-def _without_offset(objective: Objective) -> tuple[Objective, Array]:
-    """The objective with weights w = abs(c), for `solve.cells_loss`, and its original offset."""
-    return objective._replace(offset=jnp.zeros_like(objective.offset)), objective.offset
-
-
-def loss_rungs(
-    statics: tuple[Static, ...],
-    out: Array,
-    inputs: LossInputs,
-    source_table: Array,
-    shared: SharedInputs,
-) -> Array:
-    """Write the loss of the stored cells of each row of some rungs into `out` (S,)."""
-    for static, span in zip(statics, shared.spans, strict=True):
-        out = _loss_rung(static, span, out, inputs, source_table, shared)
-    return out
-
-
-def _loss_rung(
-    static: Static,
-    span: Span,
-    out: Array,
-    inputs: LossInputs,
-    source_table: Array,
-    shared: SharedInputs,
-) -> Array:
-    objective, offset = _without_offset(shared.objective)
-
-    def body(step: int, source_rows: Array, out: Array) -> Array:
-        slot, lengths, block = _gather_chunk(
-            static, span, inputs.cells, source_rows, objective, step
-        )
-        z = lax.dynamic_slice_in_dim(inputs.table, slot, static.rows).astype(static.dtype)
-        is_entry = solve.entry_mask(block.w.shape, lengths)
-        loss = solve.cells_loss(block, static.products.predict(block, z), is_entry, offset)
-        return lax.dynamic_update_slice(out, loss, (slot,))
-
-    return _over_chunks(static, span, inputs.cells, source_table, body, out)
-
-
-def loss_long(
-    static: Static, out: Array, inputs: LongLossInputs, source_table: Array, shared: SharedInputs
-) -> Array:
-    """Write the loss of the stored cells of each long row into `out` (S,)."""
-    objective, offset = _without_offset(shared.objective)
-
-    def body(number: int, out: Array) -> Array:
-        batch = LongBatch(number, inputs.long, source_table)
-        slots, _, z = _batch_rows(static, batch.long, inputs.table, number)
-
-        def loss(block: Any, row: Array, n_entries: Array) -> Array:
-            is_entry = solve.entry_mask(block.w.shape, n_entries)
-            t = static.products.predict(block, lax.dynamic_slice_in_dim(z, row, 1))
-            return solve.cells_loss(block, t, is_entry, offset)
-
-        zero = jnp.zeros(LONG_ROWS, static.dtype)
-        sums = _sum_over_blocks(static, batch, objective, loss, zero)
-        return out.at[slots].set(sums, mode="drop")
 
     return lax.fori_loop(0, shared.spans[0].n_chunks, body, out)

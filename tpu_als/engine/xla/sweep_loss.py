@@ -1,0 +1,102 @@
+"""The loss of the stored cells of one shard, row by row: chunks are read as in `sweep`.
+
+Axis letters: S slots of the shard, R rows of a chunk, L padded length, K factors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from tpu_als.engine.cells import LONG_ROWS, LongRows
+from tpu_als.engine.objective import Objective
+from tpu_als.engine.xla import solve
+from tpu_als.engine.xla.sweep import (
+    LongBatch,
+    ShardCells,
+    SharedInputs,
+    Span,
+    Static,
+    batch_rows,
+    gather_chunk,
+    over_chunks,
+    sum_over_blocks,
+)
+
+
+class LossInputs(NamedTuple):
+    """Inputs of a shard's loss: its cells, and its part (S, K) of the target table."""
+
+    cells: ShardCells
+    table: Array
+
+
+class LongLossInputs(NamedTuple):
+    """Inputs of the loss of long rows: the rows, and the shard's part of the target table."""
+
+    long: LongRows
+    table: Array
+
+
+def _without_offset(objective: Objective) -> tuple[Objective, Array]:
+    """The objective with weights w = abs(c), for `solve.cells_loss`, and its original offset."""
+    return objective._replace(offset=jnp.zeros_like(objective.offset)), objective.offset
+
+
+def loss_rungs(
+    statics: tuple[Static, ...],
+    out: Array,
+    inputs: LossInputs,
+    source_table: Array,
+    shared: SharedInputs,
+) -> Array:
+    """Write the loss of the stored cells of each row of some rungs into `out` (S,)."""
+    for static, span in zip(statics, shared.spans, strict=True):
+        out = _loss_rung(static, span, out, inputs, source_table, shared)
+    return out
+
+
+def _loss_rung(
+    static: Static,
+    span: Span,
+    out: Array,
+    inputs: LossInputs,
+    source_table: Array,
+    shared: SharedInputs,
+) -> Array:
+    objective, offset = _without_offset(shared.objective)
+
+    def body(step: int, source_rows: Array, out: Array) -> Array:
+        slot, lengths, block = gather_chunk(
+            static, span, inputs.cells, source_rows, objective, step
+        )
+        z = lax.dynamic_slice_in_dim(inputs.table, slot, static.rows).astype(static.dtype)
+        is_entry = solve.entry_mask(block.w.shape, lengths)
+        loss = solve.cells_loss(block, static.products.predict(block, z), is_entry, offset)
+        return lax.dynamic_update_slice(out, loss, (slot,))
+
+    return over_chunks(static, span, inputs.cells, source_table, body, out)
+
+
+def loss_long(
+    static: Static, out: Array, inputs: LongLossInputs, source_table: Array, shared: SharedInputs
+) -> Array:
+    """Write the loss of the stored cells of each long row into `out` (S,)."""
+    objective, offset = _without_offset(shared.objective)
+
+    def body(number: int, out: Array) -> Array:
+        batch = LongBatch(number, inputs.long, source_table)
+        slots, _, z = batch_rows(static, batch.long, inputs.table, number)
+
+        def loss(block: Any, row: Array, n_entries: Array) -> Array:
+            is_entry = solve.entry_mask(block.w.shape, n_entries)
+            t = static.products.predict(block, lax.dynamic_slice_in_dim(z, row, 1))
+            return solve.cells_loss(block, t, is_entry, offset)
+
+        zero = jnp.zeros(LONG_ROWS, static.dtype)
+        sums = sum_over_blocks(static, batch, objective, loss, zero)
+        return out.at[slots].set(sums, mode="drop")
+
+    return lax.fori_loop(0, shared.spans[0].n_chunks, body, out)

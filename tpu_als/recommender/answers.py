@@ -1,0 +1,238 @@
+"""Results as frames with the caller's ids."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from tpu_als.exceptions import DataWarning
+from tpu_als.recommender import counting, ranking, sources
+from tpu_als.recommender.ids import IdMap, given_ids
+from tpu_als.recommender.ranking import Ranked
+from tpu_als.recommender.schema import Schema
+from tpu_als.recommender.state import State
+from tpu_als.storage.atomic import replacing
+
+_REASONS = np.array(["model", "popular"], object)
+
+
+def recommendations(
+    state: State, parts: list[Ranked], names: pd.Series | None, library: str
+) -> Any:
+    """The frame that `Recommender.recommend` returns.
+
+    Parameters
+    ----------
+    state : State
+        Has the ids.
+    parts : list of Ranked
+        The results.
+    names : Series of length m or None
+        The ids of the queries; None for all users with a history.
+    library : str
+        The frame library.
+    """
+    whole = (
+        Ranked(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        if parts
+        else None
+    )
+    found = ranking.nothing() if whole is None else whole
+    return sources.as_library(_columns(state, found, names), library)
+
+
+def _columns(state: State, found: Ranked, names: Any) -> dict[str, Any]:
+    own = {} if names is None else {"user": names.take(found.queries)}
+    return {
+        **own,
+        "item": state.items.take(found.items),
+        "rank": found.ranks,
+        "score": found.scores,
+        "reason": _REASONS[found.are_popular.astype(int)],
+    }
+
+
+def to_parquet(
+    path: str | os.PathLike[str], state: State, parts: Iterable[Ranked], names: pd.Index
+) -> int:
+    """Write results to a Parquet file, a row group for each part; return the number of rows."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ImportError(
+            "recommend_to_parquet needs pyarrow: pip install 'tpu-als[shards]'"
+        ) from error
+    n_rows, schema = 0, None
+    with replacing(Path(path)) as file:
+        writer = None
+        for part in parts:
+            frame = pd.DataFrame(_columns(state, part, names))
+            table = pa.Table.from_pandas(frame, schema, preserve_index=False)
+            if writer is None:
+                schema = table.schema.remove_metadata()
+                writer = pq.ParquetWriter(file, schema)
+            writer.write_table(table.cast(schema))
+            n_rows += len(frame)
+        if writer is not None:
+            writer.close()
+    return n_rows
+
+
+def neighbours(state: State, side: str, given: Any, n: int) -> Any:
+    """The frame of `similar_items` (side "item") or `similar_users` ("user")."""
+    ids = state.items if side == "item" else state.users
+    series, _ = given_ids(given, f"{side}s")
+    at = known(ids, series, f"{side}s", "")
+    table = state.model.item_factors if side == "item" else state.model.user_factors
+    find = getattr(state.model, f"similar_{side}s")
+    found, scores = find(at, N=min(n + 1, len(ids)))
+    is_result = (found >= 0) & (found != at[:, None])
+    is_result &= table[at].any(axis=1)[:, None] & table[found].any(axis=2)
+    is_result &= np.cumsum(is_result, axis=1) <= n
+    queries, ranks = np.nonzero(is_result)[0], np.cumsum(is_result, axis=1)[is_result]
+    columns = {
+        side: series.take(queries).reset_index(drop=True),
+        f"similar_{side}": ids.take(found[is_result]),
+        "rank": ranks,
+        "score": scores[is_result],
+    }
+    return sources.as_library(columns, state.library)
+
+
+def known(ids: IdMap, series: pd.Series, name: str, advice: str) -> np.ndarray:
+    """Positions (n,) of ids that must be in the data.
+
+    Raises
+    ------
+    ValueError
+        If one is not.
+    """
+    at = ids.positions(series, name)
+    missing = np.flatnonzero(at < 0)
+    if len(missing):
+        raise ValueError(
+            f"{name} must be in the data of fit or update: {len(missing)} of {len(at)} are not, "
+            f"such as {series.iloc[missing[0]]!r:.60}{advice}"
+        )
+    return at
+
+
+def explanation(state: State, user: Any, item: Any, n: int) -> Any:
+    """The frame of `Recommender.explain`."""
+    at = []
+    for ids, given, name in ((state.users, user, "user"), (state.items, item, "item")):
+        series, is_single = given_ids(given, name)
+        if not is_single:
+            raise TypeError(f"{name} must be one id, got {type(given).__name__}")
+        at.append(int(known(ids, series, name, "")[0]))
+    cells = state.history.rows(np.array([at[0]]))
+    _, top, _ = state.model.explain(at[0], cells.matrix(len(state.items)), at[1], N=n)
+    items = np.array([item for item, _ in top], np.int64)
+    where = np.searchsorted(cells.items, items)
+    columns = {
+        "item": state.items.take(items),
+        "value": cells.values[where],
+        "weight": cells.weights[where],
+        "contribution": np.array([score for _, score in top], np.float64),
+    }
+    return sources.as_library(columns, state.library)
+
+
+def row_of_history(state: State, schema: Schema, history: Any) -> sparse.csr_matrix:
+    """Weights (1, N) of the events of one user who is not in the data."""
+    frame = _history_frame(schema, history)
+    have = {name: name in frame for name in (schema.value, schema.timestamp, schema.event)}
+    own = schema._replace(
+        value=schema.value if have[schema.value] else None,
+        timestamp=schema.timestamp if have[schema.timestamp] else None,
+        event=schema.event if have[schema.event] else None,
+        half_life=schema.half_life if have[schema.timestamp] else None,
+    )
+    frame = frame.assign(**{schema.user: 0})
+    events = counting.checked(frame, own)
+    items = state.items.positions(events.frame[schema.item], "history")
+    is_known = items >= 0
+    if not is_known.all():
+        warnings.warn(
+            f"{np.count_nonzero(~is_known)} of {len(items)} events of the history have items that "
+            "are not in the data, and were left out",
+            DataWarning,
+            stacklevel=4,
+        )
+    times = None if events.times is None else events.times[is_known]
+    events = counting.Events(events.frame[is_known], events.values[is_known], times, events.kind)
+    values = counting.decayed(events, own, state.clock)
+    at = np.zeros(len(values), np.int64), items[is_known]
+    shape = 1, len(state.items)
+    cells = counting.cells_of(events, values, at, shape, schema.repeated)
+    return state.weighted(cells, len(state.items)).matrix(len(state.items))
+
+
+def _history_frame(schema: Schema, history: Any) -> pd.DataFrame:
+    """Events of one user as a DataFrame with the recommender's columns."""
+    if isinstance(history, (list, tuple)) and all(isinstance(e, Mapping) for e in history):
+        frame = pd.DataFrame(list(history)) if history else pd.DataFrame({"item": []})
+    elif isinstance(history, (list, tuple, pd.Index, pd.Series, np.ndarray)):
+        frame = pd.DataFrame({"item": given_ids(list(history), "history")[0]})
+    elif isinstance(history, pd.DataFrame) or hasattr(history, "columns"):
+        frame = sources.read(history, list(history.columns), [])[0]
+    else:
+        raise TypeError(
+            "history must be a list of events such as {'item': 'tea'}, a list of items, or a "
+            f"frame, got {type(history).__name__}"
+        )
+    names = {"item": schema.item, "value": schema.value, "timestamp": schema.timestamp}
+    names["event"] = schema.event
+    renamed = {
+        usual: own
+        for usual, own in names.items()
+        if own is not None and own not in frame and usual in frame
+    }
+    frame = frame.rename(columns=renamed)
+    if schema.item not in frame:
+        raise ValueError(
+            f"history must have a column {schema.item!r} or 'item', got {list(frame.columns)}"
+        )
+    return frame
+
+
+def relevant(
+    state: State, schema: Schema, events: counting.Events
+) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:
+    """Later items that known users had not had.
+
+    Returns
+    -------
+    items : csr_matrix (m, N)
+        For each user the relevant items that the model knows.
+    users : int64 array (m,)
+        The users with a relevant item, by position.
+    counts : int64 array (m,)
+        Their numbers of relevant items, those that the model does not know included.
+    """
+    user_at = state.users.positions(events.frame[schema.user], schema.user)
+    is_known = user_at >= 0
+    items, item_at = state.items.grown(events.frame[schema.item], schema.item)
+    values = counting.decayed(events, schema, state.clock)
+    users, row_at = np.unique(user_at[is_known], return_inverse=True)
+    times = None if events.times is None else events.times[is_known]
+    kept = counting.Events(events.frame[is_known], values[is_known], times, events.kind)
+    at = row_at, item_at[is_known]
+    cells = counting.cells_of(kept, kept.values, at, (len(users), len(items)), schema.repeated)
+    later = cells.matrix(len(items), of="values")
+    later.data = (later.data > 0).astype(np.float64)
+    seen = state.history.rows(users).matrix(len(items))
+    seen.data = np.ones_like(seen.data, dtype=np.float64)
+    later = sparse.csr_matrix(later - later.multiply(seen))
+    later.eliminate_zeros()
+    counts = np.diff(later.indptr)
+    has_any = counts > 0
+    return later[has_any][:, : len(state.items)], users[has_any], counts[has_any].astype(np.int64)

@@ -1,0 +1,161 @@
+"""The ids of users or items, and their positions in the tables. Positions never change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tpu_als.datasets.columns import index_of, occurring, shown
+
+_INTEGER = r"-?(?:0|[1-9]\d{0,17})"  # text that stays the same as an int64
+_SHARE = 8  # ids added by updates are merged when they are more than this part of all
+
+
+@dataclass(frozen=True)
+class IdMap:
+    """Ids in the order of their positions: those of `fit`, ascending, then those added later.
+
+    Attributes
+    ----------
+    first : Index
+        The ids of `fit`, and those merged into it.
+    added : Index
+        The ids after them.
+    kind : str
+        Their type in words, "nothing" if there are none.
+    """
+
+    first: pd.Index
+    added: pd.Index = field(default_factory=lambda: pd.Index([]))
+    kind: str = "nothing"
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.added)
+
+    @property
+    def index(self) -> pd.Index:
+        """All ids."""
+        return self.first.append(self.added) if len(self.added) else self.first
+
+    def take(self, positions: np.ndarray) -> pd.Index:
+        """The ids at some positions."""
+        if not len(self.added):
+            return self.first.take(positions)
+        return self.index.take(positions)
+
+    def positions(self, column: pd.Series, label: str) -> np.ndarray:
+        """Position (n,) of each value, int64; -1 for ids that are not in the map.
+
+        Parameters
+        ----------
+        column : Series of length n
+            Without missing values.
+        label : str
+            What the column is called in messages.
+
+        Raises
+        ------
+        ValueError
+            For ids of several types, or of another type than those of the map.
+        """
+        codes, distinct = self._distinct(column, label)
+        return self._find(distinct)[codes]
+
+    def grown(self, column: pd.Series, label: str) -> tuple[IdMap, np.ndarray]:
+        """Add the ids that are not in the map; return the new map and the positions (n,)."""
+        codes, distinct = self._distinct(column, label)
+        if not len(self):
+            known, order = _ascending(distinct)
+            places = np.empty(len(order), np.int64)
+            places[order] = np.arange(len(order))
+            return IdMap(known, kind=_kind_of(known)), places[codes]
+        found = self._find(distinct)
+        is_new = found < 0
+        if not is_new.any():
+            return self, found[codes]
+        new, _ = _ascending(distinct[is_new])
+        if len(self.added) + len(new) <= len(self.first) // _SHARE:
+            added = self.added.append(new) if len(self.added) else new
+            known = IdMap(self.first, added, self.kind)
+        else:
+            known = IdMap(self.index.append(new), kind=self.kind)
+        return known, known._find(distinct)[codes]
+
+    def _distinct(self, column: pd.Series, label: str) -> tuple[np.ndarray, pd.Index]:
+        codes, values, kind = occurring(column, label)
+        if self.kind not in ("nothing", kind) and len(values):
+            raise ValueError(
+                f"{label} holds {kind} (such as {shown(values.iloc[0])}), but the ids of the data "
+                f"of fit are {self.kind} (such as {shown(self.first[0])}), so no id can match: "
+                "convert one of them with astype"
+            )
+        return codes, index_of(values)
+
+    def _find(self, distinct: pd.Index) -> np.ndarray:
+        found = self.first.get_indexer(distinct).astype(np.int64)
+        if len(self.added):
+            missing = np.flatnonzero(found < 0)
+            later = self.added.get_indexer(distinct[missing])
+            found[missing] = np.where(later < 0, -1, later + len(self.first))
+        return found
+
+
+def whole_numbers(column: pd.Series) -> pd.Series:
+    """Ids read as text, as integers if each is written as an integer is: "12", but not "012"."""
+    codes, distinct = pd.factorize(column)
+    texts = pd.Series(distinct)
+    if not len(texts) or not texts.str.fullmatch(_INTEGER).all():
+        return column
+    numbers = pd.Index(texts.astype(np.int64))
+    return pd.Series(pd.Categorical.from_codes(codes, numbers), column.index, name=column.name)
+
+
+def _ascending(ids: pd.Index) -> tuple[pd.Index, np.ndarray]:
+    """Sorted ids, and their order; ids that cannot be compared stay as they occur."""
+    try:
+        order = ids.argsort()
+    except TypeError:
+        order = np.arange(len(ids))
+    return ids[order], order
+
+
+def _kind_of(ids: pd.Index) -> str:
+    return occurring(pd.Series(ids[:1]), "ids")[2]
+
+
+def given_ids(ids: Any, name: str) -> tuple[pd.Series, bool]:
+    """Ids passed to a method, and whether it is a single one.
+
+    Parameters
+    ----------
+    ids : one id, or a list, array, Index or Series of ids
+        A tuple is one id. Series of other frame libraries are accepted too.
+    name : str
+        The argument's name, for messages.
+
+    Raises
+    ------
+    ValueError
+        For missing values.
+    TypeError
+        For a set, a mapping or a frame.
+    """
+    is_single = isinstance(ids, (str, bytes, tuple)) or not hasattr(ids, "__len__")
+    if is_single:
+        ids = [ids]
+    elif isinstance(ids, (set, frozenset, dict)) or getattr(ids, "ndim", 1) != 1:
+        raise TypeError(
+            f"{name} must be an id or a list of ids, got {type(ids).__name__}: pass a list"
+        )
+    elif not isinstance(ids, (list, pd.Index, pd.Series, np.ndarray)):
+        ids = ids.to_list() if hasattr(ids, "to_list") else list(ids)
+    if isinstance(ids, list):
+        ids = pd.Index(ids, tupleize_cols=False) if ids else pd.Index([], dtype=object)
+    series = pd.Series(ids).reset_index(drop=True)
+    if series.isna().any():
+        at = int(np.flatnonzero(series.isna())[0])
+        raise ValueError(f"{name} must have no missing ids, got one at position {at}")
+    return series.rename(name), is_single

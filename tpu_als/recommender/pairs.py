@@ -1,0 +1,98 @@
+"""Lists of items, and of pairs of a user and an item, that limit recommendations."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from tpu_als.datasets.columns import columns_of
+from tpu_als.exceptions import DataWarning
+from tpu_als.recommender import sources
+from tpu_als.recommender.ids import given_ids
+from tpu_als.recommender.ranking import Limits
+from tpu_als.recommender.schema import Schema
+from tpu_als.recommender.state import State
+
+log = logging.getLogger("tpu_als")
+
+
+def limits_of(
+    state: State, schema: Schema, excludes_seen: Any, exclude: Any, candidates: Any, min_score: Any
+) -> Limits:
+    """Check the arguments of `Recommender.recommend` that limit the result.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For other types, and for ids of another type than those of the data of `fit`.
+    """
+    if not isinstance(excludes_seen, (bool, np.bool_)):
+        raise TypeError(f"exclude_seen must be True or False, got {excludes_seen!r:.60}")
+    if min_score is not None:
+        if not isinstance(min_score, Real) or isinstance(min_score, bool) or min_score != min_score:
+            raise ValueError(f"min_score must be a number, got {min_score!r:.60}")
+        min_score = float(min_score)
+    excluded, excluded_pairs = _items_or_pairs(state, schema, exclude, "exclude")
+    chosen, chosen_pairs = _items_or_pairs(state, schema, candidates, "candidates")
+    return Limits(bool(excludes_seen), excluded, chosen, excluded_pairs, chosen_pairs, min_score)
+
+
+def _items_or_pairs(
+    state: State, schema: Schema, given: Any, name: str
+) -> tuple[np.ndarray | None, sparse.csr_matrix | None]:
+    if given is None:
+        return None, None
+    if _is_frame(given):
+        return None, _pairs(state, schema, given, name)
+    series, is_single = given_ids(given, name)
+    if is_single:
+        raise TypeError(
+            f"{name} must be a list of items, or a frame of pairs, got {given!r:.60}: pass a list"
+        )
+    at = state.items.positions(series, name)
+    if name == "candidates":
+        _warn_of_unknown(series[at < 0], len(series), "items")
+    return np.unique(at[at >= 0]), None
+
+
+def _is_frame(given: Any) -> bool:
+    is_ids = isinstance(given, (str, list, tuple, pd.Index, pd.Series, np.ndarray))
+    return not is_ids and hasattr(given, "columns")
+
+
+def _pairs(state: State, schema: Schema, given: Any, name: str) -> sparse.csr_matrix:
+    """Pairs as a matrix (M + 1, N); the last row is empty, and is that of unknown users."""
+    frame, *_ = sources.read(given, list(given.columns), [])
+    found = []
+    for own, usual in ((schema.user, "user"), (schema.item, "item")):
+        column = own if own in frame.columns else usual
+        if column not in frame.columns:
+            raise ValueError(
+                f"{name} must be a list of items, or a frame with the columns {schema.user!r} and "
+                f"{schema.item!r}, got {list(frame.columns)}"
+            )
+        found.append(columns_of(frame, [column])[0])
+    users = state.users.positions(found[0], f"{name}[{found[0].name!r}]")
+    items = state.items.positions(found[1], f"{name}[{found[1].name!r}]")
+    is_known = (users >= 0) & (items >= 0)
+    if name == "candidates":
+        _warn_of_unknown(found[0][~is_known], len(frame), "pairs")
+    ones = np.ones(np.count_nonzero(is_known), np.float32)
+    shape = len(state.users) + 1, len(state.items)
+    return sparse.csr_matrix((ones, (users[is_known], items[is_known])), shape=shape)
+
+
+def _warn_of_unknown(unknown: pd.Series, total: int, what: str) -> None:
+    if len(unknown):
+        message = (
+            f"{len(unknown)} of {total} candidate {what} have ids that are not in the data, such "
+            f"as {unknown.iloc[0]!r:.60}, and were left out"
+        )
+        log.warning(message)
+        warnings.warn(message, DataWarning, stacklevel=5)

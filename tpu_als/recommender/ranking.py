@@ -1,0 +1,262 @@
+"""Rank items for users by the model, and by popularity where the model knows nothing of a user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from scipy import sparse
+
+from tpu_als.recommender.state import State
+
+_BLOCK = 1 << 14  # users that are ranked at a time, which bounds the memory
+_EXCLUDED = -1e38  # scores below it belong to fillers
+
+
+class Limits(NamedTuple):
+    """What may be in a result.
+
+    Attributes
+    ----------
+    excludes_seen : bool
+        Whether to leave out the items of the user's history.
+    excluded : int array or None
+        Items to leave out of every result.
+    chosen : int array or None
+        The only items to rank, ascending.
+    excluded_pairs, chosen_pairs : CSR matrix (M + 1, N) or None
+        The same for each user; its last row is that of unknown users, and is empty.
+    min_score : float or None
+        Least score of the model.
+    """
+
+    excludes_seen: bool = True
+    excluded: np.ndarray | None = None
+    chosen: np.ndarray | None = None
+    excluded_pairs: sparse.csr_matrix | None = None
+    chosen_pairs: sparse.csr_matrix | None = None
+    min_score: float | None = None
+
+
+class Ranked(NamedTuple):
+    """Results, one after the other: the position of the query, and its items, best first.
+
+    Attributes
+    ----------
+    queries : int64 array (n,)
+        Position of the query, ascending.
+    items : int32 array (n,)
+        Items by position.
+    ranks : int64 array (n,)
+        Rank within the query, from 1.
+    scores : float32 array (n,)
+        Product of factors; for popular items the share of all users who like the item.
+    are_popular : bool array (n,)
+        Whether the item was chosen by its popularity.
+    """
+
+    queries: np.ndarray
+    items: np.ndarray
+    ranks: np.ndarray
+    scores: np.ndarray
+    are_popular: np.ndarray
+
+
+def blocks(state: State, users: np.ndarray, n: int, limits: Limits) -> Iterator[Ranked]:
+    """Rank for users (m,) by position, -1 for unknown ones, a block of them at a time."""
+    for low in range(0, len(users), _BLOCK):
+        part = users[low : low + _BLOCK]
+        found = ranked(state, part, n, limits)
+        yield found._replace(queries=found.queries + low)
+
+
+def ranked(state: State, users: np.ndarray, n: int, limits: Limits) -> Ranked:
+    """As `blocks`, all users at once."""
+    rows = _rows(state, users)
+    by_model = users >= 0
+    by_model[by_model] = _has_factors(state, users[by_model])
+    parts = [_by_model(state, users, rows, np.flatnonzero(by_model), n, limits)]
+    parts.append(_by_popularity(state, users, rows, np.flatnonzero(~by_model), n, limits))
+    return _ordered(parts)
+
+
+def ranked_row(state: State, row: sparse.csr_matrix, n: int, limits: Limits) -> Ranked:
+    """Rank for one user with this row (1, N) of weights, who need not be in the data."""
+    one, chosen = np.zeros(1, np.int64), _chosen(limits)
+    if row.nnz and (chosen is None or len(chosen)):
+        found = state.model.recommend(
+            one, row, N=min(n, len(state.items)), recalculate_user=True,
+            filter_already_liked_items=limits.excludes_seen,
+            filter_items=None if chosen is not None else limits.excluded, items=chosen,
+        )  # fmt: skip
+        if found[1].any():  # all scores are 0 if the model knows none of the items
+            return _flat(one, found[0], found[1], limits)
+    return _by_popularity(state, one - 1, row, one, n, limits)
+
+
+def _rows(state: State, users: np.ndarray) -> sparse.csr_matrix:
+    """Weights (m, N) of users; unknown users have none."""
+    is_known = users >= 0
+    if is_known.all():
+        return state.rows(users)
+    rows = state.rows(users[is_known])
+    counts = np.zeros(len(users), np.int64)
+    counts[is_known] = np.diff(rows.indptr)
+    indptr = np.append(0, np.cumsum(counts))
+    return sparse.csr_matrix((rows.data, rows.indices, indptr), shape=(len(users), rows.shape[1]))
+
+
+def _has_factors(state: State, users: np.ndarray) -> np.ndarray:
+    """Whether the model has learnt anything of these users."""
+    return state.model._user_factor(users, None).any(axis=1)
+
+
+def _by_model(
+    state: State, users: np.ndarray, rows: sparse.csr_matrix, at: np.ndarray, n: int, limits: Limits
+) -> Ranked:
+    if not len(at):
+        return nothing()
+    users, rows = users[at], rows[at]
+    if limits.chosen_pairs is not None:
+        return _of_pairs(state, users, rows, at, n, limits)
+    hidden, chosen = _hidden(users, rows, limits), _chosen(limits)
+    if chosen is not None and not len(chosen):
+        return nothing()
+    ids, scores = state.model.recommend(
+        users, hidden, N=min(n, len(state.items)),
+        filter_already_liked_items=hidden is not None,
+        filter_items=None if chosen is not None else limits.excluded,
+        items=chosen,
+    )  # fmt: skip
+    return _flat(at, ids, scores, limits)
+
+
+def _chosen(limits: Limits) -> np.ndarray | None:
+    if limits.chosen is None or limits.excluded is None:
+        return limits.chosen
+    return np.setdiff1d(limits.chosen, limits.excluded)
+
+
+def _hidden(users: np.ndarray, rows: sparse.csr_matrix, limits: Limits) -> sparse.csr_matrix | None:
+    """The items to leave out for each user; None if there are none."""
+    hidden = rows if limits.excludes_seen else None
+    if limits.excluded_pairs is None:
+        return hidden
+    pairs = limits.excluded_pairs[users]
+    return pairs if hidden is None else _union(hidden, pairs)
+
+
+def _union(first: sparse.csr_matrix, second: sparse.csr_matrix) -> sparse.csr_matrix:
+    """Stored entries of both; all values are 1."""
+    ones = [
+        sparse.csr_matrix((np.ones(m.nnz, np.float32), m.indices, m.indptr), shape=m.shape)
+        for m in (first, second)
+    ]
+    return ones[0] + ones[1]
+
+
+def _flat(at: np.ndarray, ids: np.ndarray, scores: np.ndarray, limits: Limits) -> Ranked:
+    """Results of queries `at` from arrays (m, n), without fillers."""
+    is_result = (ids >= 0) & (scores > _EXCLUDED)
+    if limits.min_score is not None:
+        is_result &= scores >= limits.min_score
+    ranks = np.cumsum(is_result, axis=1)[is_result]
+    queries = np.repeat(at, is_result.sum(axis=1))
+    return Ranked(
+        queries, ids[is_result], ranks, scores[is_result].astype(np.float32),
+        np.zeros(len(queries), bool),
+    )  # fmt: skip
+
+
+def _of_pairs(
+    state: State, users: np.ndarray, rows: sparse.csr_matrix, at: np.ndarray, n: int, limits: Limits
+) -> Ranked:
+    """Rank each user's own candidates."""
+    pairs = _allowed(users, rows, limits)
+    queries = np.repeat(np.arange(len(users)), np.diff(pairs.indptr))
+    if not len(queries):
+        return nothing()
+    scores = state.model.score_pairs(users[queries], pairs.indices).astype(np.float32)
+    order = np.lexsort((pairs.indices, -scores, queries))
+    queries, items, scores = queries[order], pairs.indices[order], scores[order]
+    ranks = 1 + np.arange(len(queries)) - pairs.indptr[queries]
+    is_result = ranks <= n
+    if limits.min_score is not None:
+        is_result &= scores >= limits.min_score
+    return Ranked(
+        at[queries[is_result]], items[is_result].astype(np.int32), ranks[is_result],
+        scores[is_result], np.zeros(np.count_nonzero(is_result), bool),
+    )  # fmt: skip
+
+
+def _allowed(users: np.ndarray, rows: sparse.csr_matrix, limits: Limits) -> sparse.csr_matrix:
+    """The candidates of each user that nothing excludes."""
+    assert limits.chosen_pairs is not None
+    pairs = limits.chosen_pairs[users].tocoo()
+    keep = np.ones(pairs.nnz, bool)
+    if limits.excluded is not None:
+        keep &= ~np.isin(pairs.col, limits.excluded)
+    if limits.chosen is not None:
+        keep &= np.isin(pairs.col, limits.chosen)
+    hidden = _hidden(users, rows, limits)
+    if hidden is not None:
+        keep &= ~_contains(hidden, pairs.row, pairs.col)
+    entries = (np.ones(np.count_nonzero(keep), bool), (pairs.row[keep], pairs.col[keep]))
+    return sparse.csr_matrix(entries, shape=pairs.shape)
+
+
+def _contains(matrix: sparse.csr_matrix, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Whether cells are stored, also as zero."""
+    if not len(rows):
+        return np.zeros(0, bool)
+    ones = np.ones(matrix.nnz, np.int8)
+    pattern = sparse.csr_matrix((ones, matrix.indices, matrix.indptr), shape=matrix.shape)
+    return np.asarray(pattern[rows, columns]).ravel() > 0
+
+
+def _by_popularity(
+    state: State, users: np.ndarray, rows: sparse.csr_matrix, at: np.ndarray, n: int, limits: Limits
+) -> Ranked:
+    """The most popular items for users of whom the model knows nothing."""
+    if not len(at):
+        return nothing()
+    users, rows = users[at], rows[at]
+    order, chosen = state.popular, _chosen(limits)
+    if chosen is not None:
+        order = order[np.isin(order, chosen)]
+    elif limits.excluded is not None:
+        order = order[~np.isin(order, limits.excluded)]
+    hidden = _hidden(users, rows, limits)
+    found = []
+    for place in range(len(at)):
+        items = order
+        if limits.chosen_pairs is not None:
+            items = items[np.isin(items, limits.chosen_pairs[users[place]].indices)]
+        if hidden is not None and hidden.indptr[place] < hidden.indptr[place + 1]:
+            out = hidden.indices[hidden.indptr[place] : hidden.indptr[place + 1]]
+            items = items[: n + len(out)]
+            items = items[~np.isin(items, out)]
+        found.append(items[:n])
+    counts = np.array([len(items) for items in found])
+    items = np.concatenate(found)
+    ranks = 1 + np.arange(len(items)) - np.repeat(np.cumsum(counts) - counts, counts)
+    scores = state.popularity[items] / max(state.history.n_users, 1)
+    are_popular = np.ones(len(items), bool)
+    return Ranked(np.repeat(at, counts), items, ranks, scores.astype(np.float32), are_popular)
+
+
+def nothing() -> Ranked:
+    """No results."""
+    ids = np.empty(0, np.int64)
+    return Ranked(ids, ids.astype(np.int32), ids, np.empty(0, np.float32), np.empty(0, bool))
+
+
+def _ordered(parts: list[Ranked]) -> Ranked:
+    """Results of several parts by query."""
+    parts = [part for part in parts if len(part.queries)]
+    if len(parts) < 2:
+        return parts[0] if parts else nothing()
+    whole = Ranked(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    order = np.argsort(whole.queries, kind="stable")
+    return Ranked(*(column[order] for column in whole))

@@ -1,0 +1,531 @@
+"""`Recommender`: events in, recommendations out, with the caller's own ids."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+from sklearn.base import BaseEstimator, clone
+from sklearn.exceptions import NotFittedError
+from sklearn.utils import metadata_routing
+
+from tpu_als.estimator import TPUAlternatingLeastSquares
+from tpu_als.evaluation import holdout
+from tpu_als.recommender import answers, counting, ranking, saving, sources, state
+from tpu_als.recommender.ids import given_ids, whole_numbers
+from tpu_als.recommender.pairs import limits_of
+from tpu_als.recommender.schema import Schema, schema_of
+from tpu_als.recommender.state import State
+from tpu_als.validation import arguments
+
+
+class Recommender(BaseEstimator):
+    """Recommend items from a table of events, with one event per row.
+
+    It owns what surrounds a model: the ids of users and items, the value and weight of each event,
+    each user's history, and updates. Answers are frames with the caller's ids. In scikit-learn's
+    searches the samples are events: with ``cv=TimeSeriesSplit()`` and events in order of time,
+    known users are scored on what they did later.
+
+    Parameters
+    ----------
+    user, item : str, default="user" and "item"
+        Columns of ids. Each must have one type: text, numbers, times or tuples.
+    value : str, default=None
+        Column of numbers, such as quantities. None counts each event as 1.
+    timestamp : str, default=None
+        Column of times: times, ISO 8601 text or numbers. It is needed for `half_life`, and decides
+        which event is the last with ``repeated="last"``.
+    event : str, default=None
+        Column of event types, which `event_weights` multiplies.
+    event_weights : dict, default=None
+        A factor for each event type, such as ``{"view": 1, "buy": 5, "dislike": -1}``. Events of
+        types with the factor 0 are ignored. A negative value is a dislike.
+    half_life : str, Timedelta or number, default=None
+        Time in which the value of an event halves: a duration such as "30D", or for numeric times
+        a number in their unit. An event at the latest time of the data of `fit` has its full value.
+        The events of a later `update` are newer and get a larger one, so that the ratios are right.
+    repeated : {"sum", "last", "max"}, default="sum"
+        How the values of a user's events with the same item are combined.
+    weighting : transformer, default=None
+        Turns combined values into the weights that the model is trained on, such as
+        `tpu_als.weighting.LogWeighting`. Any transformer that keeps the stored entries of a sparse
+        matrix. None trains on the values.
+    model : estimator, default=None
+        None is ``TPUAlternatingLeastSquares()``. It is cloned.
+    unknown : {"popular", "drop", "error"}, default="popular"
+        What users without a history get: the most popular items, nothing, or an error.
+
+    Attributes
+    ----------
+    users_, items_ : Index
+        The ids, in the order of the model's tables. Updates add new ids at the end.
+    model_ : estimator
+        The fitted model.
+    weighting_ : transformer or None
+        The fitted transformer.
+    n_features_in_ : int
+        Number of columns that are read from events.
+
+    Examples
+    --------
+    >>> import pandas as pd
+    >>> from tpu_als import Recommender, TPUAlternatingLeastSquares
+    >>> events = pd.DataFrame({
+    ...     "customer": ["ann", "ann", "bob", "bob", "cat", "cat"],
+    ...     "sku": ["tea", "milk", "tea", "jam", "jam", "bread"],
+    ... })
+    >>> model = TPUAlternatingLeastSquares(factors=2, random_state=0)
+    >>> rec = Recommender(user="customer", item="sku", model=model).fit(events)
+    >>> rec.recommend(["ann"], n=1)[["user", "item", "rank", "reason"]].values.tolist()
+    [['ann', 'jam', 1, 'model']]
+    """
+
+    # The first argument of these methods is not called X.
+    __metadata_request__fit = {"events": metadata_routing.UNUSED}  # noqa: RUF012
+    __metadata_request__score = {"events": metadata_routing.UNUSED}  # noqa: RUF012
+
+    def __init__(
+        self,
+        user: str = "user",
+        item: str = "item",
+        value: str | None = None,
+        timestamp: str | None = None,
+        event: str | None = None,
+        *,
+        event_weights: dict[Any, float] | None = None,
+        half_life: Any = None,
+        repeated: str = "sum",
+        weighting: Any = None,
+        model: Any = None,
+        unknown: str = "popular",
+    ) -> None:
+        self.user = user
+        self.item = item
+        self.value = value
+        self.timestamp = timestamp
+        self.event = event
+        self.event_weights = event_weights
+        self.half_life = half_life
+        self.repeated = repeated
+        self.weighting = weighting
+        self.model = model
+        self.unknown = unknown
+
+    def set_params(self, **params: Any) -> Self:
+        """Set parameters; ``model__alpha`` and the like also work while `model` is None."""
+        is_nested = any(name.startswith("model__") for name in params)
+        if is_nested and "model" not in params and self.model is None:
+            self.model = TPUAlternatingLeastSquares()
+        super().set_params(**params)
+        return self
+
+    def fit(self, events: Any, y: Any = None, show_progress: bool | None = None) -> Self:
+        """Map the ids, combine and weight the events, and fit the model.
+
+        Parameters
+        ----------
+        events : frame, path, or list of paths
+            A DataFrame of pandas, polars or PyArrow, a DuckDB relation, or the path, directory or
+            glob of CSV and Parquet files. Ids in CSV files are integers if each of them is written
+            as one ("12", but not "012"), otherwise text. Parquet files need pyarrow.
+        y : None
+            Ignored.
+        show_progress : bool, default=None
+            Whether to show the progress of the model's fit; None follows its `verbose`.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        TypeError
+            For anything else.
+        ValueError
+            For parameters out of range, a missing column, a missing value, ids of several types, or
+            no events. The message has column, row and value.
+        """
+        schema = schema_of(self)
+        ids = [schema.user, schema.item]
+        frame, library, is_text = sources.read(events, schema.columns, ids)
+        frame = _with_whole_numbers(frame, ids) if is_text else frame
+        checked = counting.checked(frame, schema)
+        if not len(checked.frame):
+            raise ValueError(f"fit needs events, got none of {len(frame)} with a weight")
+
+        def fit_model(matrix: Any) -> Any:
+            model = TPUAlternatingLeastSquares() if self.model is None else clone(self.model)
+            return model.fit(matrix, show_progress=show_progress)
+
+        self._publish(state.fitted(self, schema, checked, library, fit_model))
+        return self
+
+    def update(self, events: Any) -> Self:
+        """Add new events without a new fit: new users and items, and changed rows.
+
+        The factors of the users of these events are solved again, exactly. So are those of new
+        items, and of items whose entries have changed by at least a twentieth since they were
+        solved. The answers of other users change only by these items. Fit again from time to time,
+        as in a nightly job.
+
+        Parameters
+        ----------
+        events : frame, path, or list of paths
+            As in `fit`. They may be older than those of `fit`.
+
+        Returns
+        -------
+        self
+            Threads that read meanwhile see the recommender before or after the update.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `fit`. The recommender stays as it was.
+        """
+        schema = schema_of(self)
+        with self._state_.lock:
+            now = self._state_
+            checked = counting.checked(self._read(events, schema, now), schema)
+            self._check_times(now, checked)
+            if len(checked.frame):
+                self._publish(state.updated(now, schema, checked, _solved))
+        return self
+
+    def recommend(
+        self,
+        users: Any = None,
+        n: int = 10,
+        *,
+        exclude_seen: bool = True,
+        exclude: Any = None,
+        candidates: Any = None,
+        min_score: float | None = None,
+    ) -> Any:
+        """Recommend items to some users or to all.
+
+        Parameters
+        ----------
+        users : one id, or a list, array or Series of ids, default=None
+            None is everybody with a history, in the order of `users_`. `recommend_to_parquet`
+            needs less memory for that.
+        n : int, default=10
+            Most items of a user. There are fewer where there are fewer candidates.
+        exclude_seen : bool, default=True
+            Leave out the items of the user's history, whatever their value.
+        exclude : list of items, or frame of pairs, default=None
+            Items to leave out, of all users or of the frame's user in each row.
+        candidates : list of items, or frame of pairs, default=None
+            The only items to recommend, to all users or to the frame's user in each row. Pairs of
+            unknown ids are left out, and a DataWarning gives their number.
+        min_score : float, default=None
+            Least score of items that the model recommends.
+
+        Returns
+        -------
+        frame with the columns user, item, rank, score, reason
+            Of the frame library of the events of `fit`. Users in the order given, best items first.
+            The score is the model's, and the reason "model". Users without a history, and those of
+            whom the model has learnt nothing, get popular items: the score is the share of all
+            users who like the item, and the reason "popular". `unknown` changes that.
+
+        Raises
+        ------
+        ValueError
+            For ids of another type than in `fit`, and for unknown users if `unknown` is "error".
+        """
+        now = self._state_
+        at, names = self._users(now, users)
+        limits = limits_of(now, schema_of(self), exclude_seen, exclude, candidates, min_score)
+        parts = list(ranking.blocks(now, at, _count(n), limits))
+        return answers.recommendations(now, parts, names, now.library)
+
+    def recommend_to_parquet(
+        self,
+        path: str | os.PathLike[str],
+        users: Any = None,
+        n: int = 10,
+        *,
+        exclude_seen: bool = True,
+        exclude: Any = None,
+        candidates: Any = None,
+        min_score: float | None = None,
+    ) -> int:
+        """Write what `recommend` returns to a Parquet file, in bounded memory.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The file, which is replaced only after the new one is complete. Needs pyarrow.
+        users, n, exclude_seen, exclude, candidates, min_score
+            As in `recommend`.
+
+        Returns
+        -------
+        int
+            Number of rows.
+        """
+        now = self._state_
+        at, names = self._users(now, users)
+        limits = limits_of(now, schema_of(self), exclude_seen, exclude, candidates, min_score)
+        return answers.to_parquet(path, now, ranking.blocks(now, at, _count(n), limits), names)
+
+    def recommend_for_history(
+        self,
+        history: Any,
+        n: int = 10,
+        *,
+        exclude_seen: bool = True,
+        exclude: Any = None,
+        candidates: Any = None,
+        min_score: float | None = None,
+    ) -> Any:
+        """Recommend items to somebody who is not in the data.
+
+        Parameters
+        ----------
+        history : list of dict, list of items, or frame
+            Events of one user. Keys are the names of the columns, or "item", "value", "timestamp"
+            and "event". Without values each event counts 1; without times it is as old as the
+            latest of `fit`.
+        n, exclude_seen, exclude, candidates, min_score
+            As in `recommend`; `exclude` and `candidates` are lists.
+
+        Returns
+        -------
+        frame with the columns item, rank, score, reason
+
+        Warns
+        -----
+        DataWarning
+            If events have unknown items; the message gives their number.
+        """
+        now, schema = self._state_, schema_of(self)
+        row = answers.row_of_history(now, schema, history)
+        limits = limits_of(now, schema, exclude_seen, exclude, candidates, min_score)
+        if limits.excluded_pairs is not None or limits.chosen_pairs is not None:
+            raise TypeError("exclude and candidates must be lists of items: there is one user")
+        found = ranking.ranked_row(now, row, _count(n), limits)
+        return answers.recommendations(now, [found], None, now.library)
+
+    def similar_items(self, items: Any, n: int = 10) -> Any:
+        """Find the items whose factors have the largest cosine similarity.
+
+        Parameters
+        ----------
+        items : one id, or a list, array or Series of ids
+        n : int, default=10
+            Most results of an item.
+
+        Returns
+        -------
+        frame with the columns item, similar_item, rank, score
+            Without the item itself. The score is the cosine. Items of which the model has learnt
+            nothing have no rows.
+
+        Raises
+        ------
+        ValueError
+            For unknown items.
+        """
+        return answers.neighbours(self._state_, "item", items, _count(n))
+
+    def similar_users(self, users: Any, n: int = 10) -> Any:
+        """Find the users whose factors have the largest cosine similarity.
+
+        Parameters
+        ----------
+        users : one id, or a list, array or Series of ids
+        n : int, default=10
+            Most results of a user.
+
+        Returns
+        -------
+        frame with the columns user, similar_user, rank, score
+            As in `similar_items`.
+
+        Raises
+        ------
+        ValueError
+            For unknown users.
+        """
+        return answers.neighbours(self._state_, "user", users, _count(n))
+
+    def explain(self, user: Any, item: Any, n: int = 10) -> Any:
+        """Split a user's score of an item into contributions of the user's own items.
+
+        Parameters
+        ----------
+        user, item : id
+            They must be known.
+        n : int, default=10
+            Most items.
+
+        Returns
+        -------
+        frame with the columns item, value, weight, contribution
+            Largest contribution first: the combined value of the user's events with the item, the
+            weight that the model was trained on, and the part of the score. All contributions of
+            liked items add up to the score from the user's exact factors.
+
+        Raises
+        ------
+        ValueError
+            For an unknown user or item.
+        """
+        return answers.explanation(self._state_, user, item, _count(n))
+
+    def score(self, events: Any, y: Any = None) -> float:
+        """Mean NDCG@10 of later events among the items that a user has not had.
+
+        Parameters
+        ----------
+        events : frame, path, or list of paths
+            As in `fit`. Relevant are the items with a positive value that are not in the user's
+            history. Relevant items that the model does not know count as not found. Users without a
+            history do not count.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        float
+            Between 0 and 1; NaN, with an UndefinedMetricWarning, if no known user has such an item.
+        """
+        schema, now = schema_of(self), self._state_
+        checked = counting.checked(self._read(events, schema, now), schema)
+        self._check_times(now, checked)
+        relevant, users, counts = answers.relevant(now, schema, checked)
+        if not len(users):
+            holdout.warn_of_undefined("NDCG")
+            return float("nan")
+        ids = np.full((len(users), holdout.CUTOFF), -1, np.int64)
+        for found in ranking.blocks(now, users, holdout.CUTOFF, ranking.Limits()):
+            ids[found.queries, found.ranks - 1] = found.items
+        return float(np.mean(holdout.ndcg_of_hits(holdout.hits_of(ids, relevant), counts)))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ids, history, weighting, parameters and model to one file, without pickle.
+
+        Parameters
+        ----------
+        path : str or path-like
+            An existing file is replaced only after the new one is complete.
+
+        Raises
+        ------
+        ValueError
+            For ids other than text, numbers and times, a model or a weighting of another package:
+            the file could not hold them.
+        """
+        saving.save(path, self, self._state_)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a file written by `save`. Nothing is unpickled.
+
+        Parameters
+        ----------
+        path : str or path-like
+            The file.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ModelFileError
+            If it is damaged, is not the file of a recommender, or has a later format.
+        """
+        parameters, found = saving.load(path)
+        made = cls(**parameters)
+        made._publish(found)
+        return made
+
+    @property
+    def users_(self) -> pd.Index:
+        """Ids of the users, in the order of the model's table."""
+        return self._state_.users.index
+
+    @property
+    def items_(self) -> pd.Index:
+        """Ids of the items, in the order of the model's table."""
+        return self._state_.items.index
+
+    @property
+    def model_(self) -> Any:
+        """The fitted model."""
+        return self._state_.model
+
+    @property
+    def weighting_(self) -> Any:
+        """The fitted transformer of values to weights, or None."""
+        return self._state_.weighting
+
+    @property
+    def _state_(self) -> State:
+        found: State | None = vars(self).get("_state")
+        if found is None:
+            raise NotFittedError(
+                f"This {type(self).__name__} has no data yet. Call 'fit' before using it"
+            )
+        return found
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return "_state" in vars(self)
+
+    def _publish(self, found: State) -> None:
+        self._state = found
+        self.n_features_in_ = len(schema_of(self).columns)
+
+    def _read(self, events: Any, schema: Schema, now: State) -> pd.DataFrame:
+        """Events after `fit`, whose ids must have the types of those of `fit`."""
+        kinds = {schema.user: now.users.kind, schema.item: now.items.kind}
+        frame, _, is_text = sources.read(events, schema.columns, list(kinds))
+        numbers = [name for name, kind in kinds.items() if kind == "numbers"]
+        return _with_whole_numbers(frame, numbers) if is_text else frame
+
+    def _check_times(self, now: State, events: counting.Events) -> None:
+        if now.clock is not None and len(events.frame) and events.kind != now.clock.kind:
+            raise ValueError(
+                f"column {self.timestamp!r} holds {events.kind}, but the data of fit hold "
+                f"{now.clock.kind}: convert one of them"
+            )
+
+    def _users(self, now: State, users: Any) -> tuple[np.ndarray, pd.Series]:
+        """Positions of users, and their ids as given."""
+        if users is None:
+            at = np.flatnonzero(now.history.lengths())
+            return at, now.users.take(at).to_series(index=range(len(at)))
+        series, _ = given_ids(users, "users")
+        at = now.users.positions(series, "users")
+        missing = np.flatnonzero(at < 0)
+        if len(missing) and self.unknown == "error":
+            raise ValueError(
+                f"{len(missing)} of {len(at)} users have no history, such as "
+                f"{series.iloc[missing[0]]!r:.60}: remove them, or set unknown to 'popular' or "
+                "'drop'"
+            )
+        if len(missing) and self.unknown == "drop":
+            return at[at >= 0], series[at >= 0].reset_index(drop=True)
+        return at, series
+
+
+def _with_whole_numbers(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """Convert columns of ids that were read as text to integers, where all of them are."""
+    found = {name: whole_numbers(frame[name]) for name in names if name in frame}
+    return frame.assign(**found)
+
+
+def _solved(model: Any, side: str, ids: np.ndarray, matrix: Any) -> Any:
+    """A copy of the model with some rows of a side solved; the model stays as it is."""
+    twin = copy.copy(model)
+    getattr(twin, f"partial_fit_{side}s")(ids, matrix)
+    return twin
+
+
+def _count(n: Any) -> int:
+    return arguments.result_count(n)

@@ -1,0 +1,251 @@
+"""Save a recommender to one file, and load it. Nothing is pickled.
+
+The file is an .npz archive. Its member "model" has the bytes of the model's own file.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tpu_als import compat, weighting
+from tpu_als.estimator import TPUAlternatingLeastSquares
+from tpu_als.exceptions import ModelFileError
+from tpu_als.recommender.counting import Clock
+from tpu_als.recommender.history import Cells, History
+from tpu_als.recommender.ids import IdMap
+from tpu_als.recommender.state import State, liked
+from tpu_als.storage.atomic import replacing
+from tpu_als.storage.npz import NpzFile, write_npz
+
+FORMAT = 1
+_MODELS: dict[str, Any] = {
+    "TPUAlternatingLeastSquares": TPUAlternatingLeastSquares,
+    "AlternatingLeastSquares": compat.AlternatingLeastSquares,
+}
+_CELLS = ("indptr", "items", "values", "weights")
+_DTYPES = {"indptr": "<i8", "items": "<i4", "values": "<f8", "weights": "<f4", "pending": "<i8"}
+
+
+def save(path: str | os.PathLike[str], recommender: Any, state: State) -> None:
+    """Write a file; see `Recommender.save`."""
+    kinds = {name: kind for name, kind in _MODELS.items() if type(state.model) is kind}
+    if not kinds:
+        raise ValueError(
+            f"a file can hold models of {sorted(_MODELS)}, got {type(state.model).__name__}: save "
+            "model_ by its own means"
+        )
+    arrays: dict[str, Any] = {}
+    about = {
+        "format": FORMAT,
+        "model": next(iter(kinds)),
+        "library": state.library,
+        "parameters": _parameters(recommender),
+        "weighting": _weighting(state.weighting, arrays),
+        "clock": None if state.clock is None else [state.clock.kind, state.clock.latest.item()],
+        "users": _ids(state.users, "user_ids", arrays),
+        "items": _ids(state.items, "item_ids", arrays),
+    }
+    cells = state.history.whole()
+    arrays |= {name: np.asarray(getattr(cells, name), _DTYPES[name]) for name in _CELLS}
+    arrays["pending"] = np.asarray(state.pending, "<i8")
+    if cells.times is not None:
+        arrays["times"] = cells.times
+    with io.BytesIO() as file:
+        state.model.save(file)
+        arrays["model"] = np.frombuffer(file.getbuffer(), np.uint8).copy()
+    arrays["recommender"] = _bytes(json.dumps(about))
+    with replacing(Path(path)) as file:
+        write_npz(file, arrays)
+
+
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], State]:
+    """Read a file: the constructor's parameters, and the state."""
+    name = os.fspath(path)
+    with open(path, "rb") as file, NpzFile(file, name, lambda _: True) as found:
+        if "recommender" not in found.headers:
+            raise ModelFileError(
+                f"{name}: expected a file that Recommender.save wrote; it has no 'recommender'"
+            )
+        arrays = {key: found.read(key) for key in found.headers}
+    try:
+        return _loaded(arrays)
+    except ModelFileError as error:
+        raise ModelFileError(f"{name}: {error}") from error
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+        raise ModelFileError(
+            f"{name}: the file is damaged or is not a recommender's ({error}): save it again, or "
+            "restore it from a copy"
+        ) from error
+
+
+def _loaded(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], State]:
+    about = json.loads(arrays["recommender"].tobytes().decode())
+    if not isinstance(about, dict) or about["format"] > FORMAT:
+        raise ModelFileError(
+            f"format {about['format']} is later than {FORMAT}: upgrade tpu_als to read it"
+        )
+    model = _MODELS[about["model"]].load(io.BytesIO(arrays["model"].tobytes()))
+    users, items = _read_ids(about["users"], arrays), _read_ids(about["items"], arrays)
+    cells = _checked(arrays, len(users), len(items))
+    tables = model.user_factors, model.item_factors
+    if tables[0].shape[0] != len(users) or tables[1].shape[0] != len(items):
+        raise ValueError(f"tables of shapes {tables[0].shape} and {tables[1].shape}")
+    if arrays["pending"].shape != (len(items),):
+        raise ValueError(f"pending of shape {arrays['pending'].shape}")
+    transformer = _read_weighting(about["weighting"], arrays)
+    clock = about["clock"]
+    parameters = dict(about["parameters"])
+    pairs = parameters.pop("event_weights")
+    parameters["event_weights"] = None if pairs is None else dict(pairs)
+    parameters["weighting"] = None if transformer is None else _unfitted(transformer)
+    parameters["model"] = _unfitted(model)
+    return parameters, State(
+        users=users,
+        items=items,
+        history=History.of(cells, len(items)),
+        model=model,
+        weighting=transformer,
+        popularity=liked(cells, len(items)),
+        pending=arrays["pending"].astype(np.int64),
+        clock=None if clock is None else Clock(*clock),
+        library=str(about["library"]),
+    )
+
+
+def _unfitted(estimator: Any) -> Any:
+    from sklearn.base import clone
+
+    return clone(estimator)
+
+
+def _checked(arrays: dict[str, np.ndarray], n_users: int, n_items: int) -> Cells:
+    """The cells of a file; ValueError if they are not those of a history."""
+    for name in (*_CELLS, "pending"):
+        if arrays[name].ndim != 1 or arrays[name].dtype != np.dtype(_DTYPES[name]):
+            raise ValueError(f"{name} of shape {arrays[name].shape} and {arrays[name].dtype}")
+    indptr, items = arrays["indptr"], arrays["items"]
+    lengths = np.diff(indptr)
+    if len(indptr) != n_users + 1 or indptr[0] != 0 or (lengths < 0).any():
+        raise ValueError("indptr is not that of the rows of the users")
+    times = arrays.get("times")
+    given = [arrays[name] for name in _CELLS[1:]] + ([] if times is None else [times])
+    if any(array.shape != (indptr[-1],) for array in given):
+        raise ValueError(f"arrays of other lengths than {indptr[-1]}")
+    if len(items) and not 0 <= items.min() <= items.max() < n_items:
+        raise ValueError("items out of range")
+    starts = np.zeros(len(items), bool)
+    starts[indptr[:-1][lengths > 0]] = True
+    if not ((np.diff(items, prepend=-1) > 0) | starts).all():
+        raise ValueError("items of a row that do not ascend")
+    if not (np.isfinite(arrays["values"]).all() and np.isfinite(arrays["weights"]).all()):
+        raise ValueError("values that are not finite")
+    return Cells(indptr, items, arrays["values"], arrays["weights"], times)
+
+
+def _parameters(recommender: Any) -> dict[str, Any]:
+    names = ("user", "item", "value", "timestamp", "event", "repeated", "unknown")
+    found = {name: getattr(recommender, name) for name in names}
+    half_life = recommender.half_life
+    is_plain = half_life is None or isinstance(half_life, (str, int, float))
+    found["half_life"] = half_life if is_plain else pd.Timedelta(half_life).isoformat()
+    weights = recommender.event_weights
+    if weights is not None:
+        weights = [[key, float(value)] for key, value in weights.items()]
+        if json.loads(json.dumps(weights)) != weights:
+            raise ValueError("event types must be text or numbers to be saved")
+    return {**found, "event_weights": weights}
+
+
+def _weighting(transformer: Any, arrays: dict[str, Any]) -> Any:
+    if transformer is None:
+        return None
+    name = type(transformer).__name__
+    if getattr(weighting, name, None) is not type(transformer):
+        raise ValueError(
+            f"a file can hold the transformers of tpu_als.weighting, got {name}: save it yourself"
+        )
+    learnt = {k: v for k, v in vars(transformer).items() if k.endswith("_") and k[0] != "_"}
+    for key, value in learnt.items():
+        arrays[f"weighting.{key}"] = np.asarray(value)
+    return [name, transformer.get_params(), sorted(learnt)]
+
+
+def _read_weighting(about: Any, arrays: dict[str, np.ndarray]) -> Any:
+    if about is None:
+        return None
+    name, parameters, learnt = about
+    kind = getattr(weighting, name)
+    if name.startswith("_") or not isinstance(kind, type):
+        raise ValueError(f"weighting {name!r}")
+    made = kind(**parameters)
+    for key in learnt:
+        value = arrays[f"weighting.{key}"]
+        setattr(made, key, value.item() if value.ndim == 0 else value)
+    return made
+
+
+def _ids(ids: IdMap, name: str, arrays: dict[str, Any]) -> list[Any]:
+    """Write ids; return how they are written."""
+    index, kind = ids.index, ids.kind
+    if kind == "text":
+        text = "\0".join(index)
+        if text.count("\0") == len(index) - 1:
+            arrays[name] = _bytes(text)
+            return [name, kind, "text", len(index), str(index.dtype)]
+        arrays[name] = _bytes(json.dumps(list(index)))
+        return [name, kind, "json", len(index), str(index.dtype)]
+    if kind.startswith("times") and index.dtype.kind == "M":
+        zone = str(index.tz) if getattr(index, "tz", None) is not None else None
+        plain = index.tz_convert(None) if zone else index
+        arrays[name] = plain.to_numpy("datetime64[ns]").astype(np.int64)
+        return [name, kind, "times", zone, str(index.dtype)]
+    if index.dtype.kind in "biuf" and isinstance(index.dtype, np.dtype):
+        arrays[name] = index.to_numpy()
+        return [name, kind, "numbers", None, str(index.dtype)]
+    values = [list(v) if isinstance(v, tuple) else v for v in index]
+    try:
+        text = json.dumps(values)
+        is_same = json.loads(text) == values
+    except (TypeError, ValueError):
+        is_same = False
+    if not is_same:
+        raise ValueError(
+            f"ids of {name} must be text, numbers, times, or tuples of text and numbers to be "
+            f"saved, got {kind} such as {index[0]!r:.60}"
+        )
+    arrays[name] = _bytes(text)
+    is_tuples = bool(values) and isinstance(values[0], list)
+    return [name, kind, "tuples" if is_tuples else "json", len(index), "object"]
+
+
+def _read_ids(about: Any, arrays: dict[str, np.ndarray]) -> IdMap:
+    name, kind, form, detail, dtype = about
+    array = arrays[name]
+    if form == "numbers":
+        index = pd.Index(array, dtype=dtype)
+    elif form == "times":
+        times = pd.DatetimeIndex(array.astype("datetime64[ns]"))
+        index = times if detail is None else times.tz_localize("UTC").tz_convert(detail)
+        index = index.astype(dtype)
+    else:
+        text = array.tobytes().decode()
+        values = text.split("\0") if form == "text" else json.loads(text)
+        if form == "tuples":
+            values = [tuple(value) for value in values]
+        index = pd.Index(values, dtype=dtype, tupleize_cols=False)
+        if len(index) != detail:
+            raise ValueError(f"{len(index)} ids of {name}, expected {detail}")
+    if not index.is_unique or index.isna().any():
+        raise ValueError(f"ids of {name} that are missing or repeated")
+    return IdMap(index, kind=str(kind))
+
+
+def _bytes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8)

@@ -1,0 +1,159 @@
+"""Read events from frames of any library, or from CSV and Parquet files, as a pandas DataFrame."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+_MISSING = ["", "NA", "N/A", "NaN", "nan", "NULL", "null", "None"]
+_CSV = (".csv", ".csv.gz", ".csv.bz2", ".csv.xz", ".csv.zip", ".csv.zst")
+_PARQUET = (".parquet", ".pq")
+_KNOWN = "a DataFrame of pandas, polars or PyArrow, a DuckDB relation, or the path or glob of files"
+
+
+def read(events: Any, columns: list[str], ids: list[str]) -> tuple[pd.DataFrame, str, bool]:
+    """Read columns of events.
+
+    Parameters
+    ----------
+    events : frame, path, or list of paths
+        As in `Recommender.fit`.
+    columns : list of str
+        The columns to read. Columns that are missing are left to the caller to report.
+    ids : list of str
+        The columns among them that hold ids, which are read from CSV files as text.
+
+    Returns
+    -------
+    frame : DataFrame
+    library : str
+        Name of the frame library: "pandas", "polars", "pyarrow", "duckdb" and others that narwhals
+        supports; "pandas" for files.
+    is_text : bool
+        Whether numbers among the ids were read as text, because CSV files have no types.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there are no such files.
+    ImportError
+        For Parquet files without pyarrow.
+    TypeError
+        For anything else.
+    """
+    if isinstance(events, pd.DataFrame):
+        return events, "pandas", False
+    if isinstance(events, (str, os.PathLike)) or _are_paths(events):
+        paths = _paths_of(events)
+        is_text = all(path.name.endswith(_CSV) for path in paths)
+        return _read_files(paths, columns, ids), "pandas", is_text
+    return *_read_frame(events, columns), False
+
+
+def _are_paths(events: Any) -> bool:
+    return (
+        isinstance(events, (list, tuple))
+        and bool(events)
+        and all(isinstance(path, (str, os.PathLike)) for path in events)
+    )
+
+
+def _paths_of(given: Any) -> list[Path]:
+    """The files that paths, directories and globs name, in order of their names."""
+    found: list[Path] = []
+    for one in [given] if isinstance(given, (str, os.PathLike)) else given:
+        path = Path(os.fspath(one))
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.name.endswith((*_CSV, *_PARQUET)))
+        elif path.exists():
+            files = [path]
+        else:
+            files = [Path(name) for name in sorted(glob.glob(os.fspath(one), recursive=True))]
+        if not files:
+            raise FileNotFoundError(f"no CSV or Parquet files at {os.fspath(one)!r}")
+        found += files
+    return found
+
+
+def _read_files(paths: list[Path], columns: list[str], ids: list[str]) -> pd.DataFrame:
+    unknown = [path for path in paths if not path.name.endswith((*_CSV, *_PARQUET))]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]} must be a CSV or Parquet file, with one of {(*_CSV, *_PARQUET)}"
+        )
+    frames = [_read_csv(path, columns, ids) for path in paths if path.name.endswith(_CSV)]
+    parquet = [path for path in paths if path.name.endswith(_PARQUET)]
+    if parquet:
+        frames.append(_read_parquet(parquet, columns))
+    return frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
+
+
+def _read_csv(path: Path, columns: list[str], ids: list[str]) -> pd.DataFrame:
+    # The text "NA" may be an id.
+    missing = {name: [""] if name in ids else _MISSING for name in columns}
+    return pd.read_csv(
+        path,
+        usecols=lambda name: name in columns,
+        dtype=dict.fromkeys(ids, str),
+        na_values=missing,
+        keep_default_na=False,
+    )
+
+
+def _read_parquet(paths: list[Path], columns: list[str]) -> pd.DataFrame:
+    try:
+        from pyarrow import dataset
+    except ImportError as error:
+        message = f"{paths[0]}: Parquet files need pyarrow: pip install 'tpu-als[shards]'"
+        raise ImportError(message) from error
+    files = dataset.dataset(paths, format="parquet")
+    present = [name for name in columns if name in files.schema.names]
+    return files.to_table(columns=present).to_pandas(split_blocks=True, self_destruct=True)
+
+
+def _read_frame(events: Any, columns: list[str]) -> tuple[pd.DataFrame, str]:
+    import narwhals as nw  # late: pandas frames do not need it
+
+    try:
+        frame: Any = nw.from_native(events)
+    except TypeError as error:
+        kind = f"{type(events).__module__}.{type(events).__qualname__}"
+        raise TypeError(f"events must be {_KNOWN}, got {kind}") from error
+    library = str(frame.implementation.value)
+    names = frame.collect_schema().names()
+    present = [name for name in columns if name in names]
+    frame = frame.select(present)
+    if isinstance(frame, nw.LazyFrame):
+        frame = frame.collect()
+    try:
+        return frame.to_pandas(), library
+    except ModuleNotFoundError:  # polars converts text to pandas through pyarrow
+        return pd.DataFrame({name: frame[name].to_numpy() for name in present}), library
+
+
+def as_library(columns: dict[str, Any], library: str) -> Any:
+    """A frame of a library with these columns (arrays or pandas Series of one length)."""
+    frame = pd.DataFrame(columns)
+    if library == "pandas":
+        return frame
+    import narwhals as nw
+
+    eager: Any = "pyarrow" if library == "duckdb" else library
+    series = {name: _plain_values(frame[name]) for name in frame}
+    made = nw.from_dict(series, backend=eager).to_native()
+    if library != "duckdb":
+        return made
+    import duckdb
+
+    return duckdb.from_arrow(made)
+
+
+def _plain_values(series: pd.Series) -> Any:
+    """Values that other libraries convert to their own type."""
+    is_numeric = isinstance(series.dtype, np.dtype) and series.dtype.kind in "biufM"
+    return series.to_numpy() if is_numeric else series.to_list()

@@ -1,0 +1,206 @@
+"""The fitted state of a `Recommender`, and how it is made from events."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from sklearn.base import clone
+
+from tpu_als.recommender import counting
+from tpu_als.recommender.counting import Clock, Events
+from tpu_als.recommender.history import Cells, History
+from tpu_als.recommender.ids import IdMap
+from tpu_als.recommender.schema import Schema
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Everything that a call needs. An update makes another state, so readers see one of the two.
+
+    Attributes
+    ----------
+    users, items : IdMap
+        Ids by position.
+    history : History
+        Values and weights of all users.
+    model : estimator
+        The fitted model.
+    weighting : transformer or None
+        Fitted to the values.
+    popularity : int64 array (N,)
+        For each item, the number of users with a positive value.
+    pending : int64 array (N,)
+        For each item, the cells changed since its factors were solved.
+    clock : Clock or None
+        The latest time of `fit`; None without timestamps.
+    library : str
+        The frame library of the events of `fit`.
+    lock : Lock
+        Held while an update is computed.
+    """
+
+    users: IdMap
+    items: IdMap
+    history: History
+    model: Any
+    weighting: Any
+    popularity: np.ndarray
+    pending: np.ndarray
+    clock: Clock | None
+    library: str
+    lock: Any = field(default_factory=threading.RLock, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in set(self.__dataclass_fields__) - {"lock"}}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        vars(self).update(vars(State(**values)))
+
+    @functools.cached_property
+    def popular(self) -> np.ndarray:
+        """Items that somebody likes, the most popular first; equal ones by position."""
+        order = np.argsort(-self.popularity, kind="stable")
+        return order[: np.count_nonzero(self.popularity)].astype(np.int32)
+
+    def rows(self, users: np.ndarray) -> sparse.csr_matrix:
+        """Weights (m, N) of some users."""
+        return self.history.rows(users).matrix(len(self.items))
+
+    def weighted(self, cells: Cells, n_items: int) -> Cells:
+        """Compute the weights of rows of cells from their values."""
+        return weighted(self.weighting, cells, n_items)
+
+
+def fitted(recommender: Any, schema: Schema, events: Events, library: str, fit: Any) -> State:
+    """Map the ids, combine the events, weight them and fit the model.
+
+    Parameters
+    ----------
+    recommender : Recommender
+        Its `model` and `weighting` are cloned.
+    schema : Schema
+        Its other parameters.
+    events : Events
+        At least one.
+    library : str
+        The frame library of the events.
+    fit : callable
+        Fits a model to a matrix.
+    """
+    users, user_at = IdMap(pd.Index([])).grown(events.frame[schema.user], _column(schema.user))
+    items, item_at = IdMap(pd.Index([])).grown(events.frame[schema.item], _column(schema.item))
+    clock = None if events.times is None else Clock(events.kind, events.latest)
+    values = counting.decayed(events, schema, clock)
+    shape = len(users), len(items)
+    cells = counting.cells_of(events, values, (user_at, item_at), shape, schema.repeated)
+    weighting = None
+    if recommender.weighting is not None:
+        weighting = clone(recommender.weighting).fit(cells.matrix(len(items), of="values"))
+    cells = weighted(weighting, cells, len(items))
+    model = fit(cells.matrix(len(items)))
+    return State(
+        users=users,
+        items=items,
+        history=History.of(cells, len(items)),
+        model=model,
+        weighting=weighting,
+        popularity=liked(cells, len(items)),
+        pending=np.zeros(len(items), np.int64),
+        clock=clock,
+        library=library,
+    )
+
+
+def liked(cells: Cells, n_items: int) -> np.ndarray:
+    """Number of cells with a positive value for each item (N,)."""
+    return np.bincount(cells.items[cells.values > 0], minlength=n_items)
+
+
+def weighted(weighting: Any, cells: Cells, n_items: int) -> Cells:
+    """Cells with the weights that a fitted transformer gives to their values.
+
+    Raises
+    ------
+    ValueError
+        If the transformer does not keep the stored entries.
+    """
+    if weighting is None:
+        return cells._replace(weights=cells.values.astype(np.float32))
+    given = cells.matrix(n_items, of="values")
+    made = weighting.transform(given)
+    name = type(weighting).__name__
+    if not sparse.issparse(made) or made.shape != given.shape:
+        got = f"{type(made).__name__} of shape {getattr(made, 'shape', None)}"
+        raise ValueError(
+            f"weighting must give a sparse matrix of the shape it gets, {given.shape}; "
+            f"{name}.transform gave {got}"
+        )
+    made = sparse.csr_matrix(made)
+    made.sort_indices()
+    if not (
+        np.array_equal(made.indptr, given.indptr) and np.array_equal(made.indices, given.indices)
+    ):
+        raise ValueError(
+            f"weighting must keep the stored entries of a matrix, but {name}.transform gave "
+            f"{made.nnz} of {given.nnz}: give an entry a small weight rather than remove it"
+        )
+    return cells._replace(weights=made.data.astype(np.float32))
+
+
+def _column(name: str) -> str:
+    return f"column {name!r}"
+
+
+def updated(state: State, schema: Schema, events: Events, solve: Any) -> State:
+    """Add events: grow the maps, change the rows of their users, and solve what changed.
+
+    Parameters
+    ----------
+    state : State
+        Stays as it is.
+    schema : Schema
+        The parameters of the recommender.
+    events : Events
+        The new events.
+    solve : callable
+        ``solve(model, side, ids, matrix)`` gives a model with some rows of a side solved.
+    """
+    users, user_at = state.users.grown(events.frame[schema.user], _column(schema.user))
+    items, item_at = state.items.grown(events.frame[schema.item], _column(schema.item))
+    touched, row_at = np.unique(user_at, return_inverse=True)
+    values = counting.decayed(events, schema, state.clock)
+    shape = len(touched), len(items)
+    new = counting.cells_of(events, values, (row_at, item_at), shape, schema.repeated)
+    is_known = touched < state.history.n_users
+    old = state.history.rows(touched[is_known])
+    missing = np.full(len(touched) - is_known.sum(), old.indptr[-1])
+    old = old._replace(indptr=np.append(old.indptr, missing))  # new users come last
+    rows = state.weighted(counting.combined(old, new, schema.repeated), len(items))
+    history = state.history.changed_to(touched, rows, len(users), len(items))
+    popularity = _padded(state.popularity, len(items))
+    popularity += liked(rows, len(items)) - liked(old, len(items))
+    pending = _padded(state.pending, len(items)) + np.bincount(new.items, minlength=len(items))
+    model = solve(state.model, "user", touched, rows.matrix(len(items)))
+    # An item that gains a few entries to its many hardly moves. It is solved again when they are
+    # a twentieth of them.
+    of_touched = np.unique(new.items)
+    is_due = pending[of_touched] * 20 >= popularity[of_touched]
+    due = of_touched[is_due]
+    if len(due):
+        model = solve(model, "item", due, history.columns(due))
+        model = solve(model, "user", touched, rows.matrix(len(items)))
+        pending[due] = 0
+    return replace(
+        state, users=users, items=items, history=history, model=model,
+        popularity=popularity, pending=pending, lock=state.lock,
+    )  # fmt: skip
+
+
+def _padded(counts: np.ndarray, length: int) -> np.ndarray:
+    return np.pad(counts, (0, length - len(counts)))
