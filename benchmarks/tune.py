@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import common
 import numpy as np
 from scipy import sparse
-from sklearn.pipeline import Pipeline
 
-from tpu_als import TPUAlternatingLeastSquares, tune
+from tpu_als import RecommenderPipeline, TPUAlternatingLeastSquares, tune
+from tpu_als.baselines import PopularityRecommender
 from tpu_als.datasets import interactions_from_frame, load_groceries, power_law, split_by_time
 from tpu_als.evaluation import ranking_metrics_at_k, train_test_split
 from tpu_als.weighting import LogWeighting
@@ -43,24 +43,6 @@ class Split(NamedTuple):
     train: sparse.csr_matrix
     test: sparse.csr_matrix
     times: sparse.csr_matrix | None = None
-
-
-class Popularity:
-    """Recommends the items with the most users that the user does not have."""
-
-    def __init__(self, rows: sparse.csr_matrix) -> None:
-        self._order = np.argsort(-np.bincount(rows.indices, minlength=rows.shape[1]), kind="stable")
-
-    def recommend(
-        self, userid: np.ndarray, user_items: sparse.csr_matrix, N: int = 10
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and scores (n, N), as implicit's models return."""
-        ids = np.empty((len(userid), N), np.int64)
-        for row in range(len(userid)):
-            seen = user_items.indices[user_items.indptr[row] : user_items.indptr[row + 1]]
-            head = self._order[: N + len(seen)]
-            ids[row] = head[~np.isin(head, seen)][:N]
-        return ids, np.zeros(ids.shape)
 
 
 def ml1m(directory: Path) -> Split:
@@ -106,21 +88,6 @@ def load(name: str, directory: Path | None) -> Split:
     return groceries() if name == "groceries" else generated()
 
 
-def fitted(model: Any, train: sparse.csr_matrix) -> Any:
-    """The model or pipeline, fitted."""
-    if isinstance(model, Pipeline):
-        return model.fit(train, model__show_progress=False)
-    return model.fit(train, show_progress=False)
-
-
-def ndcg(model: Any, split: Split, k: int) -> float:
-    """Mean NDCG of the test entries among the items that are not in the train part."""
-    known = split.train
-    if isinstance(model, Pipeline):
-        known, model = model[:-1].transform(known), model[-1]
-    return ranking_metrics_at_k(model, known, split.test, K=k)["ndcg"]
-
-
 def candidates(
     name: str, split: Split, seed: int, args: argparse.Namespace
 ) -> dict[str, Callable[[], Any]]:
@@ -128,9 +95,9 @@ def candidates(
     hand = TPUAlternatingLeastSquares(64, objective="ials", random_state=seed, **BY_HAND[name])
     steps = [("weighting", LogWeighting()), ("model", hand)]
     return {
-        "popularity": lambda: Popularity(split.train),
-        "defaults": lambda: fitted(TPUAlternatingLeastSquares(random_state=seed), split.train),
-        "by hand": lambda: fitted(Pipeline(steps), split.train),
+        "popularity": lambda: PopularityRecommender().fit(split.train),
+        "defaults": lambda: TPUAlternatingLeastSquares(random_state=seed).fit(split.train),
+        "by hand": lambda: RecommenderPipeline(steps).fit(split.train),
         "tune": lambda: tune(
             split.train, timestamps=split.times, budget=args.budget, k=args.k,
             n_candidates=args.n_candidates, random_state=seed, verbose=args.verbose,
@@ -149,7 +116,7 @@ def run(name: str, split: Split, args: argparse.Namespace) -> dict[str, list[flo
             if method == "tune":
                 extra = {"code": model.code, "trials": len(model.trials), "score": model.score}
                 model = model.estimator
-            quality = ndcg(model, split, args.k)
+            quality = ranking_metrics_at_k(model, split.train, split.test, K=args.k)["ndcg"]
             found.setdefault(method, []).append(quality)
             common.emit(
                 benchmark="tune", dataset=name, method=method, seed=seed, seconds=seconds,
