@@ -188,6 +188,18 @@ def test_ends_within_the_budget(monkeypatch: pytest.MonkeyPatch, seconds: float)
     assert model_of(found).n_iter_ == found.trials.loc[found.trials["score"].idxmax(), "iterations"]
 
 
+@pytest.mark.parametrize("seconds", [1, 10, 15, 20, 30, 40, 60, 90, 120])
+def test_any_budget_gives_a_model(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    clock = Clock(monkeypatch)
+    options = {**SMALL, "max_factors": 64, "budget": seconds}
+    found = tune(groups(), **options)
+    # The two fits that measure take 8 s; at least one iteration of a trial and of the final fit
+    # follow, each of which takes a second for 16 factors.
+    assert clock.now - 100 <= max(seconds, 8) + 2 * found.trials["factors"].max() / 16
+    assert np.isfinite(found.score)
+    assert model_of(found).item_factors is not None
+
+
 def test_more_factors_than_the_budget_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     options = {**SMALL, "max_factors": 64, "budget": 150}

@@ -13,7 +13,9 @@ from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.tuning import budget, plan, scales, split
+from tpu_als.tuning.halving import Found, Halving
 from tpu_als.tuning.space import BALANCE, EPSILON, RIDGE, STARTS, Settings, Space
+from tpu_als.tuning.trials import Size, Trial
 
 
 @pytest.mark.parametrize(
@@ -187,3 +189,32 @@ def test_large_data_start_with_a_part_of_the_rows() -> None:
     assert plan.first_share(rows, 256, costs, 24 * 2) == pytest.approx(0.5, rel=0.01)
     # never fewer than 200,000 entries
     assert plan.first_share(rows, 256, costs, 1) == pytest.approx(200_000 / rows.nnz)
+
+
+class OneSecondPerFactor:
+    """A runner that predicts a second for each factor, and scores by the balance."""
+
+    n_rows = 10
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def predicted(self, size: Size) -> float:
+        return size.factors
+
+    def run(self, rung: int, settings: Settings, size: Size, end: float) -> tuple[Trial, None]:
+        self.sizes.append(size.factors)
+        return Trial(rung, settings, None, 10, {}, size, settings.balance, 1.0), None
+
+
+def test_a_rung_without_time_leaves_its_candidates_to_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(budget, "clock", lambda: 0.0)
+    space, found = Space(random_counts(20, 10), np.random.default_rng(0)), Found()
+    runner, first = OneSecondPerFactor(), plan.rungs(4, 8, 1.0)[0]
+    rungs = [replace(first, size=Size(factors, 1), until=1.0) for factors in (1, 100, 2)]
+    Halving(found, space, lambda _: runner, lambda *_: None).run(rungs, lambda _: 50.0)
+    assert set(runner.sizes) == {1, 2}
+    best = max(trial.settings.balance for trial in found.trials if trial.rung == 0)
+    assert next(t for t in found.trials if t.rung == 2).settings.balance == best

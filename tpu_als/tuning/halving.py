@@ -99,7 +99,8 @@ class Halving:
         for number, rung in enumerate(plan):
             until = started + rung.until * (end_of(plan[-1].size) - started)
             first = self._space.first() if number == 0 else iter(found)
-            found = self._rung(number, rung, first, until)
+            # A rung that has no time for a trial leaves the candidates to the next one.
+            found = self._rung(number, rung, first, until) or found
         self._continue(self._runner_of(1.0), end_of)
 
     def _rung(
