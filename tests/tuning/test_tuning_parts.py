@@ -110,7 +110,7 @@ def test_rows_are_split_as_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(n_hidden > 0, positive >= 2)
     np.testing.assert_array_equal(problem.users, np.flatnonzero(positive >= 2))
     assert (n_hidden < np.maximum(positive, 1)).all()
-    assert problem.kept == problem.train.nnz / rows.nnz
+    assert problem.shrinkage == problem.train.nnz / rows.nnz
     monkeypatch.setattr(split, "_MOST_USERS", 5)
     few = split.split(rows, None, 0.3, np.random.default_rng(0))
     assert len(few.users) == 5
@@ -130,6 +130,7 @@ def test_times_split_earlier_from_later(monkeypatch: pytest.MonkeyPatch) -> None
     assert hidden.min() > latest
     assert problem.hidden.nnz == pytest.approx(rows.nnz / 4, abs=1)
     assert set(problem.users) <= set(np.flatnonzero(np.diff(problem.train.indptr)))
+    assert problem.shrinkage == pytest.approx(np.sqrt(0.75), abs=0.01)
     monkeypatch.setattr(split, "_MOST_USERS", 5)
     assert len(split.split(rows, times, 0.25, np.random.default_rng(0)).users) == 5
 

@@ -148,7 +148,7 @@ def tune(
         problem, rows = events.problem_of(data, recommender, validation_fraction, rng)
     options = Options(metric, int(k), int(max_factors), int(n_candidates), seed, bool(verbose))
     found = search(problem, rows, template, options, limit)
-    settings = found.best.settings.for_all(problem.kept)
+    settings = found.best.settings.for_all(problem.shrinkage)
     weighting = scales.weighting_of(settings, rows)
 
     def fit(weighted: sparse.csr_matrix) -> TPUAlternatingLeastSquares:

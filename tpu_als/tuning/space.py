@@ -62,19 +62,15 @@ class Settings:
             epsilon=self.epsilon if self.weighting == "log" else 1.0,
         )
 
-    def for_all(self, kept: float) -> Settings:
-        """The settings for all data, if these are the best for a part of the entries.
-
-        The best ridge, relative to the largest, falls in proportion to the part that is trained on:
-        a held-out entry looks like a cell without an entry, and a larger ridge compensates for
-        that. docs/math.md has measurements.
+    def for_all(self, shrinkage: float) -> Settings:
+        """The settings for all data, if these are the best for the part that was trained on.
 
         Parameters
         ----------
-        kept : float
-            The part.
+        shrinkage : float
+            See `split.Problem`.
         """
-        return replace(self, ridge=self.ridge * kept)
+        return replace(self, ridge=self.ridge * shrinkage)
 
 
 # Evaluated first, in this order: settings that were among the best on several data sets.

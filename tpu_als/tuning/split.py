@@ -12,6 +12,7 @@ from tpu_als.evaluation import holdout
 from tpu_als.evaluation.splits import time_split
 
 _MOST_USERS = 4000  # of which candidates are scored
+_LATER = 0.5  # exponent of the part of earlier entries, in `Problem.shrinkage`
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,15 @@ class Problem:
         Positive entries to find.
     users : ndarray of int
         Rows that are scored: a sample of those with kept and with hidden entries.
-    kept : float
-        Part of all entries that is in `train`.
+    shrinkage : float
+        The best ridge for all data, relative to the best one for `train`. docs/math.md has the
+        measurements.
     """
 
     train: sparse.csr_matrix
     hidden: sparse.csr_matrix
     users: np.ndarray
-    kept: float
+    shrinkage: float
 
     def sample(self, share: float, rng: np.random.Generator) -> Problem:
         """A part of the rows, with the scored ones first; columns without entries are dropped.
@@ -54,7 +56,7 @@ class Problem:
         train, hidden = self.train[chosen], self.hidden[chosen]
         columns = np.flatnonzero(np.bincount(train.indices, minlength=train.shape[1]))
         train, hidden = train[:, columns], hidden[:, columns]
-        return Problem(train, hidden, _drawn(_scorable(train, hidden), rng), self.kept)
+        return Problem(train, hidden, _drawn(_scorable(train, hidden), rng), self.shrinkage)
 
 
 def split(
@@ -133,7 +135,7 @@ def of_parts(
             f"{fraction:g} of data, and new ones in it: pass another validation_fraction, or no "
             "times, so that a part of each user's entries is held out"
         )
-    return Problem(train, new, users, kept)
+    return Problem(train, new, users, kept**_LATER)
 
 
 def _hidden(
