@@ -219,3 +219,15 @@ def test_a_rung_without_time_leaves_its_candidates_to_the_next(
     assert set(runner.sizes) == {1, 2}
     best = max(trial.settings.balance for trial in found.trials if trial.rung == 0)
     assert next(t for t in found.trials if t.rung == 2).settings.balance == best
+
+
+def test_time_is_kept_for_the_size_of_the_rung(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "clock", lambda: 0.0)
+    space, found = Space(random_counts(20, 10), np.random.default_rng(0)), Found()
+    runner, first = OneSecondPerFactor(), plan.rungs(4, 8, 1.0)[0]
+    rungs = [replace(first, size=Size(factors, 1), until=1.0) for factors in (1, 2, 64)]
+    # A final fit with 64 factors would take longer than the budget; one with 2 does not.
+    Halving(found, space, lambda _: runner, lambda *_: None).run(
+        rungs, lambda size: 50.0 - size.factors
+    )
+    assert set(runner.sizes) == {1, 2}

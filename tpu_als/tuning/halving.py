@@ -97,7 +97,8 @@ class Halving:
         found: list[Settings] = []
         started = budget.clock()
         for number, rung in enumerate(plan):
-            until = started + rung.until * (end_of(plan[-1].size) - started)
+            # Time is kept for a final fit of this size: larger ones may never be reached.
+            until = started + rung.until * (end_of(rung.size) - started)
             first = self._space.first() if number == 0 else iter(found)
             # A rung that has no time for a trial leaves the candidates to the next one.
             found = self._rung(number, rung, first, until) or found
