@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 from sklearn.base import BaseEstimator, clone
-from sklearn.exceptions import NotFittedError
 from sklearn.utils import metadata_routing
 
 from tpu_als.estimator import TPUAlternatingLeastSquares
 from tpu_als.evaluation import holdout
 from tpu_als.recommender import answers, counting, ranking, saving, sources, state
-from tpu_als.recommender.ids import given_ids, whole_numbers
-from tpu_als.recommender.pairs import limits_of
+from tpu_als.recommender.answering import Answering
+from tpu_als.recommender.ids import whole_numbers
 from tpu_als.recommender.schema import Schema, schema_of
 from tpu_als.recommender.state import State
-from tpu_als.validation import arguments
 
 
-class Recommender(BaseEstimator):
+class Recommender(Answering, BaseEstimator):
     """Recommend items from a table of events, with one event per row.
 
     It owns what surrounds a model: the ids of users and items, the value and weight of each event,
@@ -149,26 +149,42 @@ class Recommender(BaseEstimator):
             For parameters out of range, a missing column, a missing value, ids of several types, or
             no events. The message has column, row and value.
         """
-        schema = schema_of(self)
         if not (self.model is None or isinstance(self.model, TPUAlternatingLeastSquares)):
             raise TypeError(
                 "model must be a TPUAlternatingLeastSquares or None, got "
                 f"{type(self.model).__name__}: use weighting= for transformers"
             )
-        ids, step = [schema.user, schema.item], state.Steps()
+        model = TPUAlternatingLeastSquares() if self.model is None else clone(self.model)
+        return self.fit_by(events, lambda weights: model.fit(weights, show_progress=show_progress))
+
+    def fit_by(self, events: Any, fit: Callable[[sparse.csr_matrix], Any]) -> Self:
+        """Fit with a function that makes the model; the parameter `model` is not used.
+
+        Parameters
+        ----------
+        events : frame, path, or list of paths
+            As in `fit`.
+        fit : callable
+            Takes the matrix of weights (n_users, n_items), and returns a fitted model.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `fit`.
+        """
+        schema, step = schema_of(self), state.Steps()
+        ids = [schema.user, schema.item]
         frame, library, is_text = sources.read(events, schema.columns, ids)
         frame = _with_whole_numbers(frame, ids) if is_text else frame
         checked = counting.checked(frame, schema)
         step.done("reading")
         if not len(checked.frame):
             raise ValueError(f"fit needs events, got none of {len(frame)} with a weight")
-
-        model = TPUAlternatingLeastSquares() if self.model is None else clone(self.model)
-
-        def fit_model(matrix: Any) -> Any:
-            return model.fit(matrix, show_progress=show_progress)
-
-        self._publish(state.fitted(self, schema, checked, library, fit_model))
+        self._publish(state.fitted(self, schema, checked, library, fit))
         return self
 
     def update(self, events: Any) -> Self:
@@ -202,189 +218,6 @@ class Recommender(BaseEstimator):
             if len(checked.frame):
                 self._publish(state.updated(now, schema, checked, _solved))
         return self
-
-    def recommend(
-        self,
-        users: Any = None,
-        n: int = 10,
-        *,
-        exclude_seen: bool = True,
-        exclude: Any = None,
-        candidates: Any = None,
-        min_score: float | None = None,
-    ) -> Any:
-        """Recommend items to some users or to all.
-
-        Parameters
-        ----------
-        users : one id, or a list, array or Series of ids, default=None
-            None is everybody with a history, in the order of `users_`. `recommend_to_parquet`
-            needs less memory for that.
-        n : int, default=10
-            Most items of a user. There are fewer where there are fewer candidates.
-        exclude_seen : bool, default=True
-            Leave out the items of the user's history, whatever their value.
-        exclude : list of items, or frame of pairs, default=None
-            Items to leave out, of all users or of the frame's user in each row.
-        candidates : list of items, or frame of pairs, default=None
-            The only items to recommend, to all users or to the frame's user in each row. Pairs of
-            unknown ids are left out, and a DataWarning gives their number.
-        min_score : float, default=None
-            Least score of items that the model recommends.
-
-        Returns
-        -------
-        frame with the columns user, item, rank, score, reason
-            Of the frame library of the events of `fit`. Users in the order given, best items first.
-            The score is the model's, and the reason "model". Users without a history, and those of
-            whom the model has learnt nothing, get popular items: the score is the share of all
-            users who like the item, and the reason "popular". `unknown` changes that.
-
-        Raises
-        ------
-        ValueError
-            For ids of another type than in `fit`, and for unknown users if `unknown` is "error".
-        """
-        now = self._state_
-        at, names = self._users(now, users)
-        limits = limits_of(now, schema_of(self), exclude_seen, exclude, candidates, min_score)
-        parts = list(ranking.blocks(now, at, _count(n), limits))
-        return answers.recommendations(now, parts, names, now.library)
-
-    def recommend_to_parquet(
-        self,
-        path: str | os.PathLike[str],
-        users: Any = None,
-        n: int = 10,
-        *,
-        exclude_seen: bool = True,
-        exclude: Any = None,
-        candidates: Any = None,
-        min_score: float | None = None,
-    ) -> int:
-        """Write what `recommend` returns to a Parquet file, in bounded memory.
-
-        Parameters
-        ----------
-        path : str or path-like
-            The file, which is replaced only after the new one is complete. Needs pyarrow.
-        users, n, exclude_seen, exclude, candidates, min_score
-            As in `recommend`.
-
-        Returns
-        -------
-        int
-            Number of rows.
-        """
-        now = self._state_
-        at, names = self._users(now, users)
-        limits = limits_of(now, schema_of(self), exclude_seen, exclude, candidates, min_score)
-        return answers.to_parquet(path, now, ranking.blocks(now, at, _count(n), limits), names)
-
-    def recommend_for_history(
-        self,
-        history: Any,
-        n: int = 10,
-        *,
-        exclude_seen: bool = True,
-        exclude: Any = None,
-        candidates: Any = None,
-        min_score: float | None = None,
-    ) -> Any:
-        """Recommend items to somebody who is not in the data.
-
-        Parameters
-        ----------
-        history : list of dict, list of items, or frame
-            Events of one user. Keys are the names of the columns, or "item", "value", "timestamp"
-            and "event". Without values each event counts 1; without times it is as old as the
-            latest of `fit`.
-        n, exclude_seen, exclude, candidates, min_score
-            As in `recommend`; `exclude` and `candidates` are lists.
-
-        Returns
-        -------
-        frame with the columns item, rank, score, reason
-
-        Warns
-        -----
-        DataWarning
-            If events have unknown items; the message gives their number.
-        """
-        now, schema = self._state_, schema_of(self)
-        row = answers.row_of_history(now, schema, history)
-        limits = limits_of(now, schema, exclude_seen, exclude, candidates, min_score)
-        if limits.excluded_pairs is not None or limits.chosen_pairs is not None:
-            raise TypeError("exclude and candidates must be lists of items: there is one user")
-        found = ranking.ranked_row(now, row, _count(n), limits)
-        return answers.recommendations(now, [found], None, now.library)
-
-    def similar_items(self, items: Any, n: int = 10) -> Any:
-        """Find the items whose factors have the largest cosine similarity.
-
-        Parameters
-        ----------
-        items : one id, or a list, array or Series of ids
-        n : int, default=10
-            Most results of an item.
-
-        Returns
-        -------
-        frame with the columns item, similar_item, rank, score
-            Without the item itself. The score is the cosine. Items of which the model has learnt
-            nothing have no rows.
-
-        Raises
-        ------
-        ValueError
-            For unknown items.
-        """
-        return answers.neighbours(self._state_, "item", items, _count(n))
-
-    def similar_users(self, users: Any, n: int = 10) -> Any:
-        """Find the users whose factors have the largest cosine similarity.
-
-        Parameters
-        ----------
-        users : one id, or a list, array or Series of ids
-        n : int, default=10
-            Most results of a user.
-
-        Returns
-        -------
-        frame with the columns user, similar_user, rank, score
-            As in `similar_items`.
-
-        Raises
-        ------
-        ValueError
-            For unknown users.
-        """
-        return answers.neighbours(self._state_, "user", users, _count(n))
-
-    def explain(self, user: Any, item: Any, n: int = 10) -> Any:
-        """Split a user's score of an item into contributions of the user's own items.
-
-        Parameters
-        ----------
-        user, item : id
-            They must be known.
-        n : int, default=10
-            Most items.
-
-        Returns
-        -------
-        frame with the columns item, value, weight, contribution
-            Largest contribution first: the combined value of the user's events with the item, the
-            weight that the model was trained on, and the part of the score. All contributions of
-            liked items add up to the score from the user's exact factors.
-
-        Raises
-        ------
-        ValueError
-            For an unknown user or item.
-        """
-        return answers.explanation(self._state_, user, item, _count(n))
 
     def score(self, events: Any, y: Any = None) -> float:
         """Mean NDCG@10 of later events among the items that a user has not had.
@@ -473,15 +306,6 @@ class Recommender(BaseEstimator):
         """The fitted transformer of values to weights, or None."""
         return self._state_.weighting
 
-    @property
-    def _state_(self) -> State:
-        found: State | None = vars(self).get("_state")
-        if found is None:
-            raise NotFittedError(
-                f"This {type(self).__name__} has no data yet. Call 'fit' before using it"
-            )
-        return found
-
     def __sklearn_is_fitted__(self) -> bool:
         return "_state" in vars(self)
 
@@ -503,24 +327,6 @@ class Recommender(BaseEstimator):
                 f"{now.clock.kind}: convert one of them"
             )
 
-    def _users(self, now: State, users: Any) -> tuple[np.ndarray, pd.Series]:
-        """Positions of users, and their ids as given."""
-        if users is None:
-            at = np.flatnonzero(now.history.lengths())
-            return at, now.users.take(at).to_series(index=range(len(at)))
-        series, _ = given_ids(users, "users")
-        at = now.users.positions(series, "users")
-        missing = np.flatnonzero(at < 0)
-        if len(missing) and self.unknown == "error":
-            raise ValueError(
-                f"{len(missing)} of {len(at)} users have no history, such as "
-                f"{series.iloc[missing[0]]!r:.60}: remove them, or set unknown to 'popular' or "
-                "'drop'"
-            )
-        if len(missing) and self.unknown == "drop":
-            return at[at >= 0], series[at >= 0].reset_index(drop=True)
-        return at, series
-
 
 def _with_whole_numbers(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     """Convert columns of ids that were read as text to integers, where all of them are."""
@@ -533,7 +339,3 @@ def _solved(model: Any, side: str, ids: np.ndarray, matrix: Any) -> Any:
     twin = copy.copy(model)
     getattr(twin, f"partial_fit_{side}s")(ids, matrix)
     return twin
-
-
-def _count(n: Any) -> int:
-    return arguments.result_count(n)

@@ -16,23 +16,6 @@ from tpu_als.recommender.schema import schema_of
 from tpu_als.tuning.split import Problem, of_parts, split
 
 
-class _Model:
-    """Stands for the model of a `Recommender`; `fit` calls a function, whose result is the model.
-
-    So the function gets the matrix that the recommender makes of events.
-    """
-
-    def __init__(self, fit: Callable[[sparse.csr_matrix], Any]) -> None:
-        self._fit = fit
-
-    def __sklearn_clone__(self) -> _Model:
-        return self
-
-    def fit(self, matrix: sparse.csr_matrix, show_progress: bool | None = None) -> Any:
-        """Return what the function makes of the matrix."""
-        return self._fit(matrix)
-
-
 def require_recommender(recommender: Any, **others: Any) -> None:
     """Check the argument `recommender`.
 
@@ -117,7 +100,7 @@ def fitted(
     fit : callable
         Takes the weighted matrix and returns a fitted model.
     """
-    made = clone(recommender).set_params(weighting=weighting, model=_Model(fit)).fit(events)
+    made = clone(recommender).set_params(weighting=weighting).fit_by(events, fit)
     return made.set_params(model=clone(made.model_))
 
 
@@ -125,7 +108,7 @@ def _values(
     events: Any, recommender: Recommender
 ) -> tuple[sparse.csr_matrix, tuple[pd.Index, pd.Index]]:
     """Combined values of events, and the ids of their users and items."""
-    read = clone(recommender).set_params(model=_Model(sparse.csr_matrix)).fit(events)
+    read = clone(recommender).fit_by(events, sparse.csr_matrix)
     return read.model_, (read.users_, read.items_)
 
 
