@@ -48,7 +48,7 @@ def save(path: str | os.PathLike[str], recommender: Any, state: State) -> None:
         "library": state.library,
         "parameters": _parameters(recommender),
         "weighting": _weighting(state.weighting, arrays),
-        "clock": None if state.clock is None else [state.clock.kind, state.clock.latest.item()],
+        "clock": None if state.clock is None else _clock(state.clock),
         "users": _ids(state.users, "user_ids", arrays),
         "items": _ids(state.items, "item_ids", arrays),
     }
@@ -161,6 +161,10 @@ def _parameters(recommender: Any) -> dict[str, Any]:
         if json.loads(json.dumps(weights)) != weights:
             raise ValueError("event types must be text or numbers to be saved")
     return {**found, "event_weights": weights}
+
+
+def _clock(clock: Clock) -> list[Any]:
+    return [clock.kind, np.asarray(clock.latest).item()]  # of a loaded file it is a plain number
 
 
 def _weighting(transformer: Any, arrays: dict[str, Any]) -> Any:
