@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import shutil
@@ -10,11 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from tpu_als import Recommender
+from tpu_als import Recommender, TPUAlternatingLeastSquares
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
@@ -104,3 +107,90 @@ class TestNightly:
             check=False,
         )
         assert done.returncode == -signal.SIGKILL
+
+
+class TestServe:
+    @pytest.fixture
+    def serve(self) -> ModuleType:
+        for name in ("fastapi", "uvicorn", "httpx"):
+            pytest.importorskip(name)
+        return importlib.import_module("serve")
+
+    @pytest.fixture
+    def shop(self, tmp_path: Path) -> tuple[Recommender, Path]:
+        rng = np.random.default_rng(0)
+        events = {"user": rng.integers(30, size=200), "item": rng.integers(20, size=200)}
+        frame = pd.DataFrame({name: [f"{name[0]}{i}" for i in ids] for name, ids in events.items()})
+        model = TPUAlternatingLeastSquares(factors=4, iterations=2, random_state=0)
+        rec = Recommender(model=model).fit(frame)
+        rec.save(tmp_path / "shop.tpuals")
+        return rec, tmp_path / "shop.tpuals"
+
+    def test_reloads_a_new_file(self, serve: ModuleType, shop: tuple[Recommender, Path]) -> None:
+        rec, path = shop
+        models = serve.Models(path)
+        old = models.now
+        models.reload_if_changed()
+        assert models.now is old
+        rec.update(pd.DataFrame({"user": ["new"], "item": ["i1"]})).save(path)
+        models.reload_if_changed()
+        assert "new" in models.now.users_ and "new" not in old.users_
+        assert set(old.recommend(["new"])["reason"]) == {"popular"}  # a request in flight
+
+    def test_keeps_the_old_model_if_the_new_file_is_bad(
+        self, serve: ModuleType, shop: tuple[Recommender, Path]
+    ) -> None:
+        _, path = shop
+        models = serve.Models(path)
+        old = models.now
+        good = path.read_bytes()
+        path.write_bytes(good[: len(good) // 2])
+        models.reload_if_changed()
+        assert models.now is old and "ModelFileError" in models.error
+        path.unlink()
+        models.reload_if_changed()
+        assert models.now is old and "FileNotFoundError" in models.error
+        path.write_bytes(good)
+        models.reload_if_changed()
+        assert models.now is not old and models.error == ""
+
+    def test_follows_the_nightly_job(
+        self, serve: ModuleType, nightly: ModuleType, shop: tuple[Recommender, Path]
+    ) -> None:
+        rec, path = shop
+        nightly.promote(path.parent, {"model": path.name})
+        models = serve.Models(path.parent / "current.json")
+        rec.update(pd.DataFrame({"user": ["new"], "item": ["i1"]})).save(path.parent / "b.tpuals")
+        models.reload_if_changed()
+        assert "new" not in models.now.users_  # not promoted yet
+        nightly.promote(path.parent, {"model": "b.tpuals"})
+        models.reload_if_changed()
+        assert "new" in models.now.users_
+
+    def test_requests(self, serve: ModuleType, shop: tuple[Recommender, Path]) -> None:
+        rec, path = shop
+        results = asyncio.run(self.answers(serve.app_of(path)))
+        assert results[0] == (200, {"users": 30, "items": 20, "reload_error": ""})
+        for status, got, expected in (
+            (*results[1], rec.recommend("u1", n=3)),
+            (*results[2], rec.recommend(["u1", "nobody"], n=10)),
+            (*results[3], rec.recommend_for_history([{"item": "i3"}], n=2)),
+        ):
+            assert status == 200 and got == expected.to_dict("records")
+        assert results[4] == (422, {"detail": "n must be from 1 to 1000, got 0"})
+        assert results[5][0] == 422 and "history must have a column" in results[5][1]["detail"]
+
+    async def answers(self, app: Any) -> list[tuple[int, Any]]:
+        import httpx
+
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+            found = [
+                await client.get("/health"),
+                await client.get("/recommend/u1?n=3"),
+                await client.post("/recommend", json={"users": ["u1", "nobody"]}),
+                await client.post("/history", json={"history": [{"item": "i3"}], "n": 2}),
+                await client.get("/recommend/u1?n=0"),
+                await client.post("/history", json={"history": [{"thing": "i3"}]}),
+            ]
+        return [(response.status_code, response.json()) for response in found]
