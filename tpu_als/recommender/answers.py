@@ -49,7 +49,9 @@ def recommendations(
 
 
 def _columns(state: State, found: Ranked, names: Any) -> dict[str, Any]:
-    own = {} if names is None else {"user": names.take(found.queries)}
+    own: dict[str, Any] = {}
+    if names is not None:
+        own["user"] = names.take(found.queries).reset_index(drop=True)
     return {
         **own,
         "item": state.items.take(found.items),
