@@ -192,6 +192,7 @@ def fitted(data: Any) -> np.ndarray:
     begin = time.perf_counter()
     model.fit(data, show_progress=False)
     print(f"fit to a {type(data).__name__} in {time.perf_counter() - begin:.1f} s")
+    assert model.user_factors is not None
     return model.user_factors
 
 

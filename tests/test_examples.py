@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import inspect
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -107,6 +109,66 @@ class TestNightly:
             check=False,
         )
         assert done.returncode == -signal.SIGKILL
+
+
+class TestFromCsv:
+    def test_prints_names(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        from_csv = importlib.import_module("from_csv")
+        from_csv.write_events(tmp_path / "events.csv", n_events=400, n_customers=50)
+        from_csv.recommend(tmp_path / "events.csv")
+        printed = capsys.readouterr().out
+        for name in ("customer 0000", "a new customer", "popular", "bacon", "contribution"):
+            assert name in printed
+
+    def test_is_short(self) -> None:
+        source = inspect.getsource(importlib.import_module("from_csv").recommend)
+        code = source.splitlines()[2:]  # without the signature and the docstring
+        assert len(code) < 15
+
+
+class TestAnn:
+    def test_one_more_dimension_keeps_the_order(self) -> None:
+        ann = importlib.import_module("ann")
+        rng = np.random.default_rng(0)
+        items = rng.standard_normal((200, 5)).astype(np.float32) * rng.gamma(1, size=(200, 1))
+        users = rng.standard_normal((20, 5)).astype(np.float32)
+        more = ann.with_norm(items)[None] - ann.with_zero(users)[:, None]
+        by_distance = np.argsort(np.square(more).sum(axis=2), axis=1)[:, :10]
+        by_product = np.argsort(-(users @ items.T), axis=1)[:, :10]
+        np.testing.assert_array_equal(by_distance, by_product)
+
+    def test_absent_packages_are_skipped(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ann = importlib.import_module("ann")
+        small = ann.events(n=3_000, n_users=200, n_items=500)
+        monkeypatch.setattr(ann, "events", lambda: small)
+        for name in ("usearch", "faiss"):
+            monkeypatch.setitem(sys.modules, name, None)
+        ann.main()
+        printed = capsys.readouterr().out
+        assert "pip install usearch" in printed and "pip install faiss-cpu" in printed
+
+
+class TestSkipped:
+    def test_serve_without_fastapi(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "uvicorn", None)
+        monkeypatch.setitem(sys.modules, "httpx", ModuleType("httpx"))
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(HERE.parent / "examples" / "serve.py"), run_name="__main__")
+        assert stopped.value.code == 0
+        assert "skipped: uvicorn is not installed: pip install" in capsys.readouterr().out
+
+    def test_spark_without_java(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        spark_shards = importlib.import_module("spark_shards")
+        monkeypatch.setattr(sys, "argv", ["spark_shards.py"])
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+        spark_shards.main()
+        assert "skipped: Java is not installed: apt-get install" in capsys.readouterr().out
 
 
 class TestServe:
