@@ -64,6 +64,7 @@ def recommend(path: Path) -> None:
 
 def main() -> None:
     """Read the file of the first argument, or write one."""
+    pd.set_option("display.precision", 3)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(folder) / "events.csv"
         if len(sys.argv) == 1:
