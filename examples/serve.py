@@ -140,7 +140,9 @@ def made_up(n_users: int = 20_000, n_items: int = 5_000, n_events: int = 300_000
 
 def measure(n_requests: int = 1_000) -> None:
     """Serve a made-up model, send requests one after the other, and reload meanwhile."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+    # asyncio sends small answers at once only where the socket says that it is TCP's.
+    tcp = socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
+    with tempfile.TemporaryDirectory() as folder, socket.socket(*tcp) as free:
         path = Path(folder) / "shop.tpuals"
         rec = made_up()
         rec.save(path)
