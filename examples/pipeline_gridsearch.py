@@ -17,10 +17,11 @@ from tpu_als.weighting import LogWeighting
 
 def main() -> None:
     """Run the search and print its table."""
-    transactions, _ = load_groceries()
-    popular = transactions["product_id"].value_counts().index[:5000]
-    kept = transactions[transactions["product_id"].isin(popular)]
-    purchases = interactions_from_frame(kept, "household_id", "product_id")
+    transactions, products = load_groceries()
+    goods = products.loc[products["kind"] == "product", "label"]  # no fuel, no coupons
+    kept = transactions.assign(product=transactions["product_id"].map(goods))
+    kept = kept[kept["product"].isin(kept["product"].value_counts().index[:5000])]
+    purchases = interactions_from_frame(kept, "household_id", "product")
     print(f"{purchases.matrix.shape[0]} households, {purchases.matrix.shape[1]} products")
 
     model = TPUAlternatingLeastSquares(factors=32, iterations=8, random_state=0)

