@@ -180,3 +180,22 @@ def application(environ, start_response):
     finally:
         server.terminate()
         server.communicate(timeout=60)
+
+
+def test_a_fork_waits_for_the_compilation_in_the_background():
+    """A child that is forked while loops are compiled must not wait for their locks forever."""
+    code = """
+import multiprocessing, numpy as np, os, tempfile
+os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp()  # so that the compilation takes a while
+from scipy import sparse
+from tpu_als import TPUAlternatingLeastSquares as Model
+rows = sparse.random(30, 20, 0.3, "csr", np.float32, np.random.default_rng(0))
+Model(4, iterations=0).fit(rows, show_progress=False)
+child = multiprocessing.get_context("fork").Process(
+    target=lambda: Model(4, iterations=2).fit(rows, show_progress=False)
+)
+child.start()
+child.join(120)
+print(child.exitcode)
+"""
+    assert run(code).split() == ["0"]

@@ -31,7 +31,7 @@ class ServedModel(Ranking, NewRows, Attributes):
 
     It has the methods of `TPUAlternatingLeastSquares` that implicit has too, except `fit` and
     `save`. The estimator's parameters are attributes. A process that loads a `ServedModel` starts
-    in half the time and with half the memory, because scikit-learn is not imported. numba is
+    in a third of the time and with half the memory, because scikit-learn is not imported. numba is
     imported by the first call that folds in, or that ranks for many users.
 
     Examples

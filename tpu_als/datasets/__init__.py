@@ -15,3 +15,7 @@ __all__ = [
     "split_by_time",
     "web_graph",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

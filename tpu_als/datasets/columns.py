@@ -22,7 +22,6 @@ _INFERRED = {
     "string": "text", "boolean": "booleans", "integer": "numbers", "floating": "numbers",
     "mixed-integer-float": "numbers", "decimal": "numbers", "empty": "nothing",
 }  # fmt: skip
-_ZONE = r"[T ].*(?:Z|[+-]\d\d:?(?:\d\d)?)$"  # the end of an ISO 8601 text with an offset
 
 
 def columns_of(frame: object, names: list[str]) -> list[pd.Series]:
@@ -140,120 +139,15 @@ def numbers_of(column: pd.Series) -> np.ndarray:
         for row, value in enumerate(values):
             if not isinstance(value, (Real, Decimal, np.bool_)):
                 advice = f"convert it, for example with pandas.to_numeric(frame[{column.name!r}])"
-                raise _refusal(column.name, row, value, "a number", advice)
+                raise refusal(column.name, row, value, "a number", advice)
         values = values.map(_as_float)
     result = values.to_numpy(np.float64)
     wrong = np.flatnonzero(~(np.abs(result) <= _LARGEST))
     if len(wrong):
         advice = f"replace such values, {len(wrong)} in all, or drop their rows"
         value = column.iloc[wrong[0]]
-        raise _refusal(column.name, wrong[0], value, "a finite number within float32", advice)
+        raise refusal(column.name, wrong[0], value, "a finite number within float32", advice)
     return result
-
-
-def ranks_of_times(column: pd.Series) -> np.ndarray:
-    """Ranks of a column of times; equal times have equal ranks.
-
-    Parameters
-    ----------
-    column : Series of length n
-        Times, dates, time spans, periods, finite numbers, ISO 8601 text, or an ordered categorical,
-        which is ranked by the order of its categories.
-
-    Returns
-    -------
-    ndarray of int64 and shape (n,)
-
-    Raises
-    ------
-    ValueError
-        For values of several types, or a value that is not a time.
-    """
-    name = column.name
-    if isinstance(column.dtype, pd.CategoricalDtype) and column.cat.ordered:
-        return column.cat.codes.to_numpy(np.int64)
-    values = plain(column)
-    kind = _kind(values, f"column {name!r}")
-    if kind in ("booleans", "complex numbers"):
-        raise _refusal(name, 0, values[0], "a time", "split by a column of times")
-    codes, distinct = _distinct(values)
-    times = pd.Series(distinct)
-    if kind == "text":
-        times = _parsed(times, values, name)
-    elif values.dtype.kind == "f" and np.isinf(values).any():
-        row = np.flatnonzero(np.isinf(values))[0]
-        raise _refusal(name, row, values[row], "a finite time", "replace it or drop its row")
-    # Floats would make times equal that differ by less than a microsecond. Ranks do not.
-    try:
-        ranks = times.rank(method="dense").to_numpy(np.int64)
-    except TypeError as error:
-        message = f"column {name!r} holds {kind}, which cannot be sorted: {error}"
-        raise ValueError(message) from error
-    return ranks[codes]
-
-
-def times_of(column: pd.Series) -> tuple[np.ndarray, str]:
-    """Times that can be compared over several frames.
-
-    Parameters
-    ----------
-    column : Series of length n
-        Times, dates, ISO 8601 text, or finite numbers.
-
-    Returns
-    -------
-    times : int64 or float64 array (n,)
-        Nanoseconds since 1970, in UTC if there is a time zone; numbers as they are.
-    kind : {"numbers", "times with a time zone", "times without a time zone"}
-
-    Raises
-    ------
-    ValueError
-        For values of several types, or a value that is not a time.
-    """
-    name = column.name
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        column = column.astype(column.cat.categories.dtype)
-    values = plain(column)
-    kind = _kind(values, f"column {name!r}") if len(values) else "numbers"
-    if kind == "numbers":
-        numbers = values.to_numpy(np.int64 if values.dtype.kind in "iu" else np.float64)
-        wrong = np.flatnonzero(~np.isfinite(numbers))
-        if len(wrong):
-            row = wrong[0]
-            raise _refusal(name, row, values[row], "a finite time", "replace it or drop its row")
-        return numbers, kind
-    if kind == "text":
-        codes, distinct = _distinct(values)
-        texts = pd.Series(distinct)
-        times = _parsed(texts, values, str(name))
-        is_zoned = bool(texts.str.contains(_ZONE, regex=True).any())
-        return _nanoseconds(times)[codes], _time_kind(is_zoned or None)
-    times = pd.to_datetime(values, errors="coerce", utc=True)
-    wrong = np.flatnonzero(times.isna())
-    if (not kind.startswith("times") and kind != "date objects") or len(wrong):
-        row = wrong[0] if len(wrong) else 0
-        raise _refusal(name, row, values[row], "a time", "convert it with pandas.to_datetime")
-    return _nanoseconds(times), kind if kind.startswith("times") else _time_kind(None)
-
-
-def _nanoseconds(times: pd.Series) -> np.ndarray:
-    return times.dt.tz_localize(None).to_numpy("datetime64[ns]").astype(np.int64)
-
-
-def _parsed(texts: pd.Series, values: pd.Series, name: str) -> pd.Series:
-    """Parse distinct texts as times in UTC; `values` is their column, for messages."""
-    times = pd.to_datetime(texts, format="ISO8601", errors="coerce", utc=True)
-    zoned = texts.str.contains(_ZONE, regex=True).to_numpy(bool)
-    wrong, expected = times.isna().to_numpy(), "text by ISO 8601 (such as '2020-01-31 12:00')"
-    if not wrong.any() and len(zoned):
-        wrong = zoned != zoned[0]
-        expected = f"a time {'with' if zoned[0] else 'without'} an offset, as in row 0"
-    if wrong.any():
-        row = np.flatnonzero(values.isin(texts[wrong]))[0]
-        advice = f"convert the column first, with pandas.to_datetime(frame[{name!r}], format=...)"
-        raise _refusal(name, row, values[row], expected, advice)
-    return times
 
 
 def _given_ids(given: Any, name: str) -> pd.Index:
@@ -303,7 +197,7 @@ def plain(column: pd.Series) -> pd.Series:
     return values
 
 
-def _distinct(
+def distinct_values(
     values: pd.Series,
 ) -> tuple[np.ndarray, np.ndarray | pd.api.extensions.ExtensionArray]:
     """The position of each value among the distinct values (n,), and the distinct values."""
@@ -327,7 +221,7 @@ def occurring(column: pd.Series, label: str) -> tuple[np.ndarray, pd.Series, str
     ids : Series
         The distinct ids.
     kind : str
-        As `_kind` names their type.
+        As `kind_of_values` names their type.
 
     Raises
     ------
@@ -340,18 +234,20 @@ def occurring(column: pd.Series, label: str) -> tuple[np.ndarray, pd.Series, str
         occurs = np.bincount(codes, minlength=len(dtype.categories)) > 0
         codes = (np.cumsum(occurs) - 1)[codes]
         values, dtype = plain(pd.Series(dtype.categories[occurs])), dtype.categories.dtype
-        kind = _kind(values, label, codes)
+        kind = kind_of_values(values, label, codes)
     else:
         column = plain(column)
-        kind = _kind(column, label)
-        codes, distinct = _distinct(column)
+        kind = kind_of_values(column, label)
+        codes, distinct = distinct_values(column)
         values = pd.Series(distinct)
     if kind == "numbers":
         _require_exact(values, dtype, label, codes)
     return codes, values, kind
 
 
-def _kind(values: pd.Series | pd.Index, label: str, codes: np.ndarray | None = None) -> str:
+def kind_of_values(
+    values: pd.Series | pd.Index, label: str, codes: np.ndarray | None = None
+) -> str:
     """Return the type of these values in words; ValueError if they have different types.
 
     `codes` are the positions of a column's rows among these values, if these are not the rows.
@@ -360,7 +256,7 @@ def _kind(values: pd.Series | pd.Index, label: str, codes: np.ndarray | None = N
     if isinstance(dtype, pd.StringDtype):
         return "text"
     if dtype.kind == "M":
-        return _time_kind(getattr(dtype, "tz", None))
+        return time_kind(getattr(dtype, "tz", None))
     if not pd.api.types.is_object_dtype(dtype):
         return _KINDS.get(dtype.kind, str(dtype))
     inferred = _INFERRED.get(pd.api.types.infer_dtype(values, skipna=False))
@@ -397,11 +293,12 @@ def _kind_of(value: object) -> str:
     if isinstance(value, str):
         return "text"
     if isinstance(value, datetime):
-        return _time_kind(value.tzinfo)
+        return time_kind(value.tzinfo)
     return f"{type(value).__name__} objects"
 
 
-def _time_kind(zone: object) -> str:
+def time_kind(zone: object) -> str:
+    """The type of times, in words, by their time zone."""
     return "times without a time zone" if zone is None else "times with a time zone"
 
 
@@ -444,7 +341,8 @@ def _as_float(value: Any) -> float:
         return float("inf")
 
 
-def _refusal(name: object, row: int, value: object, expected: str, advice: str) -> ValueError:
+def refusal(name: object, row: int, value: object, expected: str, advice: str) -> ValueError:
+    """An error about a value of a column, with what was expected and what to do."""
     return ValueError(
         f"column {name!r} holds {shown(value)} ({type(_unboxed(value)).__name__}) in row {row} "
         f"(counted from 0), expected {expected}: {advice}"

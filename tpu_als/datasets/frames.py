@@ -14,10 +14,10 @@ from tpu_als.datasets.columns import (
     columns_of,
     ids_and_positions,
     numbers_of,
-    ranks_of_times,
     shown,
 )
 from tpu_als.datasets.interactions import Interactions
+from tpu_als.datasets.times import ranks_of_times
 from tpu_als.exceptions import DataWarning
 from tpu_als.validation import fractions
 

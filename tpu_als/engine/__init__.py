@@ -55,3 +55,7 @@ __all__ = [
     "start",
     "user_factors",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from tpu_als.parameters import LAYOUTS
 
 if TYPE_CHECKING:
     from tpu_als.engine.xla.data import XlaData
+
+log = logging.getLogger("tpu_als")
 
 
 class Catalog(Protocol):
@@ -75,7 +78,7 @@ class Source(Protocol):
 
 
 class Table(Protocol):
-    """A table of a state that does not keep the matrix in memory."""
+    """A table of a state. It has no reference to the matrix, which may be freed."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -152,7 +155,7 @@ class Backend(Protocol[_TableT, _SideT, _DataT]):
         """Compute the terms of `als.loss`."""
 
     def table(self, table: _TableT, side: _SideT, data: _DataT) -> Table:
-        """Return a table of a state that does not keep the matrix in memory."""
+        """Return a table of a state, without a reference to the matrix."""
 
     def source(self, table: np.ndarray, params: AlsParams) -> Source:
         """Place a fixed table (N, K), to solve rows against."""
@@ -235,7 +238,20 @@ def may_have_accelerator() -> bool:
         platforms = jax.config.jax_platforms or platforms
     if platforms:
         return platforms.split(",")[0].strip() != "cpu"
-    return _has_plugin()
+    if not _has_plugin():
+        _tell_of_gpu()
+        return False
+    return True
+
+
+@functools.cache
+def _tell_of_gpu() -> None:
+    """Log once that an NVIDIA GPU is not used because JAX has no plugin for it."""
+    if os.path.exists("/dev/nvidiactl"):
+        log.warning(
+            "this machine has an NVIDIA GPU, but JAX's plugin for it is not installed, so that the "
+            "CPU is used: pip install 'jax[cuda13]', or set JAX_PLATFORMS=cpu to hide this"
+        )
 
 
 @functools.cache

@@ -59,3 +59,7 @@ __all__ = [
     "time_split",
     "train_test_split",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -116,7 +116,7 @@ class Answering:
         ----------
         history : list of dict, list of items, or frame
             Events of one user. Keys are the names of the columns, or "item", "value", "timestamp"
-            and "event". Without values each event counts 1; without times it is as old as the
+            and "event". An event without a value counts 1. Without times, events are as old as the
             latest of `fit`.
         n, exclude_seen, exclude, candidates, min_score
             As in `recommend`; `exclude` and `candidates` are lists.

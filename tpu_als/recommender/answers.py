@@ -182,6 +182,8 @@ def _history_frame(schema: Schema, history: Any) -> pd.DataFrame:
     """Events of one user as a DataFrame with the recommender's columns."""
     if isinstance(history, (list, tuple)) and all(isinstance(e, Mapping) for e in history):
         frame = pd.DataFrame(list(history)) if history else pd.DataFrame({"item": []})
+        for name in {"value", schema.value} & set(frame):  # an event without a value counts 1
+            frame[name] = [event.get(name, 1) for event in history]
     elif isinstance(history, (list, tuple, pd.Index, pd.Series, np.ndarray)):
         frame = pd.DataFrame({"item": given_ids(list(history), "history")[0]})
     elif isinstance(history, pd.DataFrame) or hasattr(history, "columns"):

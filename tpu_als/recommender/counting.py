@@ -10,6 +10,7 @@ from scipy import sparse
 
 from tpu_als.datasets import columns as event_columns
 from tpu_als.datasets.columns import shown
+from tpu_als.datasets.times import times_of
 from tpu_als.recommender.history import Cells
 from tpu_als.recommender.schema import Schema
 
@@ -99,7 +100,7 @@ def _factors(kinds: pd.Series, weights: dict[Any, float]) -> np.ndarray:
 
 def _times(column: pd.Series, schema: Schema) -> tuple[np.ndarray, str]:
     """Times as nanoseconds, or as the numbers they are; and their type in words."""
-    times, kind = event_columns.times_of(column)
+    times, kind = times_of(column)
     if schema.half_life is not None and schema.is_duration != kind.startswith("times"):
         wanted = "a number in their unit" if kind == "numbers" else "a duration such as '30D'"
         raise ValueError(f"column {column.name!r} holds {kind}: half_life must be {wanted}")

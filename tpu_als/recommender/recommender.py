@@ -64,7 +64,7 @@ class Recommender(Answering, BaseEstimator):
     users_, items_ : Index
         The ids, in the order of the model's tables. Updates add new ids at the end.
     model_ : estimator
-        The fitted model.
+        The fitted model. Its tables are read-only: change them by `update`.
     weighting_ : transformer or None
         The fitted transformer.
     n_features_in_ : int
@@ -310,6 +310,8 @@ class Recommender(Answering, BaseEstimator):
         return "_state" in vars(self)
 
     def _publish(self, found: State) -> None:
+        if isinstance(found.model, TPUAlternatingLeastSquares):
+            found.model._fitted = found.model._fitted.frozen()
         self._state = found
         self.n_features_in_ = len(schema_of(self).columns)
 

@@ -8,19 +8,19 @@ import numpy as np
 
 from tpu_als.host import single_blas_thread
 
-_MOST_MOVED = 16  # times the trace; beyond it the gramian is computed anew
-_SHARE = 8  # with more than this part of the rows changed, it is computed anew too
+_MOST_MOVED = 16  # times a column's sum of squares; above it the gramian is computed anew
+_SHARE = 8  # the gramian is computed anew too if more than this part of the rows has changed
 
 
 class Carried(NamedTuple):
-    """A gramian (K, K) in float64, and the squares of all rows added and removed since.
+    """A gramian (K, K) in float64, and the squares (K,) of all numbers added and removed since.
 
-    Rounding errors are relative to the largest sums so far. They stay within `_MOST_MOVED` times
-    those of a gramian that is computed from the table.
+    Rounding errors are relative to the largest sums so far. In each column they stay within
+    `_MOST_MOVED` times those of a gramian that is computed from the table.
     """
 
     gram: np.ndarray
-    moved: float = 0.0
+    moved: np.ndarray
 
 
 def after_change(
@@ -35,13 +35,14 @@ def after_change(
     n_rows : int
         Rows of the table.
     before, after : array (m, K)
-        The replaced rows, zero where they are new, and those in their place.
+        The replaced rows as they were when the gramian was computed, zero where they are new; and
+        the rows in their place.
     """
     if known is None or len(after) * _SHARE > n_rows:
         return None
     old, new = before.astype(np.float64), after.astype(np.float64)
-    with single_blas_thread():
+    with single_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
         gram = known.gram + (new.T @ new - old.T @ old)
-    moved = known.moved + float(np.vdot(old, old) + np.vdot(new, new))
-    # The negation also refuses NaN.
-    return Carried(gram, moved) if moved <= _MOST_MOVED * np.trace(gram) else None
+        moved = known.moved + np.sum(old**2, axis=0) + np.sum(new**2, axis=0)
+        is_exact = (moved <= _MOST_MOVED * np.diagonal(gram)).all()  # False for NaN
+    return Carried(gram, moved) if is_exact else None

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 FEW = 64  # rows to read without a copy of the table
-# Changed rows of a table that is not copied: so many, or this share of a larger table.
+# A table is not copied for up to so many changed rows or, if that is more, this share of its rows.
 _MOST, _SHARE = 1024, 1 / 64
-_LARGE = 1 << 18  # numbers of a table whose copy takes longer than the calls around it
+_LARGE = 1 << 18  # numbers of a table; the copy of a smaller one takes no time that matters
 
 
 @dataclass(frozen=True)

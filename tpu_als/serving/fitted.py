@@ -52,28 +52,35 @@ class FactorTable:
         Assigned by the user, instead of the computed ones. They are checked when they are used.
     names : (str, str)
         The attributes that they were assigned to, for messages.
+    is_frozen : bool, default=False
+        Whether the arrays are read-only, so that derived values cannot be out of date.
     carried : Carried, optional
-        The gramian in float64, from a table of which few rows differ.
+        The gramian in float64, computed from that of an earlier table. Only frozen tables keep it.
     """
 
     def __init__(
         self,
         host: np.ndarray | None = None,
         unread: Any = None,
-        *,
         gramian: np.ndarray | None = None,
         norms: np.ndarray | None = None,
         names: tuple[str, str] = ("gramian", "norms"),
+        *,
+        is_frozen: bool = False,
         carried: Carried | None = None,
     ) -> None:
-        self._host, self._unread, self._carried = host, unread, carried
+        self._host, self._unread, self._is_frozen = host, unread, is_frozen
+        # Somebody may have written into another table since its gramian was computed.
+        self._carried = carried if is_frozen else None
+        if is_frozen and host is not None:
+            host.flags.writeable = False
         self.given_gramian, self.given_norms, self._names = gramian, norms, names
         self._derived: dict[str, tuple[Any, Any]] = {}
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         given = {"gramian": self.given_gramian, "norms": self.given_norms, "names": self._names}
-        return {"host": self.read(), **given}
+        return {"host": self.read(), "is_frozen": self._is_frozen, **given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -114,6 +121,7 @@ class FactorTable:
                 table = self._unread
                 if table is not None:
                     self._host = table.fetch()
+                    self._host.flags.writeable = not self._is_frozen
                     self._derived.clear()  # frees copies on the devices
                     self._unread = None
         return self._host
@@ -146,16 +154,24 @@ class FactorTable:
         if not isinstance(table, ChangedTable):
             table = self.read()
         made = with_rows(table, ids, rows)
-        carried = self._carried_to(table, ids, rows.astype(table.dtype, copy=False))
         host, unread = (made, None) if isinstance(made, np.ndarray) else (None, made)
-        return FactorTable(host, unread, carried=carried)
+        if not self._is_frozen:
+            return FactorTable(host, unread)
+        carried = self._carried_to(table, ids, rows.astype(table.dtype, copy=False))
+        return FactorTable(host, unread, is_frozen=True, carried=carried)
+
+    def frozen(self) -> FactorTable:
+        """The same table with read-only arrays."""
+        given = self.given_gramian, self.given_norms, self._names
+        made = FactorTable(self._host, self._unread, *given, is_frozen=True)
+        return self if self._is_frozen else made
 
     def _carried_to(self, table: Any, ids: np.ndarray, rows: np.ndarray) -> Carried | None:
         """The gramian in float64 after a change of some rows, if it is known before."""
         known = self._carried
         source = self._derived.get(f"source for {CpuBackend.__name__}", (None, None))[1]
         if isinstance(source, exact.Source) and source.known_gramian is not None:
-            known = known or Carried(source.known_gramian)
+            known = known or Carried(source.known_gramian, np.zeros(table.shape[1]))
         if known is None:
             return None
         last, at = np.unique(ids[::-1], return_index=True)  # the last row of an id is kept
@@ -331,8 +347,13 @@ class FittedModel:
             changes.update(self._columns(table.shape[0]))
             if self.popularity is not None:  # nobody liked the new items in the last fit
                 n_new = table.shape[0] - len(self.popularity)
-                changes["popularity"] = np.pad(self.popularity, (0, n_new))
+                if n_new:
+                    changes["popularity"] = np.pad(self.popularity, (0, n_new))
         return replace(self, **changes)
+
+    def frozen(self) -> Self:
+        """The same model with read-only tables, for an owner that changes rows by `with_rows`."""
+        return replace(self, user=self.user.frozen(), item=self.item.frozen())
 
     def with_values(self, side: str, **values: np.ndarray | None) -> Self:
         """Assign the gramian or the norms of a table."""

@@ -22,7 +22,7 @@ _SOURCES = (
     "jit.py", "kept_code.py", "intrinsics.py", "loops.py", "converging.py", "direct.py",
     "selection.py", "vectors.py",
 )  # fmt: skip
-_loading, _importing = threading.Lock(), threading.Lock()
+_loading, _importing = threading.RLock(), threading.RLock()
 
 
 @functools.cache
@@ -104,6 +104,25 @@ def _cache_folder(given: str) -> str:
 def begin_loading(dtype: str) -> None:
     """Compile the loops for tables of a dtype in the background."""
     threading.Thread(target=ready, args=(dtype,)).start()
+
+
+def _wait_before_fork() -> None:
+    """Let other threads compile to the end: a forked process would wait for their locks forever."""
+    _loading.acquire()
+    _importing.acquire()
+
+
+def _go_on_after_fork() -> None:
+    _importing.release()
+    _loading.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_wait_before_fork,
+        after_in_parent=_go_on_after_fork,
+        after_in_child=_go_on_after_fork,
+    )
 
 
 def ready(dtype: str) -> Any:

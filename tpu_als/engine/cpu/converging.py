@@ -53,7 +53,7 @@ def rotate(table: np.ndarray, ids: np.ndarray, tiles: np.ndarray, out: np.ndarra
     """Write the products of n rows of a table (N, K) and a matrix (K, P) to `out`.
 
     If `out` (n, O) has fewer columns than the matrix, the last ones are left out. Sums have the
-    dtype of `tiles`, which are the matrix as `vectors.multiply` reads it. Products of a row do not
+    dtype of `tiles`, which hold the matrix in the form for `vectors.multiply`. Products of a row do not
     depend on the other rows. The id N stands for a row of zeros.
     """
     n_rows, n_factors = table.shape
@@ -94,7 +94,7 @@ class Block(NamedTuple):
 def _copy(
     entries: Entries, objective: Objective, span: tuple[int, int], scale: float, block: Block
 ) -> None:
-    """Copy some entries: steps of CG read them as fast as the nearest cache has them."""
+    """Copy some entries and their source rows, which the steps of CG then read from a cache."""
     source, ids, values, ahead = entries
     rows, weights, targets = block
     first, n = span

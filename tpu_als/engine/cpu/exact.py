@@ -1,9 +1,8 @@
 """Solutions of equation (1) against a fixed table on a CPU: fold-in, and the callable `solver`.
 
 Compiled loops solve the rows by conjugate gradients, to convergence. A row that does not converge
-is solved in float64 by BLAS and LAPACK, as are all rows where the gramian is another one than the
-table's or numba does not load. Either way a row's result does not depend on the other rows, bit for
-bit. With the solver "cg" the number of steps is fixed, as in `fit`.
+is solved in float64 by BLAS and LAPACK. So are all rows if a gramian was assigned that is not the
+table's, or if numba does not load. The bits of a row's result do not depend on the other rows. With the solver "cg" the number of steps is fixed, as in `fit`.
 
 Axis letters: M rows to solve, N source rows, K factors, E entries.
 """

@@ -245,7 +245,7 @@ def _multiply_intrinsic(
 ) -> Intrinsic:
     """Write products of G rows, given as `columns` (K, G), and a tile (K, L) to `out` (G, P).
 
-    `tiles` (P / L, K, L) are all columns of a matrix (K, P), and L of its numbers a cache line.
+    `tiles` (P / L, K, L) are all columns of a matrix (K, P). L numbers fill a cache line.
     """
 
     def emit(

@@ -3,7 +3,7 @@
 The sparsity pattern is the same in every epoch. So the host computes once which distinct source
 rows the chunks of a *group* need, and which device has them. For each group one all-to-all sends
 these rows only, and the group's cells refer to the received rows. In ALX every device gathers its
-rows for all devices, so each receives as much however many devices there are; here it falls as 1/D.
+rows for all devices, so what a device receives does not depend on D; here it falls as 1/D.
 
 Axis letters: W shards of this process, D devices, G groups, P rows of a message.
 """
