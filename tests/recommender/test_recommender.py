@@ -192,6 +192,9 @@ def test_history_of_unknown_items(rec):
     with pytest.warns(DataWarning):
         assert (rec.recommend_for_history(["new"], n=3)["reason"] == "popular").all()
     assert len(rec.recommend_for_history([], n=3)) == 3
+    mixed = rec.recommend_for_history([{"item": "sku00", "value": 2}, {"item": "sku01"}], n=3)
+    whole = [{"item": "sku00", "value": 2}, {"item": "sku01", "value": 1}]
+    pd.testing.assert_frame_equal(mixed, rec.recommend_for_history(whole, n=3))
     with pytest.raises(ValueError, match="history must have a column 'sku' or 'item'"):
         rec.recommend_for_history([{"product": "sku00"}])
 
@@ -650,7 +653,10 @@ def test_new_items_and_bm25():
     rec.update(EVENTS[:10])
 
 
-@pytest.mark.parametrize("search", ["randomized", "halving", "parallel", "polars"])
+@pytest.mark.parametrize(
+    "search",
+    ["randomized", "halving", "polars", pytest.param("parallel", marks=pytest.mark.slow)],
+)
 def test_other_searches(search):
     grid, cv = {"model__alpha": [1, 10], "half_life": [None, "5D"]}, TimeSeriesSplit(3)
     rec, frame = make(timestamp="time"), EVENTS.drop(columns="kind")

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from sklearn.exceptions import NotFittedError
 
-from tpu_als.recommender import answers, ranking
+from tpu_als.recommender import frames, ranking
 from tpu_als.recommender.ids import given_ids
 from tpu_als.recommender.pairs import limits_of
 from tpu_als.recommender.schema import schema_of
@@ -68,7 +68,7 @@ class Answering:
         at, names = self._users(now, users)
         limits = limits_of(now, schema_of(self), exclude_seen, exclude, candidates, min_score)
         parts = list(ranking.blocks(now, at, _count(n), limits))
-        return answers.recommendations(now, parts, names, now.library)
+        return frames.recommendations(now, parts, names, now.library)
 
     def recommend_to_parquet(
         self,
@@ -98,7 +98,7 @@ class Answering:
         now = self._state_
         at, names = self._users(now, users)
         limits = limits_of(now, schema_of(self), exclude_seen, exclude, candidates, min_score)
-        return answers.to_parquet(path, now, ranking.blocks(now, at, _count(n), limits), names)
+        return frames.to_parquet(path, now, ranking.blocks(now, at, _count(n), limits), names)
 
     def recommend_for_history(
         self,
@@ -131,12 +131,12 @@ class Answering:
             If events have unknown items; the message gives their number.
         """
         now, schema = self._state_, schema_of(self)
-        row = answers.row_of_history(now, schema, history)
+        row = frames.row_of_history(now, schema, history)
         limits = limits_of(now, schema, exclude_seen, exclude, candidates, min_score)
         if limits.excluded_pairs is not None or limits.chosen_pairs is not None:
             raise TypeError("exclude and candidates must be lists of items: there is one user")
         found = ranking.ranked_row(now, row, _count(n), limits)
-        return answers.recommendations(now, [found], None, now.library)
+        return frames.recommendations(now, [found], None, now.library)
 
     def similar_items(self, items: Any, n: int = 10) -> Any:
         """Find the items whose factors have the largest cosine similarity.
@@ -158,7 +158,7 @@ class Answering:
         ValueError
             For unknown items.
         """
-        return answers.neighbours(self._state_, "item", items, _count(n))
+        return frames.neighbours(self._state_, "item", items, _count(n))
 
     def similar_users(self, users: Any, n: int = 10) -> Any:
         """Find the users whose factors have the largest cosine similarity.
@@ -179,7 +179,7 @@ class Answering:
         ValueError
             For unknown users.
         """
-        return answers.neighbours(self._state_, "user", users, _count(n))
+        return frames.neighbours(self._state_, "user", users, _count(n))
 
     def explain(self, user: Any, item: Any, n: int = 10) -> Any:
         """Split a user's score of an item into contributions of the user's own items.
@@ -203,7 +203,7 @@ class Answering:
         ValueError
             For an unknown user or item.
         """
-        return answers.explanation(self._state_, user, item, _count(n))
+        return frames.explanation(self._state_, user, item, _count(n))
 
     @property
     def _state_(self) -> State:

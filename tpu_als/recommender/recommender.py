@@ -15,7 +15,7 @@ from sklearn.utils import metadata_routing
 
 from tpu_als.estimator import TPUAlternatingLeastSquares
 from tpu_als.evaluation import holdout
-from tpu_als.recommender import answers, counting, ranking, saving, sources, state
+from tpu_als.recommender import counting, frames, ranking, saving, sources, state
 from tpu_als.recommender.answering import Answering
 from tpu_als.recommender.ids import whole_numbers
 from tpu_als.recommender.schema import Schema, schema_of
@@ -241,7 +241,7 @@ class Recommender(Answering, BaseEstimator):
         schema, now = schema_of(self), self._state_
         checked = counting.checked(self._read(events, schema, now), schema)
         self._check_times(now, checked)
-        relevant, users, counts = answers.relevant(now, schema, checked)
+        relevant, users, counts = frames.relevant(now, schema, checked)
         if not len(users):  # scikit-learn also scores the events of the fit, where this is usual
             return float("nan")
         ids = np.full((len(users), holdout.CUTOFF), -1, np.int64)

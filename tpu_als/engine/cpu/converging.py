@@ -53,8 +53,8 @@ def rotate(table: np.ndarray, ids: np.ndarray, tiles: np.ndarray, out: np.ndarra
     """Write the products of n rows of a table (N, K) and a matrix (K, P) to `out`.
 
     If `out` (n, O) has fewer columns than the matrix, the last ones are left out. Sums have the
-    dtype of `tiles`, which hold the matrix in the form for `vectors.multiply`. Products of a row do not
-    depend on the other rows. The id N stands for a row of zeros.
+    dtype of `tiles`, which hold the matrix in the form for `vectors.multiply`. Products of a row do
+    not depend on the other rows. The id N stands for a row of zeros.
     """
     n_rows, n_factors = table.shape
     columns = np.empty((n_factors, GROUP), tiles.dtype)

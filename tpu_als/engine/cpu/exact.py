@@ -2,7 +2,8 @@
 
 Compiled loops solve the rows by conjugate gradients, to convergence. A row that does not converge
 is solved in float64 by BLAS and LAPACK. So are all rows if a gramian was assigned that is not the
-table's, or if numba does not load. The bits of a row's result do not depend on the other rows. With the solver "cg" the number of steps is fixed, as in `fit`.
+table's, or if numba does not load. The bits of a row's result do not depend on the other rows. With
+the solver "cg" the number of steps is fixed, as in `fit`.
 
 Axis letters: M rows to solve, N source rows, K factors, E entries.
 """
