@@ -112,6 +112,35 @@ def exact_iteration(user_items: sparse.csr_matrix, factors: int, repeats: int) -
     return {"seconds": middle, "of_default": middle["tpu_als exact"] / middle["tpu_als cg"]}
 
 
+def one_of_many(n_users: int, repeats: int) -> dict[str, Any]:
+    """A partial fit of one user in a table of many, 64 factors."""
+    rng, made = np.random.default_rng(0), {}
+    tables = {
+        "user_factors": rng.standard_normal((n_users, 64), dtype=np.float32),
+        "item_factors": rng.standard_normal((2_000, 64), dtype=np.float32),
+    }
+    made["tpu_als"] = TPUAlternatingLeastSquares(64, REGULARIZATION, ALPHA)
+    if common.installed("implicit"):
+        from implicit.cpu.als import AlternatingLeastSquares
+
+        made["implicit"] = AlternatingLeastSquares(64, REGULARIZATION, ALPHA)
+    for model in made.values():
+        for name, table in tables.items():
+            setattr(model, name, table.copy())
+    row = common.power_law(100, 2_000, 5_000)[0]
+    return compare(made, lambda m: m.partial_fit_users([5], row), 20, repeats)
+
+
+def bfloat16_iteration(user_items: sparse.csr_matrix, factors: int, repeats: int) -> dict[str, Any]:
+    """Seconds of a default iteration with tables in bfloat16 and in float32, in turns."""
+    problem = libraries.Problem(user_items, factors, ALPHA, REGULARIZATION)
+    made = {dtype: libraries.Ours(problem, dtype=dtype) for dtype in ("bfloat16", "float32")}
+    for library in made.values():
+        library.step()
+    taken = common.in_turns({name: library.step for name, library in made.items()}, repeats)
+    return {"seconds": taken, "of_float32": taken["bfloat16"] / taken["float32"]}
+
+
 def latencies(user_items: sparse.csr_matrix, factors: int, n_calls: int) -> dict[str, Any]:
     """Microseconds of single calls of mixed shapes, after the first ten of this process."""
     rng, (n_users, n_items) = np.random.default_rng(0), user_items.shape
@@ -148,10 +177,11 @@ def main() -> None:
     parser.add_argument("--factors", type=int, default=128)
     parser.add_argument("--items", type=int, help="size of a random catalogue, without a data set")
     parser.add_argument("--many", type=int, default=6000, help="users or items of large calls")
+    parser.add_argument("--users", type=int, default=1_000_000, help="rows of the largest table")
     parser.add_argument("--latency", action="store_true")
     args = parser.parse_args()
     if args.quick:
-        args.factors, args.many, args.repeats = 8, 300, 2
+        args.factors, args.many, args.users, args.repeats = 8, 300, 10_000, 2
     if args.items:
         n_users = 20_000
         name, user_items = (
@@ -170,6 +200,10 @@ def main() -> None:
     made = models(user_items, args.factors)
     for what, (call, times) in calls(user_items, args.many).items():
         common.emit(**about, what=what, **compare(made, call, times, args.repeats))
+    large = one_of_many(args.users, args.repeats)
+    common.emit(**{**about, "factors": 64}, what=f"partial_fit_users, one of {args.users}", **large)
+    halved = bfloat16_iteration(user_items, args.factors, args.repeats)
+    common.emit(**about, what="bfloat16 iteration", **halved)
     common.emit(
         **about, what="exact iteration",
         **exact_iteration(user_items, args.factors, args.repeats),
