@@ -148,3 +148,26 @@ def test_a_table_that_may_be_written_to_carries_nothing() -> None:
     ):
         with pytest.raises(ValueError, match="read-only"):
             one.read()[0] = 1
+
+
+@pytest.mark.parametrize("objective", ["implicit", "ials"])
+def test_rows_are_solved_against_the_rows_they_need(objective: str) -> None:
+    """As against the whole table, whose number of rows is in the ridge of "ials"."""
+    rng = np.random.default_rng(0)
+    model = TPUAlternatingLeastSquares(4, regularization=1e-3, objective=objective, random_state=0)
+    model.item_factors = np.ones((40, 4), np.float32)
+    model.user_factors = rng.normal(size=(400, 4)).astype(np.float32)
+    model._fitted = model._fitted.frozen()
+    model.recalculate_item(0, random_counts(1, 400, seed=2))
+    model._fitted = model._fitted.with_rows("user", np.array([3, 405]), rng.normal(size=(2, 4)))
+    columns = np.array([3, 7, 405, 3, 12, 90])
+    entries = np.ones(6, np.float32), (np.array([0, 0, 0, 1, 1, 1]), columns)
+    few = sparse.csr_matrix(entries, shape=(2, 406))
+    got = model.recalculate_item(np.arange(2), few)
+    assert model._fitted.user._unread is not None  # not copied
+    np.testing.assert_allclose(
+        got, copy.deepcopy(model).recalculate_item(np.arange(2), few), rtol=1e-5, atol=1e-6
+    )
+    unknown = sparse.csr_matrix((np.ones(1, np.float32), ([0], [500])), shape=(1, 501))
+    model.partial_fit_items([0], unknown + sparse.csr_matrix(few[0], shape=(1, 501)))
+    assert np.isfinite(model.item_factors).all()

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
+_BLOCK = 1 << 18  # cells that are searched at a time
 _SHARE = 16  # changed rows are merged when they are more than this part of all rows
 
 
@@ -63,6 +64,15 @@ def _span(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Positions of `counts` elements from each start, one after the other."""
     ends = np.cumsum(counts)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + counts, counts)
+
+
+def _positions(is_wanted: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Positions of wanted items; a block at a time, whose mask stays in a cache."""
+    found = [
+        low + np.flatnonzero(is_wanted[items[low : low + _BLOCK]])
+        for low in range(0, len(items), _BLOCK)
+    ]
+    return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
 def joined(first: Cells, second: Cells) -> Cells:
@@ -166,11 +176,11 @@ class History:
 
     def columns(self, items: np.ndarray) -> sparse.csr_matrix:
         """Weights (m, M) of some items, in ascending order and each once."""
-        wanted = np.full(self.n_items, -1, np.int32)
-        wanted[items] = np.arange(len(items))
+        wanted, is_wanted = np.zeros(self.n_items, np.int32), np.zeros(self.n_items, bool)
+        wanted[items], is_wanted[items] = np.arange(len(items)), True
         found = []
         for cells, users in ((self.base, None), (self.changed, np.flatnonzero(self.place >= 0))):
-            at = np.flatnonzero(wanted[cells.items] >= 0)
+            at = _positions(is_wanted, cells.items)
             rows = np.searchsorted(cells.indptr, at, side="right") - 1
             if users is None:
                 is_current = self.place[rows] < 0

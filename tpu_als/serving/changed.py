@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import sparse
 
 FEW = 64  # rows to read without a copy of the table
 # A table is not copied for up to so many changed rows or, if that is more, this share of its rows.
 _MOST, _SHARE = 1024, 1 / 64
+_NEEDED = 4  # rows are solved against a copy of the rows they need, if these are fewer than 1 / 4
 _LARGE = 1 << 18  # numbers of a table; the copy of a smaller one takes no time that matters
 
 
@@ -56,12 +58,24 @@ class ChangedTable:
     def take(self, ids: np.ndarray) -> np.ndarray:
         """Copies of a few rows; the ids must be in range."""
         found = np.zeros((len(ids), self.base.shape[1]), self.dtype)
+        is_base = ids < len(self.base)
+        found[is_base] = self.base[ids[is_base]]
         for at, number in enumerate(ids.tolist()):
             if number in self.rows:
                 found[at] = self.rows[number]
-            elif number < len(self.base):
-                found[at] = self.base[number]
         return found
+
+    def needed(self, rows: sparse.csr_matrix) -> tuple[np.ndarray, sparse.csr_matrix] | None:
+        """The table's rows (m, K) that entries refer to, and the entries with ids of these.
+
+        None if these are many, or an entry's id is n, which stands for a row of zeros.
+        """
+        ids, positions = np.unique(rows.indices, return_inverse=True)
+        if len(ids) * _NEEDED > self.n_rows or (len(ids) and ids[-1] >= self.n_rows):
+            return None
+        shape = rows.shape[0], len(ids)
+        entries = rows.data, positions.astype(rows.indices.dtype), rows.indptr
+        return self.take(ids), sparse.csr_matrix(entries, shape=shape)
 
 
 def rows_of(table: np.ndarray | ChangedTable, ids: np.ndarray) -> np.ndarray:

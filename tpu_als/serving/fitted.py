@@ -1,8 +1,7 @@
 """A fitted model as one immutable value: both tables, and the values derived from them.
 
-A method reads the `FittedModel` of an estimator once, at its start, and uses only that one.
-A writer builds a new one and publishes it by a single assignment. So a method sees one state
-even if other threads write, and derived values are stored with the table that they belong to.
+A method reads the `FittedModel` of an estimator once, at its start. A writer builds a new one and
+publishes it by a single assignment. So a method sees one state even if other threads write.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams, Data
 from tpu_als.engine.objective import Objective
 from tpu_als.host import single_blas_thread
-from tpu_als.serving.carried import Carried, after_change
+from tpu_als.serving.carried import Carried, after_change, solved_by_few
 from tpu_als.serving.changed import FEW, ChangedTable, rows_of, with_rows
 from tpu_als.validation import arguments
 
@@ -198,11 +197,10 @@ class FactorTable:
         """Euclidean lengths (n,) of the rows, assigned or computed; 1e-10 in place of 0."""
         if self.given_norms is not None:
             return arguments.derived(self.given_norms, self._names[1], self.shape[:1])
-        return self._once("norms", None, self._norms)
-
-    def _norms(self) -> np.ndarray:
         table = self.resident
-        return norms(self.read()) if table is None else _divisible(table.norms())
+        if table is not None:
+            return self._once("norms", None, lambda: _divisible(table.norms()))
+        return self._once("norms", None, lambda: norms(self.read()))
 
     def solve(
         self, rows: sparse.csr_matrix, objective: Objective, params: AlsParams, backend: Backend
@@ -214,8 +212,13 @@ class FactorTable:
         table = self.resident
         if table is not None and self.given_gramian is None:
             return table.solve(rows, objective)
+        known = self._carried if self.given_gramian is None else None
+        if known is not None and isinstance(backend, CpuBackend):
+            found = solved_by_few(self._unread, known, rows, (objective, params, backend.n_threads))
+            if found is not None:
+                return found
         name = f"source for {type(backend).__name__}"
-        # On a CPU the number of threads changes from call to call.
+        # On a CPU the number of threads changes.
         stamp = params if isinstance(backend, CpuBackend) else (params, backend)
         source = self._once(name, stamp, lambda: self._source(backend, params))
         if isinstance(backend, CpuBackend) and isinstance(source, exact.Source):
@@ -226,9 +229,8 @@ class FactorTable:
 
     def _source(self, backend: Backend, params: AlsParams) -> Any:
         source = backend.source(self.read(), params)
-        if isinstance(source, exact.Source) and self._carried is not None:
-            return source.knowing(self._carried.gram)
-        return source
+        known = self._carried if isinstance(source, exact.Source) else None
+        return source if known is None else source.knowing(known.gram)
 
     def catalog(self, backend: Backend, *, cosine: bool) -> Catalog:
         """The table in a backend's form, to rank its rows by product or by cosine."""
@@ -300,7 +302,7 @@ class FittedModel:
         return not (self.user.is_absent or self.item.is_absent)
 
     def require(self, estimator: object, *sides: str) -> Self:
-        """Return the model; raise NotFittedError if a table that a call needs is absent."""
+        """Return the model; raise NotFittedError if a needed table is absent."""
         for side in sides or SIDES:
             if self.table(side).is_absent:
                 from sklearn.exceptions import NotFittedError  # late: it takes a second

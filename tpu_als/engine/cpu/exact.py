@@ -46,11 +46,15 @@ class Source:
         The solver: "cholesky", or "cg", which starts from given rows.
     n_threads : int
         Number of threads.
+    n_source : int, optional
+        N of equation (2), if the table has only those of N rows that are needed. Its gramian must
+        then be set by `knowing`.
     """
 
     table: np.ndarray
     params: AlsParams
     n_threads: int
+    n_source: int | None = None
     wants_gramian: ClassVar[bool] = False
     _kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
@@ -117,7 +121,7 @@ class Source:
 
         def compute() -> Eigenbasis:
             with single_blas_thread():
-                return Eigenbasis(self.table, gram)
+                return Eigenbasis(self.table, gram, self.n_source)
 
         return self._once("eigenbasis", compute)
 
@@ -176,7 +180,7 @@ class Source:
                     ids, values = rows.indices[own], rows.data[own]
                     if not len(ids):
                         continue
-                    lam = ridge(objective, float(len(ids)), float(n_source))
+                    lam = ridge(objective, float(len(ids)), float(self.n_source or n_source))
                     if ids[-1] == n_source:  # ids ascend
                         known = ids < n_source
                         ids, values = ids[known], values[known]

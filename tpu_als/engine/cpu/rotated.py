@@ -36,9 +36,12 @@ class Eigenbasis:
         float32 or float64. Its rows are read in each call.
     gram : float64 array (K, K)
         Its gramian.
+    n_source : int, optional
+        N of equation (2), if it is not the number of rows of the table.
     """
 
-    def __init__(self, table: np.ndarray, gram: np.ndarray) -> None:
+    def __init__(self, table: np.ndarray, gram: np.ndarray, n_source: int | None = None) -> None:
+        self._n_source = len(table) if n_source is None else n_source
         rotation, spectrum = half_epoch.eigenbasis_of(gram, table.dtype)
         # In float64, as small components, those in the directions of small eigenvalues, decide the
         # solution where the ridge is small.
@@ -85,7 +88,7 @@ class Eigenbasis:
         largest = max(float(values.max(initial=0)), -float(values.min(initial=0)))
         given, latest = (objective, largest), self._latest
         if latest is None or latest[0] != given:
-            dtype, (n_source, factors) = self._table.dtype, self._table.shape
+            dtype, factors, n_source = self._table.dtype, self._table.shape[1], self._n_source
             settings = Settings(
                 typed(objective, dtype), 1.0, half_epoch.most_steps(factors),
                 largest_weight(objective, (0, largest), dtype), half_epoch.TOLERANCE[dtype.name],
