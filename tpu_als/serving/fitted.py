@@ -35,10 +35,10 @@ _ASSIGNED = {"user": ("_XtX", "_user_norms"), "item": ("_YtY", "_item_norms")}
 class FactorTable:
     """One factor table, on the host or on the devices, with the values derived from it.
 
-    As in implicit, derived values are computed once. They are computed again after the table is
-    fitted or assigned, or after the value is set to None, but not after someone has written into
-    the array. The CPU backend ranks and solves with the array itself. The XLA backend uses a copy
-    on JAX's devices, which is a derived value.
+    As in implicit, derived values are computed once, and again after the table is fitted or
+    assigned or the value is set to None, but not after someone has written into the array. The CPU
+    backend ranks and solves with the array itself. The XLA backend uses a copy on JAX's devices,
+    which is a derived value.
 
     Parameters
     ----------
@@ -54,7 +54,8 @@ class FactorTable:
     is_frozen : bool, default=False
         Whether the arrays are read-only, so that derived values cannot be out of date.
     carried : Carried, optional
-        The gramian in float64, computed from that of an earlier table. Only frozen tables keep it.
+        The gramian in float64, computed from that of an earlier table. Only frozen tables keep it,
+        because nobody can have written into them since.
     """
 
     def __init__(
@@ -69,9 +70,8 @@ class FactorTable:
         carried: Carried | None = None,
     ) -> None:
         self._host, self._unread, self._is_frozen = host, unread, is_frozen
-        # Somebody may have written into another table since its gramian was computed.
         self._carried = carried if is_frozen else None
-        if is_frozen and host is not None:
+        if host is not None and is_frozen:
             host.flags.writeable = False
         self.given_gramian, self.given_norms, self._names = gramian, norms, names
         self._derived: dict[str, tuple[Any, Any]] = {}
@@ -133,7 +133,7 @@ class FactorTable:
     def require_finite(self) -> None:
         """Raise ValueError where NaN or infinity was written into the table."""
         if self.resident is None:
-            _require_finite(self.read(), None)
+            _require_finite(self.read())
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Copies of some rows. The ids must be in range; they are not checked."""
@@ -223,14 +223,14 @@ class FactorTable:
         source = self._once(name, stamp, lambda: self._source(backend, params))
         if isinstance(backend, CpuBackend) and isinstance(source, exact.Source):
             source = source.on(backend.n_threads)
-        is_given = source.wants_gramian or self.given_gramian is not None
-        gram = self.gramian() if is_given else None
+        gram = self.gramian() if source.wants_gramian or self.given_gramian is not None else None
         return source.solve(rows, objective, gram=gram).astype(self.dtype, copy=False)
 
     def _source(self, backend: Backend, params: AlsParams) -> Any:
         source = backend.source(self.read(), params)
-        known = self._carried if isinstance(source, exact.Source) else None
-        return source if known is None else source.knowing(known.gram)
+        if isinstance(source, exact.Source) and self._carried is not None:
+            source = source.knowing(self._carried.gram)
+        return source
 
     def catalog(self, backend: Backend, *, cosine: bool) -> Catalog:
         """The table in a backend's form, to rank its rows by product or by cosine."""
@@ -378,8 +378,8 @@ class FittedModel:
 
     def settle(self) -> None:
         """Fetch tables that do not stay on the devices."""
-        self.user.settle()
-        self.item.settle()
+        for side in SIDES:
+            self.table(side).settle()
 
     def _columns(self, n_items: int | None) -> dict[str, Any]:
         if n_items == self.n_features:
@@ -397,7 +397,7 @@ def tables_of(state: AlsState, data: Data) -> dict[str, FactorTable]:
 
 
 def norms(table: np.ndarray) -> np.ndarray:
-    """Lengths (n,) of the rows of a table (n, K); 1e-10 instead of 0, to allow division."""
+    """Lengths (n,) of the rows of a table (n, K); 1e-10 in place of 0."""
     return _divisible(np.linalg.norm(table, axis=-1))
 
 
@@ -410,7 +410,7 @@ def _divisible(lengths: np.ndarray) -> np.ndarray:
     return np.where(lengths == 0, lengths.dtype.type(1e-10), lengths)
 
 
-def _require_finite(rows: np.ndarray, ids: np.ndarray | None) -> None:
+def _require_finite(rows: np.ndarray, ids: np.ndarray | None = None) -> None:
     """Raise ValueError where rows of a table, with these ids or in its order, are not finite."""
     row = arguments.first_not_finite(rows)
     if row is not None:
