@@ -1,4 +1,4 @@
-"""Serve recommendations over HTTP, with reloads that no request notices.
+"""Serve recommendations over HTTP, and reload the model without downtime.
 
     python examples/serve.py               # measure: a server on a free port, and 1,000 requests
     python examples/serve.py shop.tpuals   # serve this file on port 8000

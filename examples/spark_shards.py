@@ -4,7 +4,7 @@
 
 PySpark in local mode makes up events, numbers the ids, and writes the rows of users and those of
 items. `fit` reads them with `open_shards` and gives the same factors as a fit from memory. On a
-cluster only the session and the paths are others; Spark then does the work that exceeds a machine.
+cluster change only the session and the paths; Spark then does the work that exceeds a machine.
 
 Needs Java 17 or newer (Debian: apt-get install default-jre-headless), PySpark and pyarrow: pip
 install pyspark "tpu-als[shards]". Skipped where they are absent.

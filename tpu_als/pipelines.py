@@ -20,9 +20,9 @@ def _if_model_has(name: str) -> Callable[[Any], bool]:
 class RecommenderPipeline(Pipeline):
     """A Pipeline of weighting transformers and a model, with the model's methods for users.
 
-    Every `user_items` is counts, as in `fit`. The transformers weight it before the model gets it:
-    the model folds in, filters and explains what it was trained on. So ``best_estimator_`` of a
-    search recommends. The methods are those of the last step, and exist only if it has them.
+    All methods take counts, and weight them as `fit` does: the model folds in, filters and explains
+    what it was trained on. ``best_estimator_`` of a search can recommend. The methods are those of
+    the last step, and exist only if it has them.
 
     Parameters
     ----------

@@ -48,7 +48,7 @@ def ranks_of_times(column: pd.Series) -> np.ndarray:
     elif values.dtype.kind == "f" and np.isinf(values).any():
         row = np.flatnonzero(np.isinf(values))[0]
         raise refusal(name, row, values[row], "a finite time", "replace it or drop its row")
-    # Floats would make times equal that differ by less than a microsecond. Ranks do not.
+    # Ranks are of the exact values: as floats, times less than a microsecond apart would be equal.
     try:
         ranks = times.rank(method="dense").to_numpy(np.int64)
     except TypeError as error:

@@ -105,8 +105,8 @@ def compare(
     TypeError
         For objects that are not matrices, or models without `recommend`.
     ValueError
-        For other names of metrics or of the baseline, NaN or infinity, matrices of different shapes
-        or without users to measure, or rankings of another shape.
+        For unknown names of metrics or of the baseline, NaN or infinity, matrices of different
+        shapes or without users to measure, or rankings of another shape.
 
     Warns
     -----

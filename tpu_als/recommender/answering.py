@@ -40,24 +40,25 @@ class Answering:
             None is everybody with a history, in the order of `users_`. `recommend_to_parquet`
             needs less memory for that.
         n : int, default=10
-            Most items of a user. There are fewer where there are fewer candidates.
+            Maximum number of items of a user. There are fewer where there are fewer candidates.
         exclude_seen : bool, default=True
             Leave out the items of the user's history, whatever their value.
         exclude : list of items, or frame of pairs, default=None
-            Items to leave out, of all users or of the frame's user in each row.
+            Items to leave out. A list applies to all users; each row of a frame to one user.
         candidates : list of items, or frame of pairs, default=None
-            The only items to recommend, to all users or to the frame's user in each row. Pairs of
-            unknown ids are left out, and a DataWarning gives their number.
+            The only items to recommend, in the same forms. Unknown ids are left out, and a
+            DataWarning gives their number.
         min_score : float, default=None
-            Least score of items that the model recommends.
+            Minimum score of items that the model recommends.
 
         Returns
         -------
         frame with the columns user, item, rank, score, reason
             Of the frame library of the events of `fit`. Users in the order given, best items first.
-            The score is the model's, and the reason "model". Users without a history, and those of
-            whom the model has learnt nothing, get popular items: the score is the share of all
-            users who like the item, and the reason "popular". `unknown` changes that.
+            The score is the model's, and the reason "model". Users without a positive weight, or
+            with zero factors, get popular items: the score is the share of all users who like the
+            item, and the reason "popular". `unknown` decides what users get who are not in the
+            data.
 
         Raises
         ------
@@ -116,8 +117,8 @@ class Answering:
         ----------
         history : list of dict, list of items, or frame
             Events of one user. Keys are the names of the columns, or "item", "value", "timestamp"
-            and "event". An event without a value counts 1. Without times, events are as old as the
-            latest of `fit`.
+            and "event". An event without a value counts 1. Without times, values
+            do not decay.
         n, exclude_seen, exclude, candidates, min_score
             As in `recommend`; `exclude` and `candidates` are lists.
 
@@ -145,7 +146,7 @@ class Answering:
         ----------
         items : one id, or a list, array or Series of ids
         n : int, default=10
-            Most results of an item.
+            Maximum number of results of an item.
 
         Returns
         -------
@@ -167,7 +168,7 @@ class Answering:
         ----------
         users : one id, or a list, array or Series of ids
         n : int, default=10
-            Most results of a user.
+            Maximum number of results of a user.
 
         Returns
         -------
@@ -189,14 +190,15 @@ class Answering:
         user, item : id
             They must be known.
         n : int, default=10
-            Most items.
+            Maximum number of items.
 
         Returns
         -------
         frame with the columns item, value, weight, contribution
-            Largest contribution first: the combined value of the user's events with the item, the
-            weight that the model was trained on, and the part of the score. All contributions of
-            liked items add up to the score from the user's exact factors.
+            Sorted by contribution, largest first. `value` is the combined value of the user's
+            events with the item, `weight` its weight in training, and `contribution` its part of
+            the score. All contributions of liked items add up to the score from the user's exact
+            factors.
 
         Raises
         ------

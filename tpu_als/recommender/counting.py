@@ -92,8 +92,8 @@ def _factors(kinds: pd.Series, weights: dict[Any, float]) -> np.ndarray:
     if len(wrong):
         raise ValueError(
             f"column {kinds.name!r} holds {shown(kinds.iloc[wrong[0]])} in row {wrong[0]} (counted "
-            f"from 0), which event_weights does not have ({len(wrong)} rows in all): it has "
-            f"{list(weights)}. Give it a weight, or 0 to ignore these events"
+            f"from 0), which is not a key of event_weights ({len(wrong)} rows in all). The keys are"
+            f" {list(weights)}. Add it, with 0 to ignore its events"
         )
     return factors
 
@@ -166,7 +166,7 @@ def cells_of(
 
 
 def combined(old: Cells, new: Cells, repeated: str) -> Cells:
-    """Combine the cells of the same rows, those of `new` coming later."""
+    """Combine cells of the same rows. Without times, or at equal times, `new` is the later one."""
     n_rows = len(old.indptr) - 1
     rows = np.repeat(np.tile(np.arange(n_rows), 2), np.append(old.lengths, new.lengths))
     items, values = np.append(old.items, new.items), np.append(old.values, new.values)

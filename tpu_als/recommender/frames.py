@@ -211,7 +211,7 @@ def _history_frame(schema: Schema, history: Any) -> pd.DataFrame:
 def relevant(
     state: State, schema: Schema, events: counting.Events
 ) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:
-    """Later items that known users had not had.
+    """Items in the events that are new to known users.
 
     Returns
     -------

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import sparse
 
 _BLOCK = 1 << 18  # cells that are searched at a time
-_SHARE = 16  # changed rows are merged when they are more than this part of all rows
+_SHARE = 16  # changed rows are merged when they are more than 1/16 of all rows, and 1,024
 
 
 class Cells(NamedTuple):
@@ -156,7 +156,7 @@ class History:
         rows : Cells
             Their rows.
         n_users, n_items : int
-            The new numbers of users and items. Users that are added without a row have none.
+            The new numbers of users and items. New users without a row get an empty one.
         """
         place = np.full(n_users, -1, np.int32)
         place[: self.n_users] = self.place

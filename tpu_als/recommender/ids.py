@@ -11,7 +11,7 @@ import pandas as pd
 from tpu_als.datasets.columns import index_of, occurring, shown
 
 _INTEGER = r"-?(?:0|[1-9]\d{0,17})"  # text that stays the same as an int64
-_SHARE = 8  # ids added by updates are merged when they are more than this part of all
+_SHARE = 8  # ids added by updates are merged when they are more than 1/8 of all
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class IdMap:
 
 
 def whole_numbers(column: pd.Series) -> pd.Series:
-    """Ids read as text, as integers if each is written as an integer is: "12", but not "012"."""
+    """Convert ids read as text to integers if all are written as integers: "12", but not "012"."""
     codes, distinct = pd.factorize(column)
     texts = pd.Series(distinct)
     if not len(texts) or not texts.str.fullmatch(_INTEGER).all():

@@ -29,7 +29,7 @@ class Limits(NamedTuple):
     excluded_pairs, chosen_pairs : CSR matrix (M + 1, N) or None
         The same for each user; its last row is that of unknown users, and is empty.
     min_score : float or None
-        Least score of the model.
+        Minimum score of items that the model recommends.
     """
 
     excludes_seen: bool = True
@@ -75,7 +75,7 @@ def blocks(state: State, users: np.ndarray, n: int, limits: Limits) -> Iterator[
 def ranked(state: State, users: np.ndarray, n: int, limits: Limits) -> Ranked:
     """As `blocks`, all users at once."""
     rows = _rows(state, users)
-    # The factors of a user without a positive weight should be zero, and are what rounding left.
+    # Without a positive weight the factors should be zero, but they are rounding noise.
     by_model = positive_counts(rows) > 0
     by_model[by_model] = _has_factors(state, users[by_model])
     parts = [_by_model(state, users, rows, np.flatnonzero(by_model), n, limits)]

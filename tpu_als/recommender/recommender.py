@@ -25,8 +25,8 @@ from tpu_als.recommender.state import State
 class Recommender(Answering, BaseEstimator):
     """Recommend items from a table of events, with one event per row.
 
-    It owns what surrounds a model: the ids of users and items, the value and weight of each event,
-    each user's history, and updates. Answers are frames with the caller's ids. In scikit-learn's
+    It maps ids, computes values and weights of events, stores each user's history, and applies
+    updates. Answers are frames with the caller's ids. In scikit-learn's
     searches the samples are events: with ``cv=TimeSeriesSplit()`` and events in order of time,
     known users are scored on what they did later.
 
@@ -37,17 +37,17 @@ class Recommender(Answering, BaseEstimator):
     value : str, default=None
         Column of numbers, such as quantities. None counts each event as 1.
     timestamp : str, default=None
-        Column of times: times, ISO 8601 text or numbers. It is needed for `half_life`, and decides
+        Column of datetimes, ISO 8601 text or numbers. It is needed for `half_life`, and decides
         which event is the last with ``repeated="last"``.
     event : str, default=None
-        Column of event types, which `event_weights` multiplies.
+        Column of event types. The value of an event is multiplied by the weight of its type.
     event_weights : dict, default=None
         A factor for each event type, such as ``{"view": 1, "buy": 5, "dislike": -1}``. Events of
         types with the factor 0 are ignored. A negative value is a dislike.
     half_life : str, Timedelta or number, default=None
         Time in which the value of an event halves: a duration such as "30D", or for numeric times
         a number in their unit. An event at the latest time of the data of `fit` has its full value.
-        The events of a later `update` are newer and get a larger one, so that the ratios are right.
+        Newer events of an `update` get more, so that the ratios of events stay right.
     repeated : {"sum", "last", "max"}, default="sum"
         How the values of a user's events with the same item are combined.
     weighting : transformer, default=None
@@ -183,7 +183,10 @@ class Recommender(Answering, BaseEstimator):
         checked = counting.checked(frame, schema)
         step.done("reading")
         if not len(checked.frame):
-            raise ValueError(f"fit needs events, got none of {len(frame)} with a weight")
+            raise ValueError(
+                f"fit needs an event with a weight other than 0, got {len(frame)} events, none of "
+                "them with one"
+            )
         self._publish(state.fitted(self, schema, checked, library, fit))
         return self
 
@@ -191,9 +194,9 @@ class Recommender(Answering, BaseEstimator):
         """Add new events without a new fit: new users and items, and changed rows.
 
         The factors of the users of these events are solved again, exactly. So are those of new
-        items, and of items whose entries have changed by at least a twentieth since they were
-        solved. The answers of other users change only by these items. Fit again from time to time,
-        as in a nightly job.
+        items, and of items whose entries, changed or new since they were solved, are at least 1/20
+        of their users. The answers of other users change only by these items. Fit again from time
+        to time, as in a nightly job.
 
         Parameters
         ----------
@@ -203,7 +206,7 @@ class Recommender(Answering, BaseEstimator):
         Returns
         -------
         self
-            Threads that read meanwhile see the recommender before or after the update.
+            Threads that read during an update see the old or the new state, never a mix.
 
         Raises
         ------
@@ -225,7 +228,7 @@ class Recommender(Answering, BaseEstimator):
         Parameters
         ----------
         events : frame, path, or list of paths
-            As in `fit`. Relevant are the items with a positive value that are not in the user's
+            As in `fit`. An item is relevant if its value is positive and it is not in the user's
             history. Relevant items that the model does not know count as not found. Users without a
             history do not count.
         y : None
@@ -234,15 +237,15 @@ class Recommender(Answering, BaseEstimator):
         Returns
         -------
         float
-            Between 0 and 1; NaN if no known user has such an item, as for the events of `fit`: use
-            ``return_train_score=False`` in searches. If no event has a known user, an
+            Between 0 and 1. NaN if there are no relevant items. This is always so for the events of
+            `fit`, so use ``return_train_score=False`` in searches. If no event has a known user, an
             UndefinedMetricWarning says so.
         """
         schema, now = schema_of(self), self._state_
         checked = counting.checked(self._read(events, schema, now), schema)
         self._check_times(now, checked)
         relevant, users, counts = frames.relevant(now, schema, checked)
-        if not len(users):  # scikit-learn also scores the events of the fit, where this is usual
+        if not len(users):  # such as for the events of the fit
             return float("nan")
         ids = np.full((len(users), holdout.CUTOFF), -1, np.int64)
         for found in ranking.blocks(now, users, holdout.CUTOFF, ranking.Limits()):
@@ -260,8 +263,8 @@ class Recommender(Answering, BaseEstimator):
         Raises
         ------
         ValueError
-            For ids other than text, numbers and times, a model or a weighting of another package:
-            the file could not hold them.
+            If the ids are not text, numbers, times, or tuples of text and numbers, if event types
+            are not text or numbers, or if the model or the weighting is not of this package.
         """
         saving.save(path, self, self._state_)
 

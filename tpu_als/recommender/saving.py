@@ -39,7 +39,7 @@ def save(path: str | os.PathLike[str], recommender: Any, state: State) -> None:
     if not kinds:
         raise ValueError(
             f"a file can hold models of {sorted(_MODELS)}, got {type(state.model).__name__}: save "
-            "model_ by its own means"
+            "model_ with its own method"
         )
     arrays: dict[str, Any] = {}
     about = {
@@ -65,10 +65,6 @@ def save(path: str | os.PathLike[str], recommender: Any, state: State) -> None:
     arrays["recommender"] = _bytes(json.dumps(about))
     with replacing(Path(path)) as file:
         write_npz(file, arrays)
-
-
-def _plain(clock: Clock | None) -> list[Any] | None:
-    return None if clock is None else [clock.kind, np.asarray(clock.latest).item()]
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], State]:
@@ -102,9 +98,10 @@ def _loaded(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], State]:
     cells = _checked(arrays, len(users), len(items))
     tables = model.user_factors, model.item_factors
     if tables[0].shape[0] != len(users) or tables[1].shape[0] != len(items):
-        raise ValueError(f"tables of shapes {tables[0].shape} and {tables[1].shape}")
+        shapes = [table.shape for table in tables]
+        raise ValueError(f"tables of {len(users)} and {len(items)} rows expected, got {shapes}")
     if arrays["pending"].shape != (len(items),):
-        raise ValueError(f"pending of shape {arrays['pending'].shape}")
+        raise ValueError(f"pending must have shape ({len(items)},), got {arrays['pending'].shape}")
     transformer = _read_weighting(about["weighting"], arrays)
     clock = about["clock"]
     parameters = dict(about["parameters"])
@@ -149,7 +146,7 @@ def _checked(arrays: dict[str, np.ndarray], n_users: int, n_items: int) -> Cells
     starts = np.zeros(len(items), bool)
     starts[indptr[:-1][lengths > 0]] = True
     if not ((np.diff(items, prepend=-1) > 0) | starts).all():
-        raise ValueError("items of a row that do not ascend")
+        raise ValueError("items of a row must ascend")
     if not (np.isfinite(arrays["values"]).all() and np.isfinite(arrays["weights"]).all()):
         raise ValueError("values that are not finite")
     return Cells(indptr, items, arrays["values"], arrays["weights"], times)
@@ -175,7 +172,8 @@ def _weighting(transformer: Any, arrays: dict[str, Any]) -> Any:
     name = type(transformer).__name__
     if getattr(weighting, name, None) is not type(transformer):
         raise ValueError(
-            f"a file can hold the transformers of tpu_als.weighting, got {name}: save it yourself"
+            f"a file can hold the transformers of tpu_als.weighting, got {name}: use one of them, "
+            "or pickle the recommender"
         )
     learnt = {k: v for k, v in vars(transformer).items() if k.endswith("_") and k[0] != "_"}
     for key, value in learnt.items():

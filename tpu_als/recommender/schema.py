@@ -66,7 +66,9 @@ def schema_of(recommender: Any) -> Schema:
         names[name] = given
     used = [given for given in names.values() if given is not None]
     if len(set(used)) < len(used):
-        raise ValueError(f"each column can have one meaning, got {names}")
+        raise ValueError(
+            f"user, item, value, timestamp and event must name different columns, got {names}"
+        )
     for name, allowed in (("repeated", REPEATED), ("unknown", UNKNOWN)):
         if getattr(recommender, name) not in allowed:
             raise ValueError(

@@ -24,7 +24,8 @@ def read(events: Any, columns: list[str], ids: list[str]) -> tuple[pd.DataFrame,
     events : frame, path, or list of paths
         As in `Recommender.fit`.
     columns : list of str
-        The columns to read. Columns that are missing are left to the caller to report.
+        The columns to read; a DataFrame of pandas is returned with all of its columns. The caller
+        reports missing columns.
     ids : list of str
         The columns among them that hold ids, which are read from CSV files as text.
 
@@ -35,7 +36,7 @@ def read(events: Any, columns: list[str], ids: list[str]) -> tuple[pd.DataFrame,
         Name of the frame library: "pandas", "polars", "pyarrow", "duckdb" and others that narwhals
         supports; "pandas" for files.
     is_text : bool
-        Whether numbers among the ids were read as text, because CSV files have no types.
+        Whether all events come from CSV files, whose ids are read as text.
 
     Raises
     ------

@@ -38,7 +38,8 @@ class Steps:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """Everything that a call needs. An update makes another state, so readers see one of the two.
+    """Everything that a call needs. An update makes another state, so readers see the old or the
+    new one.
 
     Attributes
     ----------
@@ -208,8 +209,8 @@ def updated(state: State, schema: Schema, events: Events, solve: Any) -> State:
     popularity += liked(rows, len(items)) - liked(old, len(items))
     pending = _padded(state.pending, len(items)) + np.bincount(new.items, minlength=len(items))
     model = solve(state.model, "user", touched, rows.matrix(len(items)))
-    # An item that gains a few entries to its many hardly moves. It is solved again when they are
-    # a twentieth of them.
+    # A few changed entries hardly change the factors of a popular item. It is solved again when
+    # they reach 1/20 of its users.
     of_touched = np.unique(new.items)
     is_due = pending[of_touched] * 20 >= popularity[of_touched]
     due = of_touched[is_due]

@@ -14,7 +14,7 @@ from tpu_als.host import single_blas_thread
 from tpu_als.serving.changed import ChangedTable
 
 _MOST_MOVED = 16  # times a column's sum of squares; above it the gramian is computed anew
-_SHARE = 8  # the gramian is computed anew too if more than this part of the rows has changed
+_SHARE = 8  # the gramian is computed anew too if more than 1/8 of the rows have changed
 
 
 class Carried(NamedTuple):

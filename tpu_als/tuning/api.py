@@ -57,12 +57,12 @@ def tune(
         `recommender`, a table of events as for `Recommender.fit`: a frame, a path or paths.
     timestamps : sparse matrix of shape (n_users, n_items), optional
         The time of each entry of `data`, in any unit. The latest entries are then held out, which
-        is what a model in use has to find. Otherwise a part of each row's positive entries is held
-        out, at least one of a row that has two.
+        is what a model in use has to find. Otherwise a part of the positive entries of at most
+        4,000 rows is held out, at least one of a row.
     recommender : Recommender, optional
         What the columns of events mean. It is not modified. Its `timestamp`, if it has one, is used
         in place of `timestamps`, and its `model` in place of `model`; its `weighting` must be None.
-        Items that a user has in the earlier events are not to be found in the later ones.
+        Items that a user has in the earlier events do not count as relevant in the later ones.
     budget : float, str or None, default="10min"
         Seconds, or text such as "90s", "10min" or "1h", for all of the call, the final fit
         included. The search ends earlier if it has no candidates left. None sets no limit:
@@ -73,10 +73,10 @@ def tune(
     k : int, default=20
         Length of the rankings.
     model : TPUAlternatingLeastSquares, optional
-        Its other parameters, such as `dtype` or `num_threads`, are used for every fit. It is not
-        modified.
+        Parameters that are not tuned, such as `dtype` or `num_threads`, are taken from it. It is
+        not modified.
     max_factors : int, default=256
-        Most factors to try. A budget that is too small for the final fit lowers it.
+        Maximum number of factors to try. A budget that is too small for the final fit lowers it.
     n_candidates : int, default=64
         Candidates of the first round, without the neighbours of the best ones.
     validation_fraction : float, default=0.1
@@ -98,6 +98,8 @@ def tune(
         For an object that is not a matrix, such as a table of events without `recommender`.
     ValueError
         For arguments out of range, and for data of which no entry can be held out.
+    ModelFitError
+        If every trial failed.
     KeyboardInterrupt
         If the call is interrupted before the first trial has ended, or before the first iteration
         of the final fit. Otherwise an interrupt ends the search, and the best settings so far are
@@ -106,12 +108,12 @@ def tune(
 
     Notes
     -----
-    Candidates are drawn in numbers that do not depend on the size and the scale of the data, so
-    that they transfer from a part to all of the data, from few factors to many, and between data
-    sets: the total weight of the cells without an entry relative to that of the entries; the ridge
-    relative to the smallest one for which all factors are zero; epsilon of `LogWeighting` relative
-    to the median value. docs/math.md has the formulas. The parameters of the final fit are
-    computed from those numbers for all data, so they differ a little from those of the best trial.
+    Candidates are numbers without a scale: the total weight of the cells without an entry, relative
+    to that of the entries; the ridge, relative to the smallest one for which all factors are zero;
+    epsilon of `LogWeighting`, relative to the median value. So they transfer from a part to all of
+    the data, from few factors to many, and between data sets. docs/math.md has the formulas. The
+    parameters of the final fit are computed from those numbers for all data, so they differ a
+    little from those of the best trial.
 
     Examples
     --------

@@ -17,7 +17,7 @@ clock = time.perf_counter  # tests replace it
 
 _UNITS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _TEXT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", re.IGNORECASE)
-_GRAMIAN = 0.2  # seconds of a product in a gramian and its rotations, relative to one in a CG step
+_GRAMIAN = 0.2  # cost of a multiplication in a gramian or a rotation, relative to one in a CG step
 _RECENT = 5  # fits that a prediction depends on
 
 
@@ -91,7 +91,7 @@ def work_of(rows: sparse.csr_matrix, factors: int, iterations: int) -> float:
         Parameters of the fit.
     """
     entries, sides = float(rows.nnz), float(sum(rows.shape))
-    # One more iteration stands for the layout of the data.
+    # The layout costs about one iteration of the data.
     return (iterations + 1) * (entries * factors + _GRAMIAN * sides * factors**2 + factors**3)
 
 

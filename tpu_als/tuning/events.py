@@ -39,8 +39,8 @@ def require_recommender(recommender: Any, **others: Any) -> None:
     for name, value in others.items():
         if value is not None:
             raise ValueError(
-                f"{name} must be None with recommender=, got {type(value).__name__}: set {name} "
-                "of the recommender, which is a column of events if it is a time"
+                f"{name} must be None with recommender=, got {type(value).__name__}: use the "
+                f"recommender's parameter {name.removesuffix('s')!r}"
             )
     schema_of(recommender)
 

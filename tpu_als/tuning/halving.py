@@ -100,7 +100,7 @@ class Halving:
             # Time is kept for a final fit of this size: larger ones may never be reached.
             until = started + rung.until * (end_of(rung.size) - started)
             first = self._space.first() if number == 0 else iter(found)
-            # A rung that has no time for a trial leaves the candidates to the next one.
+            # If there is no time for a trial, the next rung gets the same candidates.
             found = self._rung(number, rung, first, until) or found
         self._continue(self._runner_of(1.0), end_of)
 

@@ -12,7 +12,7 @@ from tpu_als.tuning.trials import Size
 _ITERATIONS = (6, 8, 12, 16)  # of the rungs; the last are those of the last rung
 _LEAST_FACTORS = 16
 _ETA = 3  # a rung takes over one of that many candidates
-_REFIT = 0.25  # most of the budget for the final fit
+_REFIT = 0.25  # the final fit may take at most this part of the budget
 _MARGIN = 1.3  # the final fit may take that much longer than predicted
 _ENOUGH = 24  # candidates that the first rung should have time for; else it gets fewer rows
 _ENTRIES = 200_000  # a part of the rows has at least as many entries

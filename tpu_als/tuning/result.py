@@ -42,7 +42,7 @@ class TuneResult:
         `TPUAlternatingLeastSquares`, `RecommenderPipeline` and `Recommender` of `tpu_als`, and the
         classes of `tpu_als.weighting`.
     interrupted : bool
-        Whether the search was ended by a KeyboardInterrupt.
+        Whether a KeyboardInterrupt ended the search or the final fit early.
     seconds : float
         Time of the search, with the fit on all data.
     """

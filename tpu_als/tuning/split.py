@@ -38,7 +38,7 @@ class Problem:
     shrinkage: float
 
     def sample(self, share: float, rng: np.random.Generator) -> Problem:
-        """A part of the rows, with the scored ones first; columns without entries are dropped.
+        """A sample of the rows that prefers scored rows; columns without entries are dropped.
 
         Parameters
         ----------

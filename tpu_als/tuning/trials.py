@@ -76,7 +76,7 @@ class _Deadline(Exception):  # noqa: N818  (it ends a fit, and is not an error)
 
 
 def fit_until(model: TPUAlternatingLeastSquares, weighted: sparse.csr_matrix, end: float) -> int:
-    """Fit, but start no iteration that would end after `end`.
+    """Run at least one iteration, and stop before one that is predicted to end after `end`.
 
     Parameters
     ----------
