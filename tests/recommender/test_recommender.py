@@ -196,7 +196,13 @@ def test_history_of_unknown_items(rec):
     whole = [{"item": "sku00", "value": 2}, {"item": "sku01", "value": 1}]
     pd.testing.assert_frame_equal(mixed, rec.recommend_for_history(whole, n=3))
     with pytest.raises(ValueError, match="history must have a column 'sku' or 'item'"):
-        rec.recommend_for_history([{"product": "sku00"}])
+        rec.recommend_for_history(pd.DataFrame({"product": ["sku00"]}))
+    with pytest.raises(
+        ValueError, match="history has .'qty'., which this recommender does not use"
+    ):
+        rec.recommend_for_history([{"item": "sku00", "qty": -500}])
+    with pytest.raises(ValueError, match="history must hold the events of one user, got 30"):
+        rec.recommend_for_history(EVENTS)
 
 
 def test_similar_and_explain(rec):
@@ -675,3 +681,151 @@ def test_other_searches(search):
         )
     assert np.isfinite(made.best_score_)
     assert len(made.best_estimator_.recommend(["c03"], n=3)) == 3
+
+
+def test_broken_csv_files(tmp_path):
+    """Fields that do not match the header are errors, and not other columns."""
+    path = tmp_path / "events.csv"
+    bad = {
+        "customer,sku\nann,tea,1\nbob,milk,2\n": "cannot be read as a CSV file",
+        "customer,sku\nann,tea\nbob,tea, green\n": "cannot be read as a CSV file.*line 3",
+        "customer,sku,customer\nann,tea,bob\n": "has 2 columns named 'customer'",
+        "customer;sku\nann;tea\n": "has no column 'customer', only",
+        "": "cannot be read as a CSV file",
+        'customer,sku\nann,"tea\n': "cannot be read as a CSV file",
+    }
+    for text, message in bad.items():
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message) as error:
+            Recommender("customer", "sku", model=model()).fit(path)
+        assert str(path) in str(error.value)
+    path.write_bytes("customer,sku\nänn,tea\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="in UTF-8"):
+        Recommender("customer", "sku", model=model()).fit(path)
+    path.write_text("\ufeffcustomer,other,sku\nann,1,tea\nbob,2,milk\n")
+    assert Recommender("customer", "sku", model=model()).fit(path).users_.tolist() == ["ann", "bob"]
+
+
+def test_directories_without_hidden_files(tmp_path):
+    EVENTS[:300].to_csv(tmp_path / "a.csv", index=False)
+    (tmp_path / "_temporary").mkdir()
+    EVENTS.to_csv(tmp_path / "_temporary" / "b.csv", index=False)
+    EVENTS.to_csv(tmp_path / ".c.csv", index=False)
+    rec = make().fit(tmp_path)
+    assert rec._state.history.base.values.sum() == EVENTS["quantity"][:300].sum()
+
+
+def test_integers_stay_exact():
+    """Floats that are whole numbers are those integers; others are refused."""
+    large = 2**60 + np.arange(20)
+    rec = Recommender(model=model()).fit(pd.DataFrame({"user": large, "item": ["a", "b"] * 10}))
+    rec.update(pd.DataFrame({"user": [5.0, 6.0], "item": ["a", "b"]}))
+    assert rec.users_.tolist() == [*large.tolist(), 5, 6] and rec.users_.dtype == np.int64
+    assert rec.recommend([5.0], exclude_seen=False)["user"].tolist() == [5.0] * 2
+    for bad in (np.array([5.5]), np.array([2**63], np.uint64)):
+        with pytest.raises(ValueError, match="which is not an id of the type of the data of fit"):
+            rec.update(pd.DataFrame({"user": bad, "item": ["a"]}))
+    assert len(rec.users_) == 22
+
+
+def test_limits_of_unknown_users(rec):
+    every = pd.DataFrame({"user": "nobody", "item": rec.items_[:-1]})
+    found = rec.recommend(["nobody", "c03"], n=50, exclude=every)
+    assert found["item"][found["user"] == "nobody"].tolist() == [rec.items_[-1]]
+    assert len(found) == 1 + len(rec.recommend(["c03"], n=50))
+    some = pd.DataFrame({"user": ["nobody"], "item": ["sku05"]})
+    assert rec.recommend(["c03", "nobody"], candidates=some)["item"].tolist() == ["sku05"]
+
+
+@pytest.mark.parametrize("convert", [pa.Table.from_pandas, pl.from_pandas, duckdb.from_df])
+def test_limits_and_histories_in_other_frames(rec, convert):
+    pairs = pd.DataFrame({"customer": ["c03"], "sku": [rec.recommend(["c03"], n=1)["item"][0]]})
+    expected = rec.recommend(["c03"], n=3, exclude=pairs)
+    pd.testing.assert_frame_equal(rec.recommend(["c03"], n=3, exclude=convert(pairs)), expected)
+    own = EVENTS[["sku", "quantity"]][:5]
+    pd.testing.assert_frame_equal(
+        rec.recommend_for_history(convert(own), n=3), rec.recommend_for_history(own, n=3)
+    )
+
+
+def test_ids_in_a_column_of_pyarrow(rec):
+    column = pa.chunked_array([["c03", "c04"]])
+    pd.testing.assert_frame_equal(rec.recommend(column), rec.recommend(["c03", "c04"]))
+
+
+def test_times_of_all_years(tmp_path):
+    """9999-12-31 is later than today, and not an overflow."""
+    frame = pd.DataFrame({"user": ["a", "a", "b"], "item": ["x", "x", "y"], "v": [1, 2, 3]}).assign(
+        t=np.array(["9999-12-31", "2026-01-01", "1200-01-01"], "datetime64[s]")
+    )
+    rec = Recommender(value="v", timestamp="t", repeated="last", model=model()).fit(frame)
+    assert rec._state.history.whole().values.tolist() == [1, 3]
+    users = Recommender("t", "item", model=model()).fit(frame)
+    users.save(tmp_path / "shop")
+    assert Recommender.load(tmp_path / "shop").users_.equals(users.users_)
+
+
+def test_quiet_days_and_short_half_lives(tmp_path):
+    rec = make(timestamp="time", half_life="1h", model=model()).fit(EVENTS[:200])
+    state = rec._state
+    rec.update(EVENTS[:0])
+    assert rec._state is state
+    with pytest.warns(UndefinedMetricWarning):
+        assert np.isnan(rec.score(EVENTS[:0]))
+    late = EVENTS[200:].assign(time=EVENTS["time"][200:] + pd.Timedelta("900D"))
+    assert rec.score(late) > 0
+    with pytest.raises(ValueError, match="beyond float32"):
+        rec.update(late)
+    numbers = EVENTS.assign(time=np.arange(len(EVENTS)))
+    for half_life in (np.int64(100), np.float32(100)):
+        timed = make(timestamp="time", half_life=half_life).fit(numbers)
+        timed.save(tmp_path / "shop")
+        again = Recommender.load(tmp_path / "shop")
+        assert again.half_life == 100
+        for one in (timed, again):
+            one.update(numbers[:5])
+        pd.testing.assert_frame_equal(again.recommend(), timed.recommend())
+
+
+def test_the_columns_are_those_of_fit():
+    """Parameters that are changed after a fit have an effect from the next fit on."""
+    rec = make().fit(EVENTS[:200])
+    twin = copy.deepcopy(rec).set_params(timestamp="time", half_life="1h", value=None)
+    rec.update(EVENTS[200:])
+    twin.update(EVENTS[200:])
+    pd.testing.assert_frame_equal(rec.recommend(), twin.recommend())
+
+
+def test_neighbours_beside_items_without_factors():
+    frame = pd.concat(
+        [
+            EVENTS,
+            pd.DataFrame({"customer": "c01", "sku": ["bad0", "bad1", "bad2"], "quantity": -1}),
+        ]
+    )
+    rec = make().fit(frame)
+    table = rec.model_.item_factors.copy()
+    table[rec.items_.get_indexer(["bad0", "bad1", "bad2"])] = 0
+    rec.model_.item_factors = table
+    for n in (3, 18, 19, 50):
+        found = rec.similar_items(["sku00"], n=n)
+        assert len(found) == min(n, 19) and not found["similar_item"].str.startswith("bad").any()
+    assert not len(rec.similar_items(["bad0"], n=3))
+
+
+def test_parquet_whose_first_block_is_empty(rec, tmp_path, monkeypatch):
+    monkeypatch.setattr("tpu_als.recommender.ranking._BLOCK", 4)
+    pairs = pd.DataFrame({"user": ["c20", "c25"], "item": ["sku00", "sku01"]})
+    limits = dict(candidates=pairs, exclude_seen=False)
+    assert rec.recommend_to_parquet(tmp_path / "some.parquet", **limits) == 2
+    found = pd.read_parquet(tmp_path / "some.parquet")
+    pd.testing.assert_frame_equal(found, rec.recommend(**limits), check_dtype=False)
+
+
+@pytest.mark.parametrize("convert", [pa.Table.from_pandas, pl.from_pandas])
+def test_empty_answers_have_types(convert):
+    rec = make().fit(convert(EVENTS.drop(columns="time")))
+    some, none = rec.recommend(["c03"], n=2), rec.recommend(["c03"], n=2, min_score=1e9)
+    assert len(some) == 2 and not len(none)
+    both = [one if isinstance(one, pa.Table) else one.to_arrow() for one in (some, none)]
+    assert pa.concat_tables(both, promote_options="none").num_rows == 2

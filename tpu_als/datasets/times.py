@@ -1,4 +1,4 @@
-"""Columns of times: their order, and nanoseconds that can be compared over several frames."""
+"""Columns of times: their order, and microseconds that can be compared over several frames."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def times_of(column: pd.Series) -> tuple[np.ndarray, str]:
     Returns
     -------
     times : int64 or float64 array (n,)
-        Nanoseconds since 1970, in UTC if there is a time zone; numbers as they are.
+        Microseconds since 1970, in UTC if there is a time zone; numbers as they are.
     kind : {"numbers", "times with a time zone", "times without a time zone"}
 
     Raises
@@ -93,17 +93,17 @@ def times_of(column: pd.Series) -> tuple[np.ndarray, str]:
         texts = pd.Series(distinct)
         times = _parsed(texts, values, str(name))
         is_zoned = bool(texts.str.contains(_ZONE, regex=True).any())
-        return _nanoseconds(times)[codes], time_kind(is_zoned or None)
+        return _microseconds(times)[codes], time_kind(is_zoned or None)
     times = pd.to_datetime(values, errors="coerce", utc=True)
     wrong = np.flatnonzero(times.isna())
     if (not kind.startswith("times") and kind != "date objects") or len(wrong):
         row = wrong[0] if len(wrong) else 0
         raise refusal(name, row, values[row], "a time", "convert it with pandas.to_datetime")
-    return _nanoseconds(times), kind if kind.startswith("times") else time_kind(None)
+    return _microseconds(times), kind if kind.startswith("times") else time_kind(None)
 
 
-def _nanoseconds(times: pd.Series) -> np.ndarray:
-    return times.dt.tz_localize(None).to_numpy("datetime64[ns]").astype(np.int64)
+def _microseconds(times: pd.Series) -> np.ndarray:
+    return times.dt.tz_localize(None).to_numpy("datetime64[us]").astype(np.int64)
 
 
 def _parsed(texts: pd.Series, values: pd.Series, name: str) -> pd.Series:

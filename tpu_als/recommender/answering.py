@@ -12,7 +12,6 @@ from sklearn.exceptions import NotFittedError
 from tpu_als.recommender import frames, ranking
 from tpu_als.recommender.ids import given_ids
 from tpu_als.recommender.pairs import limits_of
-from tpu_als.recommender.schema import schema_of
 from tpu_als.recommender.state import State
 from tpu_als.validation import arguments
 
@@ -67,7 +66,7 @@ class Answering:
         """
         now = self._state_
         at, names = self._users(now, users)
-        limits = limits_of(now, schema_of(self), exclude_seen, exclude, candidates, min_score)
+        limits = limits_of(now, names, exclude_seen, exclude, candidates, min_score)
         parts = list(ranking.blocks(now, at, _count(n), limits))
         return frames.recommendations(now, parts, names, now.library)
 
@@ -98,7 +97,7 @@ class Answering:
         """
         now = self._state_
         at, names = self._users(now, users)
-        limits = limits_of(now, schema_of(self), exclude_seen, exclude, candidates, min_score)
+        limits = limits_of(now, names, exclude_seen, exclude, candidates, min_score)
         return frames.to_parquet(path, now, ranking.blocks(now, at, _count(n), limits), names)
 
     def recommend_for_history(
@@ -131,9 +130,9 @@ class Answering:
         DataWarning
             If events have unknown items; the message gives their number.
         """
-        now, schema = self._state_, schema_of(self)
-        row = frames.row_of_history(now, schema, history)
-        limits = limits_of(now, schema, exclude_seen, exclude, candidates, min_score)
+        now, nobody = self._state_, pd.Series([], dtype=object)
+        row = frames.row_of_history(now, history)
+        limits = limits_of(now, nobody, exclude_seen, exclude, candidates, min_score)
         if limits.excluded_pairs is not None or limits.chosen_pairs is not None:
             raise TypeError("exclude and candidates must be lists of items: there is one user")
         found = ranking.ranked_row(now, row, _count(n), limits)

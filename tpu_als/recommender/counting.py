@@ -14,6 +14,7 @@ from tpu_als.datasets.times import times_of
 from tpu_als.recommender.history import Cells
 from tpu_als.recommender.schema import Schema
 
+_FAINTEST = -900.0  # exponent of the smallest decay: the sign of a value is never lost
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -99,12 +100,25 @@ def _factors(kinds: pd.Series, weights: dict[Any, float]) -> np.ndarray:
 
 
 def _times(column: pd.Series, schema: Schema) -> tuple[np.ndarray, str]:
-    """Times as nanoseconds, or as the numbers they are; and their type in words."""
+    """Times as microseconds, or as the numbers they are; and their type in words."""
     times, kind = times_of(column)
-    if schema.half_life is not None and schema.is_duration != kind.startswith("times"):
+    if (
+        schema.half_life is not None
+        and len(times)
+        and schema.is_duration != kind.startswith("times")
+    ):
         wanted = "a number in their unit" if kind == "numbers" else "a duration such as '30D'"
         raise ValueError(f"column {column.name!r} holds {kind}: half_life must be {wanted}")
     return times, kind
+
+
+def check_times(events: Events, schema: Schema, clock: Clock | None) -> None:
+    """Raise ValueError if events have times of another type than the events of `fit`."""
+    if clock is not None and len(events.frame) and events.kind not in ("", clock.kind):
+        raise ValueError(
+            f"column {schema.timestamp!r} holds {events.kind}, but the data of fit hold "
+            f"{clock.kind}: convert one of them"
+        )
 
 
 def decayed(events: Events, schema: Schema, clock: Clock | None) -> np.ndarray:
@@ -113,7 +127,7 @@ def decayed(events: Events, schema: Schema, clock: Clock | None) -> np.ndarray:
         return events.values
     age = (clock.latest - events.times) / schema.half_life
     with np.errstate(over="ignore"):
-        return events.values * np.exp2(-age)
+        return events.values * np.exp2(np.maximum(-age, _FAINTEST))
 
 
 def cells_of(

@@ -72,19 +72,19 @@ def to_parquet(
         raise ImportError(
             "recommend_to_parquet needs pyarrow: pip install 'tpu-als[shards]'"
         ) from error
-    n_rows, schema = 0, None
-    with replacing(Path(path)) as file:
-        writer = None
-        for part in itertools.chain(parts, [ranking.nothing()]):  # at least one, for the schema
-            frame = pd.DataFrame(_columns(state, part, names))
-            table = pa.Table.from_pandas(frame, schema, preserve_index=False)
-            if writer is None:
-                schema = table.schema.remove_metadata()
-                writer = pq.ParquetWriter(file, schema)
-            writer.write_table(table.cast(schema))
-            n_rows += len(frame)
-        assert writer is not None
-        writer.close()
+    # The first part with rows decides the types of columns; an empty one has none for text.
+    filled = (part for part in parts if len(part.queries))
+    first = next(filled, ranking.nothing())
+    tables = (
+        pa.Table.from_pandas(pd.DataFrame(_columns(state, part, names)), preserve_index=False)
+        for part in itertools.chain([first], filled)
+    )
+    table, n_rows = next(tables), 0
+    schema = table.schema.remove_metadata()
+    with replacing(Path(path)) as file, pq.ParquetWriter(file, schema) as writer:
+        for one in itertools.chain([table], tables):
+            writer.write_table(one.cast(schema))
+            n_rows += one.num_rows
     return n_rows
 
 
@@ -94,10 +94,10 @@ def neighbours(state: State, side: str, given: Any, n: int) -> Any:
     series, _ = given_ids(given, f"{side}s")
     at = known(ids, series, f"{side}s", "")
     table = state.model.item_factors if side == "item" else state.model.user_factors
-    find = getattr(state.model, f"similar_{side}s")
-    found, scores = find(at, N=min(n + 1, len(ids)))
-    is_result = (found >= 0) & (found != at[:, None])
-    is_result &= table[at].any(axis=1)[:, None] & table[found].any(axis=2)
+    find, has_factors = getattr(state.model, f"similar_{side}s"), table.any(axis=1)
+    some = None if has_factors.all() else np.flatnonzero(has_factors)  # others have no direction
+    found, scores = find(at, N=min(n + 1, len(ids)), **{f"{side}s": some})
+    is_result = (found >= 0) & (found != at[:, None]) & has_factors[at][:, None]
     is_result &= np.cumsum(is_result, axis=1) <= n
     queries, ranks = np.nonzero(is_result)[0], np.cumsum(is_result, axis=1)[is_result]
     columns = {
@@ -148,8 +148,9 @@ def explanation(state: State, user: Any, item: Any, n: int) -> Any:
     return sources.as_library(columns, state.library)
 
 
-def row_of_history(state: State, schema: Schema, history: Any) -> sparse.csr_matrix:
+def row_of_history(state: State, history: Any) -> sparse.csr_matrix:
     """Weights (1, N) of the events of one user who is not in the data."""
+    schema = state.schema
     frame = _history_frame(schema, history)
     have = {name: name in frame for name in (schema.value, schema.timestamp, schema.event)}
     own = schema._replace(
@@ -160,6 +161,7 @@ def row_of_history(state: State, schema: Schema, history: Any) -> sparse.csr_mat
     )
     frame = frame.assign(**{schema.user: 0})
     events = counting.checked(frame, own)
+    counting.check_times(events, schema, state.clock)
     items = state.items.positions(events.frame[schema.item], "history")
     is_known = items >= 0
     if not is_known.all():
@@ -187,7 +189,7 @@ def _history_frame(schema: Schema, history: Any) -> pd.DataFrame:
     elif isinstance(history, (list, tuple, pd.Index, pd.Series, np.ndarray)):
         frame = pd.DataFrame({"item": given_ids(list(history), "history")[0]})
     elif isinstance(history, pd.DataFrame) or hasattr(history, "columns"):
-        frame = sources.read(history, list(history.columns), [])[0]
+        frame = sources.read(history, sources.names_of(history), [])[0]
     else:
         raise TypeError(
             "history must be a list of events such as {'item': 'tea'}, a list of items, or a "
@@ -205,11 +207,32 @@ def _history_frame(schema: Schema, history: Any) -> pd.DataFrame:
         raise ValueError(
             f"history must have a column {schema.item!r} or 'item', got {list(frame.columns)}"
         )
+    _require_one_user(schema, history, frame, names)
     return frame
 
 
+def _require_one_user(
+    schema: Schema, history: Any, frame: pd.DataFrame, names: dict[str, str | None]
+) -> None:
+    """Raise ValueError for the events of several users, and for unknown keys of records."""
+    for name in {schema.user, "user"} & set(frame):
+        if frame[name].nunique() > 1:
+            raise ValueError(
+                f"history must hold the events of one user, got {frame[name].nunique()} in column "
+                f"{name!r}"
+            )
+    known = {usual for usual, own in names.items() if own is not None} | {"user", schema.user}
+    known |= {own for own in names.values() if own is not None}
+    others = sorted(map(str, set(frame) - known)) if isinstance(history, (list, tuple)) else []
+    if others:
+        raise ValueError(
+            f"history has {others}, which this recommender does not use: its events have "
+            f"{sorted(known - {'user', schema.user})}"
+        )
+
+
 def relevant(
-    state: State, schema: Schema, events: counting.Events
+    state: State, events: counting.Events
 ) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:
     """Items in the events that are new to known users.
 
@@ -222,6 +245,7 @@ def relevant(
     counts : int64 array (m,)
         Their numbers of relevant items, those that the model does not know included.
     """
+    schema = state.schema
     user_at = state.users.positions(events.frame[schema.user], schema.user)
     is_known = user_at >= 0
     if not is_known.any():
@@ -231,7 +255,13 @@ def relevant(
             stacklevel=3,
         )
     items, item_at = state.items.grown(events.frame[schema.item], schema.item)
-    values = counting.decayed(events, schema, state.clock)
+    # Only signs matter, so the events decay from their own latest time.
+    clock = (
+        None
+        if state.clock is None or events.latest is None
+        else state.clock._replace(latest=events.latest)
+    )
+    values = counting.decayed(events, schema, clock)
     users, row_at = np.unique(user_at[is_known], return_inverse=True)
     times = None if events.times is None else events.times[is_known]
     kept = counting.Events(events.frame[is_known], values[is_known], times, events.kind)

@@ -97,7 +97,24 @@ class IdMap:
                 f"of fit are {self.kind} (such as {shown(self.first[0])}), so no id can match: "
                 "convert one of them with astype"
             )
-        return codes, index_of(values)
+        return codes, self._of_same_type(index_of(values), label)
+
+    def _of_same_type(self, distinct: pd.Index, label: str) -> pd.Index:
+        """Numbers in the type of those of the map; ValueError where they are not equal then."""
+        own, given = self.first.dtype, distinct.dtype
+        are_numbers = all(isinstance(t, np.dtype) and t.kind in "iuf" for t in (own, given))
+        if own == given or not len(self.first) or not are_numbers:
+            return distinct
+        values = distinct.to_numpy()
+        with np.errstate(invalid="ignore"):
+            converted = values.astype(own)
+            is_same = (converted.astype(given) == values) & ((converted < 0) == (values < 0))
+        if not is_same.all():
+            raise ValueError(
+                f"{label} holds {shown(values[~is_same][0])} ({given}), which is not an id of the "
+                f"type of the data of fit, {own}: convert the ids to that type"
+            )
+        return pd.Index(converted)
 
     def _find(self, distinct: pd.Index) -> np.ndarray:
         found = self.first.get_indexer(distinct).astype(np.int64)
@@ -155,6 +172,8 @@ def given_ids(ids: Any, name: str) -> tuple[pd.Series, bool]:
         raise TypeError(
             f"{name} must be an id or a list of ids, got {type(ids).__name__}: pass a list"
         )
+    elif hasattr(ids, "to_pylist"):  # PyArrow
+        ids = ids.to_pylist()
     elif not isinstance(ids, (list, pd.Index, pd.Series, np.ndarray)):
         ids = ids.to_list() if hasattr(ids, "to_list") else list(ids)
     if isinstance(ids, list):

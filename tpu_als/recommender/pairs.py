@@ -16,16 +16,20 @@ from tpu_als.exceptions import DataWarning
 from tpu_als.recommender import sources
 from tpu_als.recommender.ids import given_ids
 from tpu_als.recommender.ranking import Limits
-from tpu_als.recommender.schema import Schema
 from tpu_als.recommender.state import State
 
 log = logging.getLogger("tpu_als")
 
 
 def limits_of(
-    state: State, schema: Schema, excludes_seen: Any, exclude: Any, candidates: Any, min_score: Any
+    state: State,
+    queries: pd.Series,
+    excludes_seen: Any,
+    exclude: Any,
+    candidates: Any,
+    min_score: Any,
 ) -> Limits:
-    """Check the arguments of `Recommender.recommend` that limit the result.
+    """Check the arguments of `Recommender.recommend` that limit the results for some users.
 
     Raises
     ------
@@ -38,18 +42,18 @@ def limits_of(
         if not isinstance(min_score, Real) or isinstance(min_score, bool) or min_score != min_score:
             raise ValueError(f"min_score must be a number, got {min_score!r:.60}")
         min_score = float(min_score)
-    excluded, excluded_pairs = _items_or_pairs(state, schema, exclude, "exclude")
-    chosen, chosen_pairs = _items_or_pairs(state, schema, candidates, "candidates")
+    excluded, excluded_pairs = _items_or_pairs(state, queries, exclude, "exclude")
+    chosen, chosen_pairs = _items_or_pairs(state, queries, candidates, "candidates")
     return Limits(bool(excludes_seen), excluded, chosen, excluded_pairs, chosen_pairs, min_score)
 
 
 def _items_or_pairs(
-    state: State, schema: Schema, given: Any, name: str
+    state: State, queries: pd.Series, given: Any, name: str
 ) -> tuple[np.ndarray | None, sparse.csr_matrix | None]:
     if given is None:
         return None, None
     if _is_frame(given):
-        return None, _pairs(state, schema, given, name)
+        return None, _pairs(state, queries, given, name)
     series, is_single = given_ids(given, name)
     if is_single:
         raise TypeError(
@@ -66,9 +70,10 @@ def _is_frame(given: Any) -> bool:
     return not is_ids and hasattr(given, "columns")
 
 
-def _pairs(state: State, schema: Schema, given: Any, name: str) -> sparse.csr_matrix:
-    """Pairs as a matrix (M + 1, N); the last row is empty, and is that of unknown users."""
-    frame, *_ = sources.read(given, list(given.columns), [])
+def _pairs(state: State, queries: pd.Series, given: Any, name: str) -> sparse.csr_matrix:
+    """The items of each query, as a matrix (m, N)."""
+    frame, *_ = sources.read(given, sources.names_of(given), [])
+    schema = state.schema
     found = []
     for own, usual in ((schema.user, "user"), (schema.item, "item")):
         column = own if own in frame.columns else usual
@@ -78,14 +83,19 @@ def _pairs(state: State, schema: Schema, given: Any, name: str) -> sparse.csr_ma
                 f"{schema.item!r}, got {list(frame.columns)}"
             )
         found.append(columns_of(frame, [column])[0])
-    users = state.users.positions(found[0], f"{name}[{found[0].name!r}]")
+    state.users.positions(found[0], f"{name}[{found[0].name!r}]")  # refuses ids of another type
+    places, distinct = pd.factorize(queries)
+    users = pd.Index(distinct, tupleize_cols=False).get_indexer(
+        pd.Index(found[0], tupleize_cols=False)
+    )
     items = state.items.positions(found[1], f"{name}[{found[1].name!r}]")
-    is_known = (users >= 0) & (items >= 0)
     if name == "candidates":
-        _warn_of_unknown(found[0][~is_known], len(frame), "pairs")
-    ones = np.ones(np.count_nonzero(is_known), np.float32)
-    shape = len(state.users) + 1, len(state.items)
-    return sparse.csr_matrix((ones, (users[is_known], items[is_known])), shape=shape)
+        _warn_of_unknown(found[1][items < 0], len(frame), "pairs")
+    is_used = (users >= 0) & (items >= 0)
+    ones = np.ones(np.count_nonzero(is_used), np.float32)
+    shape = len(distinct), len(state.items)
+    pairs = sparse.csr_matrix((ones, (users[is_used], items[is_used])), shape=shape)
+    return pairs[places]
 
 
 def _warn_of_unknown(unknown: pd.Series, total: int, what: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -26,8 +26,8 @@ class Limits(NamedTuple):
         Items to leave out of every result.
     chosen : int array or None
         The only items to rank, ascending.
-    excluded_pairs, chosen_pairs : CSR matrix (M + 1, N) or None
-        The same for each user; its last row is that of unknown users, and is empty.
+    excluded_pairs, chosen_pairs : CSR matrix (m, N) or None
+        The same for each of m queries.
     min_score : float or None
         Minimum score of items that the model recommends.
     """
@@ -38,6 +38,12 @@ class Limits(NamedTuple):
     excluded_pairs: sparse.csr_matrix | None = None
     chosen_pairs: sparse.csr_matrix | None = None
     min_score: float | None = None
+
+    def of(self, at: Any) -> Limits:
+        """The limits of some queries."""
+        pairs = (self.excluded_pairs, self.chosen_pairs)
+        excluded, chosen = (None if one is None else one[at] for one in pairs)
+        return self._replace(excluded_pairs=excluded, chosen_pairs=chosen)
 
 
 class Ranked(NamedTuple):
@@ -67,8 +73,8 @@ class Ranked(NamedTuple):
 def blocks(state: State, users: np.ndarray, n: int, limits: Limits) -> Iterator[Ranked]:
     """Rank for users (m,) by position, -1 for unknown ones, a block of them at a time."""
     for low in range(0, len(users), _BLOCK):
-        part = users[low : low + _BLOCK]
-        found = ranked(state, part, n, limits)
+        part = slice(low, low + _BLOCK)
+        found = ranked(state, users[part], n, limits.of(part))
         yield found._replace(queries=found.queries + low)
 
 
@@ -119,10 +125,10 @@ def _by_model(
 ) -> Ranked:
     if not len(at):
         return nothing()
-    users, rows = users[at], rows[at]
+    users, rows, limits = users[at], rows[at], limits.of(at)
     if limits.chosen_pairs is not None:
         return _of_pairs(state, users, rows, at, n, limits)
-    hidden, chosen = _hidden(users, rows, limits), _chosen(limits)
+    hidden, chosen = _hidden(rows, limits), _chosen(limits)
     if chosen is not None and not len(chosen):
         return nothing()
     ids, scores = state.model.recommend(
@@ -140,12 +146,12 @@ def _chosen(limits: Limits) -> np.ndarray | None:
     return np.setdiff1d(limits.chosen, limits.excluded)
 
 
-def _hidden(users: np.ndarray, rows: sparse.csr_matrix, limits: Limits) -> sparse.csr_matrix | None:
+def _hidden(rows: sparse.csr_matrix, limits: Limits) -> sparse.csr_matrix | None:
     """The items to leave out for each user; None if there are none."""
     hidden = rows if limits.excludes_seen else None
     if limits.excluded_pairs is None:
         return hidden
-    pairs = limits.excluded_pairs[users]
+    pairs = limits.excluded_pairs
     return pairs if hidden is None else _union(hidden, pairs)
 
 
@@ -175,7 +181,7 @@ def _of_pairs(
     state: State, users: np.ndarray, rows: sparse.csr_matrix, at: np.ndarray, n: int, limits: Limits
 ) -> Ranked:
     """Rank each user's own candidates."""
-    pairs = _allowed(users, rows, limits)
+    pairs = _allowed(rows, limits)
     queries = np.repeat(np.arange(len(users)), np.diff(pairs.indptr))
     if not len(queries):
         return nothing()
@@ -192,16 +198,16 @@ def _of_pairs(
     )  # fmt: skip
 
 
-def _allowed(users: np.ndarray, rows: sparse.csr_matrix, limits: Limits) -> sparse.csr_matrix:
+def _allowed(rows: sparse.csr_matrix, limits: Limits) -> sparse.csr_matrix:
     """The candidates of each user that nothing excludes."""
     assert limits.chosen_pairs is not None
-    pairs = limits.chosen_pairs[users].tocoo()
+    pairs = limits.chosen_pairs.tocoo()
     keep = np.ones(pairs.nnz, bool)
     if limits.excluded is not None:
         keep &= ~np.isin(pairs.col, limits.excluded)
     if limits.chosen is not None:
         keep &= np.isin(pairs.col, limits.chosen)
-    hidden = _hidden(users, rows, limits)
+    hidden = _hidden(rows, limits)
     if hidden is not None:
         keep &= ~_contains(hidden, pairs.row, pairs.col)
     entries = (np.ones(np.count_nonzero(keep), bool), (pairs.row[keep], pairs.col[keep]))
@@ -223,18 +229,18 @@ def _by_popularity(
     """The most popular items for users of whom the model knows nothing."""
     if not len(at):
         return nothing()
-    users, rows = users[at], rows[at]
+    users, rows, limits = users[at], rows[at], limits.of(at)
     order, chosen = state.popular, _chosen(limits)
     if chosen is not None:
         order = order[np.isin(order, chosen)]
     elif limits.excluded is not None:
         order = order[~np.isin(order, limits.excluded)]
-    hidden = _hidden(users, rows, limits)
+    hidden = _hidden(rows, limits)
     found = []
     for place in range(len(at)):
         items = order
         if limits.chosen_pairs is not None:
-            items = items[np.isin(items, limits.chosen_pairs[users[place]].indices)]
+            items = items[np.isin(items, limits.chosen_pairs[place].indices)]
         if hidden is not None and hidden.indptr[place] < hidden.indptr[place + 1]:
             out = hidden.indices[hidden.indptr[place] : hidden.indptr[place + 1]]
             items = items[: n + len(out)]

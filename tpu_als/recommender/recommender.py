@@ -213,13 +213,12 @@ class Recommender(Answering, BaseEstimator):
         TypeError, ValueError
             As in `fit`. The recommender stays as it was.
         """
-        schema = schema_of(self)
         with self._state_.lock:
             now = self._state_
-            checked = counting.checked(self._read(events, schema, now), schema)
-            self._check_times(now, checked)
+            checked = counting.checked(self._read(events, now.schema, now), now.schema)
+            counting.check_times(checked, now.schema, now.clock)
             if len(checked.frame):
-                self._publish(state.updated(now, schema, checked, _solved))
+                self._publish(state.updated(now, checked, _solved))
         return self
 
     def score(self, events: Any, y: Any = None) -> float:
@@ -241,10 +240,10 @@ class Recommender(Answering, BaseEstimator):
             `fit`, so use ``return_train_score=False`` in searches. If no event has a known user, an
             UndefinedMetricWarning says so.
         """
-        schema, now = schema_of(self), self._state_
-        checked = counting.checked(self._read(events, schema, now), schema)
-        self._check_times(now, checked)
-        relevant, users, counts = frames.relevant(now, schema, checked)
+        now = self._state_
+        checked = counting.checked(self._read(events, now.schema, now), now.schema)
+        counting.check_times(checked, now.schema, now.clock)
+        relevant, users, counts = frames.relevant(now, checked)
         if not len(users):  # such as for the events of the fit
             return float("nan")
         ids = np.full((len(users), holdout.CUTOFF), -1, np.int64)
@@ -316,7 +315,7 @@ class Recommender(Answering, BaseEstimator):
         if isinstance(found.model, TPUAlternatingLeastSquares):
             found.model._fitted = found.model._fitted.frozen()
         self._state = found
-        self.n_features_in_ = len(schema_of(self).columns)
+        self.n_features_in_ = len(found.schema.columns)
 
     def _read(self, events: Any, schema: Schema, now: State) -> pd.DataFrame:
         """Events after `fit`, whose ids must have the types of those of `fit`."""
@@ -324,13 +323,6 @@ class Recommender(Answering, BaseEstimator):
         frame, _, is_text = sources.read(events, schema.columns, list(kinds))
         numbers = [name for name, kind in kinds.items() if kind == "numbers"]
         return _with_whole_numbers(frame, numbers) if is_text else frame
-
-    def _check_times(self, now: State, events: counting.Events) -> None:
-        if now.clock is not None and len(events.frame) and events.kind != now.clock.kind:
-            raise ValueError(
-                f"column {self.timestamp!r} holds {events.kind}, but the data of fit hold "
-                f"{now.clock.kind}: convert one of them"
-            )
 
 
 def _with_whole_numbers(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:

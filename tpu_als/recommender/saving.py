@@ -8,7 +8,9 @@ from __future__ import annotations
 import io
 import json
 import os
+from numbers import Real
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from tpu_als.exceptions import ModelFileError
 from tpu_als.recommender.counting import Clock
 from tpu_als.recommender.history import Cells, History
 from tpu_als.recommender.ids import IdMap
+from tpu_als.recommender.schema import schema_of
 from tpu_als.recommender.state import State, liked
 from tpu_als.storage.atomic import replacing
 from tpu_als.storage.npz import NpzFile, write_npz
@@ -109,7 +112,9 @@ def _loaded(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], State]:
     parameters["event_weights"] = None if pairs is None else dict(pairs)
     parameters["weighting"] = None if transformer is None else _unfitted(transformer)
     parameters["model"] = _unfitted(model)
+    schema = schema_of(SimpleNamespace(**parameters))
     return parameters, State(
+        schema=schema,
         users=users,
         items=items,
         history=History.of(cells, len(items)),
@@ -156,7 +161,9 @@ def _parameters(recommender: Any) -> dict[str, Any]:
     names = ("user", "item", "value", "timestamp", "event", "repeated", "unknown")
     found = {name: getattr(recommender, name) for name in names}
     half_life = recommender.half_life
-    is_plain = half_life is None or isinstance(half_life, (str, int, float))
+    if isinstance(half_life, Real):
+        half_life = float(half_life)
+    is_plain = half_life is None or isinstance(half_life, (str, float))
     found["half_life"] = half_life if is_plain else pd.Timedelta(half_life).isoformat()
     weights = recommender.event_weights
     if weights is not None:
@@ -207,9 +214,8 @@ def _ids(ids: IdMap, name: str, arrays: dict[str, Any]) -> list[Any]:
         return [name, kind, "json", len(index), str(index.dtype)]
     if kind.startswith("times") and index.dtype.kind == "M":
         zone = str(index.tz) if getattr(index, "tz", None) is not None else None
-        plain = index.tz_convert(None) if zone else index
-        arrays[name] = plain.to_numpy("datetime64[ns]").astype(np.int64)
-        return [name, kind, "times", zone, str(index.dtype)]
+        arrays[name] = index.asi8
+        return [name, kind, "times", zone, index.unit]
     if index.dtype.kind in "biuf" and isinstance(index.dtype, np.dtype):
         arrays[name] = index.to_numpy()
         return [name, kind, "numbers", None, str(index.dtype)]
@@ -235,9 +241,8 @@ def _read_ids(about: Any, arrays: dict[str, np.ndarray]) -> IdMap:
     if form == "numbers":
         index = pd.Index(array, dtype=dtype)
     elif form == "times":
-        times = pd.DatetimeIndex(array.astype("datetime64[ns]"))
+        times = pd.DatetimeIndex(array.view(f"datetime64[{dtype}]"))
         index = times if detail is None else times.tz_localize("UTC").tz_convert(detail)
-        index = index.astype(dtype)
     else:
         text = array.tobytes().decode()
         values = text.split("\0") if form == "text" else json.loads(text)

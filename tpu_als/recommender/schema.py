@@ -25,7 +25,7 @@ class Schema(NamedTuple):
     event_weights : dict
         Factor of each type.
     half_life : int, float or None
-        Time in which the value of an event halves: nanoseconds, or the unit of numeric times.
+        Time in which the value of an event halves: microseconds, or the unit of numeric times.
     is_duration : bool
         Whether `half_life` is a duration, for columns of times, and not a number.
     repeated : {"sum", "last", "max"}
@@ -92,7 +92,7 @@ def _half_life(given: Any, timestamp: str | None) -> tuple[float | None, bool]:
         raise ValueError(f"half_life={given!r} needs times: set timestamp to the name of a column")
     is_number = isinstance(given, Real) and not isinstance(given, (bool, np.bool_))
     try:
-        length = float(given) if is_number else float(pd.Timedelta(given).value)
+        length = float(given) if is_number else pd.Timedelta(given).value / 1000
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"half_life must be a duration such as '30D', or for numeric times a number in their "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pandas as pd
 
 _MISSING = ["", "NA", "N/A", "NaN", "nan", "NULL", "null", "None"]
 _CSV = (".csv", ".csv.gz", ".csv.bz2", ".csv.xz", ".csv.zip", ".csv.zst")
+_UNREADABLE = pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError
 _PARQUET = (".parquet", ".pq")
 _KNOWN = "a DataFrame of pandas, polars or PyArrow, a DuckDB relation, or the path or glob of files"
 
@@ -70,7 +72,7 @@ def _paths_of(given: Any) -> list[Path]:
     for one in [given] if isinstance(given, (str, os.PathLike)) else given:
         path = Path(os.fspath(one))
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.name.endswith((*_CSV, *_PARQUET)))
+            files = sorted(p for p in path.rglob("*") if _is_data(p.relative_to(path)))
         elif path.exists():
             files = [path]
         else:
@@ -79,6 +81,12 @@ def _paths_of(given: Any) -> list[Path]:
             raise FileNotFoundError(f"no CSV or Parquet files at {os.fspath(one)!r}")
         found += files
     return found
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a file of a directory has events; names with "_" or "." are those of other files."""
+    is_hidden = any(part.startswith(("_", ".")) for part in path.parts)
+    return path.name.endswith((*_CSV, *_PARQUET)) and not is_hidden
 
 
 def _read_files(paths: list[Path], columns: list[str], ids: list[str]) -> pd.DataFrame:
@@ -97,13 +105,32 @@ def _read_files(paths: list[Path], columns: list[str], ids: list[str]) -> pd.Dat
 def _read_csv(path: Path, columns: list[str], ids: list[str]) -> pd.DataFrame:
     # The text "NA" may be an id.
     missing = {name: [""] if name in ids else _MISSING for name in columns}
-    return pd.read_csv(
-        path,
-        usecols=lambda name: name in columns,
-        dtype=dict.fromkeys(ids, str),
-        na_values=missing,
-        keep_default_na=False,
-    )
+    try:
+        header = pd.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False)
+        names = header.iloc[0].tolist()
+        # All columns are read: with `usecols` pandas accepts lines with too many fields.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = pd.read_csv(
+                path, index_col=False, dtype=dict.fromkeys(ids, str), na_values=missing,
+                keep_default_na=False,
+            )  # fmt: skip
+    except (
+        pd.errors.ParserError,
+        pd.errors.ParserWarning,
+        pd.errors.EmptyDataError,
+        UnicodeError,
+    ) as error:
+        raise ValueError(
+            f"{path} cannot be read as a CSV file in UTF-8 with a header: {error}. Fix the file, "
+            "or read it with pandas.read_csv and pass the frame"
+        ) from error
+    for name in columns:
+        if names.count(name) > 1:
+            raise ValueError(f"{path} has {names.count(name)} columns named {name!r}, expected one")
+        if name not in names:
+            raise ValueError(f"{path} has no column {name!r}, only {names}")
+    return frame[columns]
 
 
 def _read_parquet(paths: list[Path], columns: list[str]) -> pd.DataFrame:
@@ -137,6 +164,15 @@ def _read_frame(events: Any, columns: list[str]) -> tuple[pd.DataFrame, str]:
         return pd.DataFrame({name: frame[name].to_numpy() for name in present}), library
 
 
+def names_of(frame: Any) -> list[str]:
+    """The columns of a frame of any library."""
+    if isinstance(frame, pd.DataFrame):
+        return list(frame.columns)
+    import narwhals as nw
+
+    return list(nw.from_native(frame).collect_schema().names())
+
+
 def as_library(columns: dict[str, Any], library: str) -> Any:
     """A frame of a library with these columns (arrays or pandas Series of one length)."""
     frame = pd.DataFrame(columns)
@@ -146,7 +182,12 @@ def as_library(columns: dict[str, Any], library: str) -> Any:
 
     eager: Any = "pyarrow" if library == "duckdb" else library
     series = {name: _plain_values(frame[name]) for name in frame}
-    made = nw.from_dict(series, backend=eager).to_native()
+    # An empty list has no type, but text is the usual one.
+    types = {name: nw.String if isinstance(v, list) else None for name, v in series.items()}
+    made = nw.from_dict(series, backend=eager)
+    if not len(frame):
+        made = made.with_columns(nw.col(name).cast(t) for name, t in types.items() if t)
+    made = made.to_native()
     if library != "duckdb":
         return made
     import duckdb

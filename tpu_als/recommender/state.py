@@ -43,6 +43,8 @@ class State:
 
     Attributes
     ----------
+    schema : Schema
+        The parameters at `fit`, about events.
     users, items : IdMap
         Ids by position.
     history : History
@@ -63,6 +65,7 @@ class State:
         Held while an update is computed.
     """
 
+    schema: Schema
     users: IdMap
     items: IdMap
     history: History
@@ -127,6 +130,7 @@ def fitted(recommender: Any, schema: Schema, events: Events, library: str, fit: 
     model = fit(cells.matrix(len(items)))
     step.done("model")
     return State(
+        schema=schema,
         users=users,
         items=items,
         history=History.of(cells, len(items)),
@@ -179,20 +183,19 @@ def _column(name: str) -> str:
     return f"column {name!r}"
 
 
-def updated(state: State, schema: Schema, events: Events, solve: Any) -> State:
+def updated(state: State, events: Events, solve: Any) -> State:
     """Add events: grow the maps, change the rows of their users, and solve what changed.
 
     Parameters
     ----------
     state : State
         Stays as it is.
-    schema : Schema
-        The parameters of the recommender.
     events : Events
         The new events.
     solve : callable
         ``solve(model, side, ids, matrix)`` gives a model with some rows of a side solved.
     """
+    schema = state.schema
     users, user_at = state.users.grown(events.frame[schema.user], _column(schema.user))
     items, item_at = state.items.grown(events.frame[schema.item], _column(schema.item))
     touched, row_at = np.unique(user_at, return_inverse=True)
