@@ -54,8 +54,7 @@ class FactorTable:
     is_frozen : bool, default=False
         Whether the arrays are read-only, so that derived values cannot be out of date.
     carried : Carried, optional
-        The gramian in float64, computed from that of an earlier table. Only frozen tables keep it,
-        because nobody can have written into them since.
+        The gramian in float64, from that of an earlier table; kept if nobody can write into it.
     """
 
     def __init__(
