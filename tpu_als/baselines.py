@@ -13,8 +13,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from tpu_als.evaluation import holdout, splits
 from tpu_als.evaluation.metrics import popularity_of
-from tpu_als.validation import arguments, fractions, structure
-from tpu_als.validation.refusals import require_matrix
+from tpu_als.validation import arguments, fractions
+from tpu_als.validation.estimators import checked_rows
 
 _NO_ID = -1
 _NO_SCORE = np.finfo(np.float32).min
@@ -97,7 +97,7 @@ class PopularityRecommender(BaseEstimator):
             that are missing or have other entries. The object then stays as it was.
         """
         arguments.warn_if_converted(user_items)
-        rows = _rows(copy.copy(self), user_items, "user_items", reset=True)
+        rows = checked_rows(copy.copy(self), user_items, "user_items", reset=True)
         if self.half_life is None:
             counts = popularity_of(rows)
         else:
@@ -194,7 +194,7 @@ class PopularityRecommender(BaseEstimator):
             entries.
         """
         check_is_fitted(self)
-        kept, hidden = holdout.for_scoring(_rows(self, X, "X", reset=False))
+        kept, hidden = holdout.for_scoring(checked_rows(self, X, "X", reset=False))
         users = np.arange(kept.shape[0])
         ids, _ = self.recommend(users, kept, N=holdout.CUTOFF, recalculate_user=True)
         return holdout.mean_ndcg(ids, hidden)
@@ -236,24 +236,6 @@ class PopularityRecommender(BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
         return tags
-
-
-def _rows(estimator: PopularityRecommender, X: Any, name: str, reset: bool) -> sparse.csr_matrix:
-    """Check a matrix as scikit-learn does, and return it as canonical CSR."""
-    require_matrix(X, name)
-    # A sparse matrix may have no rows. An empty array is refused: it is most likely a mistake.
-    least = 0 if sparse.issparse(X) else 1
-    X = validate_data(
-        estimator,
-        structure.checked(X, name, widen=True),
-        reset=reset,
-        accept_sparse="csr",
-        dtype=[np.float64, np.float32],
-        ensure_min_samples=least,
-        ensure_min_features=least,
-        ensure_all_finite=False,  # checked below, as scikit-learn suggests other estimators
-    )
-    return arguments.canonical_csr(X, name)
 
 
 def _best(

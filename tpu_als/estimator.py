@@ -27,6 +27,7 @@ from tpu_als.serving.ranking import How, Limits, rank
 from tpu_als.shards import ShardedMatrix
 from tpu_als.training import initial, progress
 from tpu_als.validation import arguments
+from tpu_als.validation.estimators import checked_rows
 
 
 @parameters.with_defaults
@@ -386,7 +387,7 @@ class TPUAlternatingLeastSquares(
 
     def _validated(self, X: Any, fitted: FittedModel) -> sparse.csr_matrix:
         """Check X against a fitted model as scikit-learn does; return canonical CSR."""
-        return fitting.checked_rows(self._view(fitted), X, reset=False)
+        return checked_rows(self._view(fitted), X, "X", reset=False)
 
     def _view(self, fitted: FittedModel) -> Self:
         """Copy this estimator with another fitted model; everything else is shared."""
@@ -401,7 +402,7 @@ class TPUAlternatingLeastSquares(
         before = vars(self).get("_fitted")
         view = self._view(FittedModel() if before is None else FittedModel(lock=before.lock))
         if not isinstance(user_items, ShardedMatrix):
-            rows = fitting.checked_rows(view, user_items, reset=True)
+            rows = checked_rows(view, user_items, "user_items", reset=True)
             return rows, replace(view._fitted, popularity=popularity_of(rows))
         if self.early_stopping:
             raise ValueError(

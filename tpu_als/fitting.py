@@ -1,4 +1,4 @@
-"""One fit of the estimator: check and lay out the data, initialise or resume, iterate, publish."""
+"""One fit of the estimator: lay out the data, initialise or resume, iterate, publish the model."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
-from sklearn.utils.validation import validate_data
 
 from tpu_als import engine_options
 from tpu_als.engine import digests, reading
@@ -23,8 +22,6 @@ from tpu_als.shards import ShardedMatrix
 from tpu_als.training import initial, progress
 from tpu_als.training.early_stopping import EarlyStopping
 from tpu_als.training.loop import Training, settings_of
-from tpu_als.validation import arguments, structure
-from tpu_als.validation.refusals import require_matrix
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -32,25 +29,6 @@ if TYPE_CHECKING:
     from tpu_als.estimator import TPUAlternatingLeastSquares
 
 log = logging.getLogger("tpu_als")
-
-
-def checked_rows(estimator: TPUAlternatingLeastSquares, X: Any, reset: bool) -> sparse.csr_matrix:
-    """Check the X of `fit` (`reset`) or of a later call as scikit-learn does: canonical CSR."""
-    name = "user_items" if reset else "X"
-    require_matrix(X, name)
-    # A sparse matrix may have no rows. An empty array is refused: it is most likely a mistake.
-    least = 0 if sparse.issparse(X) else 1
-    X = validate_data(
-        estimator,
-        structure.checked(X, name, widen=True),
-        reset=reset,
-        accept_sparse="csr",
-        dtype=[np.float64, np.float32],
-        ensure_min_samples=least,
-        ensure_min_features=least,
-        ensure_all_finite=False,  # checked below, as scikit-learn suggests other estimators
-    )
-    return arguments.canonical_csr(X, name)
 
 
 def prepare(

@@ -728,6 +728,16 @@ def test_integers_stay_exact():
     assert len(rec.users_) == 22
 
 
+def test_times_of_another_zone_are_the_same_ids(tmp_path):
+    times = pd.to_datetime(["2026-01-01 12:00", "2026-01-02 12:00"], utc=True)
+    rec = Recommender(model=model()).fit(pd.DataFrame({"user": times, "item": ["a", "b"]}))
+    berlin = times.append(times[:1] + pd.Timedelta("9D")).tz_convert("Europe/Berlin")
+    rec.update(pd.DataFrame({"user": berlin, "item": ["a", "b", "a"]}))
+    assert rec.users_.tolist() == berlin.tolist() and str(rec.users_.tz) == "UTC"
+    rec.save(tmp_path / "shop")
+    assert Recommender.load(tmp_path / "shop").users_.equals(rec.users_)
+
+
 def test_limits_of_unknown_users(rec):
     every = pd.DataFrame({"user": "nobody", "item": rec.items_[:-1]})
     found = rec.recommend(["nobody", "c03"], n=50, exclude=every)

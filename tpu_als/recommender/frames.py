@@ -41,12 +41,7 @@ def recommendations(
     library : str
         The frame library.
     """
-    whole = (
-        Ranked(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-        if parts
-        else None
-    )
-    found = ranking.nothing() if whole is None else whole
+    found = ranking.concatenated(parts)
     return sources.as_library(_columns(state, found, names), library)
 
 
@@ -92,7 +87,7 @@ def neighbours(state: State, side: str, given: Any, n: int) -> Any:
     """The frame of `similar_items` (side "item") or `similar_users` ("user")."""
     ids = state.items if side == "item" else state.users
     series, _ = given_ids(given, f"{side}s")
-    at = known(ids, series, f"{side}s", "")
+    at = known(ids, series, f"{side}s")
     table = state.model.item_factors if side == "item" else state.model.user_factors
     find, has_factors = getattr(state.model, f"similar_{side}s"), table.any(axis=1)
     some = None if has_factors.all() else np.flatnonzero(has_factors)  # others have no direction
@@ -109,7 +104,7 @@ def neighbours(state: State, side: str, given: Any, n: int) -> Any:
     return sources.as_library(columns, state.library)
 
 
-def known(ids: IdMap, series: pd.Series, name: str, advice: str) -> np.ndarray:
+def known(ids: IdMap, series: pd.Series, name: str) -> np.ndarray:
     """Positions (n,) of ids that must be in the data.
 
     Raises
@@ -122,7 +117,7 @@ def known(ids: IdMap, series: pd.Series, name: str, advice: str) -> np.ndarray:
     if len(missing):
         raise ValueError(
             f"{name} must be in the data of fit or update: {len(missing)} of {len(at)} are not, "
-            f"such as {series.iloc[missing[0]]!r:.60}{advice}"
+            f"such as {series.iloc[missing[0]]!r:.60}"
         )
     return at
 
@@ -134,7 +129,7 @@ def explanation(state: State, user: Any, item: Any, n: int) -> Any:
         series, is_single = given_ids(given, name)
         if not is_single:
             raise TypeError(f"{name} must be one id, got {type(given).__name__}")
-        at.append(int(known(ids, series, name, "")[0]))
+        at.append(int(known(ids, series, name)[0]))
     cells = state.history.rows(np.array([at[0]]))
     _, top, _ = state.model.explain(at[0], cells.matrix(len(state.items)), at[1], N=n)
     items = np.array([item for item, _ in top], np.int64)

@@ -100,8 +100,13 @@ class IdMap:
         return codes, self._of_same_type(index_of(values), label)
 
     def _of_same_type(self, distinct: pd.Index, label: str) -> pd.Index:
-        """Numbers in the type of those of the map; ValueError where they are not equal then."""
+        """Numbers in the type of those of the map; ValueError where they are not equal then.
+
+        Times get the time zone of the map, because pandas joins those of several as objects.
+        """
         own, given = self.first.dtype, distinct.dtype
+        if isinstance(own, pd.DatetimeTZDtype) and isinstance(given, pd.DatetimeTZDtype):
+            return pd.DatetimeIndex(distinct).tz_convert(own.tz)
         are_numbers = all(isinstance(t, np.dtype) and t.kind in "iuf" for t in (own, given))
         if own == given or not len(self.first) or not are_numbers:
             return distinct

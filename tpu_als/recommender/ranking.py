@@ -1,4 +1,4 @@
-"""Rank items for users by the model, and by popularity where the model knows nothing of a user."""
+"""Rank items for users by the model, and by popularity for users it has learnt nothing of."""
 
 from __future__ import annotations
 
@@ -84,14 +84,17 @@ def ranked(state: State, users: np.ndarray, n: int, limits: Limits) -> Ranked:
     # Without a positive weight the factors should be zero, but they are rounding noise.
     by_model = positive_counts(rows) > 0
     by_model[by_model] = _has_factors(state, users[by_model])
-    parts = [_by_model(state, users, rows, np.flatnonzero(by_model), n, limits)]
-    parts.append(_by_popularity(state, users, rows, np.flatnonzero(~by_model), n, limits))
-    return _ordered(parts)
+    return _ordered(
+        [
+            _by_model(state, users, rows, np.flatnonzero(by_model), n, limits),
+            _by_popularity(state, rows, np.flatnonzero(~by_model), n, limits),
+        ]
+    )
 
 
 def ranked_row(state: State, row: sparse.csr_matrix, n: int, limits: Limits) -> Ranked:
     """Rank for one user with this row (1, N) of weights, who need not be in the data."""
-    one, chosen = np.zeros(1, np.int64), _chosen(limits)
+    one, chosen = np.zeros(1, np.int64), _chosen(limits)  # the only query, number 0
     if (row.data > 0).any() and (chosen is None or len(chosen)):
         found = state.model.recommend(
             one, row, N=min(n, len(state.items)), recalculate_user=True,
@@ -100,7 +103,7 @@ def ranked_row(state: State, row: sparse.csr_matrix, n: int, limits: Limits) -> 
         )  # fmt: skip
         if found[1].any():  # all scores are 0 if the model knows none of the items
             return _flat(one, found[0], found[1], limits)
-    return _by_popularity(state, one - 1, row, one, n, limits)
+    return _by_popularity(state, row, one, n, limits)
 
 
 def _rows(state: State, users: np.ndarray) -> sparse.csr_matrix:
@@ -224,12 +227,12 @@ def _contains(matrix: sparse.csr_matrix, rows: np.ndarray, columns: np.ndarray) 
 
 
 def _by_popularity(
-    state: State, users: np.ndarray, rows: sparse.csr_matrix, at: np.ndarray, n: int, limits: Limits
+    state: State, rows: sparse.csr_matrix, at: np.ndarray, n: int, limits: Limits
 ) -> Ranked:
     """The most popular items for users of whom the model knows nothing."""
     if not len(at):
         return nothing()
-    users, rows, limits = users[at], rows[at], limits.of(at)
+    rows, limits = rows[at], limits.of(at)
     order, chosen = state.popular, _chosen(limits)
     if chosen is not None:
         order = order[np.isin(order, chosen)]
@@ -260,11 +263,14 @@ def nothing() -> Ranked:
     return Ranked(ids, ids.astype(np.int32), ids, np.empty(0, np.float32), np.empty(0, bool))
 
 
+def concatenated(parts: list[Ranked]) -> Ranked:
+    """Results of several parts, one part after the other."""
+    columns = zip(*(parts or [nothing()]), strict=True)
+    return Ranked(*(np.concatenate(column) for column in columns))
+
+
 def _ordered(parts: list[Ranked]) -> Ranked:
     """Results of several parts by query."""
-    parts = [part for part in parts if len(part.queries)]
-    if len(parts) < 2:
-        return parts[0] if parts else nothing()
-    whole = Ranked(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    whole = concatenated(parts)
     order = np.argsort(whole.queries, kind="stable")
     return Ranked(*(column[order] for column in whole))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from sklearn.base import clone
 
 from tpu_als import compat, weighting
 from tpu_als.estimator import TPUAlternatingLeastSquares
@@ -110,8 +111,8 @@ def _loaded(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], State]:
     parameters = dict(about["parameters"])
     pairs = parameters.pop("event_weights")
     parameters["event_weights"] = None if pairs is None else dict(pairs)
-    parameters["weighting"] = None if transformer is None else _unfitted(transformer)
-    parameters["model"] = _unfitted(model)
+    parameters["weighting"] = None if transformer is None else clone(transformer)
+    parameters["model"] = clone(model)
     schema = schema_of(SimpleNamespace(**parameters))
     return parameters, State(
         schema=schema,
@@ -125,12 +126,6 @@ def _loaded(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], State]:
         clock=None if clock is None else Clock(*clock),
         library=str(about["library"]),
     )
-
-
-def _unfitted(estimator: Any) -> Any:
-    from sklearn.base import clone
-
-    return clone(estimator)
 
 
 def _checked(arrays: dict[str, np.ndarray], n_users: int, n_items: int) -> Cells:

@@ -115,12 +115,7 @@ def _read_csv(path: Path, columns: list[str], ids: list[str]) -> pd.DataFrame:
                 path, index_col=False, dtype=dict.fromkeys(ids, str), na_values=missing,
                 keep_default_na=False,
             )  # fmt: skip
-    except (
-        pd.errors.ParserError,
-        pd.errors.ParserWarning,
-        pd.errors.EmptyDataError,
-        UnicodeError,
-    ) as error:
+    except (*_UNREADABLE, UnicodeError) as error:
         raise ValueError(
             f"{path} cannot be read as a CSV file in UTF-8 with a header: {error}. Fix the file, "
             "or read it with pandas.read_csv and pass the frame"
