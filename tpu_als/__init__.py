@@ -6,7 +6,7 @@ scikit-learn estimator. On a CPU it runs compiled loops, and JAX is not imported
 on several devices and in several processes it runs a sharded, jitted JAX engine.
 
 Submodules are imported when they are first used: `baselines`, `compat`, `datasets`, `engine`,
-`evaluation`, `exceptions`, `shards` and `weighting`.
+`evaluation`, `exceptions`, `plotting`, `shards` and `weighting`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         engine,
         evaluation,
         exceptions,
+        plotting,
         shards,
         weighting,
     )
@@ -52,12 +53,14 @@ __all__ = [
     "engine",
     "evaluation",
     "exceptions",
+    "plotting",
     "shards",
     "tune",
     "weighting",
 ]
 _SUBMODULES = (
-    "baselines", "compat", "datasets", "engine", "evaluation", "exceptions", "shards", "weighting",
+    "baselines", "compat", "datasets", "engine", "evaluation", "exceptions", "plotting", "shards",
+    "weighting",
 )  # fmt: skip
 _HOME = {
     "Recommender": "tpu_als.recommender",
