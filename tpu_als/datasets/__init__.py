@@ -1,4 +1,6 @@
-"""Interaction data: event frames to matrices with their ids, real purchases, generators."""
+"""Interaction data: event frames to matrices with their ids, real purchases, downloads,
+generators.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,15 @@ from tpu_als.datasets.frames import interactions_from_frame, split_by_time
 from tpu_als.datasets.generators import power_law, web_graph
 from tpu_als.datasets.groceries import load_groceries
 from tpu_als.datasets.interactions import Interactions
+from tpu_als.datasets.lastfm import fetch_lastfm_360k
+from tpu_als.datasets.movielens import fetch_movielens
+from tpu_als.datasets.webgraph import fetch_webgraph
 
 __all__ = [
     "Interactions",
+    "fetch_lastfm_360k",
+    "fetch_movielens",
+    "fetch_webgraph",
     "interactions_from_frame",
     "load_groceries",
     "power_law",

@@ -1,0 +1,129 @@
+"""Public data sets, downloaded once into a folder of the user."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from types import ModuleType
+
+HOME = "TPU_ALS_DATA_HOME"  # environment variable
+_TIMEOUT = 30  # seconds without an answer or a byte
+
+log = logging.getLogger("tpu_als")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file to download.
+
+    Attributes
+    ----------
+    name : str
+        Its name in the folder, which may include a folder.
+    url : str
+        Its address.
+    checksum : str or None
+        Such as "md5:0e33842e24a9c977be4e0107933c0723", as its publisher gives it; None if there is
+        none.
+    """
+
+    name: str
+    url: str
+    checksum: str | None
+
+
+def data_home(given: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of downloaded data: the given one, or TPU_ALS_DATA_HOME, or the user's cache.
+
+    Parameters
+    ----------
+    given : path, optional
+        The caller's choice; "~" is expanded. The folder need not exist.
+    """
+    named = given if given is not None else os.environ.get(HOME)
+    if named is not None and not isinstance(named, (str, os.PathLike)):
+        raise TypeError(f"data_home must be a path or None, got {type(named).__name__}")
+    return Path(named).expanduser() if named else Path(_pooch().os_cache("tpu_als"))
+
+
+def fetched(
+    file: RemoteFile,
+    home: Path,
+    *,
+    download_if_missing: bool = True,
+    n_retries: int = 3,
+    show_progress: bool | None = None,
+) -> Path:
+    """The path of a file, which is downloaded if it is missing or damaged.
+
+    It gets its name only when it is complete and its checksum is right.
+
+    Parameters
+    ----------
+    file : RemoteFile
+        What to download.
+    home : Path
+        Where to.
+    download_if_missing : bool, default=True
+        Whether it may be downloaded.
+    n_retries : int, default=3
+        Further attempts after a failure, with growing pauses of at most 10 seconds.
+    show_progress : bool, optional
+        Whether to show a bar on the standard error; None shows it on a terminal.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    OSError
+        If the file is missing and may not be, or cannot be, downloaded.
+    """
+    path = home / file.name
+    if not download_if_missing and not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist, and download_if_missing is False: allow the download, or put "
+            f"the file {file.url} there"
+        )
+    if not isinstance(n_retries, Integral) or n_retries < 0:
+        raise ValueError(f"n_retries must be an integer of at least 0, got {n_retries!r}")
+    pooch = _pooch()
+    store = pooch.create(
+        path=home,
+        base_url="",
+        registry={file.name: file.checksum},
+        urls={file.name: file.url},
+        retry_if_failed=int(n_retries),
+    )
+    if path.exists() and (file.checksum is None or pooch.hashes.hash_matches(path, file.checksum)):
+        return path
+    if not download_if_missing:
+        raise OSError(
+            f"{path} is damaged: its checksum is not {file.checksum}. Remove it and allow the "
+            f"download, or replace it by the file {file.url}"
+        )
+    log.info("downloading %s to %s", file.url, path)
+    shows = sys.stderr.isatty() if show_progress is None else show_progress
+    downloader = pooch.HTTPDownloader(progressbar=bool(shows), timeout=_TIMEOUT)
+    try:
+        return Path(store.fetch(file.name, downloader=downloader))
+    except Exception as error:  # those of requests, and ValueError for a wrong checksum
+        raise OSError(
+            f"cannot download {file.url}: {type(error).__name__}: {error}. Nothing was stored. Try "
+            f"again later, or get the file in another way and put it at {path}"
+        ) from error
+
+
+def _pooch() -> ModuleType:
+    try:
+        import pooch
+    except ImportError as error:
+        raise ImportError(
+            "downloads need the package pooch: pip install 'tpu-als[fetch]'"
+        ) from error
+    return pooch
