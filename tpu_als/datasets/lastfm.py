@@ -105,7 +105,7 @@ def read_lastfm_360k(path: Path) -> Bunch:
         A compressed tar file as Zenodo has it.
     """
     tables: dict[str, Any] = {}
-    with tarfile.open(path, "r|gz") as archive:  # a stream: the archive is decompressed once
+    with tarfile.open(path, "r:gz") as archive:  # members in order, so it is decompressed once
         for member in archive:
             name = member.name.rpartition("/")[2]
             file = archive.extractfile(member) if name in (_PLAYS, _PROFILES) else None
