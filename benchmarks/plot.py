@@ -16,13 +16,18 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 
+from tpu_als.plotting.style import COLOURS
+
 # Text is stored as text, without a date or random ids, so that equal data give equal files.
 mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "tpu_als", "font.size": 9})
-COLOURS = {"tpu_als": "tab:red", "implicit": "tab:blue", "irspack": "tab:green"}
-STYLES: dict[str, Any] = {
-    "relaxed": "-", "relaxed-4": (0, (9, 1)), "relaxed-xla": (0, (1, 1)), "cg": "--",
-    "cholesky": ":", "ialspp": "-.",
-}  # fmt: skip
+# A library has a colour and a pattern of lines, a solver has a marker: both can be seen in grey.
+LIBRARIES: dict[str, dict[str, Any]] = {
+    "tpu_als": dict(color=COLOURS[1], linestyle="-"),
+    "implicit": dict(color=COLOURS[0], linestyle="--"),
+    "irspack": dict(color=COLOURS[2], linestyle=":"),
+}
+MARKED = {"relaxed": "o", "relaxed-4": "s", "relaxed-xla": "^", "cg": "D", "cholesky": "x",
+          "ialspp": "+"}  # fmt: skip
 
 
 def read(files: list[Path]) -> list[dict[str, Any]]:
@@ -58,7 +63,8 @@ def _race(panel: Any, runs: list[dict[str, Any]]) -> None:
             continue
         seconds = run["setup_s"] + np.cumsum(run["steps_s"])
         above = np.maximum(1.001 * np.array(run["losses"]) / run["target"] - 1, 1e-4)
-        panel.plot(seconds, above, color=COLOURS[library], ls=STYLES[solver], label=run["library"])
+        panel.plot(seconds, above, **LIBRARIES[library], marker=MARKED[solver], markersize=4,
+                   markevery=2, linewidth=1, label=run["library"])  # fmt: skip
     panel.axhline(1e-3, color="grey", lw=0.6)
 
 
@@ -71,8 +77,14 @@ def scaling(lines: list[dict[str, Any]], folder: Path) -> None:
     entries, seconds = (
         np.array([line[name] for line in found]) for name in ("entries", "iteration_s")
     )
-    panel.plot(entries / 1e6, seconds, "o", color=COLOURS["tpu_als"])
-    panel.plot(entries / 1e6, np.polyval(np.polyfit(entries, seconds, 1), entries), "-", lw=0.7)
+    panel.plot(entries / 1e6, seconds, "o", color=COLOURS[1])
+    panel.plot(
+        entries / 1e6,
+        np.polyval(np.polyfit(entries, seconds, 1), entries),
+        "-",
+        color=COLOURS[0],
+        lw=0.7,
+    )
     panel.set(xlabel="million entries", ylabel="seconds an iteration", xlim=0, ylim=0)
     _save(figure, folder / "scaling-entries.svg")
 
