@@ -16,12 +16,12 @@ from scipy import sparse
 
 from tpu_als.engine.als import AlsState
 from tpu_als.engine.backends import Backend, Catalog
-from tpu_als.engine.cpu import exact, half_epoch
+from tpu_als.engine.cpu import half_epoch
 from tpu_als.engine.cpu.backend import CpuBackend
-from tpu_als.engine.data import AlsParams, Data
+from tpu_als.engine.data import AlsParams, Data, KnownTable
 from tpu_als.engine.objective import Objective
 from tpu_als.host import single_blas_thread
-from tpu_als.serving.carried import Carried, after_change, solved_by_few
+from tpu_als.serving.carried import Carried, after_change
 from tpu_als.serving.changed import FEW, ChangedTable, rows_of, with_rows
 from tpu_als.validation import arguments
 
@@ -167,8 +167,8 @@ class FactorTable:
     def _carried_to(self, table: Any, ids: np.ndarray, rows: np.ndarray) -> Carried | None:
         """The gramian in float64 after a change of some rows, if it is known before."""
         known = self._carried
-        source = self._derived.get(f"source for {CpuBackend.__name__}", (None, None))[1]
-        if isinstance(source, exact.Source) and source.known_gramian is not None:
+        source = self._derived.get(_source_name(ONE_THREAD), (None, None))[1]
+        if source is not None and source.known_gramian is not None:
             known = known or Carried(source.known_gramian, np.zeros(table.shape[1]))
         if known is None:
             return None
@@ -211,25 +211,21 @@ class FactorTable:
         table = self.resident
         if table is not None and self.given_gramian is None:
             return table.solve(rows, objective)
-        known = self._carried if self.given_gramian is None else None
-        if known is not None and isinstance(backend, CpuBackend):
-            found = solved_by_few(self._unread, known, rows, (objective, params, backend.n_threads))
-            if found is not None:
-                return found
-        name = f"source for {type(backend).__name__}"
-        # On a CPU the number of threads changes.
-        stamp = params if isinstance(backend, CpuBackend) else (params, backend)
-        source = self._once(name, stamp, lambda: self._source(backend, params))
-        if isinstance(backend, CpuBackend) and isinstance(source, exact.Source):
-            source = source.on(backend.n_threads)
+        table, known = self._unread, self._known()
+        if backend.accepts_part and known is not None and isinstance(table, ChangedTable):
+            needed = table.needed(rows)
+            if needed is not None:
+                return backend.source(needed[0], params, known).solve(needed[1], objective)
+        name, stamp = _source_name(backend), (params, backend.placement)
+        source = self._once(name, stamp, lambda: backend.source(self.read(), params, known))
         gram = self.gramian() if source.wants_gramian or self.given_gramian is not None else None
-        return source.solve(rows, objective, gram=gram).astype(self.dtype, copy=False)
+        solved = backend.shared(source).solve(rows, objective, gram=gram)
+        return solved.astype(self.dtype, copy=False)
 
-    def _source(self, backend: Backend, params: AlsParams) -> Any:
-        source = backend.source(self.read(), params)
-        if isinstance(source, exact.Source) and self._carried is not None:
-            source = source.knowing(self._carried.gram)
-        return source
+    def _known(self) -> KnownTable | None:
+        if self._carried is None or self.given_gramian is not None:
+            return None
+        return KnownTable(self._carried.gram, self.shape[0])
 
     def catalog(self, backend: Backend, *, cosine: bool) -> Catalog:
         """The table in a backend's form, to rank its rows by product or by cosine."""
@@ -393,6 +389,11 @@ def tables_of(state: AlsState, data: Data) -> dict[str, FactorTable]:
         name: FactorTable(unread=data.backend.table(table, side, data))
         for name, (table, side) in sides.items()
     }
+
+
+def _source_name(backend: Backend) -> str:
+    """Name of the derived value that is the table placed by a backend of this kind."""
+    return f"source for {type(backend).__name__}"
 
 
 def norms(table: np.ndarray) -> np.ndarray:
