@@ -11,12 +11,13 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tpu_als import subclasses
-from tpu_als.serving.fitted import FactorTable, FittedModel
+from tpu_als.serving.fitted import FactorTable, FittedModel, Kept
 from tpu_als.validation import arguments
 
 _FIRST = threading.RLock()  # of writers whose estimators have no model yet
@@ -36,7 +37,7 @@ class Attributes:
         return self._fitted.user.read()
 
     @user_factors.setter
-    def user_factors(self, table: Any) -> None:
+    def user_factors(self, table: ArrayLike | None) -> None:
         self._assign("user", table)
 
     @property
@@ -45,7 +46,7 @@ class Attributes:
         return self._fitted.item.read()
 
     @item_factors.setter
-    def item_factors(self, table: Any) -> None:
+    def item_factors(self, table: ArrayLike | None) -> None:
         self._assign("item", table)
 
     @property
@@ -142,25 +143,25 @@ class Attributes:
     def __sklearn_is_fitted__(self) -> bool:
         return self._fitted.is_complete
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         state = dict(super().__getstate__())  # type: ignore[call-overload]
         # Device handles cannot be pickled, and are valid in this process only. Keep their number.
         state["devices"] = _device_count(self.devices)
         return state
 
-    def __copy__(self) -> Any:
+    def __copy__(self) -> Self:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return twin
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
         twin = copy.copy(self)
         memo[id(self)] = twin
         memo[id(self.devices)] = self.devices
         twin.__dict__.update(copy.deepcopy(twin.__dict__, memo))
         return twin
 
-    def __sklearn_clone__(self) -> Any:
+    def __sklearn_clone__(self) -> Self:
         # jax devices cannot be deep-copied, as scikit-learn's clone would.
         twin = copy.copy(self)
         twin.devices = None
@@ -169,7 +170,7 @@ class Attributes:
         subclasses.copy_unnamed(self, twin)
         return twin
 
-    def _attribute(self, name: str, value: Any) -> Any:
+    def _attribute(self, name: str, value: Kept | None) -> Kept:
         """The value of an attribute that exists only after it has been set."""
         if value is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -180,7 +181,7 @@ class Attributes:
         with self._writing():
             self._fitted = make(vars(self).get("_fitted") or FittedModel())
 
-    def _assign(self, side: str, table: Any) -> None:
+    def _assign(self, side: str, table: ArrayLike | None) -> None:
         array = arguments.factor_table(table, f"{side}_factors")
 
         def assigned(fitted: FittedModel) -> FittedModel:
@@ -208,7 +209,7 @@ class Attributes:
                     yield
                     return
 
-    def _writers_lock(self) -> Any:
+    def _writers_lock(self) -> threading.RLock:
         """The lock of this estimator's models; where it has no model, one that all such share."""
         fitted = vars(self).get("_fitted")
         return _FIRST if fitted is None else fitted.lock

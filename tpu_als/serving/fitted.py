@@ -76,7 +76,7 @@ class FactorTable:
         self._derived: dict[str, tuple[Any, Any]] = {}
         self._lock = threading.RLock()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         given = {"gramian": self.given_gramian, "norms": self.given_norms, "names": self._names}
         return {"host": self.read(), "is_frozen": self._is_frozen, **given}
 
@@ -242,7 +242,7 @@ class FactorTable:
         )
         return found
 
-    def _once(self, name: str, stamp: Any, make: Callable[[], Kept]) -> Kept:
+    def _once(self, name: str, stamp: object, make: Callable[[], Kept]) -> Kept:
         """Return a derived value; compute it in the first call, or if `stamp` has changed."""
         kept = self._derived.get(name)
         if kept is None or (kept[0] is not stamp and kept[0] != stamp):
@@ -282,9 +282,9 @@ class FittedModel:
     feature_names: np.ndarray | None = None
     popularity: np.ndarray | None = None
     origin: object = field(default_factory=object)
-    lock: Any = field(default_factory=threading.RLock)
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         names = set(self.__dataclass_fields__) - {"origin", "lock"}
         return {name: getattr(self, name) for name in names}
 

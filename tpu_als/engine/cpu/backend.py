@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from scipy import sparse
@@ -28,6 +28,9 @@ from tpu_als.engine.reading import (
     require_tables,
 )
 from tpu_als.host import give_back_memory, require_memory, single_blas_thread
+
+if TYPE_CHECKING:
+    from tpu_als.engine.xla.data import XlaData
 
 _MANY = 1 << 20  # with more entries, freed memory is returned to the system; it takes milliseconds
 
@@ -265,7 +268,7 @@ class CpuBackend:
         """Free the memory that is kept between half-epochs."""
         data.memory.clear()
 
-    def describe_for_checkpoint(self, data: CpuData) -> Any:
+    def describe_for_checkpoint(self, data: CpuData) -> XlaData:
         """The data in the form that checkpoints have, which is that of the XLA backend."""
         from tpu_als.engine.xla import bridge
 
@@ -299,7 +302,11 @@ def _lengths(entries: Entries, name: str) -> np.ndarray:
 
 
 def _side(
-    blocks: cells.Blocks, lengths: np.ndarray, shape: tuple[int, int], name: str, dtype: Any
+    blocks: cells.Blocks,
+    lengths: np.ndarray,
+    shape: tuple[int, int],
+    name: str,
+    dtype: np.dtype | None,
 ) -> CpuSide:
     """Lay out one side: the entries of row after row."""
     rows, n_source = layout.in_order(lengths), shape[name == "user"]

@@ -171,7 +171,8 @@ class ProgramCache:
 
     def n_compiled(self) -> int:
         """Number of compiled versions in memory."""
-        return sum(program._cache_size() for program in list(self._programs.values()))
+        programs = list(self._programs.values())
+        return sum(program._cache_size() for program in programs)  # type: ignore[attr-defined]
 
     def clear(self) -> None:
         """Drop all programs."""
