@@ -1,15 +1,8 @@
-"""The attributes of the estimator that read and assign parts of its fitted model.
-
-An estimator's `__dict__` holds parameters and one `FittedModel`, so that it pickles, copies and
-compares plainly. Every call takes that model once, at its start; every writer replaces it whole.
-"""
+"""The attributes of the estimator that read and assign parts of its fitted model."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import threading
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Self
 
@@ -17,17 +10,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from tpu_als import subclasses
+from tpu_als.implicit_api.holder import ModelHolder
 from tpu_als.serving.fitted import FactorTable, FittedModel, Kept
 from tpu_als.validation import arguments
 
-_FIRST = threading.RLock()  # of writers whose estimators have no model yet
 
-
-class Attributes:
-    """The fitted model of an estimator, and properties with implicit's and scikit-learn's names."""
-
-    # A class attribute, because a scikit-learn constructor may set parameters only.
-    _fitted: FittedModel = FittedModel()
+class Attributes(ModelHolder):
+    """Properties of an estimator, with implicit's and scikit-learn's names."""
 
     devices: Any
 
@@ -176,11 +165,6 @@ class Attributes:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return value
 
-    def _change(self, make: Callable[[FittedModel], FittedModel]) -> None:
-        """Replace the fitted model by one made from it, under the writers' lock."""
-        with self._writing():
-            self._fitted = make(vars(self).get("_fitted") or FittedModel())
-
     def _assign(self, side: str, table: ArrayLike | None) -> None:
         array = arguments.factor_table(table, f"{side}_factors")
 
@@ -190,29 +174,6 @@ class Attributes:
             return replace(fitted.with_table(side, FactorTable(array)), assigned=sides)
 
         self._change(assigned)
-
-    def _publish(self, fitted: FittedModel | None) -> None:
-        """Set the fitted model; None removes it."""
-        with self._writing():
-            if fitted is None:
-                self.__dict__.pop("_fitted", None)
-            else:
-                self._fitted = fitted
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Scope of a writer; two of one estimator take turns, also where it has no model yet."""
-        while True:
-            lock = self._writers_lock()
-            with lock:
-                if lock is self._writers_lock():  # else another writer replaced a model in between
-                    yield
-                    return
-
-    def _writers_lock(self) -> threading.RLock:
-        """The lock of this estimator's models; where it has no model, one that all such share."""
-        fitted = vars(self).get("_fitted")
-        return _FIRST if fitted is None else fitted.lock
 
 
 def _device_count(devices: Any) -> Any:

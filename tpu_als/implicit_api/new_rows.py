@@ -12,16 +12,15 @@ from scipy import linalg, sparse
 from tpu_als import engine_options
 from tpu_als.engine.cpu import exact
 from tpu_als.engine.objective import confidence, ridge
+from tpu_als.implicit_api.holder import ModelHolder
 from tpu_als.serving import fold_in
-from tpu_als.serving.fitted import FactorTable, FittedModel
+from tpu_als.serving.fitted import FactorTable
 from tpu_als.validation import arguments, matrices
 from tpu_als.validation.structure import SparseMatrix
 
 
-class NewRows:
+class NewRows(ModelHolder):
     """Methods for new rows. Every fold-in is exact, whichever solver `fit` uses."""
-
-    _fitted: FittedModel
 
     def recalculate_user(self, userid: ArrayLike, user_items: SparseMatrix) -> np.ndarray:
         """Compute factors of users from their items, without storing them.

@@ -8,18 +8,18 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from tpu_als import engine_options, parameters
+from tpu_als.implicit_api.holder import ModelHolder
 from tpu_als.implicit_api.new_rows import folded_in, recalculated
-from tpu_als.serving.fitted import FactorTable, FittedModel, norms
+from tpu_als.serving.fitted import FactorTable, norms
 from tpu_als.serving.ranking import How, Limits, rank
 from tpu_als.validation import arguments
 from tpu_als.validation.refusals import require_matrix
 from tpu_als.validation.structure import SparseMatrix
 
 
-class Ranking:
+class Ranking(ModelHolder):
     """implicit's ranking methods."""
 
-    _fitted: FittedModel
     approximate_recall: float | None
 
     def recommend(
