@@ -61,7 +61,7 @@ class Attributes(ModelHolder):
     # Assignable as in implicit; None means "compute".
     @property
     def _YtY(self) -> np.ndarray | None:
-        return self._fitted.item.given_gramian
+        return self._fitted.item.given.gramian
 
     @_YtY.setter
     def _YtY(self, gramian: np.ndarray | None) -> None:
@@ -69,7 +69,7 @@ class Attributes(ModelHolder):
 
     @property
     def _XtX(self) -> np.ndarray | None:
-        return self._fitted.user.given_gramian
+        return self._fitted.user.given.gramian
 
     @_XtX.setter
     def _XtX(self, gramian: np.ndarray | None) -> None:
@@ -77,7 +77,7 @@ class Attributes(ModelHolder):
 
     @property
     def _user_norms(self) -> np.ndarray | None:
-        return self._fitted.user.given_norms
+        return self._fitted.user.given.norms
 
     @_user_norms.setter
     def _user_norms(self, norms: np.ndarray | None) -> None:
@@ -85,7 +85,7 @@ class Attributes(ModelHolder):
 
     @property
     def _item_norms(self) -> np.ndarray | None:
-        return self._fitted.item.given_norms
+        return self._fitted.item.given.norms
 
     @_item_norms.setter
     def _item_norms(self, norms: np.ndarray | None) -> None:
