@@ -10,16 +10,15 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 from unittest import mock
 
 import numpy as np
 from scipy import sparse
 
-from tpu_als.engine import als, reading
-from tpu_als.engine.backends import Backend, Wishes, choose
-from tpu_als.engine.cpu.backend import CpuBackend
+from tpu_als.engine import als
+from tpu_als.engine.backends import Wishes, choose
 from tpu_als.engine.data import AlsParams, Side
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import row_kernels
@@ -81,7 +80,7 @@ class Ours:
         self.with_kernels = options.pop("with_kernels", True)
         wishes = {key: options.pop(key) for key in ("devices", "num_threads") if key in options}
         params = AlsParams(problem.factors, linear_solver=solver, **options)
-        backend, params = chosen(problem.matrix, params, Wishes(use_native=native, **wishes))
+        backend = choose(Wishes(use_native=native, **wishes), params.linear_solver)
         with mock.patch.object(row_kernels, "kernels_for", self._kernels_for()):
             self.data = backend.place(problem.matrix, params)
             if isinstance(self.data, XlaData):
@@ -105,16 +104,6 @@ class Ours:
 
     def tables(self) -> tuple[np.ndarray, np.ndarray]:
         return als.user_factors(self.state, self.data), als.item_factors(self.state, self.data)
-
-
-def chosen(
-    matrix: sparse.csr_matrix, params: AlsParams, wishes: Wishes
-) -> tuple[Backend, AlsParams]:
-    """The backend that `fit` would choose, and the parameters that it would pass to it."""
-    is_auto = params.linear_solver == "auto"
-    if is_auto and isinstance(choose(wishes, "cg"), CpuBackend):
-        params = replace(params, linear_solver=reading.cheapest_for(matrix, params))
-    return choose(wishes, params.linear_solver), params
 
 
 class Implicit:

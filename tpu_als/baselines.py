@@ -6,6 +6,7 @@ import copy
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import sparse
 from sklearn.base import BaseEstimator
 from sklearn.utils import metadata_routing
@@ -15,6 +16,7 @@ from tpu_als.evaluation import holdout, splits
 from tpu_als.evaluation.metrics import popularity_of
 from tpu_als.validation import arguments, fractions
 from tpu_als.validation.estimators import checked_rows
+from tpu_als.validation.structure import SparseMatrix
 
 _NO_ID = -1
 _NO_SCORE = np.finfo(np.float32).min
@@ -67,7 +69,11 @@ class PopularityRecommender(BaseEstimator):
         self.half_life = half_life
 
     def fit(
-        self, user_items: Any, y: Any = None, timestamps: Any = None, show_progress: Any = None
+        self,
+        user_items: Any,
+        y: object = None,
+        timestamps: SparseMatrix | None = None,
+        show_progress: object = None,
     ) -> Self:
         """Count the users of each item.
 
@@ -110,13 +116,13 @@ class PopularityRecommender(BaseEstimator):
 
     def recommend(
         self,
-        userid: Any,
-        user_items: Any,
+        userid: ArrayLike,
+        user_items: SparseMatrix | None,
         N: int = 10,
         filter_already_liked_items: bool = True,
-        filter_items: Any = None,
+        filter_items: ArrayLike | None = None,
         recalculate_user: bool = False,
-        items: Any = None,
+        items: ArrayLike | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Recommend the most popular items to a user or to several.
 
@@ -177,7 +183,7 @@ class PopularityRecommender(BaseEstimator):
         scores = np.append(self.popularity_, _NO_SCORE)[ids]  # id -1 is the last
         return (ids[0], scores[0]) if is_scalar else (ids, scores)
 
-    def score(self, X: Any, y: Any = None) -> float:
+    def score(self, X: Any, y: object = None) -> float:
         """Mean NDCG@10 of hidden items, as `TPUAlternatingLeastSquares.score` measures it.
 
         Parameters
@@ -199,7 +205,7 @@ class PopularityRecommender(BaseEstimator):
         ids, _ = self.recommend(users, kept, N=holdout.CUTOFF, recalculate_user=True)
         return holdout.mean_ndcg(ids, hidden)
 
-    def _recent(self, rows: sparse.csr_matrix, timestamps: Any) -> np.ndarray:
+    def _recent(self, rows: sparse.csr_matrix, timestamps: SparseMatrix | None) -> np.ndarray:
         """Sum over users of ``0.5 ** (age / half_life)`` for each item (n_items,)."""
         half_life: Any = self.half_life
         if not fractions.is_number(half_life) or half_life <= 0:

@@ -254,7 +254,7 @@ class TPUAlternatingLeastSquares(
     def fit(
         self,
         user_items: Any,
-        y: Any = None,
+        y: object = None,
         show_progress: bool | None = None,
         callback: Callable[[int, float, float | None], Any] | None = None,
     ) -> Self:
@@ -346,7 +346,7 @@ class TPUAlternatingLeastSquares(
         require_memory({"scores": size}, "pass fewer rows, or use recommend for the best items")
         return factors.astype(table.dtype, copy=False) @ table.T
 
-    def score(self, X: Any, y: Any = None) -> float:
+    def score(self, X: Any, y: object = None) -> float:
         """Mean NDCG@10 of hidden items; the rows need not have been in the data of `fit`.
 
         A fifth of each row's positive entries is hidden, the same in every call. The rest is folded

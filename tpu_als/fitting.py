@@ -12,9 +12,7 @@ import numpy as np
 from scipy import sparse
 
 from tpu_als import engine_options
-from tpu_als.engine import digests, reading
-from tpu_als.engine.backends import Backend
-from tpu_als.engine.cpu.backend import CpuBackend
+from tpu_als.engine import digests
 from tpu_als.engine.data import AlsParams
 from tpu_als.evaluation import holdout
 from tpu_als.serving.fitted import FactorTable, FittedModel, tables_of
@@ -74,7 +72,7 @@ def prepare(
         monitor = EarlyStopping(rows, hidden, estimator.n_iter_no_change, estimator.tol, fraction)
         if checkpoints is not None:
             settings["held out (digest)"] = f"{digests.entries(hidden):016x}"
-    params, backend = _chosen(estimator, rows, params)
+    backend = engine_options.backend_of(estimator, params)
     with backend.watched():
         data = backend.place(rows, params, with_digest=checkpoints is not None)
         at_end.callback(backend.release, data)  # runs before the model's tables are fetched
@@ -131,23 +129,6 @@ def run(
         elif has_published and not is_calling:
             estimator._publish(before)
         raise
-
-
-def _chosen(
-    estimator: TPUAlternatingLeastSquares,
-    rows: sparse.csr_matrix | ShardedMatrix,
-    params: AlsParams,
-) -> tuple[AlsParams, Backend]:
-    """The parameters and the backend for a fit.
-
-    On a CPU the solver "auto" is replaced by "cg" or "cholesky"; the XLA backend replaces it when
-    it lays out the data.
-    """
-    if params.linear_solver == "auto":
-        backend = engine_options.backend_of(estimator, replace(params, linear_solver="cg"))
-        if isinstance(backend, CpuBackend):
-            params = replace(params, linear_solver=reading.cheapest_for(rows, params))
-    return params, engine_options.backend_of(estimator, params)
 
 
 def _finished(training: Training, fitted: FittedModel) -> FittedModel:

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 from threadpoolctl import ThreadpoolController
@@ -19,6 +19,8 @@ from threadpoolctl import ThreadpoolController
 _SMALL = 1 << 26  # up to this many bytes are allocated without checking the available memory
 _FEW_THREADS = 16  # requests up to this number are granted, also on fewer cores
 _blas_lock, _n_limits = threading.Lock(), 0  # open contexts of `single_blas_thread`
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
 _blas_limit: Any = None  # the limit that the first of them set
 
 
@@ -74,10 +76,11 @@ def require_memory(parts: dict[str, int], remedy: str) -> None:
         )
 
 
-def threads(work: Callable[[Any], Any], jobs: Sequence[Any], n_threads: int) -> list[Any]:
+def threads(work: Callable[[_Job], _Result], jobs: Sequence[_Job], n_threads: int) -> list[_Result]:
     """Map `work` over the jobs with a number of threads, including the caller's."""
     n_threads = min(len(jobs), n_threads)
-    queue, results = deque(enumerate(jobs)), [None] * len(jobs)
+    queue: deque[tuple[int, _Job]] = deque(enumerate(jobs))
+    results: list[_Result] = [None] * len(jobs)  # type: ignore[list-item]
 
     def run_jobs() -> None:
         while True:

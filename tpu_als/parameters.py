@@ -28,19 +28,20 @@ OBJECTIVE = (
 )
 BACKEND = ("devices", "num_threads", "use_gpu", "table_layout", "use_native")
 
-Rule = tuple[Callable[[Any], bool], str]
+Check = Callable[[Any], bool]
+Rule = tuple[Check, str]
 Class = TypeVar("Class", bound=type)
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _integer(least: int) -> Callable[[Any], bool]:
+def _integer(least: int) -> Check:
     return lambda v: _is_integer(v) and int(v) >= least
 
 
-def _real(low: float, high: float = math.inf, is_open: bool = False) -> Callable[[Any], bool]:
+def _real(low: float, high: float = math.inf, is_open: bool = False) -> Check:
     def accepts(v: Any) -> bool:
         if not isinstance(v, Real) or isinstance(v, bool):
             return False
@@ -60,20 +61,20 @@ def _at_least_zero(v: Any) -> bool:
     return 0.0 <= v < math.inf if type(v) is float else _real(0.0)(v)
 
 
-def _or_none(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _or_none(accepts: Check) -> Check:
     return lambda v: v is None or accepts(v)
 
 
-def _one_of(names: tuple[str, ...]) -> Callable[[Any], bool]:
+def _one_of(names: tuple[str, ...]) -> Check:
     return lambda v: isinstance(v, str) and v in names
 
 
-def is_flag(v: Any) -> bool:
+def is_flag(v: object) -> bool:
     """Whether a value is True, False, 1 or 0."""
     return isinstance(v, (bool, np.bool_)) or (_is_integer(v) and v in (0, 1))
 
 
-def _is_dtype(v: Any) -> bool:
+def _is_dtype(v: object) -> bool:
     try:
         storage_dtype(v)
     except ValueError:
@@ -172,7 +173,7 @@ def check(estimator: Any, names: Iterable[str] = tuple(RULES)) -> None:
             raise ValueError(f"{name} must be {expected}, got {value!r:.200}")
 
 
-def check_parameters(parameters: dict[str, Any]) -> None:
+def check_parameters(parameters: Mapping[str, object]) -> None:
     """Raise ValueError for the first parameter that is invalid.
 
     Parameters
@@ -186,7 +187,7 @@ def check_parameters(parameters: dict[str, Any]) -> None:
 
 
 @functools.lru_cache(maxsize=32)  # `inspect.signature` takes a tenth of a millisecond
-def named(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+def named(function: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
     """Parameters that a constructor names, without ``self``, ``*args`` and ``**kwargs``."""
     various = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     found = inspect.signature(function).parameters.items()

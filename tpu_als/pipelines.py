@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import sparse
 from sklearn.pipeline import Pipeline
 from sklearn.utils.metaestimators import available_if
 
 from tpu_als.validation import arguments, structure
+from tpu_als.validation.structure import SparseMatrix
 
 
 def _if_model_has(name: str) -> Callable[[Any], bool]:
@@ -50,13 +52,13 @@ class RecommenderPipeline(Pipeline):
     @available_if(_if_model_has("recommend"))
     def recommend(
         self,
-        userid: Any,
-        user_items: Any,
+        userid: ArrayLike,
+        user_items: SparseMatrix,
         N: int = 10,
         filter_already_liked_items: bool = True,
-        filter_items: Any = None,
+        filter_items: ArrayLike | None = None,
         recalculate_user: bool = False,
-        items: Any = None,
+        items: ArrayLike | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Recommend items to a user or to several; `user_items` is weighted first.
 
@@ -75,7 +77,7 @@ class RecommenderPipeline(Pipeline):
         )
 
     @available_if(_if_model_has("recalculate_user"))
-    def recalculate_user(self, userid: Any, user_items: Any) -> np.ndarray:
+    def recalculate_user(self, userid: ArrayLike, user_items: SparseMatrix) -> np.ndarray:
         """Compute factors of users from their items; `user_items` is weighted first.
 
         See `TPUAlternatingLeastSquares.recalculate_user`.
@@ -83,7 +85,7 @@ class RecommenderPipeline(Pipeline):
         return self._model().recalculate_user(userid, self._weighted(user_items))
 
     @available_if(_if_model_has("partial_fit_users"))
-    def partial_fit_users(self, userids: Any, user_items: Any) -> None:
+    def partial_fit_users(self, userids: ArrayLike, user_items: SparseMatrix) -> None:
         """Recompute and store the factors of some users; `user_items` is weighted first.
 
         The transformers stay as they are. See `TPUAlternatingLeastSquares.partial_fit_users`.
@@ -92,7 +94,12 @@ class RecommenderPipeline(Pipeline):
 
     @available_if(_if_model_has("explain"))
     def explain(
-        self, userid: Any, user_items: Any, itemid: Any, user_weights: Any = None, N: int = 10
+        self,
+        userid: ArrayLike,
+        user_items: SparseMatrix,
+        itemid: ArrayLike,
+        user_weights: Any = None,
+        N: int = 10,
     ) -> tuple[float, list[tuple[int, float]], tuple[np.ndarray, bool]]:
         """Split a user's score into contributions of the user's items; they are weighted first.
 
@@ -108,12 +115,12 @@ class RecommenderPipeline(Pipeline):
     @available_if(_if_model_has("similar_items"))
     def similar_items(
         self,
-        itemid: Any,
+        itemid: ArrayLike,
         N: int = 10,
         recalculate_item: bool = False,
-        item_users: Any = None,
-        filter_items: Any = None,
-        items: Any = None,
+        item_users: SparseMatrix | None = None,
+        filter_items: ArrayLike | None = None,
+        items: ArrayLike | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Find the items whose factors have the largest cosine similarity.
 
@@ -134,7 +141,11 @@ class RecommenderPipeline(Pipeline):
 
     @available_if(_if_model_has("similar_users"))
     def similar_users(
-        self, userid: Any, N: int = 10, filter_users: Any = None, users: Any = None
+        self,
+        userid: ArrayLike,
+        N: int = 10,
+        filter_users: ArrayLike | None = None,
+        users: ArrayLike | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Find the users whose factors have the largest cosine similarity.
 
@@ -173,7 +184,7 @@ class RecommenderPipeline(Pipeline):
             raise _other_columns(n_given, n_items)
         return model
 
-    def _weighted(self, user_items: Any, is_strict: bool = False) -> Any:
+    def _weighted(self, user_items: SparseMatrix, is_strict: bool = False) -> Any:
         """Counts as the transformers weight them. The model refuses what is returned unchanged."""
         steps, rows = self._transformers(), structure.checked(user_items)
         is_refused = not sparse.issparse(rows) or rows.ndim > 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from tpu_als import parameters
@@ -22,7 +22,7 @@ def own_parameters(cls: type) -> dict[str, inspect.Parameter]:
     return {name: p for name, p in found.items() if name not in parameters.RULES}
 
 
-def own_values(estimator: Any) -> dict[str, Any]:
+def own_values(estimator: object) -> dict[str, object]:
     """Values of these parameters, where an attribute of the same name stores them."""
     names = own_parameters(type(estimator))
     return {name: getattr(estimator, name) for name in names if hasattr(estimator, name)}
@@ -40,7 +40,7 @@ def warn_if_unfitted(estimator: Any) -> None:
         )
 
 
-def warn_of_lost(estimator: Any, unsaved: Iterable[str]) -> None:
+def warn_of_lost(estimator: object, unsaved: Iterable[str]) -> None:
     """Warn about attributes that a model file does not keep.
 
     Parameters
@@ -64,7 +64,9 @@ def warn_of_lost(estimator: Any, unsaved: Iterable[str]) -> None:
         )
 
 
-def construct(cls: type[Estimator], ours: dict[str, Any], own: dict[str, Any]) -> Estimator:
+def construct(
+    cls: type[Estimator], ours: Mapping[str, object], own: Mapping[str, object]
+) -> Estimator:
     """Make an estimator with given parameters, whatever parameters its constructor has.
 
     Parameters
@@ -100,7 +102,7 @@ def construct(cls: type[Estimator], ours: dict[str, Any], own: dict[str, Any]) -
     return estimator
 
 
-def copy_unnamed(source: Any, target: Any) -> None:
+def copy_unnamed(source: object, target: object) -> None:
     """Copy to a clone the parameters that its constructor takes as ``**kwargs``."""
     from sklearn.base import clone  # late: a service does not need scikit-learn
 

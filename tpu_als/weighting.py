@@ -14,6 +14,7 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from tpu_als.host import require_memory
 from tpu_als.validation import structure
 from tpu_als.validation.refusals import refuse_misplaced, require_finite
+from tpu_als.validation.structure import SparseMatrix
 
 
 class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
@@ -23,7 +24,7 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     _learns_columns = False
     _scales = ""  # parameters that may cause weights beyond the range of the dtype
 
-    def fit(self, X: Any, y: Any = None) -> Self:
+    def fit(self, X: Any, y: object = None) -> Self:
         """Learn the values that `transform` needs from a matrix of users by items.
 
         Parameters
@@ -86,7 +87,7 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         weighted.data = values
         return weighted if sparse.issparse(accepted) else weighted.toarray()
 
-    def _refuse_frames_of_sparse(self, X: Any) -> None:
+    def _refuse_frames_of_sparse(self, X: object) -> None:
         """Raise ValueError for a sparse matrix if `set_output` asks for a frame."""
         config = getattr(self, "_sklearn_output_config", {})
         chosen = config.get("transform", get_config()["transform_output"])
@@ -124,11 +125,11 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
                 + ("" if weights.dtype == np.float64 else ", or pass the counts as float64")
             )
 
-    def _vanishes(self, counts: np.ndarray, weights: np.ndarray) -> Any:
+    def _vanishes(self, counts: np.ndarray, weights: np.ndarray) -> bool | np.ndarray:
         """Whether the weight of a nonzero count was rounded to zero."""
         return False
 
-    def _csr(self, accepted: Any) -> Any:
+    def _csr(self, accepted: Any) -> sparse.csr_matrix:
         """Canonical copy of validated input."""
         rows = accepted.copy() if sparse.issparse(accepted) else sparse.csr_matrix(accepted)
         rows.sum_duplicates()
@@ -141,10 +142,10 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def _check_parameters(self) -> None:
         """Raise ValueError for a parameter out of range."""
 
-    def _learn(self, rows: Any) -> None:
+    def _learn(self, rows: SparseMatrix) -> None:
         """Set the values that are learnt from the columns."""
 
-    def _weigh(self, rows: Any) -> np.ndarray:
+    def _weigh(self, rows: SparseMatrix) -> np.ndarray:
         """Weights of the stored values."""
         raise NotImplementedError
 
@@ -202,10 +203,10 @@ class LogWeighting(_Weighting):
     def _check_parameters(self) -> None:
         _check("epsilon", self.epsilon, 0, np.inf, is_open=True)
 
-    def _weigh(self, rows: Any) -> np.ndarray:
+    def _weigh(self, rows: SparseMatrix) -> np.ndarray:
         return np.sign(rows.data) * np.log1p(np.abs(rows.data) / self.epsilon)
 
-    def _vanishes(self, counts: np.ndarray, weights: np.ndarray) -> Any:
+    def _vanishes(self, counts: np.ndarray, weights: np.ndarray) -> bool | np.ndarray:
         return (weights == 0) & (counts != 0)
 
     def __sklearn_tags__(self) -> Any:
@@ -238,7 +239,7 @@ class TfidfWeighting(_Weighting):
     [1.39, 0.29, 0.29]
     """
 
-    def _weigh(self, rows: Any) -> np.ndarray:
+    def _weigh(self, rows: SparseMatrix) -> np.ndarray:
         return np.sqrt(rows.data) * _idf(rows, self.n_features_in_)
 
 
@@ -292,7 +293,7 @@ class BM25Weighting(_Weighting):
         _check("K1", self.K1, 0, np.inf)
         _check("B", self.B, 0, 1)
 
-    def _learn(self, rows: Any) -> None:
+    def _learn(self, rows: SparseMatrix) -> None:
         n_items = rows.shape[1]
         require_memory(
             {f"sums and lengths of {n_items} items": 24 * n_items},
@@ -302,7 +303,7 @@ class BM25Weighting(_Weighting):
         mean = sums.mean()
         self.length_ = (1.0 - self.B) + self.B * sums / (mean if mean else 1.0)
 
-    def _weigh(self, rows: Any) -> np.ndarray:
+    def _weigh(self, rows: SparseMatrix) -> np.ndarray:
         limit = self.K1 * self.length_[rows.indices] + rows.data
         # a stored zero of an item of length 0 would be 0 / 0
         share = np.divide(rows.data, limit, out=np.zeros_like(limit), where=limit > 0)
@@ -311,7 +312,7 @@ class BM25Weighting(_Weighting):
         return weights
 
 
-def _idf(rows: Any, n_items: int) -> np.ndarray:
+def _idf(rows: SparseMatrix, n_items: int) -> np.ndarray:
     """Inverse document frequency of each stored value's row; documents are items."""
     counts = np.diff(rows.indptr)
     return np.repeat(np.log(n_items) - np.log1p(counts), counts)

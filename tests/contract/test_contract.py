@@ -1,7 +1,7 @@
 """Intended differences from implicit: conflicts with scikit-learn, and errors of implicit.
 
 The conformance tests have the behaviour that both share, ``test_consumers.py`` the use by other
-libraries, and ``test_contract_state.py`` files and copies.
+libraries, and ``test_contract_state.py`` files.
 """
 
 from __future__ import annotations

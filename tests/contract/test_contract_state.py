@@ -1,4 +1,4 @@
-"""Additions to implicit, and state: parameters, transforms, files, copies."""
+"""Additions to implicit, and state: parameters, transforms, files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import io
 import itertools
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -272,44 +271,3 @@ class TestFiles:
             np.savez(tmp_path / "model.npz", **stored, fit=np.array(1), something=np.array(2))
         model = TPUAlternatingLeastSquares.load(tmp_path / "model.npz")
         assert callable(model.fit) and model.factors == FACTORS
-
-
-class TestCopies:
-    def test_a_pickle_has_no_device_arrays(self, fitted: Any, groups: sparse.csr_matrix) -> None:
-        model = copy.deepcopy(fitted)
-        fresh = len(pickle.dumps(model))
-        model.recommend(range(24), groups), model.similar_items(0), model.transform(groups)
-        used = pickle.dumps(model)
-        assert b"jax" not in used and len(used) <= fresh + 2000
-        other = pickle.loads(used)
-        np.testing.assert_array_equal(other.transform(groups), model.transform(groups))
-
-    def test_serving_sets_no_attributes(self, fitted: Any, groups: sparse.csr_matrix) -> None:
-        model = copy.deepcopy(fitted)
-        before = set(vars(model))
-        model.recommend(0, groups[0]), model.similar_users(0), model.transform(groups)
-        model.score(groups), model.explain(0, groups, 5)
-        assert set(vars(model)) == before
-
-    def test_copies_are_independent(self, fitted: Any, groups: sparse.csr_matrix) -> None:
-        other = copy.deepcopy(fitted)
-        other.partial_fit_users([0], groups[9])
-        other.item_factors[:] = 0
-        assert fitted.item_factors.any()
-        np.testing.assert_array_equal(
-            fitted.recommend(0, groups[0], N=3)[0],
-            make(TPUAlternatingLeastSquares)
-            .fit(groups, show_progress=False)
-            .recommend(0, groups[0], N=3)[0],
-        )
-
-    def test_derived_values_follow_a_write_after_they_are_cleared(
-        self, fitted: Any, groups: sparse.csr_matrix
-    ) -> None:
-        model = copy.deepcopy(fitted)
-        model.recommend(0, groups[0]), model.similar_items(0)
-        model.item_factors[7] = 50 * model.user_factors[0]
-        model._item_norms = model._YtY = None
-        assert model.recommend(0, groups[0], N=1)[0][0] == 7
-        expected = oracle.fold_in(groups[1], model.item_factors, OBJECTIVE)[0]
-        np.testing.assert_allclose(model.recalculate_user(1, groups[1]), expected, atol=1e-3)

@@ -41,7 +41,9 @@ class Interactions:
         """Yield the matrix, the user ids and the item ids."""
         return iter((self.matrix, self.users, self.items))
 
-    def decode(self, ids: ArrayLike, scores: ArrayLike, userid: Any = None) -> pd.DataFrame:
+    def decode(
+        self, ids: ArrayLike, scores: ArrayLike, userid: ArrayLike | None = None
+    ) -> pd.DataFrame:
         """Convert the ids and scores that `recommend` returns to a table with item ids.
 
         Places without a result are dropped: id -1, and excluded items, whose score is -3.4e38. The

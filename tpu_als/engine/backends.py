@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
@@ -24,7 +25,7 @@ from tpu_als.engine.als import AlsState
 from tpu_als.engine.cells import Entries
 from tpu_als.engine.cpu import compiled
 from tpu_als.engine.cpu.backend import CpuBackend
-from tpu_als.engine.data import AlsParams, LossParts
+from tpu_als.engine.data import AlsParams, KnownTable, LossParts
 from tpu_als.engine.objective import Objective
 from tpu_als.host import thread_count
 from tpu_als.parameters import LAYOUTS
@@ -52,6 +53,11 @@ class Catalog(Protocol):
         approximate_recall: float | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and scores (B, k) of the best rows for each query (B, K)."""
+
+    def best_of_one(
+        self, query: np.ndarray, k: int, seen: sparse.csr_matrix | None = None
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """`top_k` of a single query (K,), or None if only `top_k` can rank it."""
 
 
 class Source(Protocol):
@@ -95,13 +101,22 @@ class Table(Protocol):
 _TableT = TypeVar("_TableT")  # a table in the backend's form
 _DataT = TypeVar("_DataT")  # the backend's subclass of `engine.data.Data`
 _SideT = TypeVar("_SideT", contravariant=True)  # its subclass of `engine.data.Side`
+_SourceT = TypeVar("_SourceT", bound=Source)  # its form of a fixed table
 
 
-class Backend(Protocol[_TableT, _SideT, _DataT]):
+class Backend(Protocol[_TableT, _SideT, _DataT, _SourceT]):
     """Operations that `als`, training and serving need of a backend.
 
     The tables of a state are in the backend's own form.
+
+    Attributes
+    ----------
+    accepts_part : bool
+        Whether `source` accepts only those rows of a table that are needed, if the gramian of the
+        whole table is known.
     """
+
+    accepts_part: ClassVar[bool]
 
     @property
     def process(self) -> int:
@@ -112,8 +127,12 @@ class Backend(Protocol[_TableT, _SideT, _DataT]):
         """Number of those processes."""
 
     @property
-    def alone(self) -> Backend[_TableT, _SideT, _DataT]:
+    def alone(self) -> Backend[_TableT, _SideT, _DataT, _SourceT]:
         """The backend on this process's devices only."""
+
+    @property
+    def placement(self) -> Hashable:
+        """Where `source` places tables. Backends with equal placements can share a source."""
 
     def agree(self, number: int) -> int:
         """Return the maximum of `number` over all processes."""
@@ -128,7 +147,10 @@ class Backend(Protocol[_TableT, _SideT, _DataT]):
         *,
         with_digest: bool = False,
     ) -> _DataT:
-        """Lay out a matrix in both orientations: `engine.data.Data`."""
+        """Lay out a matrix in both orientations: `engine.data.Data`.
+
+        The linear solver "auto" of `params` is replaced by "cg" or "cholesky".
+        """
 
     def put(self, table: np.ndarray, side: _SideT, data: _DataT) -> _TableT:
         """Place a table (M, K) in the caller's order."""
@@ -157,8 +179,16 @@ class Backend(Protocol[_TableT, _SideT, _DataT]):
     def table(self, table: _TableT, side: _SideT, data: _DataT) -> Table:
         """Return a table of a state, without a reference to the matrix."""
 
-    def source(self, table: np.ndarray, params: AlsParams) -> Source:
-        """Place a fixed table (N, K), to solve rows against."""
+    def source(
+        self, table: np.ndarray, params: AlsParams, known: KnownTable | None = None
+    ) -> _SourceT:
+        """Place a fixed table (N, K), or the part of one, to solve rows against.
+
+        `known` saves the backend the computation of a gramian, if it can use the given one.
+        """
+
+    def shared(self, source: _SourceT) -> _SourceT:
+        """A source of a backend with the same `placement`, for the threads of this one."""
 
     def catalog(self, table: np.ndarray, lengths: np.ndarray | None = None) -> Catalog:
         """Place a table (N, K), to rank its rows by product, divided by `lengths` if given."""
@@ -195,8 +225,8 @@ def choose(wishes: Wishes, linear_solver: str | None = "cg") -> Backend:
     wishes : Wishes
         Devices and threads.
     linear_solver : str or None, default="cg"
-        How `fit` solves rows; for a fit, the CPU backend needs numba. None means that the backend
-        is not for a fit, but to rank tables and to solve rows exactly.
+        How `fit` solves rows, for which the CPU backend needs numba. None means that the backend is
+        not for a fit, but to rank tables and to solve rows exactly.
 
     Raises
     ------
@@ -210,7 +240,7 @@ def choose(wishes: Wishes, linear_solver: str | None = "cg") -> Backend:
         raise ValueError(f"table_layout must be one of {LAYOUTS}, got {wishes.table_layout!r}")
     fits = wishes.use_native and wishes.table_layout == "auto"
     if linear_solver is not None:
-        fits = fits and linear_solver != "auto" and compiled.is_available()
+        fits = fits and compiled.is_available()
     is_plain = wishes.devices is None or (wishes.devices == 1 and wishes.devices is not True)
     if fits and is_plain and not wishes.use_gpu and not may_have_accelerator():
         return CpuBackend(thread_count(wishes.num_threads))

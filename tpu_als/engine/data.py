@@ -97,6 +97,21 @@ class Data:
     digest: int | None = None
 
 
+class KnownTable(NamedTuple):
+    """What is known of a fixed table (N, K) before it is placed.
+
+    Attributes
+    ----------
+    gramian : array (K, K)
+        Its gramian in float64.
+    n_rows : int
+        N, also if only some of the rows are placed.
+    """
+
+    gramian: np.ndarray
+    n_rows: int
+
+
 class LossParts(NamedTuple):
     """The terms of the loss that a backend computes; see `als.loss`.
 

@@ -1,32 +1,22 @@
-"""The attributes of the estimator that read and assign parts of its fitted model.
-
-An estimator's `__dict__` holds parameters and one `FittedModel`, so that it pickles, copies and
-compares plainly. Every call takes that model once, at its start; every writer replaces it whole.
-"""
+"""The attributes of the estimator that read and assign parts of its fitted model."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import threading
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tpu_als import subclasses
-from tpu_als.serving.fitted import FactorTable, FittedModel
+from tpu_als.implicit_api.holder import ModelHolder
+from tpu_als.serving.fitted import FactorTable, FittedModel, Kept
 from tpu_als.validation import arguments
 
-_FIRST = threading.RLock()  # of writers whose estimators have no model yet
 
-
-class Attributes:
-    """The fitted model of an estimator, and properties with implicit's and scikit-learn's names."""
-
-    # A class attribute, because a scikit-learn constructor may set parameters only.
-    _fitted: FittedModel = FittedModel()
+class Attributes(ModelHolder):
+    """Properties of an estimator, with implicit's and scikit-learn's names."""
 
     devices: Any
 
@@ -36,7 +26,7 @@ class Attributes:
         return self._fitted.user.read()
 
     @user_factors.setter
-    def user_factors(self, table: Any) -> None:
+    def user_factors(self, table: ArrayLike | None) -> None:
         self._assign("user", table)
 
     @property
@@ -45,7 +35,7 @@ class Attributes:
         return self._fitted.item.read()
 
     @item_factors.setter
-    def item_factors(self, table: Any) -> None:
+    def item_factors(self, table: ArrayLike | None) -> None:
         self._assign("item", table)
 
     @property
@@ -71,7 +61,7 @@ class Attributes:
     # Assignable as in implicit; None means "compute".
     @property
     def _YtY(self) -> np.ndarray | None:
-        return self._fitted.item.given_gramian
+        return self._fitted.item.given.gramian
 
     @_YtY.setter
     def _YtY(self, gramian: np.ndarray | None) -> None:
@@ -79,7 +69,7 @@ class Attributes:
 
     @property
     def _XtX(self) -> np.ndarray | None:
-        return self._fitted.user.given_gramian
+        return self._fitted.user.given.gramian
 
     @_XtX.setter
     def _XtX(self, gramian: np.ndarray | None) -> None:
@@ -87,7 +77,7 @@ class Attributes:
 
     @property
     def _user_norms(self) -> np.ndarray | None:
-        return self._fitted.user.given_norms
+        return self._fitted.user.given.norms
 
     @_user_norms.setter
     def _user_norms(self, norms: np.ndarray | None) -> None:
@@ -95,7 +85,7 @@ class Attributes:
 
     @property
     def _item_norms(self) -> np.ndarray | None:
-        return self._fitted.item.given_norms
+        return self._fitted.item.given.norms
 
     @_item_norms.setter
     def _item_norms(self, norms: np.ndarray | None) -> None:
@@ -142,25 +132,25 @@ class Attributes:
     def __sklearn_is_fitted__(self) -> bool:
         return self._fitted.is_complete
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         state = dict(super().__getstate__())  # type: ignore[call-overload]
         # Device handles cannot be pickled, and are valid in this process only. Keep their number.
         state["devices"] = _device_count(self.devices)
         return state
 
-    def __copy__(self) -> Any:
+    def __copy__(self) -> Self:
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return twin
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
         twin = copy.copy(self)
         memo[id(self)] = twin
         memo[id(self.devices)] = self.devices
         twin.__dict__.update(copy.deepcopy(twin.__dict__, memo))
         return twin
 
-    def __sklearn_clone__(self) -> Any:
+    def __sklearn_clone__(self) -> Self:
         # jax devices cannot be deep-copied, as scikit-learn's clone would.
         twin = copy.copy(self)
         twin.devices = None
@@ -169,18 +159,13 @@ class Attributes:
         subclasses.copy_unnamed(self, twin)
         return twin
 
-    def _attribute(self, name: str, value: Any) -> Any:
+    def _attribute(self, name: str, value: Kept | None) -> Kept:
         """The value of an attribute that exists only after it has been set."""
         if value is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return value
 
-    def _change(self, make: Callable[[FittedModel], FittedModel]) -> None:
-        """Replace the fitted model by one made from it, under the writers' lock."""
-        with self._writing():
-            self._fitted = make(vars(self).get("_fitted") or FittedModel())
-
-    def _assign(self, side: str, table: Any) -> None:
+    def _assign(self, side: str, table: ArrayLike | None) -> None:
         array = arguments.factor_table(table, f"{side}_factors")
 
         def assigned(fitted: FittedModel) -> FittedModel:
@@ -189,29 +174,6 @@ class Attributes:
             return replace(fitted.with_table(side, FactorTable(array)), assigned=sides)
 
         self._change(assigned)
-
-    def _publish(self, fitted: FittedModel | None) -> None:
-        """Set the fitted model; None removes it."""
-        with self._writing():
-            if fitted is None:
-                self.__dict__.pop("_fitted", None)
-            else:
-                self._fitted = fitted
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Scope of a writer; two of one estimator take turns, also where it has no model yet."""
-        while True:
-            lock = self._writers_lock()
-            with lock:
-                if lock is self._writers_lock():  # else another writer replaced a model in between
-                    yield
-                    return
-
-    def _writers_lock(self) -> Any:
-        """The lock of this estimator's models; where it has no model, one that all such share."""
-        fitted = vars(self).get("_fitted")
-        return _FIRST if fitted is None else fitted.lock
 
 
 def _device_count(devices: Any) -> Any:

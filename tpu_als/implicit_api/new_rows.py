@@ -6,22 +6,23 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import linalg, sparse
 
 from tpu_als import engine_options
 from tpu_als.engine.cpu import exact
 from tpu_als.engine.objective import confidence, ridge
+from tpu_als.implicit_api.holder import ModelHolder
 from tpu_als.serving import fold_in
-from tpu_als.serving.fitted import FactorTable, FittedModel
+from tpu_als.serving.fitted import FactorTable
 from tpu_als.validation import arguments, matrices
+from tpu_als.validation.structure import SparseMatrix
 
 
-class NewRows:
+class NewRows(ModelHolder):
     """Methods for new rows. Every fold-in is exact, whichever solver `fit` uses."""
 
-    _fitted: FittedModel
-
-    def recalculate_user(self, userid: Any, user_items: Any) -> np.ndarray:
+    def recalculate_user(self, userid: ArrayLike, user_items: SparseMatrix) -> np.ndarray:
         """Compute factors of users from their items, without storing them.
 
         Parameters
@@ -46,7 +47,7 @@ class NewRows:
         table = self._fitted.require(self, "item").item
         return recalculated(self, table, userid, user_items, "user")
 
-    def recalculate_item(self, itemid: Any, item_users: Any) -> np.ndarray:
+    def recalculate_item(self, itemid: ArrayLike, item_users: SparseMatrix) -> np.ndarray:
         """Compute factors of items from their users, without storing them.
 
         Parameters
@@ -70,7 +71,7 @@ class NewRows:
         table = self._fitted.require(self, "user").user
         return recalculated(self, table, itemid, item_users, "item")
 
-    def partial_fit_users(self, userids: Any, user_items: Any) -> None:
+    def partial_fit_users(self, userids: ArrayLike, user_items: SparseMatrix) -> None:
         """Recompute and store the factors of some users; new ids grow the table.
 
         Parameters
@@ -93,7 +94,7 @@ class NewRows:
         arguments.warn_if_converted(user_items)
         self._partial_fit("user", userids, user_items)
 
-    def partial_fit_items(self, itemids: Any, item_users: Any) -> None:
+    def partial_fit_items(self, itemids: ArrayLike, item_users: SparseMatrix) -> None:
         """Recompute and store the factors of some items; new ids grow the table.
 
         Parameters
@@ -119,7 +120,7 @@ class NewRows:
     def explain(
         self,
         userid: int,
-        user_items: Any,
+        user_items: SparseMatrix,
         itemid: int,
         user_weights: tuple[np.ndarray, bool] | None = None,
         N: int = 10,
@@ -191,7 +192,7 @@ class NewRows:
 
     def _solve_in_place(
         self,
-        Cui: Any,
+        Cui: SparseMatrix,
         X: np.ndarray,
         Y: np.ndarray,
         regularization: float,
@@ -211,7 +212,7 @@ class NewRows:
         solved = backend.source(Y, params).solve(rows, objective, start=X)
         X[...] = arguments.finite_rows(solved, "X, which stays as it was")
 
-    def _partial_fit(self, side: str, given: Any, matrix: Any) -> None:
+    def _partial_fit(self, side: str, given: ArrayLike, matrix: SparseMatrix) -> None:
         """Solve rows of a side against the other one, and store them; all is checked first."""
         name = "user_items" if side == "user" else "item_users"
         stored = False
@@ -234,7 +235,7 @@ class NewRows:
 
 
 def recalculated(
-    estimator: Any, table: FactorTable, ids: Any, matrix: Any, side: str
+    estimator: Any, table: FactorTable, ids: ArrayLike, matrix: SparseMatrix, side: str
 ) -> np.ndarray:
     """Factors of rows of a side, solved against the table of the other side."""
     name = "user_items" if side == "user" else "item_users"

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tpu_als import engine_options, parameters
+from tpu_als.implicit_api.holder import ModelHolder
 from tpu_als.implicit_api.new_rows import folded_in, recalculated
-from tpu_als.serving.fitted import FactorTable, FittedModel, norms
+from tpu_als.serving.fitted import FactorTable, norms
 from tpu_als.serving.ranking import How, Limits, rank
 from tpu_als.validation import arguments
 from tpu_als.validation.refusals import require_matrix
+from tpu_als.validation.structure import SparseMatrix
 
 
-class Ranking:
+class Ranking(ModelHolder):
     """implicit's ranking methods."""
 
-    _fitted: FittedModel
     approximate_recall: float | None
 
     def recommend(
         self,
-        userid: Any,
-        user_items: Any,
+        userid: ArrayLike,
+        user_items: SparseMatrix | None,
         N: int = 10,
         filter_already_liked_items: bool = True,
-        filter_items: Any = None,
+        filter_items: ArrayLike | None = None,
         recalculate_user: bool = False,
-        items: Any = None,
+        items: ArrayLike | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Recommend the best items for a user or for several.
 
@@ -94,12 +95,12 @@ class Ranking:
 
     def similar_items(
         self,
-        itemid: Any,
+        itemid: ArrayLike,
         N: int = 10,
         recalculate_item: bool = False,
-        item_users: Any = None,
-        filter_items: Any = None,
-        items: Any = None,
+        item_users: SparseMatrix | None = None,
+        filter_items: ArrayLike | None = None,
+        items: ArrayLike | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Find the items whose factors have the largest cosine similarity.
 
@@ -137,7 +138,11 @@ class Ranking:
         return self._similar(fitted.item, "itemid", itemid, n, factors, chosen)
 
     def similar_users(
-        self, userid: Any, N: int = 10, filter_users: Any = None, users: Any = None
+        self,
+        userid: ArrayLike,
+        N: int = 10,
+        filter_users: ArrayLike | None = None,
+        users: ArrayLike | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Find the users whose factors have the largest cosine similarity.
 
@@ -163,7 +168,7 @@ class Ranking:
         chosen = arguments.selection(users, filter_users, table.shape[0], ("users", "filter_users"))
         return self._similar(table, "userid", userid, n, None, chosen)
 
-    def score_pairs(self, userids: Any, itemids: Any) -> np.ndarray:
+    def score_pairs(self, userids: ArrayLike, itemids: ArrayLike) -> np.ndarray:
         """Score given pairs of a user and an item.
 
         Parameters
@@ -191,11 +196,11 @@ class Ranking:
 
     def recommend_all(
         self,
-        user_items: Any,
+        user_items: SparseMatrix,
         N: int = 10,
         recalculate_user: bool = False,
         filter_already_liked_items: bool = True,
-        filter_items: Any = None,
+        filter_items: ArrayLike | None = None,
         users_items_offset: int = 0,
     ) -> np.ndarray:
         """Recommend items for all rows of a matrix; deprecated, use `recommend` with many users.
@@ -223,7 +228,11 @@ class Ranking:
         )[0]
 
     def rank_items(
-        self, userid: Any, user_items: Any, selected_items: Any, recalculate_user: bool = False
+        self,
+        userid: ArrayLike,
+        user_items: SparseMatrix,
+        selected_items: ArrayLike,
+        recalculate_user: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Rank given items for a user; deprecated, use `recommend` with `items`."""
         warnings.warn(
@@ -246,7 +255,7 @@ class Ranking:
     # implicit's approximate-neighbour wrappers call these methods. They normalise the result in
     # place, so it must be a copy.
     def _user_factor(
-        self, userid: Any, user_items: Any, recalculate_user: bool = False
+        self, userid: ArrayLike, user_items: SparseMatrix, recalculate_user: bool = False
     ) -> np.ndarray:
         if recalculate_user:
             table = self._fitted.require(self, "item").item
@@ -254,14 +263,14 @@ class Ranking:
         return self._rows_of("user", userid)
 
     def _item_factor(
-        self, itemid: Any, item_users: Any, recalculate_item: bool = False
+        self, itemid: ArrayLike, item_users: SparseMatrix, recalculate_item: bool = False
     ) -> np.ndarray:
         if recalculate_item:
             table = self._fitted.require(self, "user").user
             return recalculated(self, table, itemid, item_users, "item")
         return self._rows_of("item", itemid)
 
-    def _rows_of(self, side: str, ids: Any) -> np.ndarray:
+    def _rows_of(self, side: str, ids: ArrayLike) -> np.ndarray:
         table = self._fitted.require(self, side).table(side)
         at, is_scalar, _ = arguments.ids_of(ids, table.shape[0], f"{side}id")
         rows = table.rows(at)
@@ -271,7 +280,7 @@ class Ranking:
         self,
         table: FactorTable,
         name: str,
-        ids: Any,
+        ids: ArrayLike,
         n: int,
         factors: np.ndarray | None,
         selection: tuple[np.ndarray | None, np.ndarray | None],

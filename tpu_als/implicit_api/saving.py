@@ -8,16 +8,15 @@ from dataclasses import replace
 from typing import Any, BinaryIO, Self
 
 from tpu_als import parameters, subclasses
+from tpu_als.implicit_api.holder import ModelHolder
 from tpu_als.serving.fitted import SIDES, FactorTable, FittedModel
 from tpu_als.storage import model_file
 
 
-class Saving:
+class Saving(ModelHolder):
     """implicit's `save`, `load` and `to_gpu`."""
 
     use_gpu: bool | None
-
-    _fitted: FittedModel
 
     def save(self, fileobj_or_path: str | os.PathLike | BinaryIO) -> None:
         """Write the model to an .npz file that implicit can load as well.

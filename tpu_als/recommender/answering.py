@@ -23,12 +23,12 @@ class Answering:
 
     def recommend(
         self,
-        users: Any = None,
+        users: object = None,
         n: int = 10,
         *,
         exclude_seen: bool = True,
-        exclude: Any = None,
-        candidates: Any = None,
+        exclude: object = None,
+        candidates: object = None,
         min_score: float | None = None,
     ) -> Any:
         """Recommend items to some users or to all.
@@ -73,12 +73,12 @@ class Answering:
     def recommend_to_parquet(
         self,
         path: str | os.PathLike[str],
-        users: Any = None,
+        users: object = None,
         n: int = 10,
         *,
         exclude_seen: bool = True,
-        exclude: Any = None,
-        candidates: Any = None,
+        exclude: object = None,
+        candidates: object = None,
         min_score: float | None = None,
     ) -> int:
         """Write what `recommend` returns to a Parquet file, in bounded memory.
@@ -106,8 +106,8 @@ class Answering:
         n: int = 10,
         *,
         exclude_seen: bool = True,
-        exclude: Any = None,
-        candidates: Any = None,
+        exclude: object = None,
+        candidates: object = None,
         min_score: float | None = None,
     ) -> Any:
         """Recommend items to somebody who is not in the data.
@@ -138,7 +138,7 @@ class Answering:
         found = ranking.ranked_row(now, row, _count(n), limits)
         return frames.recommendations(now, [found], None, now.library)
 
-    def similar_items(self, items: Any, n: int = 10) -> Any:
+    def similar_items(self, items: object, n: int = 10) -> Any:
         """Find the items whose factors have the largest cosine similarity.
 
         Parameters
@@ -160,7 +160,7 @@ class Answering:
         """
         return frames.neighbours(self._state_, "item", items, _count(n))
 
-    def similar_users(self, users: Any, n: int = 10) -> Any:
+    def similar_users(self, users: object, n: int = 10) -> Any:
         """Find the users whose factors have the largest cosine similarity.
 
         Parameters
@@ -181,7 +181,7 @@ class Answering:
         """
         return frames.neighbours(self._state_, "user", users, _count(n))
 
-    def explain(self, user: Any, item: Any, n: int = 10) -> Any:
+    def explain(self, user: object, item: object, n: int = 10) -> Any:
         """Split a user's score of an item into contributions of the user's own items.
 
         Parameters
@@ -215,7 +215,7 @@ class Answering:
             )
         return found
 
-    def _users(self, now: State, users: Any) -> tuple[np.ndarray, pd.Series]:
+    def _users(self, now: State, users: object) -> tuple[np.ndarray, pd.Series]:
         """Positions of users, and their ids as given."""
         if users is None:
             at = np.flatnonzero(now.history.lengths())

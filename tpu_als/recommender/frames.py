@@ -83,7 +83,7 @@ def to_parquet(
     return n_rows
 
 
-def neighbours(state: State, side: str, given: Any, n: int) -> Any:
+def neighbours(state: State, side: str, given: object, n: int) -> Any:
     """The frame of `similar_items` (side "item") or `similar_users` ("user")."""
     ids = state.items if side == "item" else state.users
     series, _ = given_ids(given, f"{side}s")
@@ -122,7 +122,7 @@ def known(ids: IdMap, series: pd.Series, name: str) -> np.ndarray:
     return at
 
 
-def explanation(state: State, user: Any, item: Any, n: int) -> Any:
+def explanation(state: State, user: object, item: object, n: int) -> Any:
     """The frame of `Recommender.explain`."""
     at = []
     for ids, given, name in ((state.users, user, "user"), (state.items, item, "item")):

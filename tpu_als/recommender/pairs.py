@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from numbers import Real
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,10 +23,10 @@ log = logging.getLogger("tpu_als")
 def limits_of(
     state: State,
     queries: pd.Series,
-    excludes_seen: Any,
-    exclude: Any,
-    candidates: Any,
-    min_score: Any,
+    excludes_seen: object,
+    exclude: object,
+    candidates: object,
+    min_score: object,
 ) -> Limits:
     """Check the arguments of `Recommender.recommend` that limit the results for some users.
 
@@ -48,7 +47,7 @@ def limits_of(
 
 
 def _items_or_pairs(
-    state: State, queries: pd.Series, given: Any, name: str
+    state: State, queries: pd.Series, given: object, name: str
 ) -> tuple[np.ndarray | None, sparse.csr_matrix | None]:
     if given is None:
         return None, None
@@ -65,12 +64,12 @@ def _items_or_pairs(
     return np.unique(at[at >= 0]), None
 
 
-def _is_frame(given: Any) -> bool:
+def _is_frame(given: object) -> bool:
     is_ids = isinstance(given, (str, list, tuple, pd.Index, pd.Series, np.ndarray))
     return not is_ids and hasattr(given, "columns")
 
 
-def _pairs(state: State, queries: pd.Series, given: Any, name: str) -> sparse.csr_matrix:
+def _pairs(state: State, queries: pd.Series, given: object, name: str) -> sparse.csr_matrix:
     """The items of each query, as a matrix (m, N)."""
     frame, *_ = sources.read(given, sources.names_of(given), [])
     schema = state.schema

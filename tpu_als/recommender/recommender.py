@@ -123,7 +123,7 @@ class Recommender(Answering, BaseEstimator):
         super().set_params(**params)
         return self
 
-    def fit(self, events: Any, y: Any = None, show_progress: bool | None = None) -> Self:
+    def fit(self, events: Any, y: object = None, show_progress: bool | None = None) -> Self:
         """Map the ids, combine and weight the events, and fit the model.
 
         Parameters
@@ -157,7 +157,7 @@ class Recommender(Answering, BaseEstimator):
         model = TPUAlternatingLeastSquares() if self.model is None else clone(self.model)
         return self.fit_by(events, lambda weights: model.fit(weights, show_progress=show_progress))
 
-    def fit_by(self, events: Any, fit: Callable[[sparse.csr_matrix], Any]) -> Self:
+    def fit_by(self, events: Any, fit: Callable[[sparse.csr_matrix], object]) -> Self:
         """Fit with a function that makes the model; the parameter `model` is not used.
 
         Parameters
@@ -221,7 +221,7 @@ class Recommender(Answering, BaseEstimator):
                 self._publish(state.updated(now, checked, _solved))
         return self
 
-    def score(self, events: Any, y: Any = None) -> float:
+    def score(self, events: Any, y: object = None) -> float:
         """Mean NDCG@10 of later events among the items that a user has not had.
 
         Parameters

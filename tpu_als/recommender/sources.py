@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ _PARQUET = (".parquet", ".pq")
 _KNOWN = "a DataFrame of pandas, polars or PyArrow, a DuckDB relation, or the path or glob of files"
 
 
-def read(events: Any, columns: list[str], ids: list[str]) -> tuple[pd.DataFrame, str, bool]:
+def read(events: object, columns: list[str], ids: list[str]) -> tuple[pd.DataFrame, str, bool]:
     """Read columns of events.
 
     Parameters
@@ -58,7 +59,7 @@ def read(events: Any, columns: list[str], ids: list[str]) -> tuple[pd.DataFrame,
     return *_read_frame(events, columns), False
 
 
-def _are_paths(events: Any) -> bool:
+def _are_paths(events: object) -> bool:
     return (
         isinstance(events, (list, tuple))
         and bool(events)
@@ -139,7 +140,7 @@ def _read_parquet(paths: list[Path], columns: list[str]) -> pd.DataFrame:
     return files.to_table(columns=present).to_pandas(split_blocks=True, self_destruct=True)
 
 
-def _read_frame(events: Any, columns: list[str]) -> tuple[pd.DataFrame, str]:
+def _read_frame(events: object, columns: list[str]) -> tuple[pd.DataFrame, str]:
     import narwhals as nw  # late: pandas frames do not need it
 
     try:
@@ -168,7 +169,7 @@ def names_of(frame: Any) -> list[str]:
     return list(nw.from_native(frame).collect_schema().names())
 
 
-def as_library(columns: dict[str, Any], library: str) -> Any:
+def as_library(columns: Mapping[str, object], library: str) -> Any:
     """A frame of a library with these columns (arrays or pandas Series of one length)."""
     frame = pd.DataFrame(columns)
     if library == "pandas":
@@ -190,7 +191,7 @@ def as_library(columns: dict[str, Any], library: str) -> Any:
     return duckdb.from_arrow(made)
 
 
-def _plain_values(series: pd.Series) -> Any:
+def _plain_values(series: pd.Series) -> np.ndarray | list[object]:
     """Values that other libraries convert to their own type."""
     is_numeric = isinstance(series.dtype, np.dtype) and series.dtype.kind in "biufM"
     return series.to_numpy() if is_numeric else series.to_list()

@@ -75,9 +75,9 @@ class State:
     pending: np.ndarray
     clock: Clock | None
     library: str
-    lock: Any = field(default_factory=threading.RLock, repr=False)
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in set(self.__dataclass_fields__) - {"lock"}}
 
     def __setstate__(self, values: dict[str, Any]) -> None:

@@ -1,17 +1,12 @@
-"""The gramian of a table of which a few rows have changed, and solves by it, without the table."""
+"""The gramian of a table of which a few rows have changed, without the table."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from scipy import sparse
 
-from tpu_als.engine.cpu import exact
-from tpu_als.engine.data import AlsParams
-from tpu_als.engine.objective import Objective
 from tpu_als.host import single_blas_thread
-from tpu_als.serving.changed import ChangedTable
 
 _MOST_MOVED = 16  # times a column's sum of squares; above it the gramian is computed anew
 _SHARE = 8  # the gramian is computed anew too if more than 1/8 of the rows have changed
@@ -51,32 +46,3 @@ def after_change(
         moved = known.moved + np.sum(old**2, axis=0) + np.sum(new**2, axis=0)
         is_exact = (moved <= _MOST_MOVED * np.diagonal(gram)).all()  # False for NaN
     return Carried(gram, moved) if is_exact else None
-
-
-def solved_by_few(
-    table: Any, known: Carried, rows: sparse.csr_matrix, how: tuple[Objective, AlsParams, int]
-) -> np.ndarray | None:
-    """Solve rows against a table with a few changed rows, without a copy of all of it.
-
-    Parameters
-    ----------
-    table : ChangedTable or another form of a table
-        Other forms are not solved against.
-    known : Carried
-        Its gramian.
-    rows : CSR matrix (m, n)
-        As in `FactorTable.solve`.
-    how : (Objective, AlsParams, int)
-        The equations, the solver and the number of threads.
-
-    Returns
-    -------
-    array (m, K) or None
-        None if a copy of the table is needed.
-    """
-    needed = table.needed(rows) if isinstance(table, ChangedTable) else None
-    if needed is None:
-        return None
-    objective, params, n_threads = how
-    source = exact.Source(needed[0], params, n_threads, len(table)).knowing(known.gram)
-    return source.solve(needed[1], objective)

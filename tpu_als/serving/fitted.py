@@ -9,19 +9,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 from scipy import sparse
 
 from tpu_als.engine.als import AlsState
 from tpu_als.engine.backends import Backend, Catalog
-from tpu_als.engine.cpu import exact, half_epoch
+from tpu_als.engine.cpu import half_epoch
 from tpu_als.engine.cpu.backend import CpuBackend
-from tpu_als.engine.data import AlsParams, Data
+from tpu_als.engine.data import AlsParams, Data, KnownTable
 from tpu_als.engine.objective import Objective
 from tpu_als.host import single_blas_thread
-from tpu_als.serving.carried import Carried, after_change, solved_by_few
+from tpu_als.serving.carried import Carried, after_change
 from tpu_als.serving.changed import FEW, ChangedTable, rows_of, with_rows
 from tpu_als.validation import arguments
 
@@ -30,6 +30,14 @@ SIDES = ("user", "item")
 ONE_THREAD = CpuBackend(1)
 # The attributes to which users may assign a gramian and norms, as in implicit.
 _ASSIGNED = {"user": ("_XtX", "_user_norms"), "item": ("_YtY", "_item_norms")}
+
+
+class Given(NamedTuple):
+    """Derived values that a user assigned, and the attributes' names, for messages."""
+
+    gramian: np.ndarray | None = None
+    norms: np.ndarray | None = None
+    names: tuple[str, str] = ("gramian", "norms")
 
 
 class FactorTable:
@@ -47,10 +55,8 @@ class FactorTable:
     unread : engine table or ChangedTable, optional
         The table in a backend's form, as training left it, or with a few changed rows. Reading the
         whole table fetches it.
-    gramian, norms : ndarray, optional
-        Assigned by the user, instead of the computed ones. They are checked when they are used.
-    names : (str, str)
-        The attributes that they were assigned to, for messages.
+    given : Given
+        Derived values that the user assigned. They are checked when they are used.
     is_frozen : bool, default=False
         Whether the arrays are read-only, so that derived values cannot be out of date.
     carried : Carried, optional
@@ -61,9 +67,7 @@ class FactorTable:
         self,
         host: np.ndarray | None = None,
         unread: Any = None,
-        gramian: np.ndarray | None = None,
-        norms: np.ndarray | None = None,
-        names: tuple[str, str] = ("gramian", "norms"),
+        given: Given = Given(),  # noqa: B008 - immutable
         *,
         is_frozen: bool = False,
         carried: Carried | None = None,
@@ -72,13 +76,12 @@ class FactorTable:
         self._carried = carried if is_frozen else None
         if host is not None and is_frozen:
             host.flags.writeable = False
-        self.given_gramian, self.given_norms, self._names = gramian, norms, names
+        self.given = given
         self._derived: dict[str, tuple[Any, Any]] = {}
         self._lock = threading.RLock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        given = {"gramian": self.given_gramian, "norms": self.given_norms, "names": self._names}
-        return {"host": self.read(), "is_frozen": self._is_frozen, **given}
+    def __getstate__(self) -> dict[str, object]:
+        return {"host": self.read(), "is_frozen": self._is_frozen, "given": self.given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -160,42 +163,37 @@ class FactorTable:
 
     def frozen(self) -> FactorTable:
         """The same table with read-only arrays."""
-        given = self.given_gramian, self.given_norms, self._names
-        made = FactorTable(self._host, self._unread, *given, is_frozen=True)
+        made = FactorTable(self._host, self._unread, self.given, is_frozen=True)
         return self if self._is_frozen else made
 
     def _carried_to(self, table: Any, ids: np.ndarray, rows: np.ndarray) -> Carried | None:
         """The gramian in float64 after a change of some rows, if it is known before."""
         known = self._carried
-        source = self._derived.get(f"source for {CpuBackend.__name__}", (None, None))[1]
-        if isinstance(source, exact.Source) and source.known_gramian is not None:
+        source = self._derived.get(_source_name(ONE_THREAD), (None, None))[1]
+        if source is not None and source.known_gramian is not None:
             known = known or Carried(source.known_gramian, np.zeros(table.shape[1]))
         if known is None:
             return None
         last, at = np.unique(ids[::-1], return_index=True)  # the last row of an id is kept
         return after_change(known, len(table), rows_of(table, last), rows[::-1][at])
 
-    def given(self, names: tuple[str, str], **values: np.ndarray | None) -> FactorTable:
+    def with_given(self, names: tuple[str, str], **values: np.ndarray | None) -> FactorTable:
         """The same table with a gramian or norms assigned; None has them computed again."""
-        values = {"gramian": self.given_gramian, "norms": self.given_norms, **values}
-        gramian, norms = values["gramian"], values["norms"]
         with self._lock:
-            return FactorTable(self._host, self._unread, gramian=gramian, norms=norms, names=names)
+            return FactorTable(self._host, self._unread, self.given._replace(names=names, **values))
 
     def gramian(self) -> np.ndarray:
         """Y^T Y (factors, factors), assigned or computed."""
-        if self.given_gramian is not None:
-            width = self.shape[1]
-            return arguments.derived(self.given_gramian, self._names[0], (width, width))
+        if self.given.gramian is not None:
+            return arguments.derived(self.given.gramian, self.given.names[0], (self.shape[1],) * 2)
         table = self.resident
-        if table is not None:
-            return self._once("gramian", None, table.gramian)
-        return self._once("gramian", None, lambda: _gramian(self.read()))
+        compute = (lambda: _gramian(self.read())) if table is None else table.gramian
+        return self._once("gramian", None, compute)
 
     def norms(self) -> np.ndarray:
         """Euclidean lengths (n,) of the rows, assigned or computed; 1e-10 in place of 0."""
-        if self.given_norms is not None:
-            return arguments.derived(self.given_norms, self._names[1], self.shape[:1])
+        if self.given.norms is not None:
+            return arguments.derived(self.given.norms, self.given.names[1], self.shape[:1])
         table = self.resident
         if table is not None:
             return self._once("norms", None, lambda: _divisible(table.norms()))
@@ -209,27 +207,23 @@ class FactorTable:
         Rows that could not be solved have values that are not finite.
         """
         table = self.resident
-        if table is not None and self.given_gramian is None:
+        if table is not None and self.given.gramian is None:
             return table.solve(rows, objective)
-        known = self._carried if self.given_gramian is None else None
-        if known is not None and isinstance(backend, CpuBackend):
-            found = solved_by_few(self._unread, known, rows, (objective, params, backend.n_threads))
-            if found is not None:
-                return found
-        name = f"source for {type(backend).__name__}"
-        # On a CPU the number of threads changes.
-        stamp = params if isinstance(backend, CpuBackend) else (params, backend)
-        source = self._once(name, stamp, lambda: self._source(backend, params))
-        if isinstance(backend, CpuBackend) and isinstance(source, exact.Source):
-            source = source.on(backend.n_threads)
-        gram = self.gramian() if source.wants_gramian or self.given_gramian is not None else None
-        return source.solve(rows, objective, gram=gram).astype(self.dtype, copy=False)
+        table, known = self._unread, self._known()
+        if backend.accepts_part and known is not None and isinstance(table, ChangedTable):
+            needed = table.needed(rows)
+            if needed is not None:
+                return backend.source(needed[0], params, known).solve(needed[1], objective)
+        name, stamp = _source_name(backend), (params, backend.placement)
+        source = self._once(name, stamp, lambda: backend.source(self.read(), params, known))
+        gram = self.gramian() if source.wants_gramian or self.given.gramian is not None else None
+        solved = backend.shared(source).solve(rows, objective, gram=gram)
+        return solved.astype(self.dtype, copy=False)
 
-    def _source(self, backend: Backend, params: AlsParams) -> Any:
-        source = backend.source(self.read(), params)
-        if isinstance(source, exact.Source) and self._carried is not None:
-            source = source.knowing(self._carried.gram)
-        return source
+    def _known(self) -> KnownTable | None:
+        if self._carried is None or self.given.gramian is not None:
+            return None
+        return KnownTable(self._carried.gram, self.shape[0])
 
     def catalog(self, backend: Backend, *, cosine: bool) -> Catalog:
         """The table in a backend's form, to rank its rows by product or by cosine."""
@@ -246,7 +240,7 @@ class FactorTable:
         )
         return found
 
-    def _once(self, name: str, stamp: Any, make: Callable[[], Kept]) -> Kept:
+    def _once(self, name: str, stamp: object, make: Callable[[], Kept]) -> Kept:
         """Return a derived value; compute it in the first call, or if `stamp` has changed."""
         kept = self._derived.get(name)
         if kept is None or (kept[0] is not stamp and kept[0] != stamp):
@@ -286,9 +280,9 @@ class FittedModel:
     feature_names: np.ndarray | None = None
     popularity: np.ndarray | None = None
     origin: object = field(default_factory=object)
-    lock: Any = field(default_factory=threading.RLock)
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         names = set(self.__dataclass_fields__) - {"origin", "lock"}
         return {name: getattr(self, name) for name in names}
 
@@ -358,7 +352,8 @@ class FittedModel:
 
     def with_values(self, side: str, **values: np.ndarray | None) -> Self:
         """Assign the gramian or the norms of a table."""
-        changes: dict[str, Any] = {side: self.table(side).given(_ASSIGNED[side], **values)}
+        table = self.table(side).with_given(_ASSIGNED[side], **values)
+        changes: dict[str, Any] = {side: table}
         return replace(self, **changes)
 
     def trained(
@@ -393,6 +388,11 @@ def tables_of(state: AlsState, data: Data) -> dict[str, FactorTable]:
         name: FactorTable(unread=data.backend.table(table, side, data))
         for name, (table, side) in sides.items()
     }
+
+
+def _source_name(backend: Backend) -> str:
+    """Name of the derived value that is the table placed by a backend of this kind."""
+    return f"source for {type(backend).__name__}"
 
 
 def norms(table: np.ndarray) -> np.ndarray:

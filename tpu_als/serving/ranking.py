@@ -70,11 +70,9 @@ def rank(
     """
     seen, chosen, excluded = limits
     if len(queries) == 1 and chosen is None and excluded is None:  # the usual call of a service
-        catalog = table.catalog(ONE_THREAD, cosine=how.cosine)
-        if isinstance(catalog, ranking.Catalog):
-            found = catalog.best_of_one(queries[0], n, seen)
-            if found is not None:
-                return found
+        best = table.catalog(ONE_THREAD, cosine=how.cosine).best_of_one(queries[0], n, seen)
+        if best is not None:
+            return best
     n_rows, width = table.shape
     arguments.same_width(queries.shape[-1], width)
     if chosen is not None:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -49,9 +49,9 @@ _NEVER_LOADED = ("checkpoint_dir",)  # a file must not choose where the next fit
 
 def save_model(
     target: str | os.PathLike | BinaryIO,
-    parameters: dict[str, Any],
-    fitted: dict[str, Any],
-    own: dict[str, Any] | None = None,
+    parameters: Mapping[str, object],
+    fitted: Mapping[str, Any],
+    own: Mapping[str, object] | None = None,
 ) -> list[str]:
     """Write an estimator's parameters and fitted attributes.
 
@@ -242,7 +242,7 @@ def _unpacked(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def save_npz(target: str | os.PathLike | BinaryIO, values: dict[str, Any]) -> None:
+def save_npz(target: str | os.PathLike | BinaryIO, values: Mapping[str, object]) -> None:
     """Write named values in implicit's format.
 
     Parameters

@@ -16,7 +16,7 @@ from tpu_als.recommender.schema import schema_of
 from tpu_als.tuning.split import Problem, of_parts, split
 
 
-def require_recommender(recommender: Any, **others: Any) -> None:
+def require_recommender(recommender: object, **others: object) -> None:
     """Check the argument `recommender`.
 
     Raises
@@ -85,7 +85,7 @@ def fitted(
     recommender: Recommender,
     events: Any,
     weighting: Any,
-    fit: Callable[[sparse.csr_matrix], Any],
+    fit: Callable[[sparse.csr_matrix], object],
 ) -> Recommender:
     """Fit a recommender with another weighting, and with a function that fits the model.
 

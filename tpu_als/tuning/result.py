@@ -118,11 +118,11 @@ def frame_of(trials: list[Trial]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _is_default(value: Any, default: Any) -> bool:
+def _is_default(value: object, default: object) -> bool:
     return value is default or (type(value) is type(default) and bool(value == default))
 
 
-def _text_of(value: Any) -> str:
+def _text_of(value: object) -> str:
     if isinstance(value, BaseEstimator):
         return code_of(value)
     if isinstance(value, list):

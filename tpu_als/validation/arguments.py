@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -217,7 +217,7 @@ def flags(**values: object) -> None:
             raise ValueError(f"{name} must be True or False, got {value!r:.60}")
 
 
-def result_count(n: Any) -> int:
+def result_count(n: SupportsIndex) -> int:
     """Check N, the number of results: an integer of at least 0 and below 2**31."""
     try:
         n = operator.index(n)

@@ -8,7 +8,7 @@ checked here before compiled code reads them, and the flags are ignored.
 from __future__ import annotations
 
 import copy
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 from scipy import sparse
@@ -16,6 +16,8 @@ from scipy import sparse
 from tpu_als.host import require_memory
 
 _ROW_BYTES = 16  # of a row in a CSR matrix and in the conversion to it
+
+SparseMatrix: TypeAlias = sparse.spmatrix | sparse.sparray
 
 
 def checked(matrix: object, name: str = "user_items", *, widen: bool = False) -> Any:

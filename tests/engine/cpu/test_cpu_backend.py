@@ -265,6 +265,14 @@ def test_where_it_serves() -> None:
         assert kind(devices=2, table_layout=layout) is XlaBackend
 
 
+@pytest.mark.parametrize(("factors", "expected"), [(2, "cholesky"), (400, "cg")])
+def test_auto_is_replaced_when_data_are_placed(factors: int, expected: str) -> None:
+    backend = backends.choose(backends.Wishes(), "auto")
+    assert isinstance(backend, CpuBackend)
+    data = backend.place(COUNTS, AlsParams(factors, linear_solver="auto"))
+    assert data.params.linear_solver == expected
+
+
 def test_several_cpu_devices_are_threads() -> None:
     assert backends.choose(backends.Wishes(devices=3, num_threads=1)) == CpuBackend(3)
 

@@ -155,6 +155,16 @@ def test_other_rows_and_numbers_compile_nothing(new_compilations) -> None:
     assert count.programs == 0
 
 
+def test_its_programs_are_in_the_bounded_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fold_in.CACHE, "most", 1)
+    fold_in.CACHE.clear()
+    objective = Objective.of("implicit", 0.5, 2.0)
+    for factors in (3, 4, 5):
+        source = fold_in.source(_table(factors), AlsParams(factors), device_mesh(1))
+        source.solve(_rows(0)[:3, :4], objective)
+        assert fold_in.CACHE.n_compiled() <= 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", EXACT)
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=["implicit", "ials"])

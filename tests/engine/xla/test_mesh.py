@@ -302,14 +302,14 @@ def test_a_forked_process_serves_single_users_and_refuses_the_rest() -> None:
 
 @pytest.mark.slow
 def test_programs_of_many_shapes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "MOST_PROGRAMS", 20)
-    programs.forget()
+    monkeypatch.setattr(programs.CACHE, "most", 20)
+    programs.CACHE.clear()
     client, counts = jax.devices()[0].client, []
     for number in range(8):
         rows = random_counts(10 + 7 * number, 9 + 5 * number, density=0.4, seed=number)
         model = TPUAlternatingLeastSquares(2 + number, iterations=1, use_native=False, devices=1)
         model.fit(rows, show_progress=False)
-        assert programs.count() <= 20 + 6  # of the last fit
+        assert programs.CACHE.n_compiled() <= 20 + 6  # of the last fit
         counts.append(len(client.live_executables()))
     gc.collect()
     assert max(counts[4:]) <= max(counts[:4]) + 20

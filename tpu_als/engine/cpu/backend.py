@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from scipy import sparse
@@ -15,18 +15,22 @@ from tpu_als.engine.cells import Entries, InMemory
 from tpu_als.engine.cpu import compiled, exact, half_epoch, ranking
 from tpu_als.engine.cpu.half_epoch import Rows, Settings
 from tpu_als.engine.cpu.memory import Memory
-from tpu_als.engine.data import AlsParams, Data, LossParts, Side
+from tpu_als.engine.data import AlsParams, Data, KnownTable, LossParts, Side
 from tpu_als.engine.digests import EntriesDigest
 from tpu_als.engine.objective import Objective, largest_weight, typed, weights_vanish
 from tpu_als.engine.reading import (
     SIDES,
     Totals,
     as_entries,
+    cheapest_for,
     check_digests,
     kept_as,
     require_tables,
 )
 from tpu_als.host import give_back_memory, require_memory, single_blas_thread
+
+if TYPE_CHECKING:
+    from tpu_als.engine.xla.data import XlaData
 
 _MANY = 1 << 20  # with more entries, freed memory is returned to the system; it takes milliseconds
 
@@ -100,6 +104,8 @@ class CpuBackend:
     n_threads: int
     process = 0
     n_processes = 1
+    placement = "host"
+    accepts_part: ClassVar[bool] = True
 
     @property
     def alone(self) -> CpuBackend:
@@ -128,7 +134,7 @@ class CpuBackend:
         user_items : CSR matrix (M, N) or Entries
             A matrix is canonical: sorted indices, no duplicates. Stored zeros are entries.
         params : AlsParams
-            Decides the dtype.
+            Decides the dtype. The linear solver "auto" is replaced by "cg" or "cholesky".
         with_digest : bool, default=False
             Whether to compute the digest of a matrix in memory, which checkpoints need. The digest
             of `Entries` on disk is always computed.
@@ -142,6 +148,8 @@ class CpuBackend:
         """
         require_tables(user_items.shape, params)
         entries = as_entries(user_items)
+        if params.linear_solver == "auto":
+            params = replace(params, linear_solver=cheapest_for(user_items, params))
         compiled.begin_loading(params.dtype)
         totals, values_dtype = Totals(), kept_as(entries, params)
         with_digest = with_digest or not isinstance(entries, InMemory)
@@ -239,9 +247,18 @@ class CpuBackend:
         """A table of a state, without the matrix."""
         return Table(table)
 
-    def source(self, table: np.ndarray, params: AlsParams) -> exact.Source:
-        """A fixed table (N, K), to solve rows against."""
-        return exact.Source(table, params, self.n_threads)
+    def source(
+        self, table: np.ndarray, params: AlsParams, known: KnownTable | None = None
+    ) -> exact.Source:
+        """A fixed table (N, K), or its rows that are needed, to solve rows against."""
+        if known is None:
+            return exact.Source(table, params, self.n_threads)
+        source = exact.Source(table, params, self.n_threads, known.n_rows)
+        return source.knowing(known.gramian)
+
+    def shared(self, source: exact.Source) -> exact.Source:
+        """The same source, for this number of threads."""
+        return source.on(self.n_threads)
 
     def catalog(self, table: np.ndarray, lengths: np.ndarray | None = None) -> ranking.Catalog:
         """A table (N, K), to rank its rows by product, divided by `lengths` if given."""
@@ -251,7 +268,7 @@ class CpuBackend:
         """Free the memory that is kept between half-epochs."""
         data.memory.clear()
 
-    def describe_for_checkpoint(self, data: CpuData) -> Any:
+    def describe_for_checkpoint(self, data: CpuData) -> XlaData:
         """The data in the form that checkpoints have, which is that of the XLA backend."""
         from tpu_als.engine.xla import bridge
 
@@ -285,7 +302,11 @@ def _lengths(entries: Entries, name: str) -> np.ndarray:
 
 
 def _side(
-    blocks: cells.Blocks, lengths: np.ndarray, shape: tuple[int, int], name: str, dtype: Any
+    blocks: cells.Blocks,
+    lengths: np.ndarray,
+    shape: tuple[int, int],
+    name: str,
+    dtype: np.dtype | None,
 ) -> CpuSide:
     """Lay out one side: the entries of row after row."""
     rows, n_source = layout.in_order(lengths), shape[name == "user"]

@@ -9,6 +9,7 @@ import os
 import threading
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -43,30 +44,30 @@ def is_available() -> bool:
 
 
 @functools.cache
-def loops() -> Any:
+def loops() -> ModuleType:
     """The module `engine.cpu.loops`, whose functions numba compiles when they are called."""
     return _load("loops")
 
 
 @functools.cache
-def selection() -> Any:
+def selection() -> ModuleType:
     """The module `engine.cpu.selection`, whose functions numba compiles when they are called."""
     return _load("selection")
 
 
 @functools.cache
-def converging() -> Any:
+def converging() -> ModuleType:
     """The module `engine.cpu.converging`, whose functions numba compiles when they are called."""
     return _load("converging")
 
 
 @functools.cache
-def direct() -> Any:
+def direct() -> ModuleType:
     """The module `engine.cpu.direct`, whose functions numba compiles when they are called."""
     return _load("direct")
 
 
-def _load(name: str) -> Any:
+def _load(name: str) -> ModuleType:
     """Import a module of compiled functions.
 
     Compiled code is kept between processes, like Python's own: beside the source or, if that is
@@ -125,14 +126,14 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-def ready(dtype: str) -> Any:
+def ready(dtype: str) -> ModuleType:
     """The loops, with the one that solves rows compiled for tables of a dtype."""
     with _loading:
         return _ready(dtype)
 
 
 @functools.cache
-def _ready(dtype: str) -> Any:
+def _ready(dtype: str) -> ModuleType:
     compute = "float32" if dtype == "bfloat16" else dtype
     found, kind = loops(), np.dtype(compute).type
     number, table = np.zeros(1, np.int64), np.zeros((1, 1), compute)

@@ -14,7 +14,7 @@ import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from scipy import linalg, sparse
@@ -29,6 +29,7 @@ from tpu_als.host import single_blas_thread, threads
 from tpu_als.validation import structure
 from tpu_als.validation.refusals import all_finite
 
+_Kept = TypeVar("_Kept")
 _BLOCK = 1 << 14  # entries of a row gathered at once
 _PARTS = 8  # for each thread, so that threads end together
 _LEAST = 1 << 22  # least multiplications of a part for which a thread pays
@@ -57,7 +58,7 @@ class Source:
     n_source: int | None = None
     wants_gramian: ClassVar[bool] = False
     _kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def solve(
         self,
@@ -134,7 +135,7 @@ class Source:
 
         return self._once("gramian", compute)
 
-    def _once(self, name: str, compute: Callable[[], Any]) -> Any:
+    def _once(self, name: str, compute: Callable[[], _Kept]) -> _Kept:
         """A value that is computed in the first call."""
         if name not in self._kept:
             with self._lock:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 from scipy import linalg, sparse
 
 from tpu_als.engine.cpu import compiled
@@ -23,6 +24,9 @@ from tpu_als.engine.cpu.memory import LINE, Memory
 from tpu_als.engine.data import DTYPES
 from tpu_als.engine.objective import DOMINANT, Objective
 from tpu_als.host import threads
+
+if TYPE_CHECKING:
+    from tpu_als.engine.cpu.loops import Diagonal
 
 # Bounds on the error's energy as a multiple of the solution's, for which errors stay below 1e-5
 # and 1e-10 of the solution's length.
@@ -60,7 +64,7 @@ class Rows(NamedTuple):
     ids: np.ndarray
     values: np.ndarray | None
 
-    def part(self, at: slice, dtype: Any) -> Rows:
+    def part(self, at: slice, dtype: DTypeLike) -> Rows:
         """Some rows, with values of this dtype; an empty array of values if all are 1."""
         cells, lengths, ids, values = self.cells[at], self.lengths[at], self.ids, self.values
         if values is None:
@@ -206,12 +210,12 @@ def _solver(settings: Settings, dtype: np.dtype, factors: int) -> tuple[Callable
     return loops.solve_rows, loops.Solver(kind(relaxation), steps)
 
 
-def diagonal_of(spectrum: np.ndarray, n_source: int, factors: int, settings: Settings) -> Any:
+def diagonal_of(spectrum: np.ndarray, n_source: int, factors: int, settings: Settings) -> Diagonal:
     """`loops.Diagonal` for a spectrum (P,), in its dtype; no sum of two numbers overflows."""
     loops, kind, limits = compiled.loops(), spectrum.dtype.type, np.finfo(spectrum.dtype)
     most, wide = limits.max / 4, spectrum.astype(np.float64)
 
-    def bounded(number: Any) -> Any:
+    def bounded(number: np.ndarray | np.floating) -> np.ndarray:
         return np.minimum(number, most).astype(spectrum.dtype)
 
     scaled = bounded(np.float64(settings.objective.unobserved_weight) * wide)
@@ -268,7 +272,7 @@ def eigenbasis_of(
     return np.pad(rotation, ((0, 0), pads)), np.pad(spectrum, pads, constant_values=1)
 
 
-def gramian(table: np.ndarray, n_threads: int, dtype: Any) -> np.ndarray:
+def gramian(table: np.ndarray, n_threads: int, dtype: DTypeLike) -> np.ndarray:
     """Y^T Y of a table (N, K): products of blocks of rows in a dtype, summed in float64.
 
     The number of threads does not change a bit of it.

@@ -300,9 +300,8 @@ def solve_rows(
     """
     (cells, lengths), (relaxation, steps) = starts, solver
     vectors = np.empty((7, rows.shape[1]), rows.dtype)
-    z, p, r, image, d, inverse = (
-        vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], vectors[5],
-    )  # fmt: skip
+    z, p, r, image = vectors[0], vectors[1], vectors[2], vectors[3]
+    d, inverse = vectors[4], vectors[5]
     scratch = vectors[6], np.empty(rows.shape[1])
     zero, one, tiny = z.dtype.type(0), z.dtype.type(1), diagonal.tiny
     for row in range(len(lengths)):
@@ -316,7 +315,7 @@ def solve_rows(
         for k in range(len(z)):
             z[k] = zero if is_new else rows[row, k]
             r[k] = -d[k] * z[k]
-        on_targets, on_predictions = scale, zero if is_new else -scale
+        scales = scale, zero if is_new else -scale
         # Pass -1 computes the residual at z; passes 0, 1, ... are the steps of CG. There is one
         # call of each function, because each call is inlined and compiled anew.
         for step in range(-1, steps):
@@ -326,7 +325,6 @@ def solve_rows(
             if is_last:
                 bend = _whole_curvature(entries, objective, (first, n), scale, given)
             else:
-                scales = on_targets, on_predictions
                 _add_all_products(entries, objective, (first, n), scales, given, out, scratch)
             if step < 0:
                 for k in range(len(z)):
@@ -335,7 +333,7 @@ def solve_rows(
                     if not steps:
                         z[k] = p[k]
                     image[k] = d[k] * p[k]
-                on_targets, on_predictions = zero, scale
+                scales = zero, scale
                 continue
             for k in range(len(z)):
                 bend += image[k] * p[k]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 LINE = 64  # bytes of a cache line; vectors that straddle two take twice as long to read
 
@@ -21,7 +21,7 @@ class Memory:
     def __init__(self) -> None:
         self._free: dict[int, list[np.ndarray]] = {}
 
-    def empty(self, shape: tuple[int, ...], dtype: Any, room: int = 0) -> np.ndarray:
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike, room: int = 0) -> np.ndarray:
         """An uninitialised array that begins at a cache line.
 
         Parameters

@@ -14,7 +14,8 @@ import sys
 import threading
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -305,7 +306,7 @@ def _of_few(
     return ids, scores
 
 
-def _loaded_selection() -> Any:
+def _loaded_selection() -> ModuleType | None:
     """The compiled loops if numba is loaded already, which takes a second; else None."""
     return compiled.selection() if "numba" in sys.modules and compiled.is_available() else None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
@@ -18,6 +18,9 @@ from tpu_als.engine.cpu.half_epoch import Rows, Settings
 from tpu_als.engine.cpu.memory import LINE, Memory
 from tpu_als.engine.objective import Objective, largest_weight, typed
 from tpu_als.host import threads
+
+if TYPE_CHECKING:
+    from tpu_als.engine.cpu.loops import Diagonal
 
 _LEAST_ROWS = 4  # rows for which there is memory
 _MANY = 4  # entries for each source row from which all source rows are rotated
@@ -49,7 +52,7 @@ class Eigenbasis:
         self._tiles_back = read_only(_tiles(rotation.T.astype(table.dtype)))
         self._table, self._spectrum = table, spectrum
         # The latest call's objective and largest value, and its settings and diagonal part.
-        self._latest: tuple[tuple[Objective, float], Settings, Any] | None = None
+        self._latest: tuple[tuple[Objective, float], Settings, Diagonal] | None = None
         self._memory = Memory()
 
     def solve(self, rows: sparse.csr_matrix, objective: Objective, n_threads: int) -> np.ndarray:
@@ -83,7 +86,7 @@ class Eigenbasis:
         threads(work, given.parts(n_threads, factors), n_threads)
         return out
 
-    def _settings(self, values: np.ndarray, objective: Objective) -> tuple[Settings, Any]:
+    def _settings(self, values: np.ndarray, objective: Objective) -> tuple[Settings, Diagonal]:
         """How to solve rows with these values, and the diagonal part of their equations."""
         largest = max(float(values.max(initial=0)), -float(values.min(initial=0)))
         given, latest = (objective, largest), self._latest

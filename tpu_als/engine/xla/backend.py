@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from scipy import sparse
@@ -11,7 +12,7 @@ from scipy import sparse
 from tpu_als.engine import layout
 from tpu_als.engine.als import AlsState
 from tpu_als.engine.cells import Entries
-from tpu_als.engine.data import AlsParams, LossParts
+from tpu_als.engine.data import AlsParams, KnownTable, LossParts
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import fold_in, half_epoch, placing, ranking
 from tpu_als.engine.xla.data import XlaData, XlaSide
@@ -30,6 +31,7 @@ class XlaBackend:
     """
 
     mesh: DeviceMesh
+    accepts_part: ClassVar[bool] = False
 
     @property
     def process(self) -> int:
@@ -45,6 +47,11 @@ class XlaBackend:
     def alone(self) -> XlaBackend:
         """The backend on this process's devices only."""
         return XlaBackend(self.mesh.alone)
+
+    @property
+    def placement(self) -> DeviceMesh:
+        """The mesh."""
+        return self.mesh
 
     def agree(self, number: int) -> int:
         """Return the maximum of a number over all processes."""
@@ -101,9 +108,15 @@ class XlaBackend:
         """Return a table of a state, without the matrix; it stays on the devices until `fetch`."""
         return Table(table, side.rows, data.params, data.mesh)
 
-    def source(self, table: np.ndarray, params: AlsParams) -> fold_in.Source:
-        """Place a fixed table (N, K), to solve rows against."""
+    def source(
+        self, table: np.ndarray, params: AlsParams, known: KnownTable | None = None
+    ) -> fold_in.Source:
+        """Place a fixed table (N, K), to solve rows against; the device computes its gramian."""
         return fold_in.source(table, params, self.mesh)
+
+    def shared(self, source: fold_in.Source) -> fold_in.Source:
+        """Return the source: its mesh, which is this one, has the threads."""
+        return source
 
     def catalog(self, table: np.ndarray, lengths: np.ndarray | None = None) -> ranking.Catalog:
         """Place a table (N, K), to rank its rows by product, divided by `lengths` if given."""

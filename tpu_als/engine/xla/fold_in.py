@@ -26,7 +26,7 @@ from tpu_als.engine.xla import solve, sweep
 from tpu_als.engine.xla.data import static_of
 from tpu_als.engine.xla.mesh import DeviceMesh, precision
 from tpu_als.engine.xla.placing import backend_kind, chunk_sizes
-from tpu_als.engine.xla.programs import Program, PyTree
+from tpu_als.engine.xla.programs import CACHE, Program, PyTree
 from tpu_als.engine.xla.solve import Basis, Cells
 from tpu_als.engine.xla.sweep import Rows, Static
 from tpu_als.validation import structure
@@ -150,8 +150,7 @@ def solve_rows(
                 source.table, gramian.astype(dtype), basis.n_source, params.compute_dtype
             )
 
-    def program(rung: Rung) -> Program:
-        return _program(static_of(params, rung.rows, rung.length))
+    programs = {r: _program(static_of(params, r.rows, r.length)) for r in row_map.rungs}
 
     def slots(rung: Rung, number: int) -> slice:
         first = rung.first_slot + number * rung.rows
@@ -167,9 +166,9 @@ def solve_rows(
 
     def work(job: tuple[Rung, int]) -> None:
         with precision(params.dtype):
-            table[slots(*job)] = program(job[0])(*arguments(*job))
+            table[slots(*job)] = programs[job[0]](*arguments(*job))
 
-    calls = [(program(rung), arguments(rung, 0)) for rung in row_map.rungs]
+    calls = [(program, arguments(rung, 0)) for rung, program in programs.items()]
     source.mesh.compile(calls, params.dtype)
     source.mesh.threads(work, [(r, number) for r in row_map.rungs for number in range(r.n_chunks)])
     return layout.from_slots(table[None], row_map)
@@ -184,7 +183,7 @@ def _plan(lengths: np.ndarray, params: AlsParams, mesh: DeviceMesh) -> Plan:
     return Plan(rungs, chunk, min(most_rows, _ROWS[backend_kind(mesh)]), 1)
 
 
-@functools.cache
+@CACHE.keep
 def _program(static: Static) -> Program:
     """Compiled program that solves the rows of one chunk."""
 

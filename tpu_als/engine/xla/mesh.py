@@ -270,7 +270,7 @@ class DeviceMesh:
 
     def compile(self, calls: Iterable[Call], dtype: str) -> None:
         """Compile the programs that are new for these arguments, in parallel."""
-        programs.compile_new(calls, dtype, self.threads)
+        programs.CACHE.compile_new(calls, dtype, self.threads)
 
     def threads(
         self, work: Callable[[_Job], _Result], jobs: Sequence[_Job], most: int | None = None

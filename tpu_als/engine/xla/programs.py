@@ -1,4 +1,4 @@
-"""Compiled programs over the shards of a mesh, the collectives they use, and their caches.
+"""Compiled programs over the shards of a mesh, the collectives they use, and their cache.
 
 A program depends only on static arguments, on the mesh and on shapes of arrays. So a cached program
 saves a later fit the compilation, and does not change its result.
@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,16 +27,12 @@ PyTree = Any  # arrays in any structure of tuples, lists and named tuples
 Program = jax.stages.Wrapped  # a compiled program
 Call = tuple[Program, tuple[PyTree, ...]]  # a program and its arguments
 _Tree = TypeVar("_Tree")
+_Arguments = ParamSpec("_Arguments")
 
 AXIS = "shards"  # name of the mesh axis
 # Specs of inputs and outputs: each device has its part of a leading axis of shards, or all of it.
 SHARDED, REPLICATED = PartitionSpec(AXIS), PartitionSpec()
 _PIECE_ROWS = 1 << 13  # rows of a table that `concatenate` changes at once
-_compiled: set[Hashable] = set()  # compiled programs with the shapes of their arguments
-_jitted: list[Any] = []  # the programs that are cached
-# Bound on compiled programs, one for each set of shapes. Each has about 4 MB; a fit has up to 40.
-MOST_PROGRAMS = 200
-
 
 compilation_cache.apply_to_jax()
 
@@ -106,7 +102,88 @@ def _write_changed(rows: Array, shard: Array, low: int, change: Callable[[Array]
     return jax.lax.fori_loop(0, len(shard) // size, write, rows)
 
 
-@functools.cache
+class ProgramCache:
+    """Programs that later fits and calls use again, with a bound on their compiled versions.
+
+    A program is compiled once for each set of argument shapes. Each matrix of a new shape needs new
+    versions; without a bound they would fill the memory.
+
+    Attributes
+    ----------
+    most : int
+        Compiled versions to keep. If `compile_new` would exceed it, all programs are dropped; one
+        that is running stays until it has finished.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._programs: dict[Hashable, Program] = {}
+        self._compiled: set[Hashable] = set()  # programs with the shapes of their arguments
+
+    def keep(self, make: Callable[_Arguments, Program]) -> Callable[_Arguments, Program]:
+        """Decorate a function that makes programs: one is kept for each set of arguments."""
+
+        @functools.wraps(make)
+        def kept(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Program:
+            key = (make, args, tuple(kwargs.items()))
+            program = self._programs.get(key)
+            if program is None:  # `setdefault`, because another thread may have made it since
+                program = self._programs.setdefault(key, make(*args, **kwargs))
+            return program
+
+        return kept
+
+    def compile_new(
+        self,
+        calls: Iterable[Call],
+        dtype: str,
+        run_all: Callable[[Callable[[Hashable], None], Sequence[Hashable]], object],
+    ) -> None:
+        """Compile programs that were not compiled for arguments of these shapes before.
+
+        Parameters
+        ----------
+        calls : iterable of (program, arguments)
+            The programs.
+        dtype : str
+            That of the tables (`precision`).
+        run_all : callable
+            Maps a function over a sequence, with several threads.
+        """
+        new: dict[Hashable, Call] = {}
+        for program, args in calls:
+            leaves, structure = jax.tree.flatten(args)
+            key = (program, structure, tuple((a.shape, a.dtype) for a in leaves))
+            if key not in self._compiled:
+                new[key] = (program, args)
+
+        def work(key: Hashable) -> None:
+            with precision(dtype):
+                program, args = new[key]
+                program.lower(*args).compile()
+            self._compiled.add(key)
+
+        if new and self.n_compiled() + len(new) > self.most:
+            self.clear()
+        run_all(work, list(new))
+        if new:
+            give_back_memory()
+
+    def n_compiled(self) -> int:
+        """Number of compiled versions in memory."""
+        programs = list(self._programs.values())
+        return sum(program._cache_size() for program in programs)  # type: ignore[attr-defined]
+
+    def clear(self) -> None:
+        """Drop all programs."""
+        self._programs.clear()
+        self._compiled.clear()
+
+
+CACHE = ProgramCache(200)  # a fit has up to 40 versions, each of about 4 MB
+
+
+@CACHE.keep
 def all_shards_program(
     fn: Callable[..., PyTree],
     static: Hashable,
@@ -116,7 +193,7 @@ def all_shards_program(
 ) -> Program:
     """See `DeviceMesh.all_shards_program`."""
     if mesh is None:
-        return _registered(jax.jit(functools.partial(fn, static, collectives)))
+        return jax.jit(functools.partial(fn, static, collectives))
 
     def on_device(sharded: PyTree, replicated: PyTree) -> PyTree:
         outputs = fn(static, collectives, _without_axis(sharded), replicated)
@@ -133,10 +210,10 @@ def all_shards_program(
         out_specs=out_specs,
         check_vma=False,
     )
-    return _registered(jax.jit(mapped))
+    return jax.jit(mapped)
 
 
-@functools.cache
+@CACHE.keep
 def per_shard_program(
     fn: Callable[..., PyTree],
     static: Hashable,
@@ -148,7 +225,7 @@ def per_shard_program(
     options = _compiler_options(platform)
     if mesh is None:
         on_shard = functools.partial(fn, static)
-        return _registered(jax.jit(on_shard, donate_argnums=0, compiler_options=options))
+        return jax.jit(on_shard, donate_argnums=0, compiler_options=options)
 
     def on_device(out: Array, sharded: PyTree, source: Array, replicated: PyTree) -> Array:
         source = source[0] if collectives.is_sharded else source
@@ -161,7 +238,7 @@ def per_shard_program(
         out_specs=SHARDED,
         check_vma=False,
     )
-    return _registered(jax.jit(mapped, donate_argnums=0, compiler_options=options))
+    return jax.jit(mapped, donate_argnums=0, compiler_options=options)
 
 
 class ShardPass(NamedTuple):
@@ -180,64 +257,6 @@ class ShardPass(NamedTuple):
     program: Program
     sharded: PyTree
     replicated: PyTree
-
-
-def compile_new(
-    calls: Iterable[Call],
-    dtype: str,
-    run_all: Callable[[Callable[[Hashable], None], Sequence[Hashable]], object],
-) -> None:
-    """Compile programs that were not compiled for arguments of these shapes before.
-
-    Parameters
-    ----------
-    calls : iterable of (program, arguments)
-        The programs.
-    dtype : str
-        That of the tables (`precision`).
-    run_all : callable
-        Maps a function over a sequence, with several threads.
-    """
-    new: dict[Hashable, Call] = {}
-    for program, args in calls:
-        leaves, structure = jax.tree.flatten(args)
-        key = (program, structure, tuple((a.shape, a.dtype) for a in leaves))
-        if key not in _compiled:
-            new[key] = (program, args)
-
-    def work(key: Hashable) -> None:
-        with precision(dtype):
-            program, args = new[key]
-            program.lower(*args).compile()
-        _compiled.add(key)
-
-    if new and count() + len(new) > MOST_PROGRAMS:
-        forget()
-    run_all(work, list(new))
-    if new:
-        give_back_memory()
-
-
-def _registered(program: Program) -> Program:
-    """Count this program's compiled versions in `count`."""
-    _jitted.append(program)
-    return program
-
-
-def count() -> int:
-    """Number of compiled programs in memory: one for each set of argument shapes."""
-    return sum(program._cache_size() for program in _jitted)
-
-
-def forget() -> None:
-    """Drop all compiled programs. A program that is running stays until it has finished.
-
-    Each matrix of a new shape needs new programs. Without a bound they would fill the memory.
-    """
-    all_shards_program.cache_clear()
-    per_shard_program.cache_clear()
-    _jitted.clear()
-    _compiled.clear()
 
 
 def _without_axis(sharded: _Tree) -> _Tree:

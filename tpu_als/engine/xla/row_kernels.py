@@ -166,20 +166,20 @@ class RowKernels:
     def predict(self, block: IndexedBlock, z: Array) -> Array:
         """E z: predictions (R, L) of the block's cells for rows z (R, K); 0 in pads."""
         n_rows, length = block.ids.shape
-        part, n_parts = _parts(n_rows, length)
-        kernel = functools.partial(_predict_part, length=length, part=part, n_parts=n_parts)
-        flat = self._call(kernel, n_rows * n_parts, block, (), (z,), (n_rows * length,))
+        parts = _Parts.of(n_rows, length)
+        kernel = functools.partial(_predict_part, parts=parts)
+        flat = self._call(kernel, n_rows * parts.number, block, (), (z,), (n_rows * length,))
         is_entry = solve.entry_mask(block.ids.shape, block.n_entries)
         return jnp.where(is_entry, flat.reshape(n_rows, length), jnp.zeros((), flat.dtype))
 
     def _image(self, block: IndexedBlock, a: Array, b: Array, p: Array) -> Array:
         """E^T (a * E p + b) for cell values a, b (R, L): (R, K)."""
         n_rows, length = block.ids.shape
-        part, n_parts = _parts(n_rows, length)
-        kernel = functools.partial(_image_of_part, length=length, part=part, n_parts=n_parts)
-        n_programs = n_rows * n_parts
+        parts = _Parts.of(n_rows, length)
+        kernel = functools.partial(_image_of_part, parts=parts)
+        n_programs = n_rows * parts.number
         sums = self._call(kernel, n_programs, block, (a, b), (p,), (n_programs, p.shape[1]))
-        return sums.reshape(n_rows, n_parts, -1).sum(axis=1)
+        return sums.reshape(n_rows, parts.number, -1).sum(axis=1)
 
     def _call(
         self,
@@ -205,11 +205,19 @@ class RowKernels:
         return call(*flat, block.n_entries, block.table, *rows)
 
 
-def _parts(n_rows: int, length: int) -> tuple[int, int]:
-    """Entries per part, and parts per row, so that enough programs run."""
-    wanted = max(n_rows * length // _PROGRAMS, _SHORTEST_PART)
-    part = min(1 << (wanted.bit_length() - 1), _PART)
-    return part, -(-length // part)
+class _Parts(NamedTuple):
+    """How rows are divided: cells of a row, entries of a part, and parts of a row."""
+
+    length: int
+    size: int
+    number: int
+
+    @classmethod
+    def of(cls, n_rows: int, length: int) -> _Parts:
+        """Parts of R rows, so short that enough programs run."""
+        wanted = max(n_rows * length // _PROGRAMS, _SHORTEST_PART)
+        size = min(1 << (wanted.bit_length() - 1), _PART)
+        return cls(length, size, -(-length // size))
 
 
 class _Tiles(NamedTuple):
@@ -320,18 +328,18 @@ def _solve_row(*refs: Ref, length: int, steps: int) -> None:
 
 
 def _part_of(
-    ids: Ref, n_entries: Ref, table: Ref, dtype: Dtype, length: int, part: int, n_parts: int
+    ids: Ref, n_entries: Ref, table: Ref, dtype: Dtype, parts: _Parts
 ) -> tuple[Array, _Tiles]:
     """The row of this program, and the entries of its part of the row."""
-    row, number = pl.program_id(0) // n_parts, pl.program_id(0) % n_parts
-    count = jnp.clip(n_entries[row] - number * part, 0, part)
-    return row, _Tiles(ids, table, row * length + number * part, count, part, dtype)
+    row, before = pl.program_id(0) // parts.number, pl.program_id(0) % parts.number * parts.size
+    count = jnp.clip(n_entries[row] - before, 0, parts.size)
+    return row, _Tiles(ids, table, row * parts.length + before, count, parts.size, dtype)
 
 
-def _image_of_part(*refs: Ref, length: int, part: int, n_parts: int) -> None:
+def _image_of_part(*refs: Ref, parts: _Parts) -> None:
     """Kernel: E^T (a * E p + b) over a part of a row."""
     ids, a, b, n_entries, table, rows, out = refs
-    row, tiles = _part_of(ids, n_entries, table, out.dtype, length, part, n_parts)
+    row, tiles = _part_of(ids, n_entries, table, out.dtype, parts)
     p = _read_row(rows, row)
 
     def image(rows: Array, a: Array, b: Array) -> Array:
@@ -340,10 +348,10 @@ def _image_of_part(*refs: Ref, length: int, part: int, n_parts: int) -> None:
     _write_row(out, pl.program_id(0), tiles.fold(image, p.shape[1], (a, b)))
 
 
-def _predict_part(*refs: Ref, length: int, part: int, n_parts: int) -> None:
+def _predict_part(*refs: Ref, parts: _Parts) -> None:
     """Kernel: E z over a part of a row; pads are not written."""
     ids, n_entries, table, rows, out = refs
-    row, tiles = _part_of(ids, n_entries, table, out.dtype, length, part, n_parts)
+    row, tiles = _part_of(ids, n_entries, table, out.dtype, parts)
     z = _read_row(rows, row)
 
     def body(tile: Array, carried: int) -> int:
