@@ -157,6 +157,27 @@ def lenskit(ids: np.ndarray, test: sparse.csr_matrix) -> dict[str, float]:
     }
 
 
+def recbole(ids: np.ndarray, test: sparse.csr_matrix) -> dict[str, float]:
+    metrics = pytest.importorskip("recbole.evaluator.metrics")
+    collector = pytest.importorskip("recbole.evaluator.collector")
+    torch = pytest.importorskip("torch")
+    likes = test.toarray() > 0
+    hits = np.take_along_axis(likes, ids, axis=1)
+    collected = collector.DataStruct()
+    table = np.hstack([hits, likes.sum(axis=1, keepdims=True)]).astype(np.int64)
+    collected.set("rec.topk", torch.from_numpy(table))
+    collected.set("rec.items", torch.from_numpy(ids.astype(np.int64)))
+    collected.set("data.num_items", N_ITEMS)
+    config = {"topk": [K], "metric_decimal_place": 12}
+    names = ["Precision", "Recall", "MAP", "NDCG", "Hit", "MRR", "ItemCoverage"]
+    with pytest.MonkeyPatch.context() as patch:  # RecBole uses a name that NumPy 2 removed
+        patch.setattr(np, "float", float, raising=False)
+        return {
+            name: float(getattr(metrics, name)(config).calculate_metric(collected).popitem()[1])
+            for name in names
+        }
+
+
 LIBRARIES = {
     "implicit": implicit,
     "ranx": ranx,
@@ -164,6 +185,7 @@ LIBRARIES = {
     "RecTools": rectools,
     "irspack": irspack,
     "LensKit": lenskit,
+    "RecBole": recbole,
 }
 
 
@@ -190,7 +212,11 @@ def test_the_table_has_all_metrics() -> None:
     assert {name.strip("`") for name in table().index} == {*evaluation.METRICS} - of_this_package
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(
+    "library",
+    # ranx compiles for minutes when it runs for the first time.
+    [pytest.param(name, marks=pytest.mark.slow if name == "ranx" else ()) for name in LIBRARIES],
+)
 def test_each_cell_of_the_table(library: str) -> None:
     ids, test = rankings()
     ours = evaluation.metrics_of_rankings(ids, test)
