@@ -29,11 +29,12 @@ from tpu_als.shards import write_shards
 from tpu_als.weighting import BM25Weighting, LogWeighting
 
 RANX = {
-    "precision_at_k": "precision",
+    "precision_full": "precision",
     "recall_full": "recall",
     "ndcg": "ndcg",
     "hit_rate": "hit_rate",
     "mrr": "mrr",
+    "map_full": "map",
     "map": "map",
 }
 IN_RANX = """
@@ -94,6 +95,7 @@ def oracle(ids: np.ndarray, test: Any, train: Any, popularity: list[int], n_user
         hits = [item in likes for item in ranked]
         m, h = len(likes), sum(hits)
         hits_of_all, most_of_all = hits_of_all + h, most_of_all + min(k, m)
+        rows["precision_full"].append(h / k)
         rows["precision_at_k"].append(h / k)
         rows["recall"].append(h / min(k, m))
         rows["recall_full"].append(h / m)
@@ -101,6 +103,7 @@ def oracle(ids: np.ndarray, test: Any, train: Any, popularity: list[int], n_user
         rows["mrr"].append(1 / (hits.index(True) + 1) if h else 0)
         precisions = [sum(hits[: i + 1]) / (i + 1) for i, hit in enumerate(hits) if hit]
         rows["map"].append(sum(precisions) / min(k, m))
+        rows["map_full"].append(sum(precisions) / m)
         ideal = sum(1 / math.log2(i + 2) for i in range(min(k, m)))
         rows["ndcg"].append(sum(1 / math.log2(i + 2) for i, hit in enumerate(hits) if hit) / ideal)
         shown += ranked
@@ -486,7 +489,9 @@ class TestScorer:
     ("name", "metric"),
     [
         ("recall_full_at_k", "recall_full"),
-        ("precision_full_at_k", "precision_at_k"),
+        ("precision_full_at_k", "precision_full"),
+        ("mean_average_precision_full_at_k", "map_full"),
+        ("mean_average_precision_at_k", "map"),
         ("AUC_unseen_at_k", "auc_unseen"),
         ("precision_at_k", "precision"),
     ],

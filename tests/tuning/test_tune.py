@@ -170,7 +170,9 @@ def test_weightings_that_cannot_help_are_not_tried() -> None:
     assert "tfidf" not in set(tune(disliked, **SMALL).trials["weighting"])
 
 
-@pytest.mark.parametrize("metric", ["ndcg", "recall", "map", "precision", "hit_rate", "mrr"])
+@pytest.mark.parametrize(
+    "metric", ["ndcg", "recall", "map", "precision", "hit_rate", "mrr", "recall_full", "map_full"]
+)
 def test_metrics(metric: str) -> None:
     found = tune(groups(), **{**SMALL, "n_candidates": 2}, metric=metric)
     assert 0 < found.score <= 1

@@ -15,7 +15,7 @@ from tpu_als.exceptions import DataWarning
 
 METRICS = (
     "precision", "map", "ndcg", "auc", "recall", "hit_rate", "mrr", "coverage", "novelty",
-    "recall_full", "precision_at_k", "auc_unseen",
+    "precision_full", "recall_full", "map_full", "precision_at_k", "auc_unseen",
 )  # fmt: skip
 
 
@@ -118,11 +118,12 @@ def metrics_of_rankings(
         With h hits in the first K and m relevant entries of a user, means over users of
 
         * "precision": sum of h over the sum of min(K, m), implicit's definition;
-        * "precision_at_k": h / K, the textbook's;
+        * "precision_full": h / K, the textbook's; "precision_at_k" is another name of it;
         * "recall": h / min(K, m), the capped recall of Liang et al. (2018);
         * "recall_full": h / m, the textbook's;
         * "hit_rate": whether h > 0; "mrr": 1 / rank of the first hit;
-        * "map": average precision over min(K, m);
+        * "map": sum of the precisions at the ranks of the hits, over min(K, m);
+        * "map_full": the same sum over m, as in trec_eval;
         * "ndcg": sum of 1 / log2(1 + rank) of the hits, over the largest possible sum;
         * "auc": area under the ROC curve, where items that are not ranked are in random order. By
           implicit's definition all `width` items count. A ranking excludes the train items, so
@@ -142,6 +143,10 @@ def metrics_of_rankings(
 
     Notes
     -----
+    The metrics without "_full" cap the denominator at what a ranking of K items can reach, so 1 is
+    possible for every user. Those with "_full" divide by the full number, as most libraries do;
+    docs/metrics.md lists which library has which definition.
+
     In implicit stored zeros and negative values of a test matrix are relevant, and a repeated id
     counts twice. Its AUC is outside the range 0 to 1 if a ranking has more misses than there are
     irrelevant items; here the misses beyond that number are ignored.
@@ -251,13 +256,16 @@ def _of_hits(hits: np.ndarray, counts: np.ndarray) -> dict[str, Ratio]:
     """Metrics that depend only on hits (n, K) and numbers of relevant entries (n,) > 0."""
     found, k = np.cumsum(hits, axis=1), hits.shape[1]
     n_hits, ranks, best = found[:, -1], np.arange(1, k + 1), np.minimum(counts, k)
+    precisions = (hits * found / ranks).sum(axis=1)
     means = {
+        "precision_full": n_hits / k,
         "precision_at_k": n_hits / k,
         "recall": n_hits / best,
         "recall_full": n_hits / counts,
         "hit_rate": n_hits > 0,
         "mrr": (hits / ranks).max(axis=1),
-        "map": (hits * found / ranks).sum(axis=1) / best,
+        "map": precisions / best,
+        "map_full": precisions / counts,
         "ndcg": holdout.ndcg_of_hits(hits, counts),
     }
     ones = np.ones(len(hits))

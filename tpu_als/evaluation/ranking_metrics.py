@@ -167,8 +167,8 @@ mrr_at_k = _metric_at_k("mrr")
 coverage_at_k = _metric_at_k("coverage")
 novelty_at_k = _metric_at_k("novelty")
 recall_full_at_k = _metric_at_k("recall_full")
-# The name precision_at_k is taken by implicit's metric, so the textbook one has another name.
-precision_full_at_k = _metric_at_k("precision_at_k")
+precision_full_at_k = _metric_at_k("precision_full")
+mean_average_precision_full_at_k = _metric_at_k("map_full")
 AUC_unseen_at_k = _metric_at_k("auc_unseen")
 
 

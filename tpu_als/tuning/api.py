@@ -26,7 +26,10 @@ from tpu_als.validation.refusals import require_matrix
 
 log = logging.getLogger("tpu_als")
 
-METRICS = ("ndcg", "recall", "map", "precision", "hit_rate", "mrr")
+METRICS = (
+    "ndcg", "recall", "map", "precision", "hit_rate", "mrr",
+    "recall_full", "map_full", "precision_full",
+)  # fmt: skip
 
 
 def tune(
@@ -68,8 +71,9 @@ def tune(
         included. The search ends earlier if it has no candidates left. None sets no limit:
         `n_candidates` and `max_factors` then determine the work, and the result depends on
         `random_state` only.
-    metric : {"ndcg", "recall", "map", "precision", "hit_rate", "mrr"}, default="ndcg"
-        What to maximise, as defined in `evaluation.metrics_of_rankings`.
+    metric : str, default="ndcg"
+        What to maximise: "ndcg", "recall", "map", "precision", "hit_rate", "mrr", "recall_full",
+        "map_full" or "precision_full", as defined in `evaluation.metrics_of_rankings`.
     k : int, default=20
         Length of the rankings.
     model : TPUAlternatingLeastSquares, optional
