@@ -3,13 +3,16 @@
     python .ci/documents.py README.md docs/*.md
 
 The blocks of a file share names, and a temporary directory is the working directory. Blocks with
-prompts are doctests, others are executed. Two HTML comments are understood:
+prompts are doctests, others are executed. Three HTML comments are understood:
 
     <!-- run                    code that readers do not see, which makes what later blocks need
     code
     -->
 
     <!-- not run: reason -->    before a block that a single machine cannot run; it must compile
+
+    <!-- prints -->         between a block and a block of text, which the first must print; as in
+                            doctests, `...` stands for any text
 
 Cells of notebooks (``{code-cell}``) are run when the site is built, and not here.
 """
@@ -33,7 +36,8 @@ from typing import Any, NamedTuple
 BLOCK = re.compile(
     r"^<!-- run\n(?P<hidden>.*?)^-->$"
     r"|(?:^<!-- not run: (?P<reason>[^>]+?) -->\n+)?"
-    r"^(?P<indent> *)```(?:python|pycon|py)\n(?P<shown>.*?)^(?P=indent)```$",
+    r"^(?P<indent> *)```(?:python|pycon|py)\n(?P<shown>.*?)^(?P=indent)```$"
+    r"(?:\n+<!-- prints -->\n+```text\n(?P<printed>.*?)^```$)?",
     flags=re.DOTALL | re.MULTILINE,
 )
 FENCE = re.compile(r"^ *```(?:python|pycon|py)\b", flags=re.MULTILINE)
@@ -69,7 +73,10 @@ def run(name: str) -> Counts:
                 compile(code, name, "exec")
                 not_run.append(f"{name}:{line}: {' '.join(block['reason'].split())}")
                 continue
-            count, problem = (doctests if ">>>" in code else execute)(code, names, name, line)
+            if ">>>" in code:
+                count, problem = doctests(code, names, name, line)
+            else:
+                count, problem = execute(code, names, name, line, block["printed"])
             ran, examples, hidden = ran + 1, examples + count, hidden + (part == "hidden")
             if problem:
                 errors.append(problem)
@@ -86,14 +93,20 @@ def doctests(code: str, names: dict[str, Any], name: str, line: int) -> tuple[in
     return len(test.examples), report.getvalue()
 
 
-def execute(code: str, names: dict[str, Any], name: str, line: int) -> tuple[int, str]:
-    """Run a block without prompts."""
+def execute(
+    code: str, names: dict[str, Any], name: str, line: int, expected: str | None
+) -> tuple[int, str]:
+    """Run a block without prompts; return 1 if its output was checked, and what went wrong."""
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(printed):
             exec(compile("\n" * line + code, name, "exec"), names)
     except Exception:  # noqa: BLE001
         return 0, traceback.format_exc()
-    return 0, ""
+    checker = doctest.OutputChecker()
+    if expected is None or checker.check_output(expected, printed.getvalue(), FLAGS):
+        return int(expected is not None), ""
+    return 1, f"{name}:{line}: expected\n{expected}\nprinted\n{printed.getvalue()}"
 
 
 def main(files: list[str]) -> int:
@@ -109,7 +122,7 @@ def main(files: list[str]) -> int:
             n_ran, n_hidden = n_ran + found.ran, n_hidden + found.hidden
             n_errors += len(found.errors)
             not_run += found.not_run
-            print(f"{name}: {found.ran} blocks ran, with {found.examples} doctest examples")
+            print(f"{name}: {found.ran} blocks ran, {found.examples} outputs checked")
             for error in found.errors:
                 print(error)
     print(f"{n_ran} blocks ran ({n_hidden} of them hidden), {len(not_run)} were not run")
