@@ -61,10 +61,10 @@ html_title = f"tpu_als {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
-html_sidebars = {"index": []}
+html_sidebars = {"**": ["pages.html"]}
 html_theme_options = {
     "logo": {"text": "tpu_als"},
-    "header_links_before_dropdown": 4,
+    "navbar_center": [],
     "navbar_end": ["theme-switcher"],
     "navigation_with_keys": False,
     "show_prev_next": True,
@@ -77,16 +77,12 @@ linkcheck_anchors = False
 
 # Links of Markdown files that lead out of docs/ on a code host, and where they lead on the site.
 _OUTSIDE = [
-    (re.compile(r"\]\(\.\./examples/(\w+)\.py\)"), r"](examples/\1.md)"),
-    (re.compile(r"\]\(\.\./(?:README\.md)?\)"), "](index.md)"),
-    (re.compile(r"\[([^\]]*)\]\(\.\./(?:benchmarks|examples)/?[\w.]*\)"), r"\1"),
-    (re.compile(r"\]\(docs/"), "]("),
-    (re.compile(r"\]\(examples/(\w+)\.py\)"), r"](examples/\1.md)"),
-    (re.compile(r"\[([^\]]*)\]\((?:benchmarks|examples)/?[\w.]*\)"), r"\1"),
-    (re.compile(r"\]\((?:README)\.md(#[\w-]+)?\)"), "](index.md)"),
-    (re.compile(r"\]\((CHANGELOG|CONTRIBUTING|SECURITY)\.md"), lambda m: f"]({m[1].lower()}.md"),
-    (re.compile(r"\]\(\.\./(CHANGELOG|CONTRIBUTING|SECURITY)\.md"),
-     lambda m: f"]({m[1].lower()}.md"),
+    (re.compile(r"\]\((?:\.\./)?examples/(\w+)\.py\)"), r"](/examples/\1.md)"),
+    (re.compile(r"\[([^\]]*)\]\((?:\.\./)?(?:benchmarks|examples)/?(?:\w+\.py)?\)"), r"\1"),
+    (re.compile(r"\]\(docs/"), "](/"),
+    (re.compile(r"\]\((?:\.\./)?README\.md(?:#[\w-]+)?\)"), "](/index.md)"),
+    (re.compile(r"\]\((?:\.\./)?(CHANGELOG|CONTRIBUTING|SECURITY)\.md"),
+     lambda found: f"](/{found[1].lower()}.md"),
 ]  # fmt: skip
 _MODULES = ("", "baselines", "compat", "datasets", "engine", "evaluation", "exceptions",
             "plotting", "shards", "weighting")  # fmt: skip

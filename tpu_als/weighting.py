@@ -163,9 +163,9 @@ _ACCEPTED: dict[str, Any] = dict(
 
 
 class LogWeighting(_Weighting):
-    """``log(1 + x / epsilon)``: confidence grows with a count, but less than in proportion [1]_.
+    """``log(1 + x / epsilon)``: confidence grows with a count, but less than in proportion.
 
-    Negative values, which are dislikes in the "implicit" objective, stay negative:
+    The formula is in [1]_. Negative values, which are dislikes in the "implicit" objective, stay negative:
     ``-log(1 - x / epsilon)``.
 
     Parameters
