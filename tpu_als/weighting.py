@@ -165,8 +165,8 @@ _ACCEPTED: dict[str, Any] = dict(
 class LogWeighting(_Weighting):
     """``log(1 + x / epsilon)``: confidence grows with a count, but less than in proportion.
 
-    The formula is in [1]_. Negative values, which are dislikes in the "implicit" objective, stay negative:
-    ``-log(1 - x / epsilon)``.
+    The formula is that of [1]_. Negative values, which are dislikes in the "implicit" objective,
+    stay negative: ``-log(1 - x / epsilon)``.
 
     Parameters
     ----------
