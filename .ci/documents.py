@@ -122,7 +122,8 @@ def main(files: list[str]) -> int:
             n_ran, n_hidden = n_ran + found.ran, n_hidden + found.hidden
             n_errors += len(found.errors)
             not_run += found.not_run
-            print(f"{name}: {found.ran} blocks ran, {found.examples} outputs checked")
+            if found.ran or found.errors:
+                print(f"{name}: {found.ran} blocks ran, {found.examples} outputs checked")
             for error in found.errors:
                 print(error)
     print(f"{n_ran} blocks ran ({n_hidden} of them hidden), {len(not_run)} were not run")
