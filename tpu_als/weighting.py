@@ -164,10 +164,10 @@ _ACCEPTED: dict[str, Any] = dict(
 
 
 class LogWeighting(_Weighting):
-    """``log(1 + x / epsilon)``: confidence grows with a count, but less than in proportion [1]_.
+    """``log(1 + x / epsilon)``: confidence grows with a count, but less than in proportion.
 
-    Negative values, which are dislikes in the "implicit" objective, stay negative:
-    ``-log(1 - x / epsilon)``.
+    The formula is that of [1]_. Negative values, which are dislikes in the "implicit" objective,
+    stay negative: ``-log(1 - x / epsilon)``.
 
     Parameters
     ----------
