@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # The calls of a training job and of a service, in one process.
-WORK = """
+MODEL = """
 import sys, tempfile
 import numpy as np
 from scipy import sparse
@@ -24,6 +24,8 @@ counts = sparse.random(60, 40, 0.2, "csr", np.float32, random_state=0)
 counts.data[:] = 1 + np.arange(counts.nnz) % 5
 model = TPUAlternatingLeastSquares(4, iterations=2, random_state=0, calculate_training_loss=True)
 model.fit(counts, show_progress=False)
+"""
+OTHER_FITS = """
 TPUAlternatingLeastSquares(4, iterations=2, use_cg=False).fit(counts, show_progress=False)
 TPUAlternatingLeastSquares(4, iterations=2, dtype="bfloat16").fit(counts, show_progress=False)
 for settings in ({"linear_solver": "cholesky"}, {"regularization": 0, "unobserved_weight": 0}):
@@ -72,12 +74,18 @@ def test_importing_the_package_imports_little() -> None:
 
 def test_fit_and_serving_do_not_import_jax() -> None:
     check = "print([name for name in ('jax', 'jaxlib') if name in sys.modules])"
-    assert run(f"{WORK}{SERVE}{check}").strip() == "[]"
+    assert run(f"{MODEL}{OTHER_FITS}{SERVE}{check}").strip() == "[]"
 
 
-def test_serving_a_loaded_model_does_not_import_numba(tmp_path: Path) -> None:
-    path = tmp_path / "model.npz"
-    run(f"{WORK}model.save({str(path)!r})")
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a model, saved by another process."""
+    path = tmp_path_factory.mktemp("saved") / "model.npz"
+    run(f"{MODEL}model.save({str(path)!r})")
+    return path
+
+
+def test_serving_a_loaded_model_does_not_import_numba(path: Path) -> None:
     code = f"""
 import sys
 from tpu_als import TPUAlternatingLeastSquares
@@ -87,9 +95,7 @@ print([name for name in ("jax", "numba") if name in sys.modules])
     assert run(code).strip() == "[]"
 
 
-def test_a_served_model_imports_numba_only_to_fold_in(tmp_path: Path) -> None:
-    path = tmp_path / "model.npz"
-    run(f"{WORK}model.save({str(path)!r})")
+def test_a_served_model_imports_numba_only_to_fold_in(path: Path) -> None:
     code = f"""
 import sys
 import numpy as np
@@ -114,7 +120,7 @@ from sklearn.model_selection import GridSearchCV
 GridSearchCV(model, {"alpha": [1.0, 4.0]}, cv=2, n_jobs=2).fit(counts)
 print("jax" in sys.modules)
 """
-    assert run(WORK + code).strip() == "False"
+    assert run(MODEL + code).strip() == "False"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
@@ -136,7 +142,7 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
         assert shape == (40, 4)
 print("done")
 """
-    assert run(WORK + code).strip() == "done"
+    assert run(MODEL + OTHER_FITS + code).strip() == "done"
 
 
 def _get(path: Path) -> str:
@@ -163,7 +169,7 @@ def application(environ, start_response):
     start_response("200 OK", [("Content-Type", "text/plain")])
     return [f"{same} {os.getpid() != master}".encode()]
 """
-    (tmp_path / "service.py").write_text(WORK + app, encoding="utf-8")
+    (tmp_path / "service.py").write_text(MODEL + app, encoding="utf-8")
     path = tmp_path / "socket"
     command = ["-m", "gunicorn", "--preload", "--workers", "2", "--bind", f"unix:{path}"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
