@@ -76,7 +76,14 @@ class TestNightly:
             assert nightly.run(folder)[0]["decision"] == decision
 
     # The first replacement publishes the file of the model, the second current.json.
-    @pytest.mark.parametrize(("moment", "number"), [("before", 1), ("after", 1), ("before", 2)])
+    @pytest.mark.parametrize(
+        ("moment", "number"),
+        [
+            pytest.param("before", 1, marks=pytest.mark.slow),
+            pytest.param("after", 1, marks=pytest.mark.slow),
+            ("before", 2),
+        ],
+    )
     def test_killed_before_promotion(
         self, nightly: ModuleType, before: Path, tmp_path: Path, moment: str, number: int
     ) -> None:

@@ -188,6 +188,7 @@ def application(environ, start_response):
         server.communicate(timeout=60)
 
 
+@pytest.mark.slow
 def test_a_fork_waits_for_the_compilation_in_the_background():
     """A child that is forked while loops are compiled must not wait for their locks forever."""
     code = """

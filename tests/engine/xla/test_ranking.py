@@ -92,7 +92,7 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, sparse.csr_matrix
 
 
 @pytest.mark.parametrize(("devices", "threads"), MESHES)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 @given(problem=problems(), k=st.sampled_from([1, 3, 10, 45]))
 def test_top_k_equals_a_full_sort(
     devices: int, threads: int, dtype: str, problem: tuple, k: int

@@ -23,6 +23,15 @@ KERNELS = RowKernels(is_interpreted=True)
 N, STEPS = 30, 3
 
 
+def slow(parameter: int) -> object:
+    """A parameter whose tests are not run by default."""
+    return pytest.param(parameter, marks=pytest.mark.slow)
+
+
+SOME_FACTORS = [slow(1), slow(8), 13]
+SOME_LENGTHS = [slow(8), 24, slow(32), 96]
+
+
 def _blocks(n_factors: int, length: int, seed: int = 0) -> tuple[Block, IndexedBlock, np.ndarray]:
     """The same rows as `Block` and `IndexedBlock`, one empty and one full; and (R, K)."""
     rng = np.random.default_rng(seed)
@@ -46,8 +55,8 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-@pytest.mark.parametrize("n_factors", [1, pytest.param(8, marks=pytest.mark.slow), 13])
-@pytest.mark.parametrize("length", [8, 24, 32, 40, 96])
+@pytest.mark.parametrize("n_factors", SOME_FACTORS)
+@pytest.mark.parametrize("length", [*SOME_LENGTHS, slow(40)])
 def test_products_equal_dense_ones(n_factors: int, length: int) -> None:
     block, indexed, p = _blocks(n_factors, length)
     rows, w, v = (np.asarray(part, np.float64) for part in block)
@@ -67,8 +76,8 @@ def test_products_equal_dense_ones(n_factors: int, length: int) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-@pytest.mark.parametrize("n_factors", [1, pytest.param(8, marks=pytest.mark.slow), 13])
-@pytest.mark.parametrize("length", [8, 24, 32, 96])
+@pytest.mark.parametrize("n_factors", SOME_FACTORS)
+@pytest.mark.parametrize("length", SOME_LENGTHS)
 def test_cg_takes_the_same_steps(n_factors: int, length: int) -> None:
     block, indexed, z = _blocks(n_factors, length)
     positive = [part._replace(w=jnp.abs(part.w)) for part in (block, indexed)]
@@ -97,13 +106,14 @@ def _fit(
     return data, [*tables, np.array(als.loss(state, data, objective))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_devices", "dtype", "kind"),
     [
         (1, "float32", "implicit"),
-        pytest.param(1, "float32", "zero weights", marks=pytest.mark.slow),
-        pytest.param(1, "bfloat16", "implicit", marks=pytest.mark.slow),
-        pytest.param(2, "float32", "ials", marks=pytest.mark.slow),
+        (1, "float32", "zero weights"),
+        (1, "bfloat16", "implicit"),
+        (2, "float32", "ials"),
     ],
 )
 def test_fits_equal_those_without_kernels(
