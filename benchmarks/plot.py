@@ -63,8 +63,11 @@ def _race(panel: Any, runs: list[dict[str, Any]]) -> None:
             continue
         seconds = run["setup_s"] + np.cumsum(run["steps_s"])
         above = np.maximum(1.001 * np.array(run["losses"]) / run["target"] - 1, 1e-4)
-        panel.plot(seconds, above, **LIBRARIES[library], marker=MARKED[solver], markersize=4,
-                   markevery=max(len(above) // 8, 1), linewidth=1, label=run["library"])  # fmt: skip
+        every = max(len(above) // 8, 1)
+        panel.plot(
+            seconds, above, **LIBRARIES[library], marker=MARKED[solver], markersize=4,
+            markevery=every, linewidth=1, label=run["library"],
+        )  # fmt: skip
     panel.axhline(1e-3, color="grey", lw=0.6)
 
 
