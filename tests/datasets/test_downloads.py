@@ -33,6 +33,7 @@ from tpu_als.datasets import (
     tfrecords,
     webgraph,
 )
+from tpu_als.storage.lock import FileLock
 
 
 class Server:
@@ -120,6 +121,15 @@ class TestDownloads:
             downloads.fetched(file, tmp_path, n_retries=0)
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
+    def test_a_damaged_file_that_cannot_be_replaced(
+        self, server: Server, file: downloads.RemoteFile, tmp_path: Path
+    ) -> None:
+        path = downloads.fetched(file, tmp_path)
+        path.write_bytes(b"damaged")
+        server.files.clear()
+        with pytest.raises(OSError, match=r"The file that is at .*data\.bin has another checksum"):
+            downloads.fetched(file, tmp_path, n_retries=0)
+
     def test_further_attempts(
         self, server: Server, file: downloads.RemoteFile, tmp_path: Path
     ) -> None:
@@ -142,8 +152,16 @@ class TestDownloads:
         monkeypatch.setenv("TPU_ALS_DATA_HOME", str(tmp_path))
         assert downloads.data_home() == tmp_path
         assert downloads.data_home("~/other") == Path.home() / "other"
+        monkeypatch.chdir(tmp_path)
+        assert downloads.data_home("other") == tmp_path / "other"
         with pytest.raises(TypeError, match="data_home must be a path or None, got int"):
             downloads.data_home(3)  # type: ignore[arg-type]
+        for wrong in ("", "~nobody of this name/x"):
+            with pytest.raises(ValueError, match="data_home"):
+                downloads.data_home(wrong)
+        (tmp_path / "file").touch()
+        with pytest.raises(NotADirectoryError, match=r"data_home must be a folder, and .*file"):
+            downloads.data_home(tmp_path / "file")
 
     def test_without_pooch(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setitem(sys.modules, "pooch", None)
@@ -228,7 +246,17 @@ class TestMovieLens:
         with pytest.raises(ValueError, match="is not the archive of MovieLens 1m"):
             movielens.read_movielens(tmp_path / "a.zip", "1m")
 
+    def test_another_number_of_columns(self, tmp_path: Path) -> None:
+        """A line with five fields must not move values to other columns."""
+        ratings = "1::2::5::874965758::9\n"
+        files = {"ml-1m/ratings.dat": ratings, "ml-1m/movies.dat": "", "ml-1m/users.dat": ""}
+        (tmp_path / "a.zip").write_bytes(zipped(files, "latin-1"))
+        with pytest.raises(ValueError, match="another number of columns"):
+            movielens.read_movielens(tmp_path / "a.zip", "1m")
+
     def test_unknown_variant(self) -> None:
+        with pytest.raises(ValueError, match="variant must be one of"):
+            fetch_movielens(["1m"])  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"variant must be one of \['100k', .*got '10m'"):
             fetch_movielens("10m")
 
@@ -247,6 +275,7 @@ _PLAYS = (
     "00b\tmbid-3\t\t5\n"
     "00b\tmbid-4\tsome artist\tmany\n"
     "00c\tmbid-5\tNA\t0\n"
+    "00c\tmbid-6\tplayed too often\t3000000000\n"
 )
 _PROFILES = "00a\tf\t22\tGermany\tFeb 1, 2007\n00b\t\t\tCanada\tDec 4, 2007\n00c\tm\t\t\t\n"
 
@@ -271,7 +300,7 @@ class TestLastFm:
         content = server.files["a.tar.gz"] = self.archive()
         remote = downloads.RemoteFile("a.tar.gz", f"{server.url}a.tar.gz", f"md5:{md5(content)}")
         monkeypatch.setattr(lastfm, "_ARCHIVE", remote)
-        with pytest.warns(DataWarning, match="2 of 6 lines were left out"):
+        with pytest.warns(DataWarning, match="3 of 7 lines were left out"):
             data = fetch_lastfm_360k(data_home=tmp_path)
         assert data.frame.astype(object).to_numpy().tolist() == [
             ["00a", "Björk", 10],
@@ -281,6 +310,19 @@ class TestLastFm:
         ]
         assert data.frame["item"].dtype == "category" and data.frame["plays"].dtype == "int32"
         assert data.user_frame.loc["00b"].tolist() == ["", "", "Canada", "Dec 4, 2007"]
+
+    def test_another_number_of_columns(self, tmp_path: Path) -> None:
+        (tmp_path / "a.tsv").write_text("00a\tmbid-1\tBjörk\t10\tm\n", encoding="utf-8")
+        with pytest.raises(ValueError, match="another number of columns"):
+            lastfm._plays((tmp_path / "a.tsv").open("rb"))
+
+    def test_a_link_is_not_followed(self, tmp_path: Path) -> None:
+        with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+            info = tarfile.TarInfo(f"lastfm-dataset-360K/{lastfm._PLAYS}")
+            info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            archive.addfile(info)
+        with pytest.raises(ValueError, match="is not the archive of Last.fm"):
+            lastfm.read_lastfm_360k(tmp_path / "a.tar.gz")
 
     def test_other_contents(self, tmp_path: Path) -> None:
         (tmp_path / "a.tar.gz").write_bytes(self.archive((lastfm._PROFILES,)))
@@ -435,7 +477,19 @@ class TestWebGraph:
         files[name] = files[name][:-1] + b"\0"
         with pytest.raises(ValueError, match="wrong checksum"):
             fetch_webgraph("in-dense", data_home=tmp_path)
-        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert [path.name for path in tmp_path.rglob("*")] == ["webgraph-in-dense.lock"]
+
+    def test_one_process_at_a_time(
+        self, server: Server, files: dict[str, bytes], tmp_path: Path
+    ) -> None:
+        lock = FileLock(tmp_path / "webgraph-in-dense.lock")
+        assert lock.acquire()
+        lock.sign()
+        with pytest.raises(OSError, match=r"another process \(host .*, process \d+"):
+            fetch_webgraph("in-dense", data_home=tmp_path)
+        assert not server.requests
+        lock.release()
+        self.check(fetch_webgraph("in-dense", data_home=tmp_path))
 
     def test_other_records(self, server: Server, files: dict[str, bytes], tmp_path: Path) -> None:
         files["small/train.tfr-00000-of-00002"] = record(example({"label": [1]}))

@@ -12,12 +12,13 @@ import pandas as pd
 import pytest
 from scipy import sparse
 from sklearn.exceptions import NotFittedError
-from sklearn.model_selection import GridSearchCV
+from sklearn.experimental import enable_halving_search_cv  # noqa: F401
+from sklearn.model_selection import GridSearchCV, HalvingGridSearchCV
 
-from tpu_als import Recommender, RecommenderPipeline, TPUAlternatingLeastSquares, tune
+from tpu_als import DataWarning, Recommender, RecommenderPipeline, TPUAlternatingLeastSquares, tune
 from tpu_als.baselines import PopularityRecommender
 from tpu_als.datasets import power_law
-from tpu_als.evaluation import compare, train_test_split
+from tpu_als.evaluation import compare, make_ranking_scorer, train_test_split
 from tpu_als.plotting import (
     FactorMapDisplay,
     FitHistoryDisplay,
@@ -82,6 +83,24 @@ class TestFitHistory:
         rec = Recommender(model=als).fit(pd.DataFrame({"user": rows, "item": columns}))
         assert len(FitHistoryDisplay.from_estimator(rec).lines_[0].get_xdata()) == 2
 
+    def test_fits_in_the_same_axes_differ(self, model: Any) -> None:
+        axes = plt.subplots()[1]
+        axes.set_xscale("log")
+        displays = [
+            FitHistoryDisplay.from_estimator(model, series="ndcg", ax=axes, name=name)
+            for name in ("_one", "costs $5 and $6")
+        ]
+        looks = [(d.lines_[0].get_marker(), d.lines_[0].get_linestyle()) for d in displays]
+        assert looks[0] != looks[1]
+        texts = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert texts == [" _one", r"costs \$5 and \$6"]
+        axes.figure.canvas.draw()
+
+    def test_models_without_a_history(self) -> None:
+        for other in (PopularityRecommender(), object()):
+            with pytest.raises(TypeError, match="which has no history of its fit"):
+                FitHistoryDisplay.from_estimator(other)
+
     def test_values_that_were_not_measured_are_left_out(self) -> None:
         history = {"seconds": [1.0, 2.0, 3.0], "loss": [np.nan, 0.5, 0.4]}
         display = FitHistoryDisplay(history).plot()
@@ -114,6 +133,18 @@ class TestRankingCurve:
         assert display.ax_.get_ylabel() == "recall@K"
         assert display.lines_[1].get_marker() == "None"  # the baseline
         assert len(display.ax_.collections) == 2
+
+    def test_names_that_are_no_texts(self, model: Any, parts: Any) -> None:
+        models = {1: model, 2: PopularityRecommender().fit(parts[0])}
+        display = RankingCurveDisplay.from_models(models, *parts, K=10, baseline=2)
+        assert [line.get_marker() for line in display.lines_] == ["o", "None"]
+        table = pd.DataFrame({"ndcg@5": [0.1, 0.2]}, index=["als", "als"])
+        with pytest.raises(ValueError, match="one row for each model"):
+            RankingCurveDisplay.from_table(table)
+
+    def test_a_recommender_is_refused(self, model: Any, parts: Any) -> None:
+        with pytest.raises(TypeError, match="is a Recommender, which takes events"):
+            compare({"events": Recommender()}, *parts)
 
     def test_many_models_differ_without_colour(self) -> None:
         names = [f"model {at}" for at in range(12)]
@@ -172,7 +203,30 @@ class TestFactorMap:
         names = [f"g{min(at, 9)}" for at in range(50)]
         display = FactorMapDisplay.from_estimator(model, groups=names)
         texts = [text.get_text() for text in display.ax_.get_legend().get_texts()]
-        assert texts[0] == "other" and len(texts) == 8
+        assert texts[0] == "3 other groups" and len(texts) == 8
+
+    def test_groups_by_id(self, model: Any) -> None:
+        names = pd.Series(["bread", 7, "$5"], index=[3, 4, 5])
+        with pytest.warns(DataWarning, match="47 of 50 ids have no group"):
+            display = FactorMapDisplay.from_estimator(
+                model, groups=names, labels=pd.Series({3: "B"})
+            )
+        assert [display.groups[at] for at in (3, 4, 5, 6)] == ["bread", 7, "$5", "unknown"]
+        assert display.labels == {3: "B"}
+        display.figure_.canvas.draw()
+        with pytest.raises(ValueError, match="groups has none of the 50 ids, such as 0"):
+            FactorMapDisplay.from_estimator(model, groups={"tea": "drinks"})
+        with pytest.raises(ValueError, match="several values for an id"):
+            FactorMapDisplay.from_estimator(model, groups=pd.Series(["a", "b"], index=[1, 1]))
+
+    def test_labels_of_rows_without_a_direction(self) -> None:
+        model = TPUAlternatingLeastSquares(factors=3)
+        table = np.random.default_rng(0).standard_normal((8, 3)).astype(np.float32)
+        table[3] = 0
+        model.item_factors, model.user_factors = table, table
+        with pytest.warns(DataWarning, match="1 of 2 labelled rows are 0"):
+            display = FactorMapDisplay.from_estimator(model, labels=[3, 4])
+        assert [text.get_text() for text in display.texts_] == ["4"]
 
     def test_another_projection(self, model: Any) -> None:
         class FirstTwo:
@@ -266,6 +320,63 @@ class TestSearch:
         assert display.ax_.get_xscale() == "log"
         best = trials.loc[trials["score"].idxmax()]
         assert points[-1, 0] == pytest.approx(best["regularization"])
+
+    def test_values_without_a_number_are_drawn(self) -> None:
+        rng = np.random.default_rng(0)
+        values: list[Any] = [None] * 3 + list(rng.uniform(1, 2, 20))
+        trials = pd.DataFrame({"a": pd.Series(values, dtype=object), "b": rng.uniform(size=23)})
+        trials["score"] = np.linspace(0.9, 0.1, 23)
+        display = SearchDisplay.from_search(trials, "a", "b")
+        points = display.ax_.collections[0].get_offsets()
+        assert len(points) == 23 and np.isfinite(points).all()
+        assert display.best_["a"] is None and display.best_["score"] == 0.9
+        assert points[-1, 0] < 1
+        assert [text.get_text() for text in display.ax_.texts] == ["None"]
+
+    def test_cells_of_other_values(self) -> None:
+        values = [2, None, 1, True, 10001, 10002]
+        trials = pd.DataFrame({
+            "w__a": pd.Series(values * 2, dtype=object),
+            "m__a": ["x"] * 6 + ["y"] * 6,
+            "score": np.arange(12) * 1e-6 + 1e-4,
+        })  # fmt: skip
+        display = SearchDisplay.from_search(trials)
+        ticks = [text.get_text() for text in display.ax_.get_xticklabels()]
+        assert ticks == ["1", "2", "10001", "10002", "None", "True"]
+        assert (display.ax_.get_xlabel(), display.ax_.get_ylabel()) == ("w__a", "m__a")
+        texts = [text.get_text() for text in display.ax_.texts]
+        assert len(set(texts)) == len(texts) == 12
+
+    def test_the_estimators_value_where_a_grid_has_none(self, parts: Any) -> None:
+        als = TPUAlternatingLeastSquares(factors=2, iterations=1, alpha=3.0, random_state=0)
+        grids = [{"regularization": [0.1, 1.0]}, {"regularization": [0.1], "alpha": [5.0]}]
+        search = GridSearchCV(als, grids, cv=2, refit=lambda results: 1).fit(parts[0])
+        display = SearchDisplay.from_search(search, "alpha", "regularization")
+        assert [text.get_text() for text in display.ax_.get_xticklabels()] == ["3", "5"]
+        assert display.best_["regularization"] == 1.0  # what refit chose
+
+    def test_the_last_round_of_halving(self, parts: Any) -> None:
+        als = TPUAlternatingLeastSquares(factors=4, random_state=0)
+        grid = {"alpha": [0.1, 1.0, 10.0], "regularization": [0.1, 10.0]}
+        search = HalvingGridSearchCV(
+            als, grid, cv=2, resource="iterations", min_resources=1, max_resources=4, factor=2,
+            random_state=0, return_train_score=False, refit=False,
+        ).fit(parts[0])  # fmt: skip
+        display = SearchDisplay.from_search(search, "alpha", "regularization")
+        results = pd.DataFrame(search.cv_results_)
+        last = results[results["iter"] == results["iter"].max()]
+        assert len(display.trials.frame) == len(last) < len(results)
+        assert display.best_["score"] == last["mean_test_score"].max()
+
+    def test_several_metrics(self, parts: Any) -> None:
+        als = TPUAlternatingLeastSquares(factors=2, iterations=1, random_state=0)
+        scoring = {"ndcg": make_ranking_scorer("ndcg"), "recall": make_ranking_scorer("recall")}
+        grid = {"alpha": [1.0, 2.0], "factors": [2, 3]}
+        search = GridSearchCV(als, grid, cv=2, scoring=scoring, refit="recall").fit(parts[0])
+        assert SearchDisplay.from_search(search).best_["score"] == search.best_score_
+        search = GridSearchCV(als, grid, cv=2, scoring=scoring, refit=False).fit(parts[0])
+        with pytest.raises(ValueError, match=r"metrics \['ndcg', 'recall'\], and refit=False"):
+            SearchDisplay.from_search(search)
 
     def test_result_of_tune(self, parts: Any) -> None:
         result = tune(parts[0], budget="2s", n_candidates=4, random_state=0)

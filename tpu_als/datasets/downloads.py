@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from types import ModuleType
+
+import pandas as pd
 
 HOME = "TPU_ALS_DATA_HOME"  # environment variable
 _TIMEOUT = 30  # seconds without an answer or a byte
@@ -43,11 +48,26 @@ def data_home(given: str | os.PathLike[str] | None = None) -> Path:
     ----------
     given : path, optional
         The caller's choice; "~" is expanded. The folder need not exist.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is not a path, or an empty one.
+    NotADirectoryError
+        If it is a file.
     """
     named = given if given is not None else os.environ.get(HOME)
     if named is not None and not isinstance(named, (str, os.PathLike)):
         raise TypeError(f"data_home must be a path or None, got {type(named).__name__}")
-    return Path(named).expanduser() if named else Path(_pooch().os_cache("tpu_als"))
+    if given is not None and not os.fspath(given):
+        raise ValueError("data_home must be a path or None, got an empty text")
+    try:
+        home = Path(named).expanduser() if named else Path(_pooch().os_cache("tpu_als"))
+    except RuntimeError as error:  # "~somebody" who has no home folder
+        raise ValueError(f"data_home {named!r}: {error}") from error
+    if home.exists() and not home.is_dir():
+        raise NotADirectoryError(f"data_home must be a folder, and {home} is a file")
+    return home.absolute()
 
 
 def fetched(
@@ -113,10 +133,30 @@ def fetched(
     try:
         return Path(store.fetch(file.name, downloader=downloader))
     except Exception as error:  # those of requests, and ValueError for a wrong checksum
+        is_there = path.exists()
+        state = (
+            f"The file that is at {path} has another checksum" if is_there else "Nothing was stored"
+        )
+        advice = (
+            "replace it by one that you get in another way"
+            if is_there
+            else (f"get the file in another way and put it at {path}")
+        )
         raise OSError(
-            f"cannot download {file.url}: {type(error).__name__}: {error}. Nothing was stored. Try "
-            f"again later, or get the file in another way and put it at {path}"
+            f"cannot download {file.url}: {type(error).__name__}: {error}. {state}. Try again "
+            f"later, or {advice}"
         ) from error
+
+
+@contextlib.contextmanager
+def exact_columns() -> Iterator[None]:
+    """Scope in which pandas refuses a table with more columns than names, with a ValueError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        try:
+            yield
+        except pd.errors.ParserWarning as error:
+            raise ValueError(f"the file has another number of columns: {error}") from error
 
 
 def _pooch() -> ModuleType:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import tarfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +23,7 @@ _ARCHIVE = downloads.RemoteFile(
 _PLAYS = "usersha1-artmbid-artname-plays.tsv"
 _PROFILES = "usersha1-profile.tsv"
 _ROWS_AT_ONCE = 1 << 20
+_MOST_PLAYS = (1 << 31) - 1
 _ABOUT = """Last.fm 360K: plays of artists by 359,347 listeners, 17,559,530 lines.
 
 The data were collected through the interface of Last.fm, which permits their non-commercial use:
@@ -77,8 +79,8 @@ def fetch_lastfm_360k(
     Warns
     -----
     DataWarning
-        Of the number of lines that were left out, as they have no name of an artist or no whole
-        number of plays.
+        With the number of lines that were left out, because the artist is empty or plays is not a
+        whole number below 2**31.
 
     Examples
     --------
@@ -108,7 +110,8 @@ def read_lastfm_360k(path: Path) -> Bunch:
     with tarfile.open(path, "r:gz") as archive:  # members in order, so it is decompressed once
         for member in archive:
             name = member.name.rpartition("/")[2]
-            file = archive.extractfile(member) if name in (_PLAYS, _PROFILES) else None
+            is_table = member.isfile() and name in (_PLAYS, _PROFILES)
+            file = archive.extractfile(member) if is_table else None
             if file is not None:
                 tables[name] = _plays(file) if name == _PLAYS else _profiles(file)
     if missing := {_PLAYS, _PROFILES} - {*tables}:
@@ -116,8 +119,8 @@ def read_lastfm_360k(path: Path) -> Bunch:
     frame, n_left_out = tables[_PLAYS]
     if n_left_out:
         warnings.warn(
-            f"{n_left_out} of {len(frame) + n_left_out} lines were left out, as they have no name "
-            "of an artist or no whole number of plays",
+            f"{n_left_out} of {len(frame) + n_left_out} lines were left out, because the artist is "
+            "empty or plays is not a whole number below 2**31",
             DataWarning,
             stacklevel=3,
         )
@@ -127,12 +130,12 @@ def read_lastfm_360k(path: Path) -> Bunch:
 def _plays(file: IO[bytes]) -> tuple[pd.DataFrame, int]:
     """Listeners, artists and plays; and the number of lines without an artist or a number."""
     names = ["user", "mbid", "item", "plays"]
-    blocks = _read(file, names, chunksize=_ROWS_AT_ONCE)
     users, items = _Codes(), _Codes()
     parts, n_left_out = [], 0
-    for block in blocks:
+    for block in _blocks(file, names):
         plays = pd.to_numeric(block["plays"], errors="coerce")
-        is_good = (block["item"].str.strip() != "") & (plays >= 0) & (plays % 1 == 0)
+        is_count = (plays >= 0) & (plays % 1 == 0) & (plays <= _MOST_PLAYS)
+        is_good = is_count & (block["item"].str.strip() != "")
         n_left_out += int((~is_good).sum())
         kept = block[is_good]
         parts.append(
@@ -150,15 +153,16 @@ def _plays(file: IO[bytes]) -> tuple[pd.DataFrame, int]:
 
 def _profiles(file: IO[bytes]) -> pd.DataFrame:
     names = ["user", "gender", "age", "country", "signup"]
-    return _read(file, names).set_index("user")
+    return pd.concat(_blocks(file, names)).set_index("user")
 
 
-def _read(file: IO[bytes], names: list[str], **options: Any) -> Any:
-    """A table of texts without a header; quotes are part of the texts."""
-    return pd.read_csv(
-        file, sep="\t", names=names, dtype=str, quoting=csv.QUOTE_NONE, keep_default_na=False,
-        encoding="utf-8", encoding_errors="replace", **options,
-    )  # fmt: skip
+def _blocks(file: IO[bytes], names: list[str]) -> Iterator[pd.DataFrame]:
+    """Parts of a table of texts without a header; quotes are part of the texts."""
+    with downloads.exact_columns():
+        yield from pd.read_csv(
+            file, sep="\t", names=names, dtype=str, quoting=csv.QUOTE_NONE, keep_default_na=False,
+            encoding="utf-8", encoding_errors="replace", index_col=False, chunksize=_ROWS_AT_ONCE,
+        )  # fmt: skip
 
 
 class _Codes:

@@ -100,7 +100,7 @@ def fetch_movielens(
     >>> rec = Recommender(value="rating", timestamp="timestamp")  # doctest: +SKIP
     >>> rec.fit(films.frame[films.frame["rating"] >= 4])  # doctest: +SKIP
     """
-    if variant not in _VARIANTS:
+    if not isinstance(variant, str) or variant not in _VARIANTS:
         raise ValueError(f"variant must be one of {[*_VARIANTS]}, got {variant!r}")
     name = f"ml-{variant}.zip"
     archive = downloads.RemoteFile(name, _ADDRESS + name, f"md5:{_VARIANTS[variant].md5}")
@@ -183,7 +183,8 @@ def _read_csv(archive: zipfile.ZipFile, folder: str) -> tuple[pd.DataFrame, pd.D
 def _table(file: IO[bytes], names: Sequence[str], separator: str) -> pd.DataFrame:
     """A table without a header, in the encoding of the two oldest variants."""
     kinds = {"zip": str, "genre": str, "title": str}
-    return pd.read_csv(
-        file, sep=separator, names=list(names), encoding="latin-1", quoting=3, dtype=kinds,
-        keep_default_na=False, na_values={"released": [""], "video": [""]},
-    )  # fmt: skip
+    with downloads.exact_columns():
+        return pd.read_csv(
+            file, sep=separator, names=list(names), encoding="latin-1", quoting=3, dtype=kinds,
+            index_col=False, keep_default_na=False, na_values={"released": [""], "video": [""]},
+        )  # fmt: skip

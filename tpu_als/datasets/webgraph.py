@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,9 +22,11 @@ from tpu_als.shards.files import TOTALS, parquet_library
 from tpu_als.shards.sharded_matrix import FORMAT
 from tpu_als.shards.writer import write_totals
 from tpu_als.storage.atomic import replacing
+from tpu_als.storage.lock import FileLock
 
 _ADDRESS = "https://storage.googleapis.com/gresearch/web_graph/"
 _ROWS_AT_ONCE = 1 << 13
+_DOWNLOADED = "downloaded"  # folder of the file that is being converted
 _PARTS = "_parts.json"  # readers of shards ignore names that begin with "_"
 _ABOUT = """WebGraph {variant}: links between pages, from a crawl of Common Crawl in June 2021.
 
@@ -95,7 +99,8 @@ def fetch_webgraph(
     Raises
     ------
     OSError
-        If a file cannot be downloaded. The files that were converted before stay.
+        If a file cannot be downloaded, or another process downloads to the same folder. The files
+        that were converted before stay.
     ValueError
         For an unknown variant, or a damaged file.
     ImportError
@@ -106,7 +111,7 @@ def fetch_webgraph(
     -----
     The publisher gives no checksums of files. Those of the records are verified.
     """
-    if variant not in _VARIANTS:
+    if not isinstance(variant, str) or variant not in _VARIANTS:
         raise ValueError(f"variant must be one of {[*_VARIANTS]}, got {variant!r}")
     parquet_library()
     home = downloads.data_home(data_home)
@@ -119,15 +124,36 @@ def fetch_webgraph(
                 f"download, or convert the files of {_ADDRESS}{_VARIANTS[variant].folder}"
             )
         options = {"n_retries": n_retries, "show_progress": show_progress}
-        _convert_all(_VARIANTS[variant], home, folder, options)
+        with _only_process(folder):
+            _convert_all(_VARIANTS[variant], folder, options)
     train, test = map(open_shards, directories)
     about = _ABOUT.format(variant=variant)
     return Bunch(train=train, test=test, DESCR=about, path=folder)
 
 
-def _convert_all(variant: _Variant, home: Path, folder: Path, options: dict[str, Any]) -> None:
-    """Download and convert what is missing, and write the totals at the end."""
+@contextlib.contextmanager
+def _only_process(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which is created, and removed again if it is empty at the end."""
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    if not lock.acquire():
+        raise OSError(
+            f"another process ({lock.owner()}) downloads to {folder}: wait until it has ended, or "
+            "choose another data_home"
+        )
+    try:
+        lock.sign()
+        yield
+    finally:
+        lock.release()
+        folders = sorted(path for path in folder.rglob("*") if path.is_dir())
+        for path in [*reversed(folders), folder]:
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
+
+
+def _convert_all(variant: _Variant, folder: Path, options: dict[str, Any]) -> None:
+    """Download and convert what is missing, and write the totals at the end."""
     done = _parts_of(folder)
     for split, (name, side) in _SPLITS.items():
         for number in range(variant.n_files):
@@ -137,7 +163,7 @@ def _convert_all(variant: _Variant, home: Path, folder: Path, options: dict[str,
                 continue
             remote = f"{variant.folder}/{split}.tfr-{number:05d}-of-{variant.n_files:05d}"
             file = downloads.RemoteFile(remote, _ADDRESS + remote, None)
-            source = downloads.fetched(file, home, **options)
+            source = downloads.fetched(file, folder / _DOWNLOADED, **options)
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 done[key] = convert(source, target, with_held_out=split == "test")
@@ -146,6 +172,7 @@ def _convert_all(variant: _Variant, home: Path, folder: Path, options: dict[str,
             with replacing(folder / _PARTS) as stream:
                 stream.write(json.dumps(done).encode())
             log.info("%s: %d of %d files", folder, len(done), 3 * variant.n_files)
+    shutil.rmtree(folder / _DOWNLOADED, ignore_errors=True)
     n_nodes = 1 + max(largest for _, _, largest in done.values())
     for name in ("train", "test"):
         counts = [part for key, part in done.items() if key.startswith(f"{name}/user/")]

@@ -184,6 +184,12 @@ def _check_models(models: Mapping[str, Any], baseline: str | None) -> None:
             + (" without entries" if isinstance(models, Mapping) else "")
         )
     for name, model in models.items():
+        if hasattr(model, "recommend_for_history"):
+            raise TypeError(
+                f"the model {name!r} is a {type(model).__name__}, which takes events: pass the "
+                "model in it, model_, and if it has a weighting_, both as the steps of a "
+                "RecommenderPipeline"
+            )
         if not callable(getattr(model, "recommend", None)):
             raise TypeError(
                 f"the model {name!r} of class {type(model).__name__} has no method recommend"

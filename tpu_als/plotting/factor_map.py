@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -9,7 +10,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from sklearn.decomposition import PCA
+from sklearn.exceptions import NotFittedError
 
+from tpu_als.exceptions import DataWarning
 from tpu_als.plotting import style
 from tpu_als.plotting.labels import place_labels
 
@@ -32,8 +35,8 @@ class FactorMapDisplay:
     labels : dict of int to str
         Texts for some of the points, by position.
     groups : array-like of shape (n,), optional
-        A name for each point. The most frequent seven have a colour and a marker each; the others
-        are "other".
+        A name for each point. The most frequent seven have a colour and a marker each, and the
+        others have one in common.
     explained : float, optional
         Part of the variance that the two dimensions keep.
 
@@ -90,13 +93,14 @@ class FactorMapDisplay:
             With `item_factors` and `user_factors`, or a Recommender.
         side : {"items", "users"}, default="items"
             The table to draw.
-        labels : dict of id to str, or list of ids, optional
+        labels : dict or Series of text by id, or list of ids, optional
             The points that get a label. Ids are those of a Recommender, and rows otherwise.
-        groups : dict of id to name, or sequence of shape (n,), optional
-            A group, such as a department, for each id that has one, or for each row.
+        groups : dict or Series of names by id, or list of shape (n,), optional
+            A group, such as a department, of each id, or of each row. Ids without one are
+            "unknown".
         max_points : int, default=2000
-            Above it, the labelled rows and the first ones by popularity, or by norm where the
-            model does not know popularity, are drawn.
+            If there are more rows, the labelled ones and the most popular are drawn; the longest
+            where the model does not know popularity.
         projection : transformer, default=None
             With a method ``fit_transform`` that returns two columns, such as scikit-learn's TSNE.
             None means PCA.
@@ -114,13 +118,18 @@ class FactorMapDisplay:
         KeyError
             For the label of an unknown id.
         ValueError
-            For another `side`, too few rows or factors, groups of another length, or a projection
-            that does not return two columns.
+            For another `side`, too few rows or factors, groups of another length or without any of
+            the ids, or a projection that does not return two columns.
+
+        Warns
+        -----
+        DataWarning
+            If labelled rows are 0 and have no direction, or if ids have no group.
         """
         if side not in ("items", "users"):
             raise ValueError(f'side must be "items" or "users", got {side!r}')
         table, ids, popularity = _table_of(estimator, side)
-        texts = labels if isinstance(labels, Mapping) else {one: str(one) for one in labels}
+        texts = _texts_of(labels)
         at = ids.get_indexer(list(texts)) if len(texts) else np.empty(0, dtype=np.intp)
         if (at < 0).any():
             unknown = [one for one, row in zip(texts, at, strict=True) if row < 0]
@@ -130,6 +139,12 @@ class FactorMapDisplay:
         rows = _chosen(at, norms, popularity if popularity is not None else norms, max_points)
         directions = table[rows].astype(np.float64) / norms[rows, None]
         points, explained = _projected(directions, projection)
+        if n_zero := int((norms[at] == 0).sum()):
+            warnings.warn(
+                f"{n_zero} of {len(at)} labelled rows are 0, have no direction, and are not drawn",
+                DataWarning,
+                stacklevel=2,
+            )
         order = {int(row): place for place, row in enumerate(rows)}
         return cls(
             points,
@@ -156,6 +171,7 @@ class FactorMapDisplay:
         -------
         display : FactorMapDisplay
         """
+        is_new = ax is None
         self.ax_ = style.one_axes(ax, (6.0, 5.0))
         self.figure_ = style.figure_of(self.ax_)
         for name, is_in, look in self._scattered():
@@ -176,9 +192,10 @@ class FactorMapDisplay:
         if self.explained is not None:
             self.ax_.set_xlabel(f"two dimensions keep {self.explained:.0%} of the variance")
         if self.groups is not None:
-            self.ax_.legend(
-                fontsize="small", markerscale=1.5, loc="upper left", bbox_to_anchor=(1, 1)
+            beside: dict[str, Any] = (
+                {"loc": "upper left", "bbox_to_anchor": (1, 1)} if is_new else {}
             )
+            self.ax_.legend(fontsize="small", markerscale=1.5, **beside)
         self.texts_ = place_labels(self.ax_, self.points, self.labels)
         return self
 
@@ -191,10 +208,12 @@ class FactorMapDisplay:
         rest = (~names.isin(frequent)).to_numpy()
         found: list[tuple[str | None, np.ndarray, dict[str, Any]]] = []
         if rest.any():
-            found.append(("other", rest, {"color": "0.75", "marker": "."}))
+            n_other = names.nunique() - len(frequent)
+            label = f"{n_other} other groups"
+            found.append((label, rest, {"color": "0.75", "marker": "."}))
         for name, colour, marker in zip(frequent, style.COLOURS, style.MARKERS, strict=False):
             is_in = (names == name).to_numpy()
-            found.append((str(name), is_in, {"color": colour, "marker": marker}))
+            found.append((style.plain(name), is_in, {"color": colour, "marker": marker}))
         return found
 
 
@@ -204,8 +223,6 @@ def _table_of(estimator: Any, side: str) -> tuple[np.ndarray, pd.Index, np.ndarr
     model = model.steps[-1][1] if hasattr(model, "steps") else model
     table = getattr(model, f"{side[:-1]}_factors", None)
     if table is None:
-        from sklearn.exceptions import NotFittedError
-
         raise NotFittedError(
             f"the {type(model).__name__} has no {side[:-1]}_factors: call fit first"
         )
@@ -217,12 +234,38 @@ def _table_of(estimator: Any, side: str) -> tuple[np.ndarray, pd.Index, np.ndarr
     return table, pd.RangeIndex(len(table)) if ids is None else pd.Index(ids), popularity
 
 
+def _texts_of(labels: Any) -> dict[Any, str]:
+    """The text of each labelled id."""
+    if isinstance(labels, (Mapping, pd.Series)):
+        return {one: str(text) for one, text in labels.items()}
+    named = [labels] if isinstance(labels, str) else labels
+    return {one: str(one) for one in named}
+
+
 def _groups_of(groups: Mapping[Any, str] | Sequence[Any] | None, ids: pd.Index) -> Any:
     if groups is None:
         return None
     if isinstance(groups, (Mapping, pd.Series)):
-        found = ids.map(groups).to_numpy(dtype=object)
-        return np.where(pd.isna(found), "unknown", found)
+        if isinstance(groups, pd.Series) and not groups.index.is_unique:
+            raise ValueError("groups has several values for an id: pass one for each")
+        by_id = dict(groups.items())
+        named = [by_id.get(one) for one in ids]
+        is_missing = np.array([pd.isna(name) for name in named], dtype=bool)
+        if is_missing.all():
+            raise ValueError(
+                f"groups has none of the {len(ids)} ids, such as {ids[0]!r}: use them as its keys "
+                "or index, or pass a list with a group for each row"
+            )
+        if is_missing.any():
+            warnings.warn(
+                f'{is_missing.sum()} of {len(ids)} ids have no group, and are "unknown"',
+                DataWarning,
+                stacklevel=3,
+            )
+        found = np.empty(len(ids), dtype=object)
+        for at, name in enumerate(named):
+            found[at] = "unknown" if is_missing[at] else name
+        return found
     found = np.asarray(groups, dtype=object)
     if found.shape != (len(ids),):
         raise ValueError(f"groups must hold {len(ids)} names, got shape {found.shape}")

@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.utils.validation import check_is_fitted
 
+from tpu_als.estimator import TPUAlternatingLeastSquares
 from tpu_als.plotting import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_FIT = "fit"  # marks the lines of fits among others in the axes
 _LABELS = {"loss": "loss", "ndcg": "validation NDCG@10", "seconds": "seconds in all"}
 
 
@@ -28,7 +30,7 @@ class FitHistoryDisplay:
         As the attribute `history_` of the estimator: "seconds", and "loss" and "ndcg" where they
         were measured. Series have equal lengths, one value for each iteration; NaN is left out.
     name : str, optional
-        Title of the first panel.
+        Title of the first panel; a legend if the panels have several fits.
 
     Attributes
     ----------
@@ -81,13 +83,20 @@ class FitHistoryDisplay:
 
         Raises
         ------
+        TypeError
+            For a model of another class.
         sklearn.exceptions.NotFittedError
-            If there was no fit.
+            If there was no fit, or the model was loaded from a file.
         ValueError
             For a series that was not measured, or another number of axes.
         """
         model = getattr(estimator, "model_", estimator)
         model = model.steps[-1][1] if hasattr(model, "steps") else model
+        if not isinstance(model, TPUAlternatingLeastSquares):
+            raise TypeError(
+                "expected a TPUAlternatingLeastSquares, or a Recommender or pipeline with one, got "
+                f"{type(model).__name__}, which has no history of its fit"
+            )
         check_is_fitted(model, "history_")
         return cls(model.history_, name).plot(series=series, ax=ax)
 
@@ -115,22 +124,30 @@ class FitHistoryDisplay:
         self.axes_ = style.row_of_axes(ax, len(names))
         self.figure_ = style.figure_of(self.axes_[0])
         self.lines_ = []
-        for axes, name, look in zip(self.axes_, names, style.line_styles(), strict=False):
+        for at, (axes, name) in enumerate(zip(self.axes_, names, strict=True)):
             values = np.asarray(self.history[name], dtype=float)
             steps = np.arange(1, len(values) + 1)
+            is_shown = np.isfinite(values)
             shown = np.nancumsum(values) if name == "seconds" else values
-            is_shown = np.isfinite(shown)
-            options = {**look, "markersize": 4, **line_kwargs}
+            n_fits = sum(line.get_gid() == _FIT for line in axes.lines)
+            look = style.line_style(at + len(names) * n_fits)  # each fit looks different
+            named = {} if self.name is None else {"label": style.plain(self.name)}
+            options = {**look, **named, "markersize": 4, "gid": _FIT, **line_kwargs}
             self.lines_ += axes.plot(steps[is_shown], shown[is_shown], **options)
             axes.set(xlabel="iteration", ylabel=_LABELS.get(name, name))
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            if axes.get_xscale() == "linear":
+                axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
             if name == "ndcg" and is_shown.any():
                 self._mark_best(axes, steps, shown)
             if name == "seconds":
                 axes.set_ylim(bottom=0)
-        if self.name is not None:
-            self.axes_[0].set_title(self.name, loc="left")
+        fits = [line for line in self.axes_[0].lines if line.get_gid() == _FIT]
+        if len(fits) > 1:
+            self.axes_[0].set_title("", loc="left")
+            self.axes_[0].legend()
+        elif self.name is not None:
+            self.axes_[0].set_title(style.plain(self.name), loc="left")
         return self
 
     def _chosen(self, series: Iterable[str] | None) -> list[str]:

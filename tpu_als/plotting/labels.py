@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tpu_als.plotting import style
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.text import Annotation
@@ -18,8 +20,8 @@ _DISTANCES = (8.0, 16.0, 26.0, 38.0, 52.0, 70.0, 90.0)  # from the point, in poi
 def place_labels(ax: Axes, points: np.ndarray, labels: Mapping[int, str]) -> list[Annotation]:
     """Write texts beside some points, each at the nearest free place around its point.
 
-    Places are tried from the nearest on, and the labels in the given order. A text for which no
-    free place is found has the one that covers the least of other texts.
+    Places are tried from the nearest on, and the labels in the given order. If no place is free,
+    the text gets the one that overlaps other texts least.
 
     Parameters
     ----------
@@ -42,7 +44,7 @@ def place_labels(ax: Axes, points: np.ndarray, labels: Mapping[int, str]) -> lis
     taken: list[np.ndarray] = []  # x0, y0, x1, y1 in pixels
     for place, label in labels.items():
         text = ax.annotate(
-            label, points[place], (0, 0), textcoords="offset points", fontsize="small",
+            style.plain(label), points[place], (0, 0), textcoords="offset points", fontsize="small",
             ha="center", va="center",
             bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.75},
             arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "0.4", "shrinkA": 0, "shrinkB": 3},

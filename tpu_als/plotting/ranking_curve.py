@@ -76,7 +76,7 @@ class RankingCurveDisplay:
         models: Mapping[str, Any],
         train_user_items: sparse.spmatrix | sparse.sparray,
         test_user_items: sparse.spmatrix | sparse.sparray,
-        K: Iterable[int] = (1, 2, 5, 10, 20, 50),
+        K: int | Iterable[int] = (1, 2, 5, 10, 20, 50),
         metric: str = "ndcg",
         *,
         baseline: str | None = None,
@@ -89,7 +89,7 @@ class RankingCurveDisplay:
         ----------
         models, train_user_items, test_user_items
             As in `tpu_als.evaluation.compare`.
-        K : list of int, default=(1, 2, 5, 10, 20, 50)
+        K : int or list of int, default=(1, 2, 5, 10, 20, 50)
             Lengths of the rankings. Those above the number of items are left out.
         metric : str, default="ndcg"
             Of `tpu_als.evaluation.METRICS`.
@@ -109,9 +109,10 @@ class RankingCurveDisplay:
         TypeError, ValueError
             As `compare`.
         """
-        lengths = [k for k in K if k <= max(np.shape(train_user_items)[-1:] or (0,))]
+        wanted = list(K) if isinstance(K, Iterable) else [K]
+        lengths = [k for k in wanted if k <= max(np.shape(train_user_items)[-1:] or (0,))]
         table = compare(
-            models, train_user_items, test_user_items, lengths or K, [metric],
+            models, train_user_items, test_user_items, lengths or wanted, [metric],
             baseline=baseline, **compare_kwargs,
         )  # fmt: skip
         return cls.from_table(table, metric, baseline=baseline, ax=ax)
@@ -145,7 +146,8 @@ class RankingCurveDisplay:
         Raises
         ------
         ValueError
-            If the table has no columns of the metric, or no row of the baseline.
+            If the table has no columns of the metric, no row of the baseline, or several rows with
+            the same name.
         """
         names = [str(name) for name in table.columns]
         lengths = sorted(
@@ -157,6 +159,8 @@ class RankingCurveDisplay:
             raise ValueError(f"the table has metrics {found}, and no columns of {metric!r}")
         if baseline is not None and baseline not in table.index:
             raise ValueError(f"baseline must be one of {list(table.index)}, got {baseline!r}")
+        if not table.index.is_unique:
+            raise ValueError(f"the table must have one row for each model, got {list(table.index)}")
         columns = [f"{metric}@{k}" for k in lengths]
         values = {str(name): table.loc[name, columns].to_numpy(float) for name in table.index}
         intervals = {}
@@ -166,7 +170,8 @@ class RankingCurveDisplay:
                 str(name): np.array([table.loc[name, end].to_numpy(float) for end in ends])
                 for name in table.index
             }
-        return cls(lengths, values, intervals, metric, baseline).plot(ax=ax)
+        named = None if baseline is None else str(baseline)
+        return cls(lengths, values, intervals, metric, named).plot(ax=ax)
 
     def plot(self, *, ax: Axes | None = None, **line_kwargs: Any) -> Self:
         """Draw the curves.
@@ -184,12 +189,12 @@ class RankingCurveDisplay:
         """
         self.ax_ = style.one_axes(ax)
         self.figure_ = style.figure_of(self.ax_)
-        self.lines_, looks = [], style.line_styles()
+        self.lines_, n_models = [], 0
         for name, values in self.values.items():
             look: dict[str, Any] = {"color": style.GREY, "linewidth": 1}
             if name != self.baseline:
-                look = {**next(looks), "markersize": 5}
-            look = {**look, **line_kwargs, "label": name}
+                look, n_models = {**style.line_style(n_models), "markersize": 5}, n_models + 1
+            look = {**look, **line_kwargs, "label": style.plain(name)}
             self.lines_ += self.ax_.plot(self.lengths, values, **look)
             if name in self.intervals:
                 low, high = self.intervals[name]

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
 
 from tpu_als.plotting import style
+from tpu_als.plotting.trials import (
+    SCORE,
+    Trials,
+    column_of,
+    is_number,
+    key_of,
+    short,
+    texts_of,
+    trials_of,
+    values_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MAX_CELLS = 15  # values of a parameter; a search with more is drawn as points
-_DESCRIBES = {"rung", "score", "seconds", "rows"}  # columns of trials that are no parameters
+_BESIDE = 0.12  # distance of points without a number from the others, in parts of their range
 
 
 class SearchDisplay:
     """The score of a search over two of its parameters.
 
-    Use `from_search`. A cell, or a point, has the best score of the trials with these two values,
-    whatever their other parameters. The best one has a frame, and its text is bold.
+    Use `from_search`. A cell has the best score of the trials with these two values, whatever their
+    other parameters. The cell or point of the best trial has a frame: the one that the search
+    refitted, or else the one with the best score.
 
     Parameters
     ----------
-    trials : DataFrame
-        One row for each trial: the parameters, and the column "score".
+    trials : Trials
+        Parameters and scores, and the best trial.
     x, y : str
         The parameters of the axes.
 
@@ -52,7 +63,7 @@ class SearchDisplay:
     ('factors', 'regularization')
     """
 
-    def __init__(self, trials: pd.DataFrame, x: str, y: str) -> None:
+    def __init__(self, trials: Trials, x: str, y: str) -> None:
         self.trials, self.x, self.y = trials, x, y
 
     @classmethod
@@ -65,7 +76,8 @@ class SearchDisplay:
         ----------
         search : fitted search of scikit-learn, TuneResult, or DataFrame
             An object with `cv_results_`, such as GridSearchCV; the result of `tpu_als.tune`; or a
-            frame with a column "score" and one for each parameter.
+            frame with a column "score" and one for each parameter. Of a search by halving, the last
+            round is drawn. Of a search with several metrics, the one that `refit` names.
         x, y : str, optional
             The parameters of the axes: names as in `search`, or the part after the last "__". By
             default the first two that have several values.
@@ -83,10 +95,10 @@ class SearchDisplay:
         ValueError
             For unknown parameters, fewer than two with several values, or no trial with a score.
         """
-        trials = _trials_of(search)
-        names = [name for name in trials.columns if name not in _DESCRIBES]
-        varied = [name for name in names if trials[name].map(_key).nunique() > 1]
-        chosen = [_column(given, names) for given in (x, y) if given is not None]
+        trials = trials_of(search)
+        names = trials.parameters
+        varied = [name for name in names if trials.frame[name].map(key_of).nunique(False) > 1]
+        chosen = [column_of(given, names) for given in (x, y) if given is not None]
         spare = [name for name in varied if name not in chosen]
         if len(chosen) + len(spare) < 2:
             raise ValueError(
@@ -96,12 +108,13 @@ class SearchDisplay:
         second = chosen.pop(0) if y is not None else spare.pop(0)
         if first == second:
             raise ValueError(f"x and y must be two parameters, got {first!r} for both")
-        if not np.isfinite(trials["score"]).any():
-            raise ValueError("no trial of the search has a score: all fits failed")
         return cls(trials, first, second).plot(ax=ax)
 
     def plot(self, *, ax: Axes | None = None, cmap: str = "cividis") -> Self:
-        """Draw cells if few values of the parameters make up most pairs, otherwise points.
+        """Draw the scores.
+
+        They are cells if each parameter has at most 15 values, and at least half of the pairs of
+        values were tried; otherwise points, with those without a number on a line of their own.
 
         Parameters
         ----------
@@ -116,70 +129,62 @@ class SearchDisplay:
         """
         self.ax_ = style.one_axes(ax)
         self.figure_ = style.figure_of(self.ax_)
-        known = self.trials[np.isfinite(self.trials["score"])]
-        best = known.loc[known["score"].idxmax()]
-        self.best_ = {self.x: best[self.x], self.y: best[self.y], "score": float(best["score"])}
-        values = [_values(known[name]) for name in (self.x, self.y)]
-        n_cells = len(values[0]) * len(values[1])
-        n_pairs = len({(_key(one), _key(other)) for one, other in known[[self.x, self.y]].values})
-        is_grid = max(map(len, values)) <= _MAX_CELLS and 2 * n_pairs >= n_cells
-        scores = self._cells(known, values, cmap) if is_grid else self._points(known, cmap)
+        frame = self.trials.frame
+        best = frame.iloc[self.trials.best]
+        self.best_ = {self.x: best[self.x], self.y: best[self.y], "score": float(best[SCORE])}
+        columns = [frame[name] for name in (self.x, self.y)]
+        values = [values_of(column) for column in columns]
+        n_pairs = len(set(zip(*(column.map(key_of) for column in columns), strict=True)))
+        is_grid = 2 * n_pairs >= len(values[0]) * len(values[1])
+        is_grid = is_grid and max(map(len, values)) <= _MAX_CELLS
+        scores = self._cells(frame, values, cmap) if is_grid else self._points(frame, cmap)
         self.figure_.colorbar(scores, ax=self.ax_, label="score")
-        self.ax_.set(xlabel=_short(self.x), ylabel=_short(self.y))
+        names = [short(self.x), short(self.y)]
+        names = [self.x, self.y] if names[0] == names[1] else names
+        self.ax_.set(xlabel=names[0], ylabel=names[1])
         return self
 
-    def _cells(self, known: pd.DataFrame, values: list[list[Any]], cmap: str) -> Any:
+    def _cells(self, frame: pd.DataFrame, values: list[list[Any]], cmap: str) -> Any:
         """One cell for each pair of values, with its score as text."""
         scores = np.full((len(values[1]), len(values[0])), np.nan)
-        places = [{_key(value): at for at, value in enumerate(each)} for each in values]
-        triples = zip(known[self.x], known[self.y], known["score"], strict=True)
-        for one, other, score in triples:
-            at = places[1][_key(other)], places[0][_key(one)]
+        places = [{key_of(value): at for at, value in enumerate(each)} for each in values]
+        cells = [
+            (places[1][key_of(other)], places[0][key_of(one)])
+            for one, other in zip(frame[self.x], frame[self.y], strict=True)
+        ]
+        for at, score in zip(cells, frame[SCORE], strict=True):
             scores[at] = np.fmax(scores[at], score)
         image = self.ax_.imshow(scores, cmap=cmap, aspect="auto", origin="lower")
-        self.ax_.set_xticks(range(len(values[0])), [_text(value) for value in values[0]])
-        self.ax_.set_yticks(range(len(values[1])), [_text(value) for value in values[1]])
+        self.ax_.set_xticks(range(len(values[0])), texts_of(values[0]))
+        self.ax_.set_yticks(range(len(values[1])), texts_of(values[1]))
         if len(values[0]) > 6:
             self.ax_.tick_params("x", rotation=45)
-        best = divmod(int(np.nanargmax(scores)), scores.shape[1])
-        middle = (np.nanmin(scores) + np.nanmax(scores)) / 2
+        best, middle = cells[self.trials.best], (np.nanmin(scores) + np.nanmax(scores)) / 2
+        digits = _digits(scores[np.isfinite(scores)])
         for row, column in np.argwhere(np.isfinite(scores)).tolist():
             score = scores[row, column]
             self.ax_.text(
-                column, row, f"{score:.3f}", ha="center", va="center", fontsize="small",
+                column, row, f"{score:.{digits}f}", ha="center", va="center", fontsize="small",
                 color="black" if score > middle else "white",
                 weight="bold" if (row, column) == best else "normal",
             )  # fmt: skip
-        frame = style.pyplot().Rectangle(
+        frame_of_best = style.pyplot().Rectangle(
             (best[1] - 0.5, best[0] - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=2.5
         )
-        frame.set_clip_on(False)
-        self.ax_.add_patch(frame)
+        frame_of_best.set_clip_on(False)
+        self.ax_.add_patch(frame_of_best)
         return image
 
-    def _points(self, known: pd.DataFrame, cmap: str) -> Any:
+    def _points(self, frame: pd.DataFrame, cmap: str) -> Any:
         """One point for each trial; better ones are larger and in front."""
-        ordered = known.sort_values("score")
-        ranks = np.linspace(0, 1, len(ordered))
-        coordinates = []
-        for name, axis in ((self.x, "x"), (self.y, "y")):
-            column = ordered[name]
-            if all(_is_number(value) for value in column):
-                numeric = column.astype(float).to_numpy()
-                coordinates.append(numeric)
-                if (numeric > 0).all() and numeric.max() > 30 * numeric.min():
-                    getattr(self.ax_, f"set_{axis}scale")("log")
-            else:
-                values = _values(column)
-                places = {_key(value): at for at, value in enumerate(values)}
-                coordinates.append(np.array([places[_key(value)] for value in column]))
-                ticks = getattr(self.ax_, f"set_{axis}ticks")
-                ticks(range(len(values)), [_text(value) for value in values])
+        coordinates = [self._coordinates(frame[self.x], "x"), self._coordinates(frame[self.y], "y")]
+        order = np.argsort(frame[SCORE].to_numpy(), kind="stable")
+        sizes = 15 + 60 * np.linspace(0, 1, len(order)) ** 2
         points = self.ax_.scatter(
-            coordinates[0], coordinates[1], c=ordered["score"], s=15 + 60 * ranks**2, cmap=cmap,
-            edgecolors="0.3", linewidths=0.5,
+            coordinates[0][order], coordinates[1][order], s=sizes, cmap=cmap,
+            c=frame[SCORE].to_numpy()[order], edgecolors="0.3", linewidths=0.5,
         )  # fmt: skip
-        best = [each[-1:] for each in coordinates]
+        best = [each[self.trials.best] for each in coordinates]
         self.ax_.scatter(
             best[0], best[1], s=190, facecolors="none", edgecolors="black", linewidths=1.5
         )
@@ -189,60 +194,32 @@ class SearchDisplay:
         self.ax_.set_axisbelow(True)
         return points
 
-
-def _trials_of(search: Any) -> pd.DataFrame:
-    """One row for each trial."""
-    if isinstance(search, pd.DataFrame):
-        found = search
-    elif hasattr(search, "cv_results_"):
-        results = search.cv_results_
-        if "mean_test_score" not in results:
-            raise ValueError(
-                "a search with several metrics: pass a DataFrame of its parameters with the column "
-                "score"
-            )
-        found = pd.DataFrame(list(results["params"])).assign(score=results["mean_test_score"])
-    elif isinstance(getattr(search, "trials", None), pd.DataFrame):
-        found = search.trials
-    else:
-        raise TypeError(
-            "expected a fitted search with cv_results_, a TuneResult or a DataFrame, got "
-            f"{type(search).__name__}" + (": call fit" if hasattr(search, "fit") else "")
-        )
-    if "score" not in found.columns:
-        raise ValueError(f"the frame has columns {list(found.columns)}, and no column score")
-    return found.reset_index(drop=True)
-
-
-def _column(given: str, names: list[str]) -> str:
-    """The column with this name, or the only one that ends with it."""
-    found = [name for name in names if name == given]
-    found = found or [name for name in names if _short(name) == given]
-    if len(found) != 1:
-        raise ValueError(f"{given!r} is not one of the parameters {names}")
-    return found[0]
+    def _coordinates(self, column: pd.Series, axis: str) -> np.ndarray:
+        """Places of values on an axis: numbers by value, others below them; else by number."""
+        is_numeric = np.array([is_number(value) for value in column])
+        others = values_of(column[~is_numeric])
+        if len(others) > 1 or not is_numeric.any():
+            values = values_of(column)
+            places = {key_of(value): at for at, value in enumerate(values)}
+            getattr(self.ax_, f"set_{axis}ticks")(range(len(values)), texts_of(values))
+            return np.array([places[key_of(value)] for value in column], dtype=float)
+        numeric = np.array([float(value) for value in column[is_numeric]])
+        low, high = numeric.min(), numeric.max()
+        is_log = low > 0 and high > 30 * low
+        if is_log:
+            getattr(self.ax_, f"set_{axis}scale")("log")
+        beside = low * (low / high) ** _BESIDE if is_log else low - _BESIDE * ((high - low) or 1.0)
+        found = np.full(len(column), beside)
+        found[is_numeric] = numeric
+        if others:
+            at = {"x": (beside, 0.01), "y": (0.01, beside)}[axis]
+            transform = getattr(self.ax_, f"get_{axis}axis_transform")()
+            self.ax_.text(*at, texts_of(others)[0], transform=transform, color=style.GREY,
+                          fontsize="small", ha="center" if axis == "x" else "left")  # fmt: skip
+        return found
 
 
-def _short(name: str) -> str:
-    return str(name).rpartition("__")[2]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
-
-
-def _key(value: Any) -> Any:
-    """A hashable value that is equal for equal parameters."""
-    if _is_number(value):
-        return None if np.isnan(value) else float(value)
-    return value if isinstance(value, (str, bool, type(None))) else repr(value)
-
-
-def _values(column: pd.Series) -> list[Any]:
-    """Distinct values: numbers ascending, others in the order in which they first occur."""
-    found = list({_key(value): value for value in column}.values())
-    return sorted(found) if all(map(_is_number, found)) else found
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if _is_number(value) else str(value)
+def _digits(scores: np.ndarray) -> int:
+    """Decimals that show differences of 1/50 of the range of some scores, from 3 to 8."""
+    spread = float(np.ptp(scores))
+    return 3 if spread == 0 else int(np.clip(1 - np.floor(np.log10(spread)), 3, 8))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -80,17 +79,19 @@ def row_of_axes(ax: Axes | Sequence[Axes] | None, n: int) -> np.ndarray:
     return np.array([one_axes(each) for each in found], dtype=object)
 
 
-def line_styles() -> itertools.cycle[dict[str, Any]]:
-    """Endless colours, dashes and markers for `Axes.plot`; 56 of them are different."""
-    n = len(COLOURS) * len(MARKERS)
-    return itertools.cycle(
-        {
-            "color": COLOURS[at % len(COLOURS)],
-            "linestyle": DASHES[at % len(DASHES)],
-            "marker": MARKERS[at % len(MARKERS)],
-        }
-        for at in range(n)
-    )
+def line_style(number: int) -> dict[str, Any]:
+    """Colour, dashes and marker of a line for `Axes.plot`; 56 of them are different."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": DASHES[number % len(DASHES)],
+        "marker": MARKERS[number % len(MARKERS)],
+    }
+
+
+def plain(text: object) -> str:
+    """A text for matplotlib, which reads formulas between dollars and hides a leading "_"."""
+    found = str(text).replace("$", r"\$")
+    return f" {found}" if found.startswith("_") else found
 
 
 def figure_of(ax: Axes) -> Figure:
