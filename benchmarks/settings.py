@@ -2,7 +2,8 @@
 
 The data sets are those of `tune.py`: MovieLens-1M with a fifth of each user's entries held out at
 random, and a year of grocery purchases with the last fifth of the time held out. The same test part
-measures all settings, so a small difference between two of them means nothing.
+measures all settings, so a small difference between two of them means nothing. The settings whose
+names begin with "start" are those that docs/choosing.md advises to start with.
 """
 
 from __future__ import annotations
@@ -24,11 +25,27 @@ _IALS: dict[str, dict[str, Any]] = {
     name: dict(objective="ials", **hand) for name, hand in tune.BY_HAND.items()
 }
 
+# The lines of docs/choosing.md that a reader can start with, the same for all data sets.
+START: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "counts": (
+        "log",
+        dict(factors=64, objective="ials", regularization=0.003, unobserved_weight=0.7),
+    ),
+    "ones": (None, dict(factors=64, objective="ials", regularization=0.003)),
+    "as with implicit": (None, dict(factors=64, regularization=10)),
+    "few items": (
+        "log",
+        dict(factors=16, objective="ials", regularization=0.003, unobserved_weight=0.7),
+    ),
+}
+
 
 def settings(name: str) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
     """Name, weighting and parameters of each setting."""
     ials = _IALS[name]
     yield "defaults", None, {}
+    for case, (weighting, given) in START.items():
+        yield f"start, {case}", weighting, given
     yield (
         "factors 64, alpha 40, regularization 10",
         None,
