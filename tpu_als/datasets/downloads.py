@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -68,6 +68,12 @@ def data_home(given: str | os.PathLike[str] | None = None) -> Path:
     if home.exists() and not home.is_dir():
         raise NotADirectoryError(f"data_home must be a folder, and {home} is a file")
     return home.absolute()
+
+
+def require_variant(variant: object, variants: Collection[str]) -> None:
+    """Raise ValueError unless `variant` is one of the names in `variants`."""
+    if not isinstance(variant, str) or variant not in variants:
+        raise ValueError(f"variant must be one of {[*variants]}, got {variant!r}")
 
 
 def fetched(

@@ -100,8 +100,7 @@ def fetch_movielens(
     >>> rec = Recommender(value="rating", timestamp="timestamp")  # doctest: +SKIP
     >>> rec.fit(films.frame[films.frame["rating"] >= 4])  # doctest: +SKIP
     """
-    if not isinstance(variant, str) or variant not in _VARIANTS:
-        raise ValueError(f"variant must be one of {[*_VARIANTS]}, got {variant!r}")
+    downloads.require_variant(variant, _VARIANTS)
     name = f"ml-{variant}.zip"
     archive = downloads.RemoteFile(name, _ADDRESS + name, f"md5:{_VARIANTS[variant].md5}")
     path = downloads.fetched(

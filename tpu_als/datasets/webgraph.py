@@ -111,8 +111,7 @@ def fetch_webgraph(
     -----
     The publisher gives no checksums of files. Those of the records are verified.
     """
-    if not isinstance(variant, str) or variant not in _VARIANTS:
-        raise ValueError(f"variant must be one of {[*_VARIANTS]}, got {variant!r}")
+    downloads.require_variant(variant, _VARIANTS)
     parquet_library()
     home = downloads.data_home(data_home)
     folder = home / f"webgraph-{variant}"

@@ -15,6 +15,7 @@ from sklearn.exceptions import NotFittedError
 from tpu_als.exceptions import DataWarning
 from tpu_als.plotting import style
 from tpu_als.plotting.labels import place_labels
+from tpu_als.plotting.models import model_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -219,8 +220,7 @@ class FactorMapDisplay:
 
 def _table_of(estimator: Any, side: str) -> tuple[np.ndarray, pd.Index, np.ndarray | None]:
     """Factors, ids, and the number of users of each item where it is known."""
-    model = getattr(estimator, "model_", estimator)
-    model = model.steps[-1][1] if hasattr(model, "steps") else model
+    model = model_in(estimator)
     table = getattr(model, f"{side[:-1]}_factors", None)
     if table is None:
         raise NotFittedError(

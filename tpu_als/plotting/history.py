@@ -11,6 +11,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from tpu_als.estimator import TPUAlternatingLeastSquares
 from tpu_als.plotting import style
+from tpu_als.plotting.models import model_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,8 +91,7 @@ class FitHistoryDisplay:
         ValueError
             For a series that was not measured, or another number of axes.
         """
-        model = getattr(estimator, "model_", estimator)
-        model = model.steps[-1][1] if hasattr(model, "steps") else model
+        model = model_in(estimator)
         if not isinstance(model, TPUAlternatingLeastSquares):
             raise TypeError(
                 "expected a TPUAlternatingLeastSquares, or a Recommender or pipeline with one, got "
