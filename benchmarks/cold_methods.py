@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 from scipy.stats import loguniform
+from sklearn.preprocessing import OneHotEncoder
 
 from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.weighting import LogWeighting
@@ -31,6 +32,8 @@ class Problem(NamedTuple):
         Counts. New items have no entries.
     features : csr_matrix of shape (n_items, n_features)
         One-hot, float32.
+    of_users : csr_matrix of shape (n_users, n_user_features)
+        One-hot, float32; rows of zeros for users of whom nothing is known.
     fields : ndarray of int and shape (n_features,)
         The column of the frame that each feature is from.
     categories : dict of str to ndarray of int and shape (n_items,)
@@ -43,6 +46,7 @@ class Problem(NamedTuple):
 
     train: sparse.csr_matrix
     features: sparse.csr_matrix
+    of_users: sparse.csr_matrix
     fields: np.ndarray
     categories: dict[str, np.ndarray]
     factors: int
@@ -161,18 +165,27 @@ def cmfrec(problem: Problem, niter: int = 10, **settings: Any) -> Scores:
     return Scores.of_factors(model.A_, table)
 
 
-def tpu_als(problem: Problem, features: bool = True, **settings: Any) -> Any:
-    """The model of this package, with or without features of items."""
-    given = {"item_features": problem.features} if features else {}
-    model = TPUAlternatingLeastSquares(
-        problem.factors, iterations=10, objective="ials", random_state=problem.seed, **settings
-    )
-    return model.fit(problem.weighted(), **given)
+def tpu_als(problem: Problem, **settings: Any) -> Any:
+    """The model of this package, with features of items."""
+    return _fitted(problem, settings, item_features=problem.features)
+
+
+def both_sides(problem: Problem, **settings: Any) -> Any:
+    """The model of this package, with features of items and users."""
+    given = {"item_features": problem.features, "user_features": problem.of_users}
+    return _fitted(problem, settings, **given)
 
 
 def without_features(problem: Problem, **settings: Any) -> Any:
     """The model of this package without features."""
-    return tpu_als(problem, features=False, **settings)
+    return _fitted(problem, settings)
+
+
+def _fitted(problem: Problem, settings: dict[str, Any], **features: sparse.csr_matrix) -> Any:
+    model = TPUAlternatingLeastSquares(
+        problem.factors, iterations=10, objective="ials", random_state=problem.seed, **settings
+    )
+    return model.fit(problem.weighted(), **features)
 
 
 def takes_features() -> bool:
@@ -183,7 +196,11 @@ def takes_features() -> bool:
 _ALS: dict[str, Any] = {
     "regularization": loguniform(1e-4, 3e-2), "unobserved_weight": loguniform(0.1, 10),
 }  # fmt: skip
-_OWN = {"regularization": 1e-3, "unobserved_weight": 1.0}
+_DEFAULTS = {"regularization": 1e-3, "unobserved_weight": 1.0}
+_WITH_FEATURES = {
+    **_ALS, "feature_weight": loguniform(0.1, 10), "feature_regularization": loguniform(1e-3, 100),
+}  # fmt: skip
+_WITH_DEFAULTS = {**_DEFAULTS, "feature_weight": 1.0, "feature_regularization": 1.0}
 METHODS: dict[str, Method] = {
     "popularity": Method(
         popularity,
@@ -209,15 +226,9 @@ METHODS: dict[str, Method] = {
             "w_item": loguniform(0.03, 100),
         },
     ),
-    "tpu_als": Method(
-        tpu_als,
-        {**_OWN, "feature_weight": 1.0, "feature_regularization": 1.0},
-        {
-            **_ALS, "feature_weight": loguniform(0.1, 10),
-            "feature_regularization": loguniform(1e-3, 100),
-        },
-    ),
-    "without features": Method(without_features, _OWN, _ALS),
+    "tpu_als": Method(tpu_als, _WITH_DEFAULTS, _WITH_FEATURES),
+    "tpu_als, both sides": Method(both_sides, _WITH_DEFAULTS, _WITH_FEATURES),
+    "without features": Method(without_features, _DEFAULTS, _ALS),
 }  # fmt: skip
 
 
@@ -227,21 +238,25 @@ def lacking() -> dict[str, str]:
     if not common.installed("cmfrec"):
         lacks["cmfrec"] = "the package cmfrec is not installed"
     if not takes_features():
-        lacks["tpu_als"] = "fit has no parameter item_features"
+        for name in ("tpu_als", "tpu_als, both sides"):
+            lacks[name] = "fit has no parameter item_features"
     return lacks
 
 
 def problem_of(
-    train: sparse.csr_matrix, frame: pd.DataFrame, factors: int, seed: int, least: int = 5
+    train: sparse.csr_matrix, items: pd.DataFrame, users: pd.DataFrame, factors: int, seed: int
 ) -> Problem:
-    """One-hot features of a frame with one row for each item; rare values of a field are one."""
-    from sklearn.preprocessing import OneHotEncoder
+    """One-hot features of frames with one row for each item and each user."""
+    features, fields = _one_hot(items)
+    levels = items.columns[:3]
+    categories = {name: pd.factorize(items[name].fillna("unknown"))[0] for name in levels}
+    return Problem(train, features, _one_hot(users)[0], fields, categories, factors, seed)
 
-    encoder = OneHotEncoder(handle_unknown="ignore", min_frequency=least, dtype=np.float32)
+
+def _one_hot(frame: pd.DataFrame) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """Features, and the column of the frame that each is from. Rare values of a column are one."""
     numbered = frame.set_axis([str(field) for field in range(frame.shape[1])], axis=1)
+    encoder = OneHotEncoder(handle_unknown="ignore", min_frequency=5, dtype=np.float32)
     features = encoder.fit(numbered.dropna()).transform(numbered)
     names = encoder.get_feature_names_out()  # such as "3_Private"
-    fields = np.array([int(name.partition("_")[0]) for name in names])
-    levels = frame.columns[:3]
-    categories = {name: pd.factorize(frame[name].fillna("unknown"))[0] for name in levels}
-    return Problem(train, features, fields, categories, factors, seed)
+    return features, np.array([int(name.partition("_")[0]) for name in names])

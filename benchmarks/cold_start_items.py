@@ -4,7 +4,8 @@ Groceries: a fifth of the products is new, so all their purchases are held out, 
 other purchases. Each method has the same number of trials on a second split of the same kind, of
 the train part only. The best settings are fitted to the whole train part. Three rankings of 20 are
 measured: of the new products, of all products (purchases of both kinds are to be found), and of the
-known products. "Tuned for" is the kind of products that the trials were scored on.
+known products. "Tuned for" is the kind of products that the trials were scored on. Features are
+those of products; "both sides" has the demographics of the households too.
 
 Generated: features explain a known part of the factors. "limit" ranks by the part of the true
 factors that features can tell, "true factors" by all of it.
@@ -31,6 +32,7 @@ from sklearn.model_selection import ParameterSampler
 from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.datasets import (
     groceries_item_features,
+    groceries_user_features,
     interactions_from_frame,
     load_groceries,
     planted_features,
@@ -43,7 +45,8 @@ _K = 20
 # Each method, and the products that its settings are chosen for.
 _RUNS = (
     ("popularity", "new"), ("content", "new"), ("cmfrec", "new"), ("tpu_als", "new"),
-    ("tpu_als", "known"), ("without features", "known"),
+    ("tpu_als, both sides", "new"), ("tpu_als", "known"), ("tpu_als, both sides", "known"),
+    ("without features", "known"),
 )  # fmt: skip
 _EXPLAINED = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -146,12 +149,12 @@ def groceries(args: argparse.Namespace, methods: list[str]) -> None:
     frame = frame[frame["product_id"].map(products["kind"]) == "product"]
     counts = frame["product_id"].value_counts()
     frame = frame[frame["product_id"].isin(counts.index[counts >= args.least])]
-    matrix, _, items = interactions_from_frame(frame, "household_id", "product_id")
-    features = groceries_item_features(items)
+    matrix, users, items = interactions_from_frame(frame, "household_id", "product_id")
+    of_items, of_users = groceries_item_features(items), groceries_user_features(users)
     rows: list[dict[str, Any]] = []
     for seed in range(args.seeds):
         parts = split(matrix, seed)
-        problem = cold_methods.problem_of(parts.train, features, args.factors, seed)
+        problem = cold_methods.problem_of(parts.train, of_items, of_users, args.factors, seed)
         common.emit(
             benchmark="cold_start_items", dataset="groceries", seed=seed, shape=matrix.shape,
             n_features=problem.features.shape[1], new_items=len(parts.new),
@@ -200,7 +203,8 @@ def generated(args: argparse.Namespace, methods: list[str]) -> None:
             made = planted_features(*size, explained=explained, random_state=seed)
             parts = split(made.matrix, seed)
             fields = np.zeros(made.item_features.shape[1], int)
-            problem = Problem(parts.train, made.item_features, fields, {}, 16, seed)
+            features = (made.item_features, made.user_features)
+            problem = Problem(parts.train, *features, fields, {}, 16, seed)
             for row in run_all(problem, parts, own, args.trials):
                 found.setdefault((row["method"], row["tuned_for"]), []).append(row["metrics"])
             dense = made.item_features.toarray()
