@@ -143,7 +143,7 @@ def by_xla(model: Ours, repeats: int) -> dict[str, float]:
     def run_prepare() -> list[Any]:
         return [
             xla_half_epoch.prepare_program(data)(
-                (source, target, side.cells.lengths), np.int32(n_source)
+                xla_half_epoch.Tables(source, target, side.cells.lengths), np.int32(n_source)
             )
             for side, target, source, n_source in sides
         ]
@@ -151,11 +151,13 @@ def by_xla(model: Ours, repeats: int) -> dict[str, float]:
     ready, solves = run_prepare(), []
     for _ in range(repeats):
         total = 0.0
-        for (side, *_), (basis, source_table, begin) in zip(sides, ready, strict=True):
+        for (side, *_), prepared in zip(sides, ready, strict=True):
             # Copies, because the programs overwrite their input.
-            start = jax.tree.map(lambda part: part.copy(), begin)
-            passes = xla_half_epoch.passes(side, data, basis, model.objective)
-            run = functools.partial(mesh.run, passes, start, source_table, data.params.dtype)
+            start = jax.tree.map(lambda part: part.copy(), prepared.start)
+            passes = xla_half_epoch.passes(side, data, prepared, model.objective)
+            run = functools.partial(
+                mesh.run, passes, start, prepared.source_table, data.params.dtype
+            )
             total += common.seconds(lambda run=run: jax.block_until_ready(run()))  # type: ignore[misc]
         solves.append(total)
     calls = {

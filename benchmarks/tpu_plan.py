@@ -37,7 +37,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tpu_als.engine.data import DTYPES, AlsParams
 from tpu_als.engine.objective import Objective
-from tpu_als.engine.xla import half_epoch, placing, ranking
+from tpu_als.engine.xla import half_epoch, placing, ranking, sweep
 from tpu_als.engine.xla.data import XlaData as Data
 from tpu_als.engine.xla.data import XlaSide as Side
 from tpu_als.engine.xla.mesh import DeviceMesh
@@ -73,17 +73,19 @@ def programs(data: Data) -> list[tuple[str, Any, tuple[Any, ...]]]:
         count = np.int32(side.n_rows)
         prepare, given = (
             half_epoch.prepare_program(data),
-            ((source, target, side.cells.lengths), count),
+            (half_epoch.Tables(source, target, side.cells.lengths), count),
         )
         found.append((f"{name}: rotate", prepare, given))
-        basis = jax.eval_shape(prepare, *given).basis
+        prepared = jax.eval_shape(prepare, *given)
         basis = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), basis
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+            prepared.basis,
         )
+        prepared = prepared._replace(basis=basis)
         for number, (program, entries, shared) in enumerate(
-            half_epoch.passes(side, data, basis, OBJECTIVE)
+            half_epoch.passes(side, data, prepared, OBJECTIVE)
         ):
-            long = side.long is not None and entries is side.long
+            long = isinstance(entries, sweep.LongInputs)
             label = "long rows" if long else f"solve {number}"
             found.append((f"{name}: {label}", program, (target, entries, source, shared)))
         assert side.routes is not None

@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from tpu_als.recommender import Recommender
     from tpu_als.served_model import ServedModel
     from tpu_als.tuning import TuneResult, tune
+    from tpu_als.validation.features import FeatureTable
 
 __version__ = "0.1.0"
 __all__ = [
     "DataWarning",
+    "FeatureTable",
     "ModelFileError",
     "ModelFitError",
     "ParameterWarning",
@@ -63,6 +65,7 @@ _SUBMODULES = (
     "weighting",
 )  # fmt: skip
 _HOME = {
+    "FeatureTable": "tpu_als.validation.features",
     "Recommender": "tpu_als.recommender",
     "RecommenderPipeline": "tpu_als.pipelines",
     "ServedModel": "tpu_als.served_model",

@@ -200,7 +200,7 @@ class PopularityRecommender(BaseEstimator):
             entries.
         """
         check_is_fitted(self)
-        kept, hidden = holdout.for_scoring(checked_rows(self, X, "X", reset=False))
+        kept, hidden, _ = holdout.for_scoring(checked_rows(self, X, "X", reset=False))
         users = np.arange(kept.shape[0])
         ids, _ = self.recommend(users, kept, N=holdout.CUTOFF, recalculate_user=True)
         return holdout.mean_ndcg(ids, hidden)

@@ -25,6 +25,13 @@ def objective_of(estimator: Any) -> Objective:
     )
 
 
+def weighted(estimator: Any, objective: Objective) -> Objective:
+    """An objective with the ridge of rows that are drawn to what their features say."""
+    parameters.check(estimator, ("feature_weight",))
+    lam = estimator.feature_weight * objective.regularization
+    return objective._replace(regularization=lam)
+
+
 def linear_solver_of(estimator: Any, objective: Objective) -> str:
     """The linear solver for an objective: "auto", "cg", "exact" or "cholesky"."""
     parameters.check(estimator, ("linear_solver", "use_cg"))

@@ -20,8 +20,10 @@ from tpu_als.evaluation.metrics import popularity_of
 from tpu_als.host import require_memory
 from tpu_als.implicit_api.attributes import Attributes
 from tpu_als.implicit_api.new_rows import NewRows, folded_in
+from tpu_als.implicit_api.priors import prior_for
 from tpu_als.implicit_api.ranking import Ranking
 from tpu_als.implicit_api.saving import Saving
+from tpu_als.implicit_api.side_features import SideFeatures
 from tpu_als.serving.fitted import FittedModel
 from tpu_als.serving.ranking import How, Limits, rank
 from tpu_als.shards import ShardedMatrix
@@ -34,6 +36,7 @@ from tpu_als.validation.estimators import checked_rows
 class TPUAlternatingLeastSquares(
     Ranking,
     NewRows,
+    SideFeatures,
     Saving,
     Attributes,
     ClassNamePrefixFeaturesOutMixin,
@@ -91,6 +94,11 @@ class TPUAlternatingLeastSquares(
         others mean "cholesky".
     cg_steps : int, default=3
         Steps of "cg".
+    feature_regularization : float, default=1.0
+        Ridge of the weights of features, for a fit with `user_features` or `item_features`.
+    feature_weight : float, default=1.0
+        On a side with features, `regularization` is multiplied by it. The ridge draws rows to what
+        their features say, so that a larger weight relies more on features.
     devices : None, int, list of jax.Device or jax.sharding.Mesh, default=None
         None uses all devices of JAX's default backend if JAX may have an accelerator or other
         processes (see Notes); otherwise it uses the CPU without JAX. 1 chooses in the same way and
@@ -208,6 +216,8 @@ class TPUAlternatingLeastSquares(
         regularization_exponent: float | None = None,
         linear_solver: str | None = None,
         cg_steps: int = 3,
+        feature_regularization: float = 1.0,
+        feature_weight: float = 1.0,
         devices: Any = None,
         table_layout: str = "auto",
         over_relaxation: float = 1.0,
@@ -237,6 +247,8 @@ class TPUAlternatingLeastSquares(
         self.regularization_exponent = regularization_exponent
         self.linear_solver = linear_solver
         self.cg_steps = cg_steps
+        self.feature_regularization = feature_regularization
+        self.feature_weight = feature_weight
         self.devices = devices
         self.table_layout = table_layout
         self.over_relaxation = over_relaxation
@@ -257,6 +269,9 @@ class TPUAlternatingLeastSquares(
         y: object = None,
         show_progress: bool | None = None,
         callback: Callable[[int, float, float | None], Any] | None = None,
+        *,
+        user_features: Any = None,
+        item_features: Any = None,
     ) -> Self:
         """Factorize a matrix of users by items.
 
@@ -275,6 +290,11 @@ class TPUAlternatingLeastSquares(
             Called as ``callback(iteration, seconds, loss)`` after each iteration; loss is None
             unless computed. It may use the model, which has the factors of that iteration. To stop
             the fit, raise an error: `fit` raises it too, and the model keeps the last iteration.
+        user_features, item_features : matrix, DataFrame or FeatureTable, optional
+            Numbers that describe the users, (n_users, n_user_features), and the items, (n_items,
+            n_item_features). The ridge then draws the factors of a row to a linear function of its
+            features, which is fitted too. Rows without entries are what that function says, so that
+            new items can be recommended. docs/math.md has the equations.
 
         Returns
         -------
@@ -296,29 +316,57 @@ class TPUAlternatingLeastSquares(
             at_exit.callback(lambda: self._fitted.settle())
             params = engine_options.training_params(self)
             rows, fitted = self._interactions(user_items)
-            training = fitting.prepare(self, rows, fitted, params, at_exit)
+            features = fitting.feature_tables(rows.shape, user_features, item_features)
+            training = fitting.prepare(self, rows, fitted, params, features, at_exit)
             hides = training.hides_progress or progress.is_disabled(show_progress, self.verbose)
             with progress.bar(self.iterations, training.done, hides) as bar:
                 fitting.run(self, training, fitted, callback, bar)
             self._fitted_to = training.fitted_to
         return self
 
-    def transform(self, X: Any) -> np.ndarray:
+    def fit_transform(
+        self, X: Any, y: object = None, *, user_features: Any = None, item_features: Any = None
+    ) -> np.ndarray:
+        """Fit to a matrix and return the factors of its rows: `fit`, and then `transform`.
+
+        Parameters
+        ----------
+        X, y, user_features, item_features
+            As in `fit`.
+
+        Returns
+        -------
+        ndarray of shape (n_users, factors)
+        """
+        self.fit(X, y, user_features=user_features, item_features=item_features)
+        return self.transform(X, user_features=user_features)
+
+    def transform(self, X: Any, user_features: Any = None) -> np.ndarray:
         """Compute exact factors of new or known rows (fold-in).
 
         Parameters
         ----------
         X : csr_matrix, csr_array or array-like of shape (n_rows, n_items)
             As in `fit`.
+        user_features : matrix, DataFrame or FeatureTable of shape (n_rows, n_features), optional
+            Features of the rows. Needed if `fit` got user features.
 
         Returns
         -------
         ndarray of shape (n_rows, factors)
             On a CPU each row depends only on that row of X, bit for bit. docs/math.md states what
             holds on other devices.
+
+        Raises
+        ------
+        ValueError
+            If the columns differ from those of `fit`; if `user_features` is missing, or was not
+            given to `fit`.
         """
         fitted = self._fitted.require(self)
-        return folded_in(self, fitted.item, self._validated(X, fitted))
+        rows = self._validated(X, fitted)
+        prior = prior_for(fitted, "user", user_features, rows.shape[0])
+        return folded_in(self, fitted.item, rows, prior)
 
     def inverse_transform(self, X: Any) -> np.ndarray:
         """Score all items for given factors.
@@ -346,7 +394,7 @@ class TPUAlternatingLeastSquares(
         require_memory({"scores": size}, "pass fewer rows, or use recommend for the best items")
         return factors.astype(table.dtype, copy=False) @ table.T
 
-    def score(self, X: Any, y: object = None) -> float:
+    def score(self, X: Any, y: object = None, user_features: Any = None) -> float:
         """Mean NDCG@10 of hidden items; the rows need not have been in the data of `fit`.
 
         A fifth of each row's positive entries is hidden, the same in every call. The rest is folded
@@ -359,6 +407,8 @@ class TPUAlternatingLeastSquares(
             As in `fit`.
         y : None
             Ignored.
+        user_features : matrix, DataFrame or FeatureTable of shape (n_rows, n_features), optional
+            As in `transform`.
 
         Returns
         -------
@@ -366,8 +416,11 @@ class TPUAlternatingLeastSquares(
             Between 0 and 1; larger is better.
         """
         fitted = self._fitted.require(self)
-        kept, hidden = holdout.for_scoring(self._validated(X, fitted))
-        solved = folded_in(self, fitted.item, kept)
+        rows = self._validated(X, fitted)
+        prior = prior_for(fitted, "user", user_features, rows.shape[0])
+        kept, hidden, measured = holdout.for_scoring(rows)
+        prior = None if prior is None else prior.some(measured)
+        solved = folded_in(self, fitted.item, kept, prior)
         how = How(lambda: engine_options.backend_of(self).alone, self.approximate_recall)
         ids, _ = rank(fitted.item, solved, holdout.CUTOFF, Limits(kept), how)
         return holdout.mean_ndcg(ids, hidden)

@@ -6,20 +6,26 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import sparse
 
 from tpu_als import engine_options
-from tpu_als.engine import digests
+from tpu_als.engine import als, digests
+from tpu_als.engine.als import AlsState
 from tpu_als.engine.data import AlsParams
+from tpu_als.engine.features import Features
 from tpu_als.evaluation import holdout
-from tpu_als.serving.fitted import FactorTable, FittedModel, tables_of
+from tpu_als.exceptions import ModelFitError
+from tpu_als.serving.features import FittedFeatures
+from tpu_als.serving.fitted import SIDES, FactorTable, FittedModel, tables_of
 from tpu_als.shards import ShardedMatrix
 from tpu_als.training import initial, progress
 from tpu_als.training.early_stopping import EarlyStopping
 from tpu_als.training.loop import Training, settings_of
+from tpu_als.validation import features as checked_features
+from tpu_als.validation.features import FeatureTable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -34,6 +40,7 @@ def prepare(
     rows: sparse.csr_matrix | ShardedMatrix,
     fitted: FittedModel,
     params: AlsParams,
+    features: tuple[FeatureTable | None, FeatureTable | None],
     at_end: contextlib.ExitStack,
 ) -> Training:
     """Choose the backend, lay out the data, and initialise or resume the training.
@@ -48,6 +55,8 @@ def prepare(
         The new model, without tables.
     params : AlsParams
         The parameters in the engine's terms.
+    features : two of FeatureTable or None
+        Features of the users and of the items.
     at_end : ExitStack
         Receives what must be closed after the fit.
     """
@@ -65,6 +74,7 @@ def prepare(
         # "exact" and "cholesky" differ by rounding only, so either resumes the other's checkpoint.
         solver = params.linear_solver.replace("exact", "cholesky")
         settings = settings_of(estimator, objective, solver, given, on_devices)
+        settings.update(_identity_of(estimator, features))
     fitted_to = identity, initial.warn_if_restarted(estimator, identity)
     if estimator.early_stopping:
         fraction = float(estimator.validation_fraction)
@@ -76,6 +86,9 @@ def prepare(
     with backend.watched():
         data = backend.place(rows, params, with_digest=checkpoints is not None)
         at_end.callback(backend.release, data)  # runs before the model's tables are fetched
+        placed = [_engine_features(estimator, table, params) for table in features]
+        if any(placed):
+            data = als.with_features(data, *placed)
         training = Training(
             data,
             objective,
@@ -86,6 +99,7 @@ def prepare(
             checkpoints=checkpoints,
             settings=settings,
             fitted_to=fitted_to,
+            features=features,
         )
         is_resumed = training.resume()
         draws = isinstance(estimator.random_state, (np.random.RandomState, np.random.Generator))
@@ -110,22 +124,22 @@ def run(
     """
     before, has_published, is_calling = vars(estimator).get("_fitted"), False, False
     try:
-        fitted = _after(training, fitted)
+        fitted, state = _after(training, fitted), training.state
         while not training.is_over:
             with training.data.backend.watched():
                 report = training.step()
-            fitted = _after(training, fitted)
+            fitted, state = _after(training, fitted), training.state
             progress.advance(bar, report)
             log.debug("iteration %d: %s", training.done - 1, report)
             if callback:
-                estimator._publish(fitted)
+                estimator._publish(_with_features(training, state, fitted))
                 has_published = is_calling = True
                 callback(training.done - 1, report["seconds"], report.get("loss"))
                 is_calling = False
         estimator._publish(_finished(training, fitted))
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and fitted.n_iter:
-            estimator._publish(fitted)
+            estimator._publish(_with_features(training, state, fitted))
         elif has_published and not is_calling:
             estimator._publish(before)
         raise
@@ -133,16 +147,83 @@ def run(
 
 def _finished(training: Training, fitted: FittedModel) -> FittedModel:
     """The model at the end of a fit; with early stopping, the best one."""
+    state = training.state
     if training.monitor is not None and training.monitor.best is not None:
         users, items = (
             FactorTable(table) if isinstance(table, np.ndarray) else FactorTable(None, table)
             for table in training.monitor.best
         )
         fitted = replace(fitted, user=users, item=items)
+        if training.features != (None, None):
+            best = (t if isinstance(t, np.ndarray) else t.fetch() for t in training.monitor.best)
+            state = als.start(training.data, *best)
     losses = training.history.get("loss")
     if losses:
         log.info("final training loss %.4f", losses[-1])
-    return fitted
+    return _with_features(training, state, fitted)
+
+
+def _with_features(training: Training, state: AlsState, fitted: FittedModel) -> FittedModel:
+    """The model with the weights of features, and with rows for users and items without entries."""
+    changes: dict[str, Any] = {}
+    data = training.data
+    sides = zip(SIDES, ("users", "items"), state, training.features, strict=True)
+    with data.backend.watched():
+        for name, target, table, given in sides:
+            if given is None:
+                continue
+            side, dtype = getattr(data, target), data.params.compute_dtype
+            whole, weights = als.completed(table, data, training.objective, target=target)
+            assert weights is not None
+            if not np.isfinite(weights).all():
+                raise ModelFitError(
+                    f"the weights of {name} features are not finite: scale the features to "
+                    "similar sizes, or raise feature_regularization"
+                )
+            changes[name] = FactorTable(unread=data.backend.table(whole, side, data))
+            rows = given.matrix.astype(dtype)
+            features = FittedFeatures(weights.astype(dtype), rows, given.names)
+            changes[f"{name}_features"] = features
+    return replace(fitted, **changes)
+
+
+def feature_tables(
+    shape: tuple[int, int], user_features: object, item_features: object
+) -> tuple[FeatureTable | None, FeatureTable | None]:
+    """Check the features that `fit` got for a matrix of this shape."""
+    given = ((user_features, "user_features", "users"), (item_features, "item_features", "items"))
+    users, items = (
+        None if values is None else checked_features.table_for(values, n_rows, name, rows)
+        for (values, name, rows), n_rows in zip(given, shape, strict=True)
+    )
+    return users, items
+
+
+def _engine_features(
+    estimator: TPUAlternatingLeastSquares, given: FeatureTable | None, params: AlsParams
+) -> Features | None:
+    """Features in the engine's terms."""
+    if given is None:
+        return None
+    gamma, weight = float(estimator.feature_regularization), float(estimator.feature_weight)
+    return Features(given.matrix.astype(params.compute_dtype), gamma, weight)
+
+
+def _identity_of(
+    estimator: TPUAlternatingLeastSquares, tables: tuple[FeatureTable | None, FeatureTable | None]
+) -> dict[str, object]:
+    """What identifies the features of a run; nothing without features."""
+    if tables == (None, None):
+        return {}
+    identity: dict[str, object] = {
+        name: float(getattr(estimator, name))
+        for name in ("feature_regularization", "feature_weight")
+    }
+    for side, given in zip(SIDES, tables, strict=True):
+        if given is not None:
+            parts = (given.matrix.data, given.matrix.indices, given.matrix.indptr)
+            identity[f"{side} features"] = " ".join(map(digests.array, parts))
+    return identity
 
 
 def _after(training: Training, fitted: FittedModel) -> FittedModel:

@@ -130,6 +130,8 @@ RULES: dict[str, Rule] = {
         "less time)",
     ),
     "cg_steps": _COUNT,
+    "feature_regularization": _WEIGHT,
+    "feature_weight": (lambda v: _at_least_zero(v) and v > 0, "a finite number above 0"),
     "devices": (
         _are_devices,
         "None, an integer of at least 1, a list of jax.Device or a jax.sharding.Mesh",

@@ -10,6 +10,7 @@ from tpu_als.implicit_api.attributes import Attributes
 from tpu_als.implicit_api.new_rows import NewRows
 from tpu_als.implicit_api.ranking import Ranking
 from tpu_als.implicit_api.saving import fitted_model
+from tpu_als.implicit_api.side_features import SideFeatures
 from tpu_als.storage import model_file
 
 # The estimator's defaults, for parameters that a file of implicit may lack.
@@ -23,10 +24,12 @@ _DEFAULTS: dict[str, Any] = {
     "table_layout": "auto",
     "use_native": True,
     "use_cg": True,
+    "feature_regularization": 1.0,
+    "feature_weight": 1.0,
 }
 
 
-class ServedModel(Ranking, NewRows, Attributes):
+class ServedModel(Ranking, NewRows, SideFeatures, Attributes):
     """A model read from a file, for recommendations and fold-in.
 
     It has the methods of `TPUAlternatingLeastSquares` that implicit has too, except `fit` and

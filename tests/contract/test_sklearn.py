@@ -191,7 +191,9 @@ class TestMetadataRouting:
     @pytest.mark.parametrize("cls", [TPUAlternatingLeastSquares, AlternatingLeastSquares])
     def test_the_matrix_is_no_metadata(self, cls: Any) -> None:
         routing = get_routing_for_object(cls())
-        assert set(routing.fit.requests) == {"show_progress", "callback"}
+        assert set(routing.fit.requests) == {
+            "show_progress", "callback", "user_features", "item_features",
+        }  # fmt: skip
         with (
             sklearn.config_context(enable_metadata_routing=True),
             pytest.raises(TypeError, match="user_items"),

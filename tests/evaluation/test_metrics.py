@@ -473,7 +473,7 @@ class TestScorer:
 
     def test_novelty_of_other_models_uses_the_rows(self) -> None:
         rows = sparse.csr_matrix(np.ones((20, 6)))
-        kept, _ = holdout.for_scoring(rows)
+        kept, _, _ = holdout.for_scoring(rows)
         expected = -np.log2(kept[:, [0]].nnz / 20)
         scorer = evaluation.make_ranking_scorer("novelty", k=1)
         assert scorer(Ranker(np.zeros((20, 1), int)), rows) == pytest.approx(expected)

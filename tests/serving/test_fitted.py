@@ -18,7 +18,7 @@ from scipy import sparse
 from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.engine.cpu import exact, ranking
 from tpu_als.engine.cpu.backend import CpuBackend
-from tpu_als.serving import fitted
+from tpu_als.serving import derived, fitted
 from tpu_als.training import loop
 
 COUNTS = random_counts(30, 20)
@@ -78,8 +78,8 @@ READERS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "one user": (ranking, "_scratch", lambda m: m.recommend(3, COUNTS[3], N=5)),
     "all users": (ranking.Catalog, "top_k", lambda m: m.recommend(USERS, COUNTS, N=5)),
     "catalog": (CpuBackend, "catalog", lambda m: m.recommend(USERS, COUNTS, N=5)),
-    "similar items": (fitted, "norms", lambda m: m.similar_items(3, N=5)),
-    "all similar users": (fitted, "norms", lambda m: m.similar_users(USERS, N=5)),
+    "similar items": (derived, "norms", lambda m: m.similar_items(3, N=5)),
+    "all similar users": (derived, "norms", lambda m: m.similar_users(USERS, N=5)),
     "gramian": (exact.Source, "_gramian", lambda m: m.recalculate_user(0, COUNTS[0])),
     "source": (CpuBackend, "source", lambda m: m.transform(COUNTS)),
     "score": (exact.Source, "solve", lambda m: m.score(COUNTS)),

@@ -9,11 +9,13 @@ Axis letters: K factors, M users, N items.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from tpu_als.engine.data import DTYPES, Data, Side
+from tpu_als.engine.features import Features
 from tpu_als.engine.objective import Objective, ridge
 
 _Table = TypeVar("_Table")  # a table in the backend's form
@@ -112,9 +114,64 @@ def half_epoch(
     -------
     The new target table.
     """
+    side, own = getattr(data, target), objective_of(objective, getattr(data, target))
+    prior = None
+    if side.features is not None:
+        weights = feature_weights(target_table, data, objective, target=target)
+        prior = data.backend.prior(weights, side, data)
     return data.backend.half_epoch(
-        target_table, source_table, data, objective, relaxation, target=target
+        target_table, source_table, data, own, relaxation, target=target, prior=prior
     )
+
+
+def with_features(
+    data: Data, user_features: Features | None = None, item_features: Features | None = None
+) -> Data:
+    """Place features of the rows of either side; a side without any keeps its ridge."""
+    sides = {}
+    for name, features in (("users", user_features), ("items", item_features)):
+        side = getattr(data, name)
+        if features is not None:
+            features = replace(features, placed=data.backend.place_features(features, side, data))
+        sides[name] = replace(side, features=features)
+    return replace(data, **sides)
+
+
+def objective_of(objective: Objective, side: Side) -> Objective:
+    """Equations (1)-(2) as they are for a side: its features may change lam."""
+    return objective if side.features is None else side.features.objective(objective)
+
+
+def feature_weights(table: _Table, data: Data, objective: Objective, *, target: str) -> np.ndarray:
+    """Weights W (P, K), float64, of the regression of a side's factors on its features."""
+    return _regressed(table, data, objective, target)[1]
+
+
+def _regressed(
+    table: _Table, data: Data, objective: Objective, target: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """F^T L Z of a table, and W."""
+    side, own = getattr(data, target), objective_of(objective, getattr(data, target))
+    n_source = (data.items if target == "users" else data.users).n_rows
+    sums = data.backend.feature_sums(table, side, data, own)
+    return sums, side.features.regression(own, side.lengths, n_source).weights(sums)
+
+
+def completed(
+    table: _Table, data: Data, objective: Objective, *, target: str
+) -> tuple[_Table, np.ndarray | None]:
+    """A table whose rows without entries are what their features say, W^T f, and the weights W.
+
+    Training keeps such rows zero. A side without features is returned as it is, with None.
+    """
+    side = getattr(data, target)
+    if side.features is None:
+        return table, None
+    weights = feature_weights(table, data, objective, target=target)
+    if (side.lengths > 0).all():
+        return table, weights
+    prior = data.backend.prior(weights, side, data)
+    return data.backend.filled(table, prior, side, data), weights
 
 
 def loss(state: AlsState, data: Data, objective: Objective) -> float:
@@ -126,8 +183,13 @@ def loss(state: AlsState, data: Data, objective: Objective) -> float:
     users, items = data.users, data.items
     parts = data.backend.loss_parts(state, data, objective)
     user_gram, item_gram = (np.asarray(gram, np.float64) for gram in parts.gramians)
-    ridges = _ridges(objective, users, items.n_rows, parts.squares[0])
-    ridges += _ridges(objective, items, users.n_rows, parts.squares[1])
+    ridges = _ridges(objective_of(objective, users), users, items.n_rows, parts.squares[0])
+    ridges += _ridges(objective_of(objective, items), items, users.n_rows, parts.squares[1])
+    for target, side, table in (("users", users, state.users), ("items", items, state.items)):
+        if side.features is not None:
+            # The least sum of lam |z - W^T f|^2 and gamma |W|^2 over all W.
+            sums, feature_weights = _regressed(table, data, objective, target)
+            ridges -= float(np.sum(sums * feature_weights))
     total = parts.entries + objective.unobserved_weight * np.sum(user_gram * item_gram) + ridges
     weights = objective.alpha * data.absolute_sum - objective.offset * data.n_entries
     weights += objective.unobserved_weight * users.n_rows * items.n_rows

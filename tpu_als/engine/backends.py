@@ -26,6 +26,7 @@ from tpu_als.engine.cells import Entries
 from tpu_als.engine.cpu import compiled
 from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams, KnownTable, LossParts
+from tpu_als.engine.features import Features
 from tpu_als.engine.objective import Objective
 from tpu_als.host import thread_count
 from tpu_als.parameters import LAYOUTS
@@ -79,8 +80,9 @@ class Source(Protocol):
         *,
         start: np.ndarray | None = None,
         gram: np.ndarray | None = None,
+        prior: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Solutions (M, K) of equation (1)."""
+        """Solutions (M, K) of equation (1), drawn to the rows of `prior` (M, K) if given."""
 
 
 class Table(Protocol):
@@ -167,8 +169,23 @@ class Backend(Protocol[_TableT, _SideT, _DataT, _SourceT]):
         relaxation: float,
         *,
         target: str,
+        prior: _TableT | None = None,
     ) -> _TableT:
-        """See `als.half_epoch`."""
+        """See `als.half_epoch`; rows are drawn to those of `prior`, in place of zero."""
+
+    def place_features(self, features: Features, side: _SideT, data: _DataT) -> object:
+        """Place the features (M, P) of a side's rows, given in the caller's order."""
+
+    def feature_sums(
+        self, table: _TableT, side: _SideT, data: _DataT, objective: Objective
+    ) -> np.ndarray:
+        """F^T L Z (P, K) in float64: factors times features, summed with the ridges (2)."""
+
+    def prior(self, weights: np.ndarray, side: _SideT, data: _DataT) -> _TableT:
+        """F W (M, K), what the features of a side's rows say, for weights W (P, K)."""
+
+    def filled(self, table: _TableT, prior: _TableT, side: _SideT, data: _DataT) -> _TableT:
+        """A table with the rows of `prior` in place of those without entries."""
 
     def count_failed(self, table: _TableT, side: _SideT, data: _DataT) -> int:
         """Number of rows of a table that are not finite."""

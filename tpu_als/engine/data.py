@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from tpu_als.engine.features import Features
+
 DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -55,9 +57,12 @@ class Side:
     ----------
     lengths : int array (M,)
         Number of stored entries of each row.
+    features : Features or None
+        Features of the rows, if there are any.
     """
 
     lengths: np.ndarray
+    features: Features | None = None
 
     @property
     def n_rows(self) -> int:

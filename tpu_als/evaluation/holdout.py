@@ -112,14 +112,16 @@ def _entries(rows: sparse.csr_matrix, chosen: np.ndarray) -> sparse.csr_matrix:
     return sparse.csr_matrix((rows.data[chosen], rows.indices[chosen], indptr), shape=rows.shape)
 
 
-def for_scoring(rows: sparse.csr_matrix) -> tuple[sparse.csr_matrix, sparse.csr_matrix]:
+def for_scoring(
+    rows: sparse.csr_matrix,
+) -> tuple[sparse.csr_matrix, sparse.csr_matrix, np.ndarray]:
     """Hide a constant fifth of the entries of each row that has at least two positive ones.
 
-    Returns kept and hidden entries; other rows are dropped.
+    Returns kept and hidden entries, and the numbers of their rows; other rows are dropped.
     """
     kept, hidden = hide(rows, _HIDDEN_FRACTION, at_least=1)
     measured = np.flatnonzero(np.diff(hidden.indptr))
-    return kept[measured], hidden[measured]
+    return kept[measured], hidden[measured], measured
 
 
 def canonical(matrix: object, name: str = "user_items") -> sparse.csr_matrix:

@@ -277,7 +277,7 @@ class make_ranking_scorer:  # noqa: N801  (named as scikit-learn names its score
             For NaN or infinity, or columns that are not the model's.
         """
         _check_frame(estimator, X)
-        visible, hidden = holdout.for_scoring(arguments.canonical_csr(X))
+        visible, hidden, _ = holdout.for_scoring(arguments.canonical_csr(X))
         model, known = estimator, visible
         if hasattr(X, "columns"):  # the steps, or the model, compare the order of the columns
             known = pd.DataFrame(visible.toarray(), columns=X.columns)

@@ -11,10 +11,11 @@ from scipy import linalg, sparse
 
 from tpu_als import engine_options
 from tpu_als.engine.cpu import exact
-from tpu_als.engine.objective import confidence, ridge
+from tpu_als.engine.objective import Objective, confidence, ridge
 from tpu_als.implicit_api.holder import ModelHolder
+from tpu_als.implicit_api.priors import Prior, prior_for
 from tpu_als.serving import fold_in
-from tpu_als.serving.fitted import FactorTable
+from tpu_als.serving.fitted import FactorTable, FittedModel
 from tpu_als.validation import arguments, matrices
 from tpu_als.validation.structure import SparseMatrix
 
@@ -22,15 +23,19 @@ from tpu_als.validation.structure import SparseMatrix
 class NewRows(ModelHolder):
     """Methods for new rows. Every fold-in is exact, whichever solver `fit` uses."""
 
-    def recalculate_user(self, userid: ArrayLike, user_items: SparseMatrix) -> np.ndarray:
+    def recalculate_user(
+        self, userid: ArrayLike, user_items: SparseMatrix, *, user_features: Any = None
+    ) -> np.ndarray:
         """Compute factors of users from their items, without storing them.
 
         Parameters
         ----------
         userid : int or array-like of int
-            Only the number of users matters here; they need not be in the model.
+            Without user features only the number of users matters; they need not be in the model.
         user_items : csr_matrix or csr_array of shape (n, n_items)
             One row for each user. Other sparse formats are converted, with a ParameterWarning.
+        user_features : array-like of shape (n, n_features), optional
+            For a model with user features: those of the users. By default those known from `fit`.
 
         Returns
         -------
@@ -41,21 +46,26 @@ class NewRows(ModelHolder):
         Raises
         ------
         ValueError
-            If the numbers of rows and users differ, or an entry lies beyond the items.
+            If the numbers of rows and users differ, or an entry lies beyond the items; if the
+            model was fitted with user features, and does not know those of a user.
         """
         arguments.warn_if_converted(user_items)
-        table = self._fitted.require(self, "item").item
-        return recalculated(self, table, userid, user_items, "user")
+        fitted = self._fitted.require(self, "item")
+        return recalculated(self, fitted, "user", userid, user_items, user_features)
 
-    def recalculate_item(self, itemid: ArrayLike, item_users: SparseMatrix) -> np.ndarray:
+    def recalculate_item(
+        self, itemid: ArrayLike, item_users: SparseMatrix, *, item_features: Any = None
+    ) -> np.ndarray:
         """Compute factors of items from their users, without storing them.
 
         Parameters
         ----------
         itemid : int or array-like of int
-            Only the number of items matters here; they need not be in the model.
+            Without item features only the number of items matters; they need not be in the model.
         item_users : csr_matrix or csr_array of shape (n, n_users)
             One row for each item. Other sparse formats are converted, with a ParameterWarning.
+        item_features : array-like of shape (n, n_features), optional
+            For a model with item features: those of the items. By default those known from `fit`.
 
         Returns
         -------
@@ -65,13 +75,16 @@ class NewRows(ModelHolder):
         Raises
         ------
         ValueError
-            If the numbers of rows and items differ, or an entry lies beyond the users.
+            If the numbers of rows and items differ, or an entry lies beyond the users; if the
+            model was fitted with item features, and does not know those of an item.
         """
         arguments.warn_if_converted(item_users)
-        table = self._fitted.require(self, "user").user
-        return recalculated(self, table, itemid, item_users, "item")
+        fitted = self._fitted.require(self, "user")
+        return recalculated(self, fitted, "item", itemid, item_users, item_features)
 
-    def partial_fit_users(self, userids: ArrayLike, user_items: SparseMatrix) -> None:
+    def partial_fit_users(
+        self, userids: ArrayLike, user_items: SparseMatrix, *, user_features: Any = None
+    ) -> None:
         """Recompute and store the factors of some users; new ids grow the table.
 
         Parameters
@@ -82,19 +95,25 @@ class NewRows(ModelHolder):
         user_items : csr_matrix or csr_array of shape (n, n_items)
             One row for each user. Entries of items that the model does not have yet are accepted.
             They count as items with zero factors, and their number is logged.
+        user_features : array-like of shape (n, n_features), optional
+            For a model with user features: those of the users, which are stored too. By default
+            those stored already.
 
         Raises
         ------
         ValueError
-            If the numbers of rows and users differ.
+            If the numbers of rows and users differ; if the model was fitted with user features,
+            and does not know those of a user.
         IndexError
             For negative ids, and for ids that would grow the table beyond twice its size and
             1,000,000 rows. Assign `user_factors` to grow it further.
         """
         arguments.warn_if_converted(user_items)
-        self._partial_fit("user", userids, user_items)
+        self._partial_fit("user", userids, user_items, user_features)
 
-    def partial_fit_items(self, itemids: ArrayLike, item_users: SparseMatrix) -> None:
+    def partial_fit_items(
+        self, itemids: ArrayLike, item_users: SparseMatrix, *, item_features: Any = None
+    ) -> None:
         """Recompute and store the factors of some items; new ids grow the table.
 
         Parameters
@@ -105,17 +124,21 @@ class NewRows(ModelHolder):
         item_users : csr_matrix or csr_array of shape (n, n_users)
             One row for each item. Entries of users that the model does not have yet are accepted.
             They count as users with zero factors, and their number is logged.
+        item_features : array-like of shape (n, n_features), optional
+            For a model with item features: those of the items, which are stored too. By default
+            those stored already.
 
         Raises
         ------
         ValueError
-            If the numbers of rows and items differ.
+            If the numbers of rows and items differ; if the model was fitted with item features,
+            and does not know those of a item.
         IndexError
             For negative ids, and for ids that would grow the table beyond twice its size and
             1,000,000 rows. Assign `item_factors` to grow it further.
         """
         arguments.warn_if_converted(item_users)
-        self._partial_fit("item", itemids, item_users)
+        self._partial_fit("item", itemids, item_users, item_features)
 
     def explain(
         self,
@@ -124,6 +147,8 @@ class NewRows(ModelHolder):
         itemid: int,
         user_weights: tuple[np.ndarray, bool] | None = None,
         N: int = 10,
+        *,
+        user_features: Any = None,
     ) -> tuple[float, list[tuple[int, float]], tuple[np.ndarray, bool]]:
         """Split a user's score of an item into contributions of the user's own items.
 
@@ -141,11 +166,14 @@ class NewRows(ModelHolder):
             The value returned by an earlier call for this user; saves the factorisation.
         N : int, default=10
             Number of contributions.
+        user_features : array-like of shape (1, n_features), optional
+            For a model with user features: those of the user. By default those known from `fit`.
 
         Returns
         -------
         total_score : float
-            Score of the item from the user's exact factors.
+            Score of the item from the user's exact factors. It includes the contribution of the
+            user's features, which `explain_features` splits.
         top_contributions : list of (itemid, score)
             Largest first. Disliked items (negative entries) contribute nothing and are omitted.
         user_weights : tuple
@@ -158,28 +186,34 @@ class NewRows(ModelHolder):
         ValueError
             If an entry lies beyond the items.
         """
-        n, table = arguments.result_count(N), self._fitted.require(self, "item").item
-        n_items = table.shape[0]
+        n, fitted = arguments.result_count(N), self._fitted.require(self, "item")
+        table, n_items = fitted.item, fitted.item.shape[0]
         arguments.warn_if_converted(user_items)
         user = arguments.one_id(userid, None, "userid")
         item = arguments.one_id(itemid, n_items, "itemid")
         row = matrices.explained_row(user_items, user, n_items)
-        objective = engine_options.objective_of(self)
+        prior = prior_for(fitted, "user", user_features, 1, np.array([user]))
+        objective = objective_for(self, prior)
+        lam = ridge(objective, float(row.nnz), float(n_items))
         v = confidence(objective, row.data.astype(np.float64))[1]
         liked = table.rows(row.indices)
         if user_weights is not None:
             user_weights = arguments.user_weights(user_weights, table.shape[1])
         else:
             gram = table.gramian().astype(np.float64)
-            at, lam = np.arange(row.nnz), ridge(objective, float(row.nnz), float(n_items))
+            at = np.arange(row.nnz)
             matrix, _ = exact.system(liked, at, row.data, gram, objective, lam)
             factor, lower = exact.factorize(matrix)
             user_weights = factor, bool(lower)  # some versions of SciPy return an array
         wanted = table.rows(np.array([item]))[0].astype(np.float64)
-        scores = (liked @ linalg.cho_solve(user_weights, wanted)) * v
+        direction = linalg.cho_solve(user_weights, wanted)
+        scores, of_features = (liked @ direction) * v, 0.0
+        if prior is not None:
+            drawn_to = prior.rows[0].astype(np.float64)
+            of_features = drawn_to @ (lam * direction if row.nnz else wanted)
         order = [i for i in np.argsort(-scores, kind="stable") if row.data[i] >= 0][:n]
         top = [(int(row.indices[i]), float(scores[i])) for i in order]
-        return np.float64(scores.sum()), top, user_weights
+        return np.float64(scores.sum() + of_features), top, user_weights
 
     @property
     def solver(self) -> Callable[..., None]:
@@ -212,7 +246,9 @@ class NewRows(ModelHolder):
         solved = backend.source(Y, params).solve(rows, objective, start=X)
         X[...] = arguments.finite_rows(solved, "X, which stays as it was")
 
-    def _partial_fit(self, side: str, given: ArrayLike, matrix: SparseMatrix) -> None:
+    def _partial_fit(
+        self, side: str, given: ArrayLike, matrix: SparseMatrix, features: Any
+    ) -> None:
         """Solve rows of a side against the other one, and store them; all is checked first."""
         name = "user_items" if side == "user" else "item_users"
         stored = False
@@ -226,29 +262,50 @@ class NewRows(ModelHolder):
                 matrix, len(ids), source.shape[0], name,
                 strict=False, mask=mask, allow_unknown=True,
             )  # fmt: skip
-            solved = folded_in(self, source, rows)
+            prior = prior_for(fitted, side, features, len(ids), ids)
+            solved = folded_in(self, source, rows, prior)
+            new = None if prior is None or features is None else prior.features
             with fitted.lock:
                 # If a fit or an assignment came in between, the rows belong to the previous model.
                 stored = self._fitted.origin is fitted.origin
                 if stored:
-                    self._fitted = self._fitted.with_rows(side, ids, solved)
+                    self._fitted = self._fitted.with_rows(side, ids, solved, new)
 
 
 def recalculated(
-    estimator: Any, table: FactorTable, ids: ArrayLike, matrix: SparseMatrix, side: str
+    estimator: Any,
+    fitted: FittedModel,
+    side: str,
+    given: ArrayLike,
+    matrix: SparseMatrix,
+    features: Any = None,
 ) -> np.ndarray:
     """Factors of rows of a side, solved against the table of the other side."""
+    table = fitted.item if side == "user" else fitted.user
     name = "user_items" if side == "user" else "item_users"
-    ids, is_scalar, mask = arguments.ids_of(ids, None, f"{side}id")
+    ids, is_scalar, mask = arguments.ids_of(given, None, f"{side}id")
     rows = arguments.rows_for(matrix, len(ids), table.shape[0], name, strict=False, mask=mask)
-    solved = folded_in(estimator, table, rows)
+    prior = prior_for(fitted, side, features, len(ids), ids)
+    solved = folded_in(estimator, table, rows, prior)
     return solved[0] if is_scalar else solved
 
 
-def folded_in(estimator: Any, table: FactorTable, rows: sparse.csr_matrix) -> np.ndarray:
+def folded_in(
+    estimator: Any, table: FactorTable, rows: sparse.csr_matrix, prior: Prior | None = None
+) -> np.ndarray:
     """Exact factors (m, factors) of canonical rows (m, n), by an estimator's parameters."""
     params = engine_options.params_against(estimator, table)
-    objective = engine_options.objective_of(estimator)
     return fold_in.solve(
-        table, rows, objective, params, lambda: engine_options.backend_of(estimator).alone
+        table,
+        rows,
+        objective_for(estimator, prior),
+        params,
+        lambda: engine_options.backend_of(estimator).alone,
+        None if prior is None else prior.rows,
     )
+
+
+def objective_for(estimator: Any, prior: Prior | None) -> Objective:
+    """Equations (1)-(2) for rows that are drawn to a prior, or to zero if there is none."""
+    objective = engine_options.objective_of(estimator)
+    return objective if prior is None else engine_options.weighted(estimator, objective)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -10,7 +11,9 @@ from numpy.typing import ArrayLike
 from tpu_als import engine_options, parameters
 from tpu_als.implicit_api.holder import ModelHolder
 from tpu_als.implicit_api.new_rows import folded_in, recalculated
-from tpu_als.serving.fitted import FactorTable, norms
+from tpu_als.implicit_api.priors import prior_for
+from tpu_als.serving.derived import norms
+from tpu_als.serving.fitted import FactorTable
 from tpu_als.serving.ranking import How, Limits, rank
 from tpu_als.validation import arguments
 from tpu_als.validation.refusals import require_matrix
@@ -31,6 +34,8 @@ class Ranking(ModelHolder):
         filter_items: ArrayLike | None = None,
         recalculate_user: bool = False,
         items: ArrayLike | None = None,
+        *,
+        user_features: Any = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Recommend the best items for a user or for several.
 
@@ -51,6 +56,9 @@ class Ranking(ModelHolder):
             Solve the users' factors from `user_items` rather than use the stored ones.
         items : array-like of int, optional
             Rank these items only; N is then at most their number. Excludes `filter_items`.
+        user_features : array-like of shape (n, n_features), optional
+            With `recalculate_user`, for a model with user features: those of the users. By default
+            those known from `fit`.
 
         Returns
         -------
@@ -65,7 +73,7 @@ class Ranking(ModelHolder):
         ------
         ValueError
             If the matrix is not CSR, does not have one row per user, or has entries of unknown
-            items.
+            items; if `user_features` is given without `recalculate_user`.
         IndexError
             For ids that are not in the model.
         MemoryError
@@ -76,6 +84,7 @@ class Ranking(ModelHolder):
             filter_already_liked_items=filter_already_liked_items,
             recalculate_user=recalculate_user,
         )
+        _require_recalculation(user_features, recalculate_user, "user")
         fitted = self._fitted.require(self, "item", *(() if recalculate_user else ("user",)))
         n_items = fitted.item.shape[0]
         n_users = None if recalculate_user else fitted.user.shape[0]
@@ -86,7 +95,8 @@ class Ranking(ModelHolder):
         names = ("items", "filter_items")
         chosen, excluded = arguments.selection(items, filter_items, n_items, names)
         if recalculate_user:
-            queries = folded_in(self, fitted.item, rows)
+            prior = prior_for(fitted, "user", user_features, len(ids), ids)
+            queries = folded_in(self, fitted.item, rows, prior)
         else:
             queries = fitted.user.rows(ids)
         limits = Limits(rows if filter_already_liked_items else None, chosen, excluded)
@@ -101,6 +111,8 @@ class Ranking(ModelHolder):
         item_users: SparseMatrix | None = None,
         filter_items: ArrayLike | None = None,
         items: ArrayLike | None = None,
+        *,
+        item_features: Any = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Find the items whose factors have the largest cosine similarity.
 
@@ -118,6 +130,9 @@ class Ranking(ModelHolder):
             Items to exclude.
         items : array-like of int, optional
             Rank these items only. Excludes `filter_items`.
+        item_features : array-like of shape (n, n_features), optional
+            With `recalculate_item`, for a model with item features: those of the items. By default
+            those known from `fit`.
 
         Returns
         -------
@@ -129,9 +144,10 @@ class Ranking(ModelHolder):
         n, factors = arguments.result_count(N), None
         arguments.flags(recalculate_item=recalculate_item)
         fitted = self._fitted.require(self, "item", *(("user",) if recalculate_item else ()))
+        _require_recalculation(item_features, recalculate_item, "item")
         if recalculate_item:
             arguments.warn_if_converted(item_users)
-            factors = recalculated(self, fitted.user, itemid, item_users, "item")
+            factors = recalculated(self, fitted, "item", itemid, item_users, item_features)
         chosen = arguments.selection(
             items, filter_items, fitted.item.shape[0], ("items", "filter_items")
         )
@@ -258,16 +274,16 @@ class Ranking(ModelHolder):
         self, userid: ArrayLike, user_items: SparseMatrix, recalculate_user: bool = False
     ) -> np.ndarray:
         if recalculate_user:
-            table = self._fitted.require(self, "item").item
-            return recalculated(self, table, userid, user_items, "user")
+            fitted = self._fitted.require(self, "item")
+            return recalculated(self, fitted, "user", userid, user_items)
         return self._rows_of("user", userid)
 
     def _item_factor(
         self, itemid: ArrayLike, item_users: SparseMatrix, recalculate_item: bool = False
     ) -> np.ndarray:
         if recalculate_item:
-            table = self._fitted.require(self, "user").user
-            return recalculated(self, table, itemid, item_users, "item")
+            fitted = self._fitted.require(self, "user")
+            return recalculated(self, fitted, "item", itemid, item_users)
         return self._rows_of("item", itemid)
 
     def _rows_of(self, side: str, ids: ArrayLike) -> np.ndarray:
@@ -296,6 +312,15 @@ class Ranking(ModelHolder):
         limits = Limits(None, *selection)
         found = rank(table, queries, n, limits, self._how(cosine=True))
         return _unwrapped(found, is_scalar)
+
+
+def _require_recalculation(features: object, is_recalculated: bool, side: str) -> None:
+    """Raise ValueError for features that would not be used."""
+    if features is not None and not is_recalculated:
+        raise ValueError(
+            f"{side}_features is used with recalculate_{side}=True only: the stored factors "
+            f"include the features of {side}s already"
+        )
 
 
 def _unwrapped(

@@ -9,8 +9,9 @@ from typing import Any, BinaryIO, Self
 
 from tpu_als import parameters, subclasses
 from tpu_als.implicit_api.holder import ModelHolder
+from tpu_als.serving.features import FittedFeatures
 from tpu_als.serving.fitted import SIDES, FactorTable, FittedModel
-from tpu_als.storage import model_file
+from tpu_als.storage import feature_keys, model_file
 
 
 class Saving(ModelHolder):
@@ -35,7 +36,8 @@ class Saving(ModelHolder):
 
         Notes
         -----
-        The file keeps the parameters, the tables and the public attributes of a fit. It keeps a
+        The file keeps the parameters, the tables, the public attributes of a fit, and the features
+        of users and items. Earlier versions cannot read a file with features. It keeps a
         subclass's own parameters if they are arrays, numbers or text, or lists, dicts and tuples of
         them. It does not keep `checkpoint_dir`, because a file should not choose a path that the
         next fit writes to. One DataWarning names everything else that is not kept (random
@@ -53,6 +55,10 @@ class Saving(ModelHolder):
             "item_popularity_": fitted.popularity,
             "assigned": fitted.assigned,
         }
+        for side in SIDES:
+            known = fitted.features(side)
+            if known is not None:
+                values.update(feature_keys.packed(side, known.weights, known.rows, known.names))
         ours = {name: getattr(self, name) for name in parameters.RULES}
         own = subclasses.own_values(self)
         lost = model_file.save_model(fileobj_or_path, ours, values, own)
@@ -96,8 +102,13 @@ def fitted_model(values: dict[str, Any]) -> FittedModel:
     loaded = FittedModel(n_iter=values.get("n_iter_"), history=values.get("history_"))
     for side in SIDES:
         loaded = loaded.with_table(side, FactorTable(values.get(f"{side}_factors")))
+    features: dict[str, Any] = {
+        f"{side}_features": FittedFeatures(*parts)
+        for side, parts in values.get("features", {}).items()
+    }
     return replace(
         loaded,
+        **features,
         feature_names=values.get("feature_names_in_"),
         popularity=values.get("item_popularity_"),
         assigned=values.get("assigned", ()),

@@ -9,20 +9,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from scipy import sparse
 
 from tpu_als.engine.als import AlsState
 from tpu_als.engine.backends import Backend, Catalog
-from tpu_als.engine.cpu import half_epoch
 from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams, Data, KnownTable
 from tpu_als.engine.objective import Objective
-from tpu_als.host import single_blas_thread
+from tpu_als.serving import derived
 from tpu_als.serving.carried import Carried, after_change
 from tpu_als.serving.changed import FEW, ChangedTable, rows_of, with_rows
+from tpu_als.serving.derived import Given
+from tpu_als.serving.features import FittedFeatures
 from tpu_als.validation import arguments
 
 Kept = TypeVar("Kept")
@@ -30,14 +31,6 @@ SIDES = ("user", "item")
 ONE_THREAD = CpuBackend(1)
 # The attributes to which users may assign a gramian and norms, as in implicit.
 _ASSIGNED = {"user": ("_XtX", "_user_norms"), "item": ("_YtY", "_item_norms")}
-
-
-class Given(NamedTuple):
-    """Derived values that a user assigned, and the attributes' names, for messages."""
-
-    gramian: np.ndarray | None = None
-    norms: np.ndarray | None = None
-    names: tuple[str, str] = ("gramian", "norms")
 
 
 class FactorTable:
@@ -135,7 +128,7 @@ class FactorTable:
     def require_finite(self) -> None:
         """Raise ValueError where NaN or infinity was written into the table."""
         if self.resident is None:
-            _require_finite(self.read())
+            derived.require_finite(self.read())
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Copies of some rows. The ids must be in range; they are not checked."""
@@ -146,7 +139,7 @@ class FactorTable:
             found = table.take(ids) if len(ids) <= FEW else self.read()[ids]
         else:
             return table.take(ids)
-        _require_finite(found, ids)
+        derived.require_finite(found, ids)
         return found
 
     def changed(self, ids: np.ndarray, rows: np.ndarray) -> FactorTable:
@@ -187,7 +180,7 @@ class FactorTable:
         if self.given.gramian is not None:
             return arguments.derived(self.given.gramian, self.given.names[0], (self.shape[1],) * 2)
         table = self.resident
-        compute = (lambda: _gramian(self.read())) if table is None else table.gramian
+        compute = (lambda: derived.gramian(self.read())) if table is None else table.gramian
         return self._once("gramian", None, compute)
 
     def norms(self) -> np.ndarray:
@@ -196,28 +189,35 @@ class FactorTable:
             return arguments.derived(self.given.norms, self.given.names[1], self.shape[:1])
         table = self.resident
         if table is not None:
-            return self._once("norms", None, lambda: _divisible(table.norms()))
-        return self._once("norms", None, lambda: norms(self.read()))
+            return self._once("norms", None, lambda: derived.divisible(table.norms()))
+        return self._once("norms", None, lambda: derived.norms(self.read()))
 
     def solve(
-        self, rows: sparse.csr_matrix, objective: Objective, params: AlsParams, backend: Backend
+        self,
+        rows: sparse.csr_matrix,
+        objective: Objective,
+        params: AlsParams,
+        backend: Backend,
+        prior: np.ndarray | None = None,
     ) -> np.ndarray:
         """Solve equation (1) exactly for canonical rows (m, n) against this table: (m, factors).
 
-        Rows that could not be solved have values that are not finite.
+        Rows are drawn to those of `prior` (m, factors). Rows without entries are zero. Rows that
+        could not be solved have values that are not finite.
         """
         table = self.resident
         if table is not None and self.given.gramian is None:
-            return table.solve(rows, objective)
+            return table.solve(rows, objective, prior)
         table, known = self._unread, self._known()
         if backend.accepts_part and known is not None and isinstance(table, ChangedTable):
             needed = table.needed(rows)
             if needed is not None:
-                return backend.source(needed[0], params, known).solve(needed[1], objective)
+                source = backend.source(needed[0], params, known)
+                return source.solve(needed[1], objective, prior=prior)
         name, stamp = _source_name(backend), (params, backend.placement)
         source = self._once(name, stamp, lambda: backend.source(self.read(), params, known))
         gram = self.gramian() if source.wants_gramian or self.given.gramian is not None else None
-        solved = backend.shared(source).solve(rows, objective, gram=gram)
+        solved = backend.shared(source).solve(rows, objective, gram=gram, prior=prior)
         return solved.astype(self.dtype, copy=False)
 
     def _known(self) -> KnownTable | None:
@@ -264,6 +264,8 @@ class FittedModel:
         scikit-learn's record of the columns.
     popularity : ndarray of int and shape (n_items,), or None
         For each item, the number of users with a positive entry in the matrix of the last fit.
+    user_features, item_features : FittedFeatures or None
+        Features of the rows of a side, if `fit` got any.
     origin : object
         An identity shared by models that differ only in folded-in rows, assigned gramians or
         assigned norms.
@@ -279,6 +281,8 @@ class FittedModel:
     n_features: int | None = None
     feature_names: np.ndarray | None = None
     popularity: np.ndarray | None = None
+    user_features: FittedFeatures | None = None
+    item_features: FittedFeatures | None = None
     origin: object = field(default_factory=object)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -310,6 +314,10 @@ class FittedModel:
         """The table of a side."""
         return self.item if side == "item" else self.user
 
+    def features(self, side: str) -> FittedFeatures | None:
+        """The features of a side."""
+        return self.item_features if side == "item" else self.user_features
+
     def tables_to_start_from(self, warm_start: bool) -> list[np.ndarray | None]:
         """User and item table that a fit starts from; None for a table to be drawn.
 
@@ -327,17 +335,25 @@ class FittedModel:
         return given
 
     def with_table(self, side: str, table: FactorTable) -> Self:
-        """Replace a table, and the values derived from it."""
-        changes: dict[str, Any] = {side: table, "origin": object()}
+        """Replace a table, and what depends on it: derived values, and weights of features."""
+        changes: dict[str, Any] = {side: table, f"{side}_features": None, "origin": object()}
         if side == "item":
             changes.update(self._columns(None if table.is_absent else table.shape[0]))
             changes["popularity"] = None
         return replace(self, **changes)
 
-    def with_rows(self, side: str, ids: np.ndarray, rows: np.ndarray) -> Self:
-        """Replace some rows of a table; ids past the end make it longer."""
-        table = self.table(side).changed(ids, rows)
+    def with_rows(
+        self,
+        side: str,
+        ids: np.ndarray,
+        rows: np.ndarray,
+        features: sparse.csr_matrix | None = None,
+    ) -> Self:
+        """Replace some rows of a table, and their features; ids past the end make it longer."""
+        table, known = self.table(side).changed(ids, rows), self.features(side)
         changes: dict[str, Any] = {side: table}
+        if known is not None and features is not None:
+            changes[f"{side}_features"] = known.with_rows(ids, features)
         if side == "item":
             changes.update(self._columns(table.shape[0]))
             if self.popularity is not None:  # nobody liked the new items in the last fit
@@ -367,6 +383,8 @@ class FittedModel:
             assigned=(),
             n_iter=n_iter,
             history={name: list(values) for name, values in history.items()},
+            user_features=None,
+            item_features=None,
             origin=object(),
         )
 
@@ -393,28 +411,3 @@ def tables_of(state: AlsState, data: Data) -> dict[str, FactorTable]:
 def _source_name(backend: Backend) -> str:
     """Name of the derived value that is the table placed by a backend of this kind."""
     return f"source for {type(backend).__name__}"
-
-
-def norms(table: np.ndarray) -> np.ndarray:
-    """Lengths (n,) of the rows of a table (n, K); 1e-10 in place of 0."""
-    return _divisible(np.linalg.norm(table, axis=-1))
-
-
-def _gramian(table: np.ndarray) -> np.ndarray:
-    with single_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
-        return half_epoch.gramian(table, 1, table.dtype)
-
-
-def _divisible(lengths: np.ndarray) -> np.ndarray:
-    return np.where(lengths == 0, lengths.dtype.type(1e-10), lengths)
-
-
-def _require_finite(rows: np.ndarray, ids: np.ndarray | None = None) -> None:
-    """Raise ValueError where rows of a table, with these ids or in its order, are not finite."""
-    row = arguments.first_not_finite(rows)
-    if row is not None:
-        raise ValueError(
-            f"factors must be finite, but row {row if ids is None else ids[row]} holds NaN or "
-            "infinity, which was written into the table: write finite values, or assign the table "
-            "again"
-        )

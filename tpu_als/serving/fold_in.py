@@ -25,8 +25,12 @@ def solve(
     objective: Objective,
     params: AlsParams,
     backend: Callable[[], Backend],
+    prior: np.ndarray | None = None,
 ) -> np.ndarray:
     """Solve equation (1) for canonical rows (m, n) against a table: (m, factors).
+
+    Rows are drawn to those of `prior` (m, factors), and rows without entries are equal to them; by
+    default both are zero.
 
     Raises
     ------
@@ -34,16 +38,21 @@ def solve(
         If a row could not be solved, or NaN was written into the table.
     """
     is_few = rows.shape[0] <= _FEW_ROWS and rows.nnz <= _FEW_ENTRIES
-    solved = table.solve(rows, objective, params, ONE_THREAD if is_few else backend())
+    solved = table.solve(rows, objective, params, ONE_THREAD if is_few else backend(), prior)
+    if prior is not None:
+        solved = np.where(np.diff(rows.indptr)[:, None] == 0, prior, solved)
     if all_finite(solved):
         return solved
     table.require_finite()
     failed, solved = np.flatnonzero(~np.isfinite(solved).all(axis=1)), np.array(solved)
-    solved[failed] = _in_float64(table, rows[failed], objective)
+    of_failed = None if prior is None else prior[failed]
+    solved[failed] = _in_float64(table, rows[failed], objective, of_failed)
     return arguments.finite_rows(solved, "the given rows")
 
 
-def _in_float64(table: FactorTable, rows: sparse.csr_matrix, objective: Objective) -> np.ndarray:
+def _in_float64(
+    table: FactorTable, rows: sparse.csr_matrix, objective: Objective, prior: np.ndarray | None
+) -> np.ndarray:
     """`solve` for rows whose confidences are beyond the dtype of a device."""
     solved = np.zeros((rows.shape[0], table.shape[1]), table.dtype)
     gram, n_source = table.gramian().astype(np.float64), table.shape[0]
@@ -52,6 +61,8 @@ def _in_float64(table: FactorTable, rows: sparse.csr_matrix, objective: Objectiv
             ids, values, n_entries = matrices.known_entries(rows, row, n_source)
             lam = ridge(objective, float(n_entries), float(n_source))
             source, at = table.rows(ids), np.arange(len(ids))
-            parts = exact.system(source, at, values, gram, objective, lam)
-            solved[row] = exact.solution(*parts)
+            matrix, rhs = exact.system(source, at, values, gram, objective, lam)
+            if prior is not None:
+                rhs += lam * prior[row]
+            solved[row] = exact.solution(matrix, rhs)
     return solved

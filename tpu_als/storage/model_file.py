@@ -15,12 +15,13 @@ import numpy as np
 
 from tpu_als import parameters as rules
 from tpu_als.exceptions import DataWarning, ModelFileError
+from tpu_als.storage import feature_keys
 from tpu_als.storage.atomic import replacing
 from tpu_als.storage.npz import Header, NpzFile, write_npz
 from tpu_als.validation.arguments import factor_table, same_width
 
 PREFIX = "tpu_als_"
-FORMAT = 1
+FORMAT = 2  # files without features are written as format 1, which earlier versions read
 # The keys that implicit uses. implicit loads other keys as attributes and never reads them.
 _IMPLICIT = frozenset(
     {
@@ -64,7 +65,7 @@ def save_model(
         saved.
     fitted : dict
         Any of user_factors, item_factors, feature_names_in_, item_popularity_, n_iter_, history_,
-        and assigned, the names of tables that the next fit starts from.
+        assigned, the names of tables that the next fit starts from, and keys of `feature_keys`.
     own : dict, optional
         A subclass's own parameters. Arrays, numbers and text are saved, and lists, dicts and tuples
         of them.
@@ -172,6 +173,9 @@ def _fitted(values: dict[str, Any]) -> dict[str, Any]:
         if counts.min(initial=0) < 0:
             raise ValueError(f"item_popularity_ must be at least 0, got {counts.min()}")
         found["item_popularity_"] = counts.astype(np.int64)
+    features = dict(feature_keys.unpacked(values, found))
+    if features:
+        found["features"] = features
     if "assigned" in values:
         found["assigned"] = tuple(values["assigned"].split(","))
         if not {f"{side}_factors" for side in found["assigned"]} <= found.keys():
@@ -254,7 +258,8 @@ def save_npz(target: str | os.PathLike | BinaryIO, values: Mapping[str, object])
         Arrays, numbers and strings. None, and objects that NumPy could only pickle (generators,
         device handles), are not saved. Names that implicit does not use get a prefix.
     """
-    arrays: dict[str, Any] = {PREFIX + "format": np.asarray(FORMAT)}
+    has_features = any(values.get(key) is not None for key in feature_keys.KEYS)
+    arrays: dict[str, Any] = {PREFIX + "format": np.asarray(FORMAT if has_features else 1)}
     for name, value in values.items():
         array = None if value is None else np.asarray(value)
         if array is not None and not array.dtype.hasobject:
@@ -315,6 +320,7 @@ def _wanted(own_names: Iterable[str]) -> Callable[[str], bool]:
     own = {PREFIX + form + name for name in own_names for form in (_OWN, _OWN + _JSON, "")}
     further = (
         "format", "storage_dtype", "n_iter_", "feature_names_in_", "item_popularity_", "assigned",
+        *feature_keys.KEYS,
     )  # fmt: skip
     ours = {PREFIX + name for name in (*rules.RULES, *further) if name not in _NEVER_LOADED}
     known = own | (ours - {PREFIX + name for name in _IMPLICIT}) | _IMPLICIT
@@ -351,6 +357,9 @@ def _check_origin(found: NpzFile, name: str) -> None:
 
 def _check_header(key: str, header: Header) -> None:
     """Raise ValueError for a value whose dtype or shape is wrong for its key."""
+    if key in feature_keys.KEYS:
+        feature_keys.check_header(key, header)
+        return
     n_axes, kinds, expected = 0, "biufU", "a number or text"
     if key in _TABLES:
         n_axes, kinds, expected = 2, "f", "a 2-D array of floating-point numbers"

@@ -19,6 +19,7 @@ from tpu_als.engine.objective import Objective
 from tpu_als.training.early_stopping import EarlyStopping, Factors
 from tpu_als.training.initial import Identity
 from tpu_als.validation import arguments
+from tpu_als.validation.features import FeatureTable
 
 if TYPE_CHECKING:
     from tpu_als.engine.xla.data import XlaData
@@ -50,6 +51,8 @@ class Training:
         All settings that affect the result. With the data they identify the run.
     fitted_to : tuple
         Identity of the data, and whether a repeated fit on them has warned.
+    features : two of FeatureTable or None
+        Features of the users and of the items, as given.
     state : AlsState
         The tables; set by `resume`, or by the caller.
     done : int
@@ -67,6 +70,7 @@ class Training:
     checkpoints: Checkpoints | None
     settings: dict[str, object]
     fitted_to: tuple[Identity, bool]
+    features: tuple[FeatureTable | None, FeatureTable | None] = (None, None)
     state: als.AlsState = field(init=False)
     done: int = 0
     history: dict[str, list[float]] = field(default_factory=lambda: {"seconds": []})

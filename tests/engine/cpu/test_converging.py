@@ -169,9 +169,9 @@ def test_rows_that_do_not_converge_are_solved_directly(monkeypatch: pytest.Monke
     objective, table, rows = OBJECTIVES["implicit"], _table(16, "float32"), _rows()
     direct, solved = exact.Source.directly, []
 
-    def counted(self: Any, some: Any, objective: Any) -> np.ndarray:
+    def counted(self: Any, some: Any, objective: Any, **options: Any) -> np.ndarray:
         solved.append(some.shape[0])
-        return direct(self, some, objective)
+        return direct(self, some, objective, **options)
 
     monkeypatch.setattr(exact.Source, "directly", counted)
     monkeypatch.setattr(half_epoch, "most_steps", lambda factors: 2)

@@ -17,6 +17,7 @@ from tpu_als.engine.cpu.half_epoch import Rows, Settings
 from tpu_als.engine.cpu.memory import Memory
 from tpu_als.engine.data import AlsParams, Data, KnownTable, LossParts, Side
 from tpu_als.engine.digests import EntriesDigest
+from tpu_als.engine.features import Features, row_ridges
 from tpu_als.engine.objective import Objective, largest_weight, typed, weights_vanish
 from tpu_als.engine.reading import (
     SIDES,
@@ -32,6 +33,7 @@ from tpu_als.host import give_back_memory, require_memory, single_blas_thread
 if TYPE_CHECKING:
     from tpu_als.engine.xla.data import XlaData
 
+_BLOCK = 1 << 13  # rows whose products with features are summed in the dtype of sums
 _MANY = 1 << 20  # with more entries, freed memory is returned to the system; it takes milliseconds
 
 
@@ -201,6 +203,7 @@ class CpuBackend:
         relaxation: float,
         *,
         target: str,
+        prior: np.ndarray | None = None,
     ) -> np.ndarray:
         """See `als.half_epoch`."""
         params, side, dtype = data.params, getattr(data, target), data.params.compute_dtype
@@ -216,15 +219,51 @@ class CpuBackend:
             settings = settings._replace(steps=steps, tolerance=tolerance)
         if params.linear_solver == "cholesky" and settings.steps:
             settings = settings._replace(is_direct=True)
+        rows = side.entries._replace(priors=prior)
         with single_blas_thread():
             solved = half_epoch.solve_side(
-                target_table, source_table, side.entries, settings, data.memory, self.n_threads
+                target_table, source_table, rows, settings, data.memory, self.n_threads
             )
         if settings.tolerance:
             wide = source_table.astype(dtype, copy=False)
             source = exact.Source(wide, params, self.n_threads)
-            exact.solve_failed(solved, target_table, source, side.entries, settings)
+            exact.solve_failed(solved, target_table, source, rows, settings)
         return solved
+
+    def place_features(
+        self, features: Features, side: CpuSide, data: CpuData
+    ) -> list[sparse.csr_matrix]:
+        """Blocks of rows of the features, in the dtype of sums."""
+        matrix = features.matrix.astype(data.params.compute_dtype)
+        return [matrix[low : low + _BLOCK] for low in range(0, side.n_rows, _BLOCK)]
+
+    def feature_sums(
+        self, table: np.ndarray, side: CpuSide, data: CpuData, objective: Objective
+    ) -> np.ndarray:
+        """F^T L Z (P, K): blocks are summed in float64."""
+        assert side.features is not None
+        n_source = (data.items if side is data.users else data.users).n_rows
+        ridges, dtype = row_ridges(objective, side.lengths, n_source), data.params.compute_dtype
+        total = np.zeros((side.features.matrix.shape[1], table.shape[1]))
+        for number, block in enumerate(side.features.placed):
+            at = slice(number * _BLOCK, (number + 1) * _BLOCK)
+            total += block.T @ (table[at].astype(dtype) * ridges[at, None].astype(dtype))
+        return total
+
+    def prior(self, weights: np.ndarray, side: CpuSide, data: CpuData) -> np.ndarray:
+        """F W (M, K)."""
+        assert side.features is not None
+        weights = weights.astype(data.params.compute_dtype)
+        return np.concatenate([block @ weights for block in side.features.placed])
+
+    def filled(
+        self, table: np.ndarray, prior: np.ndarray, side: CpuSide, data: CpuData
+    ) -> np.ndarray:
+        """A table with the rows of `prior` in place of those without entries."""
+        is_empty = side.lengths == 0
+        filled = np.array(table)
+        filled[is_empty] = prior[is_empty]
+        return filled
 
     def count_failed(self, table: np.ndarray, side: CpuSide, data: CpuData) -> int:
         """Number of rows of a table that are not finite."""

@@ -145,7 +145,7 @@ def _ready(dtype: str) -> ModuleType:
     )
     objective = Objective(*map(kind, (1, 1, 1, 1, 1)))
     diagonal = found.Diagonal(read_only(table[0]), *map(kind, (1,) * 6))
-    starts = read_only(number), read_only(number)
+    starts = found.Starts(read_only(number), read_only(number), read_only(table[:0]))
     found.solve_rows(table, starts, entries, objective, diagonal, found.Solver(kind(1), 1))
     return found
 

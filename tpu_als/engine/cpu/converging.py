@@ -19,7 +19,7 @@ import numpy as np
 
 from tpu_als.engine.cpu.intrinsics import prefetch
 from tpu_als.engine.cpu.jit import compiled, inner
-from tpu_als.engine.cpu.loops import BLOCK, Diagonal, Entries, confidence, scaled
+from tpu_als.engine.cpu.loops import BLOCK, Diagonal, Entries, Starts, confidence, scaled
 from tpu_als.engine.cpu.memory import LINE
 from tpu_als.engine.cpu.vectors import GROUP, add_rows, dots, multiply
 from tpu_als.engine.objective import Objective
@@ -229,14 +229,15 @@ def _residual(
 ) -> tuple[float, float, float, float, float]:
     """Write the residual r at z in float64.
 
-    `vectors` are z, the scaled diagonal d, the multiple of its inverse, r, and memory for a group
-    of numbers. Returns r^T D^-1 r, z^T D z and the squared lengths of D^-1 r and z; the first has
-    the multiple as a factor, the third its square. The last number is the largest element of r.
+    `vectors` are z, the scaled diagonal d, the multiple of its inverse, r, memory for a group of
+    numbers, and what the prior adds to the right side. Returns r^T D^-1 r, z^T D z and the squared
+    lengths of D^-1 r and z; the first has the multiple as a factor, the third its square. The last
+    number is the largest element of r.
     """
-    (first, n), (z, d, inverse, residual, s) = span, vectors
+    (first, n), (z, d, inverse, residual, s, pull) = span, vectors
     size = energy = error = length = largest = np.float64(0)
     for k in range(len(z)):
-        residual[k] = -d[k] * z[k]
+        residual[k] = pull[k] - d[k] * z[k]
         energy += d[k] * z[k] * z[k]
         length += z[k] * z[k]
     factors = np.float64(1), np.float64(0 if energy == 0 else -1)
@@ -284,7 +285,7 @@ def _write(rows: np.ndarray, row: int, z: np.ndarray, is_solved: bool, relaxatio
 
 @compiled
 def solve_rows(
-    rows: np.ndarray, starts: tuple[np.ndarray, np.ndarray], entries: Entries,
+    rows: np.ndarray, starts: Starts, entries: Entries,
     objective: Objective, diagonal: Diagonal, limits: Limits,
 ) -> None:  # fmt: skip
     """Solve R rows of equation (3) to convergence.
@@ -299,11 +300,11 @@ def solve_rows(
     limits : Limits
         When CG ends.
     """
-    (cells, lengths), (tolerance, most, relaxation) = starts, limits
+    (cells, lengths, priors), (tolerance, most, relaxation) = starts, limits
     width, kind = rows.shape[1], rows.dtype.type
-    vectors, wide = np.empty((8, width), rows.dtype), np.zeros((4, width))
+    vectors, wide = np.empty((8, width), rows.dtype), np.zeros((5, width))
     r, d, inverse, x = vectors[0], vectors[1], vectors[2], vectors[3]
-    z, residual, total = wide[0], wide[1], wide[2]
+    z, residual, total, pull = wide[0], wide[1], wide[2], wide[4]
     zero, tiny, eps = kind(0), diagonal.tiny, np.finfo(rows.dtype).eps
     block = _block_for(lengths, rows)
     for row in range(len(lengths)):
@@ -317,16 +318,18 @@ def solve_rows(
             diagonal.spectrum, diagonal.top, diagonal.n_source, min(weight, diagonal.weight),
             diagonal.reach, tiny, diagonal.most,
         )  # fmt: skip
-        scale, unit, is_new = scaled(objective, own, n, 1, d, inverse)
+        scale, unit, is_new, lam = scaled(objective, own, n, 1, d, inverse)
         for k in range(width):
             z[k] = 0.0 if is_new else rows[row, k]
+            if len(priors):
+                pull[k] = np.float64(lam) * priors[row, k]
         span, left, share = (first, n), most, np.float64(1)
         if n <= len(block.weights):
             _copy(entries, objective, span, scale, block)
         is_solved: bool | np.bool_ = False
         for turn in range(_ROUNDS):
             size, energy, error, length, largest = _residual(
-                entries, objective, span, block, scale, (z, d, inverse, residual, wide[3])
+                entries, objective, span, block, scale, (z, d, inverse, residual, wide[3], pull)
             )
             # A - share D has no negative eigenvalue. Negative weights make the share small.
             goal = (share * tolerance) ** 2 * unit * energy

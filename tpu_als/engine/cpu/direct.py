@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tpu_als.engine.cpu.jit import compiled, inner
-from tpu_als.engine.cpu.loops import BLOCK, Diagonal, Entries, confidence, scaled
+from tpu_als.engine.cpu.loops import BLOCK, Diagonal, Entries, Starts, confidence, scaled
 from tpu_als.engine.cpu.memory import LINE
 from tpu_als.engine.cpu.vectors import GROUP, REGISTER_BYTES, add_tile
 from tpu_als.engine.objective import Objective
@@ -165,7 +165,7 @@ def _substitute(system: System) -> None:
 @compiled
 def solve_rows(
     rows: np.ndarray,
-    starts: tuple[np.ndarray, np.ndarray],
+    starts: Starts,
     entries: Entries,
     objective: Objective,
     diagonal: Diagonal,
@@ -186,7 +186,7 @@ def solve_rows(
     how : How
         How to solve them.
     """
-    (cells, lengths), width, kind = starts, rows.shape[1], rows.dtype.type
+    (cells, lengths, priors), width, kind = starts, rows.shape[1], rows.dtype.type
     vectors, pitch = np.empty((3, width), rows.dtype), width + LINE // rows.itemsize
     system = System(
         np.empty((width, pitch), rows.dtype), vectors[0], vectors[1],
@@ -202,7 +202,7 @@ def solve_rows(
         if n == 0:
             rows[row] = 0
             continue
-        scale, _, _ = scaled(objective, diagonal, n, 1, system.diagonal, vectors[2])
+        scale, _, _, lam = scaled(objective, diagonal, n, 1, system.diagonal, vectors[2])
         is_solved, jitter = False, kind(0)
         for _ in range(2):
             _form(entries, objective, (first, n), scale, system, total)
@@ -210,6 +210,8 @@ def solve_rows(
             for k in range(width):
                 system.matrix[k, k] += jitter
                 trace += system.matrix[k, k] if k < how.factors else 0
+                if len(priors):
+                    system.rhs[k] += lam * priors[row, k]
             is_solved = _factorise(system)
             if is_solved:
                 break

@@ -67,6 +67,7 @@ class Source:
         *,
         start: np.ndarray | None = None,
         gram: np.ndarray | None = None,
+        prior: np.ndarray | None = None,
     ) -> np.ndarray:
         """Solve equation (1) for the rows of a matrix.
 
@@ -81,6 +82,8 @@ class Source:
             Start of "cg"; zero by default.
         gram : array (K, K), optional
             Used in place of the table's own gramian.
+        prior : array (M, K), optional
+            What each row is drawn to; zero by default. Rows without entries are zero all the same.
 
         Returns
         -------
@@ -94,13 +97,14 @@ class Source:
         if by_cg:
             if gram is not None:
                 raise ValueError('"cg" uses the gramian of the table, and takes no other one')
-            return self._by_cg(rows, objective, start)
+            return self._by_cg(rows, objective, start, prior)
         if gram is not None or not compiled.is_available():
-            return self.directly(rows, objective, gram)
-        out = self._eigenbasis().solve(rows, objective, self.n_threads)
+            return self.directly(rows, objective, gram, prior)
+        out = self._eigenbasis().solve(rows, objective, self.n_threads, prior)
         if not all_finite(out):
             failed = np.flatnonzero(~np.isfinite(out).all(axis=1))
-            out[failed] = self.directly(rows[failed], objective)
+            of_failed = None if prior is None else prior[failed]
+            out[failed] = self.directly(rows[failed], objective, prior=of_failed)
         return out
 
     def on(self, n_threads: int) -> Source:
@@ -144,7 +148,11 @@ class Source:
         return self._kept[name]
 
     def _by_cg(
-        self, rows: sparse.csr_matrix, objective: Objective, start: np.ndarray | None
+        self,
+        rows: sparse.csr_matrix,
+        objective: Objective,
+        start: np.ndarray | None,
+        prior: np.ndarray | None,
     ) -> np.ndarray:
         dtype, lengths = self.table.dtype, np.diff(rows.indptr).astype(np.int64)
         shape = rows.shape[0], self.table.shape[1]
@@ -162,12 +170,17 @@ class Source:
             lengths,
             rows.indices.astype(np.uint32),
             rows.data.astype(dtype),
+            None if prior is None else prior.astype(dtype, copy=False),
         )
         with single_blas_thread():
             return solve_side(begin, self.table, given, settings, Memory(), self.n_threads)
 
     def directly(
-        self, rows: sparse.csr_matrix, objective: Objective, gram: np.ndarray | None = None
+        self,
+        rows: sparse.csr_matrix,
+        objective: Objective,
+        gram: np.ndarray | None = None,
+        prior: np.ndarray | None = None,
     ) -> np.ndarray:
         """`solve` by LAPACK, in float64, without `start`."""
         n_source, factors = self.table.shape
@@ -185,7 +198,10 @@ class Source:
                     if ids[-1] == n_source:  # ids ascend
                         known = ids < n_source
                         ids, values = ids[known], values[known]
-                    out[row] = solution(*system(self.table, ids, values, wide, objective, lam))
+                    matrix, rhs = system(self.table, ids, values, wide, objective, lam)
+                    if prior is not None:
+                        rhs += lam * prior[row]
+                    out[row] = solution(matrix, rhs)
 
         ends = np.cumsum((np.diff(rows.indptr) + factors / 3) * factors**2)
         total = float(ends[-1]) if len(ends) else 0.0
@@ -215,7 +231,9 @@ def solve_failed(
     """
     failed = np.flatnonzero(~np.isfinite(solved).all(axis=1))
     if len(failed):
-        found = source.directly(rows.some(failed, len(source.table)), settings.objective)
+        priors = None if rows.priors is None else rows.priors[failed]
+        matrix = rows.some(failed, len(source.table))
+        found = source.directly(matrix, settings.objective, prior=priors)
         solved[failed] = before[failed] + settings.relaxation * (found - before[failed])
 
 

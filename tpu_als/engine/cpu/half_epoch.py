@@ -57,12 +57,15 @@ class Rows(NamedTuple):
         Source row of each entry; unsigned, since numba asks whether others count from the end.
     values : array or None
         Value of each, of any dtype; None where all are 1.
+    priors : array (M, K) or None
+        What each row is drawn to; None for zero.
     """
 
     cells: np.ndarray
     lengths: np.ndarray
     ids: np.ndarray
     values: np.ndarray | None
+    priors: np.ndarray | None = None
 
     def part(self, at: slice, dtype: DTypeLike) -> Rows:
         """Some rows, with values of this dtype; an empty array of values if all are 1."""
@@ -72,7 +75,9 @@ class Rows(NamedTuple):
         elif values.dtype != dtype:
             low, high = int(cells[0]), int(cells[-1] + lengths[-1])
             cells, ids, values = cells - low, ids[low:high], values[low:high].astype(dtype)
-        return Rows(*map(read_only, (cells, lengths, ids, values)))
+        priors = None if self.priors is None else self.priors[at]
+        cells, lengths, ids, values = map(read_only, (cells, lengths, ids, values))
+        return Rows(cells, lengths, ids, values, priors)
 
     def some(self, at: np.ndarray, n_source: int) -> sparse.csr_matrix:
         """Some rows, as a matrix over `n_source` columns."""
@@ -169,6 +174,7 @@ def solve_side(
     rotate(source, rotation, n_threads, rotated_source)
     rotation = np.asarray(rotation, dtype)
     loops = compiled.ready(stored.name)
+    no_priors = np.empty((0, width), dtype)
     diagonal = diagonal_of(spectrum, len(source), factors, settings)
     solve_rows, how = _solver(settings, dtype, factors)
     fixed, ahead = numbers_of(rotated_source), prefetched(rotated_source)
@@ -181,8 +187,9 @@ def solve_side(
         own = scratch.pop()
         part, rotated = rows.part(at, dtype), own[: at.stop - at.start]
         np.matmul(target[at].astype(dtype, copy=False), rotation, out=rotated)
+        priors = no_priors if part.priors is None else part.priors @ rotation
         solve_rows(
-            rotated, (part.cells, part.lengths),
+            rotated, loops.Starts(part.cells, part.lengths, read_only(priors)),
             loops.Entries(fixed, part.ids, part.values, ahead),
             settings.objective, diagonal, how,
         )  # fmt: skip

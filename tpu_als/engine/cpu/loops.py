@@ -49,6 +49,22 @@ class Entries(NamedTuple):
     ahead: int
 
 
+class Starts(NamedTuple):
+    """Where the entries of R rows are, and what the rows are drawn to.
+
+    Attributes
+    ----------
+    cells, lengths : int (R,)
+        First entry and number of entries of each row.
+    priors : (R, K) or (0, K)
+        The vectors that the ridge draws the rows to, in the eigenbasis; none for zero vectors.
+    """
+
+    cells: np.ndarray
+    lengths: np.ndarray
+    priors: np.ndarray
+
+
 class Diagonal(NamedTuple):
     """The diagonal part of equation (3), and the bounds that keep its numbers finite.
 
@@ -235,11 +251,11 @@ def _whole_curvature(
 @inner
 def scaled(
     objective: Objective, diagonal: Diagonal, n: int, steps: int, d: np.ndarray, inverse: np.ndarray
-) -> tuple[float, float, bool]:
+) -> tuple[float, float, bool, float]:
     """Write a row's scaled diagonal part D to `d`, and a multiple of D^-1 to `inverse`.
 
-    Returns the scale (`xla.solve.equation_scale`), the multiple, and whether CG starts at zero
-    (`xla.solve.initial_rows`).
+    Returns the scale (`xla.solve.equation_scale`), the multiple, whether CG starts at zero
+    (`xla.solve.initial_rows`), and the scaled ridge.
     """
     spectrum, top, n_source, weight, reach, tiny, most = diagonal
     kind = d.dtype.type
@@ -253,7 +269,7 @@ def scaled(
     for k in range(len(d)):
         d[k] = (spectrum[k] + lam) * scale
         inverse[k] = (unit + tiny) / (d[k] + tiny)
-    return scale, unit, steps == 0 or spectrum[0] + lam > reach
+    return scale, unit, steps == 0 or spectrum[0] + lam > reach, lam * scale
 
 
 class Solver(NamedTuple):
@@ -274,7 +290,7 @@ class Solver(NamedTuple):
 @compiled
 def solve_rows(
     rows: np.ndarray,
-    starts: tuple[np.ndarray, np.ndarray],
+    starts: Starts,
     entries: Entries,
     objective: Objective,
     diagonal: Diagonal,
@@ -287,10 +303,10 @@ def solve_rows(
     rows : (R, K)
         The initial rows; they are overwritten with the solved ones, and with zeros for rows without
         entries.
-    starts : two of int (R,)
-        First entry and number of entries of each row.
+    starts : Starts
+        Where their entries are, and what they are drawn to.
     entries : Entries
-        Their entries.
+        The entries.
     objective : Objective
         Equations (1)-(2), in the dtype of the rows.
     diagonal : Diagonal
@@ -298,7 +314,7 @@ def solve_rows(
     solver : Solver
         How to solve them.
     """
-    (cells, lengths), (relaxation, steps) = starts, solver
+    (cells, lengths, priors), (relaxation, steps) = starts, solver
     vectors = np.empty((7, rows.shape[1]), rows.dtype)
     z, p, r, image = vectors[0], vectors[1], vectors[2], vectors[3]
     d, inverse = vectors[4], vectors[5]
@@ -310,11 +326,13 @@ def solve_rows(
             for k in range(len(z)):
                 rows[row, k] = zero
             continue
-        scale, _, is_new = scaled(objective, diagonal, n, steps, d, inverse)
+        scale, _, is_new, lam = scaled(objective, diagonal, n, steps, d, inverse)
         size = bend = zero
         for k in range(len(z)):
             z[k] = zero if is_new else rows[row, k]
             r[k] = -d[k] * z[k]
+            if len(priors):
+                r[k] += lam * priors[row, k]
         scales = scale, zero if is_new else -scale
         # Pass -1 computes the residual at z; passes 0, 1, ... are the steps of CG. There is one
         # call of each function, because each call is inlined and compiled anew.

@@ -55,10 +55,17 @@ class Eigenbasis:
         self._latest: tuple[tuple[Objective, float], Settings, Diagonal] | None = None
         self._memory = Memory()
 
-    def solve(self, rows: sparse.csr_matrix, objective: Objective, n_threads: int) -> np.ndarray:
+    def solve(
+        self,
+        rows: sparse.csr_matrix,
+        objective: Objective,
+        n_threads: int,
+        prior: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Solutions (M, K) of equation (1); NaN in rows that did not converge.
 
-        Column N of the rows (M, N or N + 1) stands for a source row of zeros.
+        Column N of the rows (M, N or N + 1) stands for a source row of zeros. Rows are drawn to
+        those of `prior` (M, K).
         """
         loops, factors = compiled.converging(), self._table.shape[1]
         settings, diagonal = self._settings(rows.data, objective)
@@ -67,15 +74,17 @@ class Eigenbasis:
         is_ones = len(rows.data) and rows.data.min() == 1 == rows.data.max()
         given = Rows(
             rows.indptr[:-1].astype(np.int64), np.diff(rows.indptr).astype(np.int64), ids,
-            None if is_ones else rows.data,
+            None if is_ones else rows.data, prior,
         )  # fmt: skip
         ahead, out = half_epoch.prefetched(source), np.empty((rows.shape[0], factors), source.dtype)
 
         def work(at: slice) -> None:
             part = given.part(at, source.dtype)
             rotated = np.zeros((at.stop - at.start, source.shape[1]), source.dtype)
+            priors = read_only(self._priors(part, source.dtype))
+            starts = compiled.loops().Starts(part.cells, part.lengths, priors)
             loops.solve_rows(
-                rotated, (part.cells, part.lengths),
+                rotated, starts,
                 loops.Entries(read_only(source), part.ids, part.values, ahead),
                 settings.objective, diagonal, limits,
             )  # fmt: skip
@@ -84,6 +93,17 @@ class Eigenbasis:
             )
 
         threads(work, given.parts(n_threads, factors), n_threads)
+        return out
+
+    def _priors(self, part: Rows, dtype: np.dtype) -> np.ndarray:
+        """The rotated priors (R, P) of some rows, or an empty array."""
+        width = len(self._spectrum)
+        if part.priors is None:
+            return np.empty((0, width), dtype)
+        out, ids = np.zeros((len(part.priors), width), dtype), np.arange(len(part.priors))
+        compiled.converging().rotate(
+            read_only(part.priors.astype(dtype, copy=False)), read_only(ids), self._tiles, out
+        )
         return out
 
     def _settings(self, values: np.ndarray, objective: Objective) -> tuple[Settings, Diagonal]:

@@ -13,9 +13,11 @@ from tpu_als.engine import layout
 from tpu_als.engine.als import AlsState
 from tpu_als.engine.cells import Entries
 from tpu_als.engine.data import AlsParams, KnownTable, LossParts
+from tpu_als.engine.features import Features
 from tpu_als.engine.objective import Objective
-from tpu_als.engine.xla import fold_in, half_epoch, placing, ranking
+from tpu_als.engine.xla import features, fold_in, half_epoch, placing, ranking
 from tpu_als.engine.xla.data import XlaData, XlaSide
+from tpu_als.engine.xla.features import FeatureCells
 from tpu_als.engine.xla.mesh import DeviceMesh, Shards, precision
 from tpu_als.engine.xla.resident import Table
 
@@ -90,11 +92,32 @@ class XlaBackend:
         relaxation: float,
         *,
         target: str,
+        prior: Shards | None = None,
     ) -> Shards:
         """See `als.half_epoch`."""
         return half_epoch.half_epoch(
-            target_table, source_table, data, objective, relaxation, target=target
+            target_table, source_table, data, objective, relaxation, target=target, prior=prior
         )
+
+    def place_features(self, given: Features, side: XlaSide, data: XlaData) -> FeatureCells:
+        """Place the features (M, P) of a side's rows where the rows are."""
+        return features.place(given, side, data)
+
+    def feature_sums(
+        self, table: Shards, side: XlaSide, data: XlaData, objective: Objective
+    ) -> np.ndarray:
+        """F^T L Z (P, K) in float64, summed over all shards."""
+        assert side.features is not None
+        return features.sums(side.features, table, side, data, objective)
+
+    def prior(self, weights: np.ndarray, side: XlaSide, data: XlaData) -> Shards:
+        """F W of the side's rows, in slot order."""
+        assert side.features is not None
+        return features.prior(side.features, weights, side, data)
+
+    def filled(self, table: Shards, prior: Shards, side: XlaSide, data: XlaData) -> Shards:
+        """A table with the rows of `prior` in place of those without entries."""
+        return features.filled(table, prior, side, data)
 
     def count_failed(self, table: Shards, side: XlaSide, data: XlaData) -> int:
         """Number of rows of a table that are not finite."""

@@ -69,9 +69,10 @@ class Source:
         *,
         start: np.ndarray | None = None,
         gram: np.ndarray | None = None,
+        prior: np.ndarray | None = None,
     ) -> np.ndarray:
         """See `solve_rows`."""
-        return solve_rows(rows, self, objective, start=start, gramian=gram)
+        return solve_rows(rows, self, objective, start=start, gramian=gram, prior=prior)
 
 
 def source(table: np.ndarray, params: AlsParams, mesh: DeviceMesh) -> Source:
@@ -103,6 +104,7 @@ def solve_rows(
     *,
     start: np.ndarray | None = None,
     gramian: np.ndarray | None = None,
+    prior: np.ndarray | None = None,
 ) -> np.ndarray:
     """Solve equation (1) for the rows of a matrix against a fixed table.
 
@@ -121,6 +123,8 @@ def solve_rows(
         Start of the iterative solvers; zero by default.
     gramian : array (K, K), optional
         Replaces the table's gramian.
+    prior : array (M, K), optional
+        What each row is drawn to; zero by default.
 
     Returns
     -------
@@ -142,6 +146,9 @@ def solve_rows(
     if start is None:
         start = np.zeros((rows.shape[0], params.factors), dtype)
     table = layout.to_slots(start.astype(dtype), row_map, shards)[0]
+    priors = None
+    if prior is not None:
+        priors = layout.to_slots(prior.astype(dtype), row_map, shards)[0]
     objective = typed(objective, params.compute_dtype)
     source_table, basis = source.rotated, source.basis
     with precision(params.dtype):
@@ -162,7 +169,8 @@ def solve_rows(
         chunk = (array[0, first : first + size] for array in (ids, values))
         chunk_ids, chunk_values = (array.reshape(rung.rows, rung.length) for array in chunk)
         chunk_cells = Cells(chunk_ids, chunk_values, counts[at])
-        return source_table, basis, objective, chunk_cells, table[at]
+        drawn_to = None if priors is None else priors[at]
+        return source_table, basis, objective, chunk_cells, (table[at], drawn_to)
 
     def work(job: tuple[Rung, int]) -> None:
         with precision(params.dtype):
@@ -188,10 +196,15 @@ def _program(static: Static) -> Program:
     """Compiled program that solves the rows of one chunk."""
 
     def chunk(
-        source_table: Array, basis: Basis, objective: Objective, chunk_cells: Cells, start: Array
+        source_table: Array,
+        basis: Basis,
+        objective: Objective,
+        chunk_cells: Cells,
+        given: tuple[Array, Array | None],
     ) -> Array:
         block = solve.gather(source_table, objective, chunk_cells, jnp.dtype(static.dtype))
-        rows = Rows(block, chunk_cells.n_entries, solve.rotate(start, basis.rotation))
+        start, prior = jax.tree.map(lambda rows: solve.rotate(rows, basis.rotation), given)
+        rows = Rows(block, chunk_cells.n_entries, start, prior)
         return sweep.solve_block(static, basis, objective, rows)
 
     return jax.jit(chunk)

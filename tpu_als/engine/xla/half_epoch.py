@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from tpu_als.engine.xla.data import XlaData, XlaSide, static_of
 from tpu_als.engine.xla.mesh import Collectives, ShardPass, Shards, precision
 from tpu_als.engine.xla.programs import REPLICATED, SHARDED, PyTree
 from tpu_als.engine.xla.solve import Basis
-from tpu_als.engine.xla.sweep import SharedInputs, Span
+from tpu_als.engine.xla.sweep import LongInputs, RungInputs, SharedInputs, Span
 from tpu_als.engine.xla.sweep_loss import LongLossInputs, LossInputs
 from tpu_als.host import give_back_memory, single_blas_thread
 
@@ -94,6 +94,7 @@ def half_epoch(
     relaxation: float,
     *,
     target: str,
+    prior: Shards | None = None,
 ) -> Shards:
     """See `als.half_epoch`."""
     params, mesh = data.params, data.mesh
@@ -101,9 +102,9 @@ def half_epoch(
     # On an accelerator the host's BLAS is not used.
     scope = single_blas_thread() if mesh.platform == "cpu" else contextlib.nullcontext()
     with precision(params.dtype), scope:
-        tables = source_table, target_table, side.cells.lengths
+        tables = Tables(source_table, target_table, side.cells.lengths, prior)
         prepared = prepare_program(data)(tables, np.int32(source.n_rows))
-        solve_passes = passes(side, data, prepared.basis, objective, relaxation)
+        solve_passes = passes(side, data, prepared, objective, relaxation)
         solved = mesh.run(solve_passes, prepared.start, prepared.source_table, params.dtype)
     _give_back_copies(data)
     return solved
@@ -118,15 +119,21 @@ def _give_back_copies(data: XlaData) -> None:
 
 
 def passes(
-    side: XlaSide, data: XlaData, basis: Basis, objective: Objective, relaxation: float = 1.0
+    side: XlaSide,
+    data: XlaData,
+    prepared: Prepared,
+    objective: Objective,
+    relaxation: float = 1.0,
 ) -> list[ShardPass]:
     """Programs with their inputs that together solve all rows of a side."""
-    shared = _shared_inputs(basis, objective, data, relaxation)
+    shared = _shared_inputs(prepared.basis, objective, data, relaxation)
     if weights_vanish(objective, data.magnitudes, data.params.compute_dtype):
         data = replace(data, params=replace(data.params, linear_solver="diagonal"))
-    found = _rung_passes(sweep.solve_rungs, side, side.cells, data, shared)
+    inputs = RungInputs(side.cells, prepared.priors)
+    found = _rung_passes(sweep.solve_rungs, side, inputs, data, shared)
     if side.long is not None:
-        found.append(_long_pass(sweep.solve_long, side, side.long, data, shared))
+        long = LongInputs(side.long, prepared.priors)
+        found.append(_long_pass(sweep.solve_long, side, long, data, shared))
     return found
 
 
@@ -141,24 +148,45 @@ class Prepared(NamedTuple):
         The source table in that basis (`Collectives.source_table`).
     start : Shards (W, S, K)
         A copy of the target table in that basis, to start from.
+    priors : Shards (W, S, K) or None
+        What the rows are drawn to, in that basis.
     """
 
     basis: Basis
     source_table: Array
     start: Shards
+    priors: Shards | None = None
+
+
+class Tables(NamedTuple):
+    """Inputs of the program that prepares a half-epoch; each field is `Shards`.
+
+    Attributes
+    ----------
+    source, target : (W, S, K)
+        The fixed table and the one to be solved.
+    lengths : (W, S)
+        Entries of the target's rows.
+    priors : (W, S, K) or None
+        What the target's rows are drawn to.
+    """
+
+    source: Any
+    target: Any
+    lengths: Any
+    priors: Any = None
 
 
 def prepare_program(data: XlaData) -> Callable[..., Prepared]:
-    """Compile the program ((source, target, lengths), n_source) -> Prepared of a half-epoch."""
-    out_specs = Prepared._make((REPLICATED, data.mesh.collectives.source_spec, SHARDED))
+    """Compile the program (Tables, n_source) -> Prepared of a half-epoch."""
+    specs = REPLICATED, data.mesh.collectives.source_spec, SHARDED, SHARDED
+    out_specs = Prepared._make(specs)
     return data.mesh.all_shards_program(_prepare, data.params.compute_dtype, out_specs)
 
 
-def _prepare(
-    dtype: str, collectives: Collectives, tables: tuple[Shards, Shards, Shards], n_source: Array
-) -> Prepared:
+def _prepare(dtype: str, collectives: Collectives, tables: Tables, n_source: Array) -> Prepared:
     """Rotate the source table, and a copy of the target table to start from."""
-    source, target, lengths = tables
+    source, target, lengths, priors = tables
     grams = [solve.gramian(part, dtype) for part in collectives.local_parts(source)]
     gram = collectives.sum(sum(grams[1:], grams[0]))
     basis = solve.basis(gram, n_source.astype(dtype))
@@ -170,7 +198,8 @@ def _prepare(
         return solve.zero_empty(rotate(rows), lengths)
 
     source_table = collectives.source_table(collectives.concatenate(source, rotate))
-    return Prepared(basis, source_table, jax.tree.map(start, target, lengths))
+    rotated = jax.tree.map(rotate, priors)
+    return Prepared(basis, source_table, jax.tree.map(start, target, lengths), rotated)
 
 
 def count_failed(table: Shards, side: XlaSide, data: XlaData) -> int:

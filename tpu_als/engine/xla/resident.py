@@ -96,13 +96,23 @@ class Table:
             )
             return program(self.shards, None)
 
-    def solve(self, rows: sparse.csr_matrix, objective: Objective) -> np.ndarray:
-        """Solve canonical rows (n, M) exactly against it: (n, K)."""
+    def solve(
+        self, rows: sparse.csr_matrix, objective: Objective, prior: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Solve canonical rows (n, M) exactly against it, drawn to `prior` (n, K): (n, K)."""
         params = replace(self.params, linear_solver="cholesky")
         data = placing.place_rows(rows, self.rows, params, self.mesh)
         with precision(params.dtype):
             zero = self.mesh.zeros((data.users.rows.n_slots, params.factors), DTYPES[params.dtype])
-        solved = half_epoch.half_epoch(zero, self.shards, data, objective, 1.0, target="users")
+        priors = None
+        if prior is not None:
+            wide = prior.astype(params.compute_dtype, copy=False)
+            slots = layout.to_slots(wide, data.users.rows, self.mesh.local_shards)
+            with precision(params.dtype):
+                priors = self.mesh.put(slots)
+        solved = half_epoch.half_epoch(
+            zero, self.shards, data, objective, 1.0, target="users", prior=priors
+        )
         return Table(solved, data.users.rows, params, self.mesh).fetch()
 
 

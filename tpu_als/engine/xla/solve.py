@@ -92,11 +92,29 @@ def rounded(rows: Array, dtype: Dtype) -> Array:
 def diagonal(basis: Basis, objective: Objective, lengths: Array | np.ndarray) -> Array:
     """Diagonal part a0 s + lam_u of equation (3) for rows of `lengths` (R,): (R, K)."""
     spectrum = objective.unobserved_weight * basis.spectrum
-    lam = ridge(objective, lengths.astype(spectrum.dtype), basis.n_source)
+    lam = ridges(objective, lengths, basis.n_source)
+    return jnp.minimum(spectrum, jnp.finfo(spectrum.dtype).max / 4)[None, :] + lam[:, None]
+
+
+def ridges(
+    objective: Objective, lengths: Array | np.ndarray, n_source: Array | np.floating
+) -> Array:
+    """Ridges lam_u (R,) of equation (2) for rows of `lengths` (R,), in the dtype of `n_source`."""
+    lam = ridge(objective, lengths.astype(n_source.dtype), n_source)
     # The power in the ridge may overflow. Any such ridge makes rows zero; with lam = 0 it is 0.
-    most = jnp.finfo(spectrum.dtype).max / 4
-    lam = jnp.where(objective.regularization == 0, jnp.zeros_like(lam), jnp.minimum(lam, most))
-    return jnp.minimum(spectrum, most)[None, :] + lam[:, None]
+    most = jnp.finfo(lam.dtype).max / 4
+    return jnp.where(objective.regularization == 0, jnp.zeros_like(lam), jnp.minimum(lam, most))
+
+
+def drawn_to(
+    prior: Array, d: Array, objective: Objective, lengths: Array | np.ndarray, basis: Basis
+) -> Array:
+    """D^-1 lam_u p (R, K), the solutions of (3) for rows that are drawn to p and have no entries.
+
+    With z = q + e, equation (3) for rows that are drawn to p is equation (3) for e, with v - w t in
+    place of v, where t are the predictions of q = D^-1 lam_u p.
+    """
+    return prior * (ridges(objective, lengths, basis.n_source)[:, None] / d)
 
 
 def equation_scale(d: Array, weight: ArrayLike) -> Array:

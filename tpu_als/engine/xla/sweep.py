@@ -126,14 +126,30 @@ class SharedInputs(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of one block, to be solved: their entries, lengths (R,) and start (R, K).
+    """Rows of one block, to be solved: their entries, lengths (R,), start and prior (R, K).
 
-    The start is in the eigenbasis; only iterative solvers use it.
+    The start and the prior are in the eigenbasis. Only iterative solvers use the start. The ridge
+    draws the rows to the prior, or to zero if it is None.
     """
 
     block: Any  # Block, or IndexedBlock with kernels
     lengths: Array | np.ndarray
     start: Array
+    prior: Array | None = None
+
+
+class RungInputs(NamedTuple):
+    """What a shard's rungs are solved from: its cells, and its rows' priors (S, K) or None."""
+
+    cells: Any
+    priors: Any = None
+
+
+class LongInputs(NamedTuple):
+    """What long rows are solved from: the rows, and the shard's priors (S, K) or None."""
+
+    long: Any
+    priors: Any = None
 
 
 class LongBatch(NamedTuple):
@@ -206,18 +222,30 @@ def solve_block(
     relaxation: Array | np.floating | None = None,
 ) -> Array:
     """Solve rows whose entries are in one block: (R, K), in the caller's basis."""
-    block, lengths, before = rows
+    block, lengths, before, _ = rows
     d, weight = solve.diagonal(basis, objective, lengths), solve.largest_weight(block)
-    z = solve.initial_rows(before, d, weight, basis)
+    z, drawn = solve.initial_rows(before, d, weight, basis), None
+    if rows.prior is not None:
+        drawn = solve.drawn_to(rows.prior, d, objective, lengths, basis)
+        z = z - drawn
     scale = solve.equation_scale(d, weight)
     d, block = d * scale, solve.scale_weights(block, scale)
+    if drawn is not None:
+        block = shifted(static, block, drawn)
     if static.solver == "diagonal":
         z = solve.rows_diagonal(static.products.project(block, block.v), d)
     elif static.solver == "cholesky":
         z = solve.rows_exact(block, d, static.positive)
     else:
         z = static.products.cg(block, z, d, static.steps)
+    if drawn is not None:
+        z = z + drawn
     return finish(basis, lengths, z if relaxation is None else solve.relax(before, z, relaxation))
+
+
+def shifted(static: Static, block: Any, drawn: Array) -> Any:
+    """The block of the equation for e = z - q (`solve.drawn_to`): v - w t in place of v."""
+    return block._replace(v=block.v - block.w * static.products.predict(block, drawn))
 
 
 def finish(basis: Basis, lengths: Array | np.ndarray, z: Array) -> Array:
@@ -228,13 +256,13 @@ def finish(basis: Basis, lengths: Array | np.ndarray, z: Array) -> Array:
 def solve_rungs(
     statics: tuple[Static, ...],
     out: Array,
-    cells: ShardCells,
+    inputs: RungInputs,
     source_table: Array,
     shared: SharedInputs,
 ) -> Array:
     """Solve all rows of some rungs, and write them into the shard's table `out` (S, K)."""
     for static, span in zip(statics, shared.spans, strict=True):
-        out = _solve_rung(static, span, out, cells, source_table, shared)
+        out = _solve_rung(static, span, out, inputs, source_table, shared)
     return out
 
 
@@ -242,16 +270,19 @@ def _solve_rung(
     static: Static,
     span: Span,
     out: Array,
-    cells: ShardCells,
+    inputs: RungInputs,
     source_table: Array,
     shared: SharedInputs,
 ) -> Array:
+    cells, priors = inputs
+
     def body(step: int, source_rows: Array, out: Array) -> Array:
         slot, lengths, block = gather_chunk(
             static, span, cells, source_rows, shared.objective, step
         )
         z = lax.dynamic_slice_in_dim(out, slot, static.rows).astype(static.dtype)
-        rows = Rows(block, lengths, z)
+        prior = None if priors is None else lax.dynamic_slice_in_dim(priors, slot, static.rows)
+        rows = Rows(block, lengths, z, prior)
         z = solve_block(static, shared.basis, shared.objective, rows, shared.relaxation)
         return lax.dynamic_update_slice_in_dim(out, solve.rounded(z, out.dtype), slot, 0)
 
@@ -309,10 +340,11 @@ def batch_rows(
 
 
 def solve_long(
-    static: Static, out: Array, long: LongRows, source_table: Array, shared: SharedInputs
+    static: Static, out: Array, inputs: LongInputs, source_table: Array, shared: SharedInputs
 ) -> Array:
     """Solve the long rows, a batch at a time; the shards' sums over their entries are added."""
     objective, basis, products = shared.objective, shared.basis, static.products
+    long, priors = inputs
 
     def body(number: int, out: Array) -> Array:
         slots, lengths, before = batch_rows(static, long, out, number)
@@ -323,12 +355,19 @@ def solve_long(
 
         def summed(function: Callable[[Any, Array], _Sums], zero: _Sums) -> _Sums:
             def scaled(block: Any, row: Array, _: Array) -> _Sums:
-                return function(solve.scale_weights(block, take(scale, row)), row)
+                block = solve.scale_weights(block, take(scale, row))
+                if drawn is not None:
+                    block = shifted(static, block, take(drawn, row))
+                return function(block, row)
 
             return sum_over_blocks(static, batch, objective, scaled, zero)
 
         d = solve.diagonal(basis, objective, lengths)
-        z = solve.initial_rows(before, d, shared.weight, basis)
+        z, drawn = solve.initial_rows(before, d, shared.weight, basis), None
+        if priors is not None:
+            prior = batch_rows(static, long, priors, number)[2]
+            drawn = solve.drawn_to(prior, d, objective, lengths, basis)
+            z = z - drawn
         scale = solve.equation_scale(d, shared.weight)
         d = d * scale
         if static.solver == "diagonal":
@@ -344,6 +383,7 @@ def solve_long(
                 lambda p: summed(lambda b, row: products.curvature(b, take(p, row)), vector[:, :1]),
                 r, z, d, static.steps,
             )  # fmt: skip
+        z = z if drawn is None else z + drawn
         z = finish(basis, lengths, solve.relax(before, z, shared.relaxation))
         return out.at[slots].set(solve.rounded(z, out.dtype), mode="drop")
 
