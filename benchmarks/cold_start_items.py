@@ -20,6 +20,7 @@ import importlib.util
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import cold_methods
@@ -129,18 +130,21 @@ def measured(
 
 def run_all(
     problem: Problem, parts: Split, methods: list[str], n_trials: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Run the methods for all that they are tuned for.
 
     The last row has the settings that are best without features, and features with default weights.
     """
-    rows = [run(name, kind, problem, parts, n_trials) for name, kind in _RUNS if name in methods]
-    plain = [row for row in rows if row["method"] == "without features"]
-    if plain and "tpu_als" in methods:
-        settings = {**METHODS["tpu_als"].defaults, **plain[0]["settings"]}
+    plain: dict[str, Any] | None = None
+    for name, kind in _RUNS:
+        if name in methods:
+            row = run(name, kind, problem, parts, n_trials)
+            plain = row if name == "without features" else plain
+            yield row
+    if plain is not None and "tpu_als" in methods:
+        settings = {**METHODS["tpu_als"].defaults, **plain["settings"]}
         row = measured("tpu_als", settings, problem, parts)
-        rows.append({**row, "tuned_for": "known, without features", "tune_s": plain[0]["tune_s"]})
-    return rows
+        yield {**row, "tuned_for": "known, without features", "tune_s": plain["tune_s"]}
 
 
 def groceries(args: argparse.Namespace, methods: list[str]) -> None:
@@ -161,10 +165,9 @@ def groceries(args: argparse.Namespace, methods: list[str]) -> None:
             train_entries=parts.train.nnz, entries_of_new=parts.of_new.nnz,
             entries_of_known=parts.of_known.nnz,
         )  # fmt: skip
-        found = run_all(problem, parts, methods, args.trials)
-        for row in found:
+        for row in run_all(problem, parts, methods, args.trials):
             common.emit(benchmark="cold_start_items", dataset="groceries", **row)
-        rows += found
+            rows.append(row)
     print(table(rows))
 
 
