@@ -232,10 +232,9 @@ class CpuBackend:
 
     def place_features(
         self, features: Features, side: CpuSide, data: CpuData
-    ) -> list[sparse.csr_matrix]:
-        """Blocks of rows of the features, in the dtype of sums."""
-        matrix = features.matrix.astype(data.params.compute_dtype)
-        return [matrix[low : low + _BLOCK] for low in range(0, side.n_rows, _BLOCK)]
+    ) -> sparse.csr_matrix:
+        """The features in the dtype of sums."""
+        return features.matrix.astype(data.params.compute_dtype, copy=False)
 
     def feature_sums(
         self, table: np.ndarray, side: CpuSide, data: CpuData, objective: Objective
@@ -245,16 +244,17 @@ class CpuBackend:
         n_source = (data.items if side is data.users else data.users).n_rows
         ridges, dtype = row_ridges(objective, side.lengths, n_source), data.params.compute_dtype
         total = np.zeros((side.features.matrix.shape[1], table.shape[1]))
-        for number, block in enumerate(side.features.placed):
-            at = slice(number * _BLOCK, (number + 1) * _BLOCK)
-            total += block.T @ (table[at].astype(dtype) * ridges[at, None].astype(dtype))
+        for low in range(0, side.n_rows, _BLOCK):
+            at = slice(low, low + _BLOCK)
+            weighted = table[at].astype(dtype) * ridges[at, None].astype(dtype)
+            total += side.features.placed[at].T @ weighted
         return total
 
     def prior(self, weights: np.ndarray, side: CpuSide, data: CpuData) -> np.ndarray:
         """F W (M, K)."""
         assert side.features is not None
-        weights = weights.astype(data.params.compute_dtype)
-        return np.concatenate([block @ weights for block in side.features.placed])
+        prior: np.ndarray = side.features.placed @ weights.astype(data.params.compute_dtype)
+        return prior
 
     def filled(
         self, table: np.ndarray, prior: np.ndarray, side: CpuSide, data: CpuData
