@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from tpu_als.engine import cells, layout
-from tpu_als.engine.als import AlsState
+from tpu_als.engine.als import AlsState, Step
 from tpu_als.engine.cells import Entries, InMemory
 from tpu_als.engine.cpu import compiled, exact, half_epoch, ranking
 from tpu_als.engine.cpu.half_epoch import Rows, Settings
@@ -199,18 +199,14 @@ class CpuBackend:
         target_table: np.ndarray,
         source_table: np.ndarray,
         data: CpuData,
-        objective: Objective,
-        relaxation: float,
-        *,
-        target: str,
-        prior: np.ndarray | None = None,
+        step: Step,
     ) -> np.ndarray:
         """See `als.half_epoch`."""
-        params, side, dtype = data.params, getattr(data, target), data.params.compute_dtype
-        numbers = objective, data.magnitudes, dtype
+        params, side, dtype = data.params, getattr(data, step.target), data.params.compute_dtype
+        numbers = step.objective, data.magnitudes, dtype
         settings = Settings(
-            typed(objective, dtype),
-            relaxation,
+            typed(step.objective, dtype),
+            step.relaxation,
             0 if weights_vanish(*numbers) else params.cg_steps,
             largest_weight(*numbers),
         )
@@ -219,7 +215,7 @@ class CpuBackend:
             settings = settings._replace(steps=steps, tolerance=tolerance)
         if params.linear_solver == "cholesky" and settings.steps:
             settings = settings._replace(is_direct=True)
-        rows = side.entries._replace(priors=prior)
+        rows = side.entries._replace(priors=step.prior)
         with single_blas_thread():
             solved = half_epoch.solve_side(
                 target_table, source_table, rows, settings, data.memory, self.n_threads
@@ -230,9 +226,7 @@ class CpuBackend:
             exact.solve_failed(solved, target_table, source, rows, settings)
         return solved
 
-    def place_features(
-        self, features: Features, side: CpuSide, data: CpuData
-    ) -> sparse.csr_matrix:
+    def place_features(self, features: Features, side: CpuSide, data: CpuData) -> sparse.csr_matrix:
         """The features in the dtype of sums."""
         return features.matrix.astype(data.params.compute_dtype, copy=False)
 
