@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 from scipy import sparse
+from sklearn.base import TransformerMixin
 from sklearn.utils import check_array
 
 from tpu_als import engine_options
@@ -20,7 +21,7 @@ from tpu_als.serving.ranking import How, Limits, rank
 from tpu_als.validation.estimators import checked_rows
 
 
-class Transforming(ModelHolder):
+class Transforming(ModelHolder, TransformerMixin):
     """Methods of scikit-learn's transformers that use a fitted model."""
 
     approximate_recall: float | None
