@@ -400,6 +400,8 @@ def test_calls_without_the_features_that_they_need_are_refused(model: Any) -> No
     plain = TPUAlternatingLeastSquares(**SETTINGS).fit(MATRIX)
     with pytest.raises(ValueError, match="the model was fitted without"):
         plain.transform(MATRIX, user_features=USERS)
+    with pytest.raises(ValueError, match="regularization must be above 0 with user_features"):
+        TPUAlternatingLeastSquares(**{**SETTINGS, "regularization": 0}).fit(MATRIX, **BOTH)
     for name, value in (("feature_regularization", -1.0), ("feature_weight", 0.0)):
         with pytest.raises(ValueError, match=f"{name} must be a finite number"):
             TPUAlternatingLeastSquares(**{**SETTINGS, name: value}).fit(MATRIX, **BOTH)

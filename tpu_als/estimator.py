@@ -313,7 +313,7 @@ class TPUAlternatingLeastSquares(
             at_exit.callback(lambda: self._fitted.settle())
             params = engine_options.training_params(self)
             rows, fitted = self._interactions(user_items)
-            features = fitting.feature_tables(rows.shape, user_features, item_features)
+            features = fitting.feature_tables(self, rows.shape, user_features, item_features)
             training = fitting.prepare(self, rows, fitted, params, features, at_exit)
             hides = training.hides_progress or progress.is_disabled(show_progress, self.verbose)
             with progress.bar(self.iterations, training.done, hides) as bar:
