@@ -59,11 +59,12 @@ class RecommenderPipeline(Pipeline):
         filter_items: ArrayLike | None = None,
         recalculate_user: bool = False,
         items: ArrayLike | None = None,
+        **features: Any,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Recommend items to a user or to several; `user_items` is weighted first.
 
         Parameters, results and errors are those of the model's method, see
-        `TPUAlternatingLeastSquares.recommend`.
+        `TPUAlternatingLeastSquares.recommend`; `features` are its `user_features`, if any.
         """
         needs_rows = filter_already_liked_items or recalculate_user
         return self._model().recommend(
@@ -74,23 +75,28 @@ class RecommenderPipeline(Pipeline):
             filter_items=filter_items,
             recalculate_user=recalculate_user,
             items=items,
+            **features,
         )
 
     @available_if(_if_model_has("recalculate_user"))
-    def recalculate_user(self, userid: ArrayLike, user_items: SparseMatrix) -> np.ndarray:
+    def recalculate_user(
+        self, userid: ArrayLike, user_items: SparseMatrix, **features: Any
+    ) -> np.ndarray:
         """Compute factors of users from their items; `user_items` is weighted first.
 
         See `TPUAlternatingLeastSquares.recalculate_user`.
         """
-        return self._model().recalculate_user(userid, self._weighted(user_items))
+        return self._model().recalculate_user(userid, self._weighted(user_items), **features)
 
     @available_if(_if_model_has("partial_fit_users"))
-    def partial_fit_users(self, userids: ArrayLike, user_items: SparseMatrix) -> None:
+    def partial_fit_users(
+        self, userids: ArrayLike, user_items: SparseMatrix, **features: Any
+    ) -> None:
         """Recompute and store the factors of some users; `user_items` is weighted first.
 
         The transformers stay as they are. See `TPUAlternatingLeastSquares.partial_fit_users`.
         """
-        self._model().partial_fit_users(userids, self._weighted(user_items))
+        self._model().partial_fit_users(userids, self._weighted(user_items), **features)
 
     @available_if(_if_model_has("explain"))
     def explain(
@@ -100,6 +106,7 @@ class RecommenderPipeline(Pipeline):
         itemid: ArrayLike,
         user_weights: Any = None,
         N: int = 10,
+        **features: Any,
     ) -> tuple[float, list[tuple[int, float]], tuple[np.ndarray, bool]]:
         """Split a user's score into contributions of the user's items; they are weighted first.
 
@@ -110,7 +117,9 @@ class RecommenderPipeline(Pipeline):
             user = arguments.one_id(userid, None, "userid")
             # The model raises the error for a user beyond the matrix.
             rows = rows.tocsr()[[user]] if user < rows.shape[0] else rows
-        return self._model().explain(userid, self._weighted(rows), itemid, user_weights, N)
+        return self._model().explain(
+            userid, self._weighted(rows), itemid, user_weights, N, **features
+        )
 
     @available_if(_if_model_has("similar_items"))
     def similar_items(
