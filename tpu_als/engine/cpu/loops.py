@@ -331,7 +331,8 @@ def solve_rows(
         for k in range(len(z)):
             z[k] = zero if is_new else rows[row, k]
             r[k] = -d[k] * z[k]
-            if len(priors):
+        if len(priors):
+            for k in range(len(z)):
                 r[k] += lam * priors[row, k]
         scales = scale, zero if is_new else -scale
         # Pass -1 computes the residual at z; passes 0, 1, ... are the steps of CG. There is one
