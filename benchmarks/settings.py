@@ -3,7 +3,8 @@
 The data sets are those of `tune.py`: MovieLens-1M with a fifth of each user's entries held out at
 random, and a year of grocery purchases with the last fifth of the time held out. The same test part
 measures all settings, so a small difference between two of them means nothing. The settings whose
-names begin with "start" are those that docs/choosing.md advises to start with.
+names begin with "start" are those that docs/choosing.md advises to start with. With --ranges, the
+settings around them are measured that docs/choosing.md advises to try next.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import common
 import tune
+from sklearn.model_selection import ParameterGrid
 
 from tpu_als import RecommenderPipeline, TPUAlternatingLeastSquares
 from tpu_als.baselines import PopularityRecommender
@@ -38,6 +40,28 @@ START: dict[str, tuple[str | None, dict[str, Any]]] = {
         dict(factors=16, objective="ials", regularization=0.003, unobserved_weight=0.7),
     ),
 }
+
+# Around each of these lines: parameters to try, in all combinations.
+_WEIGHTED = dict(regularization=(0.001, 0.002, 0.003))
+RANGES: dict[str, list[dict[str, Any]]] = {
+    "counts": [_WEIGHTED | dict(unobserved_weight=(0.4, 0.7, 1.0))],
+    "ones": [_WEIGHTED | dict(unobserved_weight=(0.7, 1.0, 2.0))],
+    "as with implicit": [
+        dict(regularization=(1, 3, 10, 20, 30)),
+        dict(regularization=(10, 20), alpha=(0.5, 1, 2)),
+    ],
+    "few items": [dict(factors=(16, 32))],
+}
+
+
+def ranges() -> Iterator[tuple[str, str | None, dict[str, Any]]]:
+    """Name, weighting and parameters of each setting around the start lines."""
+    yield "defaults", None, {}
+    for case, grids in RANGES.items():
+        weighting, given = START[case]
+        for changed in ParameterGrid(grids):
+            named = ", ".join(f"{parameter} {value:g}" for parameter, value in changed.items())
+            yield f"{case}, {named}", weighting, given | changed
 
 
 def settings(name: str) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
@@ -73,12 +97,13 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--dataset", choices=["ml1m", "groceries"], help="by default both")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranges", action="store_true", help="settings around the start lines")
     args = parser.parse_args()
     common.emit(benchmark="settings", what="machine", **common.machine())
     for name in tune.chosen(args):
         split = tune.load(name, args.data)
         _report(name, "popularity", PopularityRecommender().fit(split.train), split, 0.0)
-        for setting, weighting, given in settings(name):
+        for setting, weighting, given in ranges() if args.ranges else settings(name):
             if args.quick and (weighting or given.get("factors") != 64):
                 continue
             model: Any = TPUAlternatingLeastSquares(random_state=args.seed, verbose=False, **given)

@@ -412,6 +412,15 @@ def test_kinds_of_tables(model: Any, kind: str) -> None:
     np.testing.assert_array_equal(found.item_factors, expected.item_factors)
 
 
+def test_features_with_repeated_and_zero_entries_stay_as_they_are() -> None:
+    parts = np.array([1.0, 2.0, 0.0]), np.array([1, 1, 0]), np.arange(21).clip(0, 1) * 3
+    given = sparse.csr_matrix(parts, shape=(20, 2))
+    table = FeatureTable(given)
+    assert table.matrix.toarray()[0].tolist() == [0, 3] and table.matrix.nnz == 1
+    for ours, theirs in zip((given.data, given.indices, given.indptr), parts, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_no_features_cost_nothing_and_change_nothing() -> None:
     """Features of zeros draw rows to zero, as no features do."""
     zeros = sparse.csr_matrix((20, 3))

@@ -6,9 +6,14 @@ import functools
 import hashlib
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
 import tarfile
 import threading
+import time
+import types
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,12 +42,14 @@ from tpu_als.storage.lock import FileLock
 
 
 class Server:
-    """Files by path, requests so far, and paths whose answer breaks off."""
+    """Files by path, requests so far, and paths whose answer breaks off or does not end."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.broken: set[str] = set()
+        self.endless: set[str] = set()
+        self._closed = threading.Event()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -56,16 +63,21 @@ class Server:
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                self.wfile.write(content[: len(content) // 2] if name in server.broken else content)
+                whole = name not in server.broken | server.endless
+                self.wfile.write(content if whole else content[: len(content) // 2])
+                if name in server.endless:
+                    server._closed.wait()
 
             def log_message(self, *_: object) -> None:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        # The argument is the time that `close` waits for.
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self) -> None:
+        self._closed.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -130,13 +142,81 @@ class TestDownloads:
         with pytest.raises(OSError, match=r"The file that is at .*data\.bin has another checksum"):
             downloads.fetched(file, tmp_path, n_retries=0)
 
+    @pytest.mark.parametrize("n_retries", [0, 1, 2])
     def test_further_attempts(
+        self,
+        server: Server,
+        file: downloads.RemoteFile,
+        n_retries: int,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        """The server is well after two failures."""
+        pauses: list[float] = []
+
+        def pause(seconds: float) -> None:
+            pauses.append(seconds)
+            if len(pauses) == 2:
+                server.broken.clear()
+
+        monkeypatch.setattr(downloads, "time", types.SimpleNamespace(sleep=pause))
+        server.broken.add("data.bin")
+        if n_retries < 2:
+            with pytest.raises(OSError, match="cannot download"):
+                downloads.fetched(file, tmp_path, n_retries=n_retries)
+        else:
+            path = downloads.fetched(file, tmp_path, n_retries=n_retries)
+            assert path.read_bytes() == server.files["data.bin"]
+        assert server.requests == ["data.bin"] * (n_retries + 1)
+        assert pauses == [1, 2][:n_retries]
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_prints_only_with_a_bar(
+        self,
+        server: Server,
+        file: downloads.RemoteFile,
+        fails: bool,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(downloads, "time", types.SimpleNamespace(sleep=lambda _: None))
+        if fails:
+            server.broken.add("data.bin")
+            with pytest.raises(OSError):
+                downloads.fetched(file, tmp_path, show_progress=False, n_retries=1)
+        else:
+            downloads.fetched(file, tmp_path, show_progress=False)
+        assert capfd.readouterr() == ("", "")
+        if not fails:
+            downloads.fetched(file, tmp_path / "other", show_progress=True)
+            out, shown = capfd.readouterr()
+            assert out == "" and "100%" in shown
+
+    @pytest.mark.skipif(os.name != "posix", reason="this system has no SIGTERM")
+    def test_the_part_of_a_killed_process_is_removed(
         self, server: Server, file: downloads.RemoteFile, tmp_path: Path
     ) -> None:
-        server.broken.add("data.bin")
-        with pytest.raises(OSError):
-            downloads.fetched(file, tmp_path, n_retries=1)
-        assert server.requests == ["data.bin", "data.bin"]
+        server.endless.add("data.bin")
+        code = f"""
+from pathlib import Path
+from tpu_als.datasets import downloads
+downloads.fetched(downloads.{file!r}, Path({str(tmp_path)!r}))
+"""
+        process = subprocess.Popen([sys.executable, "-c", code])
+        deadline = time.monotonic() + 60
+        try:
+            while not [*tmp_path.rglob("*.tmp")] or not server.requests:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            process.terminate()
+        assert process.wait(60) == -signal.SIGTERM
+        assert len([*tmp_path.rglob("*.tmp")]) == 1
+        server.endless.clear()
+        path = downloads.fetched(file, tmp_path)
+        assert path.read_bytes() == server.files["data.bin"]
+        assert [*path.parent.iterdir()] == [path]
 
     def test_not_allowed(self, server: Server, file: downloads.RemoteFile, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"download_if_missing is False.*put the file"):
@@ -163,8 +243,16 @@ class TestDownloads:
         with pytest.raises(NotADirectoryError, match=r"data_home must be a folder, and .*file"):
             downloads.data_home(tmp_path / "file")
 
-    def test_without_pooch(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_without_pooch(
+        self,
+        server: Server,
+        file: downloads.RemoteFile,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        path = downloads.fetched(file, tmp_path)
         monkeypatch.setitem(sys.modules, "pooch", None)
+        assert downloads.fetched(file, tmp_path) == path
         with pytest.raises(ImportError, match=r"pip install 'tpu-als\[fetch\]'"):
             fetch_movielens(data_home=tmp_path)
 

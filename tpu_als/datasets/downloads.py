@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import sys
+import time
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from types import ModuleType
+from typing import BinaryIO
 
 import pandas as pd
 
+from tpu_als.storage.atomic import replacing
+
 HOME = "TPU_ALS_DATA_HOME"  # environment variable
 _TIMEOUT = 30  # seconds without an answer or a byte
+_LONGEST_PAUSE = 10  # seconds between two attempts
 
 log = logging.getLogger("tpu_als")
 
@@ -86,7 +92,8 @@ def fetched(
 ) -> Path:
     """The path of a file, which is downloaded if it is missing or damaged.
 
-    It gets its name only when it is complete and its checksum is right.
+    It gets its name only when it is complete and its checksum is right. A process that is killed
+    leaves a temporary file, which the next download of the file removes.
 
     Parameters
     ----------
@@ -118,16 +125,10 @@ def fetched(
         )
     if not isinstance(n_retries, Integral) or n_retries < 0:
         raise ValueError(f"n_retries must be an integer of at least 0, got {n_retries!r}")
-    pooch = _pooch()
-    store = pooch.create(
-        path=home,
-        base_url="",
-        registry={file.name: file.checksum},
-        urls={file.name: file.url},
-        retry_if_failed=int(n_retries),
-    )
-    if path.exists() and (file.checksum is None or pooch.hashes.hash_matches(path, file.checksum)):
-        return path
+    if path.exists():
+        with path.open("rb") as present:
+            if file.checksum is None or _checksum(present, file.checksum) == file.checksum:
+                return path
     if not download_if_missing:
         raise OSError(
             f"{path} is damaged: its checksum is not {file.checksum}. Remove it and allow the "
@@ -135,9 +136,12 @@ def fetched(
         )
     log.info("downloading %s to %s", file.url, path)
     shows = sys.stderr.isatty() if show_progress is None else show_progress
-    downloader = pooch.HTTPDownloader(progressbar=bool(shows), timeout=_TIMEOUT)
+    downloader = _pooch().HTTPDownloader(progressbar=bool(shows), timeout=_TIMEOUT)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return Path(store.fetch(file.name, downloader=downloader))
+        with replacing(path) as part:
+            _download(file, part, downloader, int(n_retries))
+        return path
     except Exception as error:  # those of requests, and ValueError for a wrong checksum
         is_there = path.exists()
         state = (
@@ -152,6 +156,40 @@ def fetched(
             f"cannot download {file.url}: {type(error).__name__}: {error}. {state}. Try again "
             f"later, or {advice}"
         ) from error
+
+
+def _download(
+    file: RemoteFile, part: BinaryIO, downloader: Callable[..., object], n_retries: int
+) -> None:
+    """Download to an open file; after a failure wait and start again, up to `n_retries` times."""
+    from requests.exceptions import RequestException
+
+    for n_left in range(n_retries, -1, -1):
+        try:
+            part.seek(0)
+            part.truncate()
+            downloader(file.url, part, None)
+            if file.checksum is not None:
+                found = _checksum(part, file.checksum)
+                if found != file.checksum:
+                    raise ValueError(f"the checksum is {found}, and not {file.checksum}")
+            return
+        except (ValueError, RequestException) as error:
+            if not n_left:
+                raise
+            log.info("cannot download %s: %s; further attempts: %d", file.url, error, n_left)
+            time.sleep(min(n_retries - n_left + 1, _LONGEST_PAUSE))
+
+
+def _checksum(file: BinaryIO, expected: str) -> str:
+    """The checksum of an open file, by the algorithm of the expected one."""
+    algorithm, _, _ = expected.partition(":")
+    file.seek(0)
+    digest = hashlib.file_digest(
+        file,  # type: ignore[arg-type]  # every binary file has readinto
+        lambda: hashlib.new(algorithm, usedforsecurity=False),
+    )
+    return f"{algorithm}:{digest.hexdigest()}"
 
 
 @contextlib.contextmanager

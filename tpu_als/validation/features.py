@@ -143,7 +143,8 @@ def _column_names(values: Any) -> np.ndarray | None:
 def _matrix(values: Any, name: str) -> sparse.csr_matrix:
     if not sparse.issparse(values):
         values = _dense(values, name)
-    matrix = sparse.csr_matrix(structure.checked(values, name), dtype=np.float64)
+    # A copy, because the next lines change it in place.
+    matrix = sparse.csr_matrix(structure.checked(values, name), dtype=np.float64, copy=True)
     matrix.sum_duplicates()
     bad = np.flatnonzero(~np.isfinite(matrix.data))
     if len(bad):

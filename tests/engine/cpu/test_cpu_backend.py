@@ -24,7 +24,7 @@ from scipy import sparse
 
 from tpu_als import DataWarning, ModelFitError, TPUAlternatingLeastSquares, host
 from tpu_als.engine import als, backends
-from tpu_als.engine.cpu import compiled, half_epoch, jit, loops, memory
+from tpu_als.engine.cpu import compiled, half_epoch, jit, memory
 from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams, Data
 from tpu_als.engine.objective import Objective
@@ -33,6 +33,8 @@ from tpu_als.engine.xla.backend import XlaBackend
 from tpu_als.engine.xla.mesh import DeviceMesh, device_mesh
 from tpu_als.shards import write_shards
 
+# Imported in this way, its compiled code is that of all other tests.
+loops = compiled.loops()
 COUNTS = random_counts(90, 60, density=0.3, negatives=True, seed=2)
 COUNTS.data[::17] = 0  # stored zeros
 COUNTS = sparse.vstack([COUNTS, sparse.csr_matrix((3, 60), dtype=np.float32)], "csr")
