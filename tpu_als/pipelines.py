@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
+import sklearn
 from numpy.typing import ArrayLike
 from scipy import sparse
 from sklearn.pipeline import Pipeline
+from sklearn.utils.metadata_routing import process_routing
 from sklearn.utils.metaestimators import available_if
 
 from tpu_als.validation import arguments, structure
@@ -59,12 +61,13 @@ class RecommenderPipeline(Pipeline):
         filter_items: ArrayLike | None = None,
         recalculate_user: bool = False,
         items: ArrayLike | None = None,
-        **features: Any,
+        *,
+        user_features: Any = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Recommend items to a user or to several; `user_items` is weighted first.
 
         Parameters, results and errors are those of the model's method, see
-        `TPUAlternatingLeastSquares.recommend`; `features` are its `user_features`, if any.
+        `TPUAlternatingLeastSquares.recommend`.
         """
         needs_rows = filter_already_liked_items or recalculate_user
         return self._model().recommend(
@@ -75,28 +78,32 @@ class RecommenderPipeline(Pipeline):
             filter_items=filter_items,
             recalculate_user=recalculate_user,
             items=items,
-            **features,
+            **_features(user_features),
         )
 
     @available_if(_if_model_has("recalculate_user"))
     def recalculate_user(
-        self, userid: ArrayLike, user_items: SparseMatrix, **features: Any
+        self, userid: ArrayLike, user_items: SparseMatrix, *, user_features: Any = None
     ) -> np.ndarray:
         """Compute factors of users from their items; `user_items` is weighted first.
 
         See `TPUAlternatingLeastSquares.recalculate_user`.
         """
-        return self._model().recalculate_user(userid, self._weighted(user_items), **features)
+        return self._model().recalculate_user(
+            userid, self._weighted(user_items), **_features(user_features)
+        )
 
     @available_if(_if_model_has("partial_fit_users"))
     def partial_fit_users(
-        self, userids: ArrayLike, user_items: SparseMatrix, **features: Any
+        self, userids: ArrayLike, user_items: SparseMatrix, *, user_features: Any = None
     ) -> None:
         """Recompute and store the factors of some users; `user_items` is weighted first.
 
         The transformers stay as they are. See `TPUAlternatingLeastSquares.partial_fit_users`.
         """
-        self._model().partial_fit_users(userids, self._weighted(user_items), **features)
+        self._model().partial_fit_users(
+            userids, self._weighted(user_items), **_features(user_features)
+        )
 
     @available_if(_if_model_has("explain"))
     def explain(
@@ -106,20 +113,33 @@ class RecommenderPipeline(Pipeline):
         itemid: ArrayLike,
         user_weights: Any = None,
         N: int = 10,
-        **features: Any,
+        *,
+        user_features: Any = None,
     ) -> tuple[float, list[tuple[int, float]], tuple[np.ndarray, bool]]:
         """Split a user's score into contributions of the user's items; they are weighted first.
 
         See `TPUAlternatingLeastSquares.explain`. Only the user's row is weighted.
         """
-        rows = structure.checked(user_items)
-        if sparse.issparse(rows) and rows.ndim == 2 and rows.shape[0] > 1:
-            user = arguments.one_id(userid, None, "userid")
-            # The model raises the error for a user beyond the matrix.
-            rows = rows.tocsr()[[user]] if user < rows.shape[0] else rows
-        return self._model().explain(
-            userid, self._weighted(rows), itemid, user_weights, N, **features
-        )
+        rows = self._weighted_row(userid, user_items)
+        given = _features(user_features)
+        return self._model().explain(userid, rows, itemid, user_weights, N, **given)
+
+    @available_if(_if_model_has("explain_features"))
+    def explain_features(
+        self,
+        userid: int,
+        user_items: SparseMatrix,
+        itemid: int,
+        N: int = 10,
+        *,
+        user_features: Any = None,
+    ) -> Any:
+        """Split a user's score into contributions of items and features; items are weighted first.
+
+        See `TPUAlternatingLeastSquares.explain_features`. Only the user's row is weighted.
+        """
+        rows = self._weighted_row(userid, user_items)
+        return self._model().explain_features(userid, rows, itemid, N, **_features(user_features))
 
     @available_if(_if_model_has("similar_items"))
     def similar_items(
@@ -162,6 +182,36 @@ class RecommenderPipeline(Pipeline):
         """
         return self._model().similar_users(userid, N, filter_users=filter_users, users=users)
 
+    @available_if(_if_model_has("score"))
+    def score(
+        self, X: Any, y: object = None, sample_weight: ArrayLike | None = None, **params: Any
+    ) -> float:
+        """Weight the rows, and return the score of the last step.
+
+        Parameters
+        ----------
+        X, y
+            As in `score` of the last step.
+        sample_weight : array-like, optional
+            Passed to the last step if it is given.
+        **params
+            With scikit-learn's metadata routing, what the steps request, such as `user_features`.
+
+        Returns
+        -------
+        float
+        """
+        if sample_weight is not None or not sklearn.get_config()["enable_metadata_routing"]:
+            return super().score(X, y, sample_weight, **params)
+        # scikit-learn's method passes a sample_weight of None on, which routing refuses for models
+        # that take none.
+        routed = process_routing(self, "score", **params)
+        for name, step in self.steps[:-1]:
+            if step is not None and step != "passthrough":
+                X = step.transform(X, **routed[name].transform)
+        name, model = self.steps[-1]
+        return model.score(X, y, **routed[name].score)
+
     def set_output(self, *, transform: str | None = None) -> Self:
         """Choose the container that `transform` of the last step returns.
 
@@ -193,6 +243,15 @@ class RecommenderPipeline(Pipeline):
             raise _other_columns(n_given, n_items)
         return model
 
+    def _weighted_row(self, userid: Any, user_items: SparseMatrix) -> Any:
+        """The weighted row of a user, from one row or from the rows of all users."""
+        rows = structure.checked(user_items)
+        if sparse.issparse(rows) and rows.ndim == 2 and rows.shape[0] > 1:
+            user = arguments.one_id(userid, None, "userid")
+            # The model raises the error for a user beyond the matrix.
+            rows = rows.tocsr()[[user]] if user < rows.shape[0] else rows
+        return self._weighted(rows)
+
     def _weighted(self, user_items: SparseMatrix, is_strict: bool = False) -> Any:
         """Counts as the transformers weight them. The model refuses what is returned unchanged."""
         steps, rows = self._transformers(), structure.checked(user_items)
@@ -210,6 +269,11 @@ class RecommenderPipeline(Pipeline):
         if rows.shape[1] != n_columns:
             raise _other_columns(n_columns, rows.shape[1])
         return rows
+
+
+def _features(user_features: Any) -> dict[str, Any]:
+    """Keyword arguments; without features none, because other models do not take them."""
+    return {} if user_features is None else {"user_features": user_features}
 
 
 def _other_columns(n_given: int, n_items: int) -> ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from tpu_als.shards.sharded_matrix import ShardedMatrix, open_shards, write_shards
+from tpu_als.shards.sharded_matrix import ShardedMatrix, open_shards
+from tpu_als.shards.writing import write_features, write_shards
 
-__all__ = ["ShardedMatrix", "open_shards", "write_shards"]
+__all__ = ["ShardedMatrix", "open_shards", "write_features", "write_shards"]

@@ -190,11 +190,15 @@ class RowReader:
             kind = schema.field(here).type
             is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
             entry = kind.value_type if is_list else kind
-            is_number = pa.types.is_integer(entry) or (
-                name == "values" and pa.types.is_floating(entry)
-            )
-            if not is_number or is_list == (name == "row_id"):
-                expected = {"row_id": "integers", "values": "lists of numbers"}
+            if name == "features":
+                fits = pa.types.is_string(entry) or pa.types.is_large_string(entry)
+            else:
+                is_float = name == "values" and pa.types.is_floating(entry)
+                fits = is_float or pa.types.is_integer(entry)
+            if not fits or is_list == (name == "row_id"):
+                expected = {
+                    "row_id": "integers", "values": "lists of numbers", "features": "lists of text",
+                }  # fmt: skip
                 wanted = expected.get(name, "lists of integers")
                 raise ValueError(f"{self.file}: column {here} must hold {wanted}, got {kind}")
             found.append(here)

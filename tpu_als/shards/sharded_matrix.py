@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -12,19 +12,11 @@ import numpy as np
 from scipy import sparse
 
 from tpu_als.host import require_memory, threads
-from tpu_als.shards.files import TOTALS, Directory, ShardFile, is_count, parquet_library
+from tpu_als.shards.feature_files import read_features
+from tpu_als.shards.files import TOTALS, Directory, ShardFile, is_count
 from tpu_als.shards.reader import RowReader, joined, packed
 from tpu_als.shards.transpose import index_dtype
-from tpu_als.shards.writer import (
-    Settings,
-    checked_data,
-    checked_held_out,
-    new_directory,
-    write_sides,
-    write_test,
-    write_totals,
-)
-from tpu_als.validation.refusals import refuse_misplaced
+from tpu_als.validation.features import FeatureTable
 
 FORMAT = 1
 Side = Literal["user", "item"]
@@ -32,7 +24,6 @@ SIDES: tuple[Side, ...] = ("user", "item")
 _FOOTERS_AT_ONCE = 16
 # Largest plausible number of rows of a side: a multiple of the known ids, plus a constant.
 _ROWS_PER_ID, _MORE_ROWS = 64, 1 << 20
-_COMPRESSIONS = ("zstd", "snappy", "gzip", "brotli", "lz4", "none")
 
 
 @dataclass(frozen=True)
@@ -236,6 +227,47 @@ class ShardedMatrix:
         nothing = np.zeros(0, np.int64), sparse.csr_matrix((0, self.shape[1]), dtype=np.float32)
         return joined([nothing, *read])
 
+    def user_features(self, names: Sequence[str] | None = None) -> FeatureTable:
+        """Read the features of all users, from the folder `user_features`.
+
+        Parameters
+        ----------
+        names : sequence of str, optional
+            The features to read, in this order, for example those of a fitted model; others in the
+            files are left out. None means all, sorted by name.
+
+        Returns
+        -------
+        FeatureTable
+            One row for each user, of zeros for users that are in no file.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there are no such files.
+        ValueError
+            Naming the file, if a file is not as docs/shards.md describes; if a row occurs twice;
+            if `names` has repeats.
+        """
+        return read_features(self._directory, "user", self.shape[0], names)
+
+    def item_features(self, names: Sequence[str] | None = None) -> FeatureTable:
+        """Read the features of all items, from the folder `item_features`.
+
+        Parameters, errors and the result are those of `user_features`.
+
+        Parameters
+        ----------
+        names : sequence of str, optional
+            As in `user_features`.
+
+        Returns
+        -------
+        FeatureTable
+            One row for each item.
+        """
+        return read_features(self._directory, "item", self.shape[1], names)
+
     def _readers(self, side: Side, part: int, parts: int) -> list[RowReader]:
         shape = self.shape if side == "user" else self.shape[::-1]
         directory, files = self._directory, self._files(side, part, parts)
@@ -306,103 +338,3 @@ def open_shards(path: str | os.PathLike, filesystem: object = None) -> ShardedMa
         if side == "user" or directory.has(side):
             matrix._check_footers(side)
     return matrix
-
-
-def write_shards(
-    data: sparse.csr_matrix | Iterable[sparse.csr_matrix],
-    path: str | os.PathLike,
-    n_shards: int = 8,
-    *,
-    shape: tuple[int, int] | None = None,
-    held_out: sparse.csr_matrix | None = None,
-    compression: str = "zstd",
-    memory_entries: int = 1 << 24,
-) -> ShardedMatrix:
-    """Write interactions as sharded Parquet files, by user and by item, in bounded memory.
-
-    The item side is made by an external sort. Its temporary files (8 to 20 bytes per entry) are in
-    the same directory. After an error all files are removed.
-
-    Parameters
-    ----------
-    data : csr_matrix of shape (n_users, n_items), or iterable of csr_matrix
-        Blocks hold consecutive users, from user 0 on, and all have `n_items` columns. Repeated
-        entries are summed; stored zeros are entries.
-    path : str or path
-        Local directory to create; may exist if it is empty.
-    n_shards : int, default=8
-        Number of files of each side, all open at once. Should be a multiple of the number of
-        processes that will read them.
-    shape : (int, int), optional
-        Numbers of users and items; by default those of the data. Needed if the last users have no
-        entries.
-    held_out : csr_matrix of shape (n_users, n_items), optional
-        For evaluation: the entries to find. The data must then be one matrix of the known entries.
-        It is written as the column `gt_tag`, and there is no folder `item`.
-    compression : str, default="zstd"
-        "zstd", "snappy", "gzip", "brotli", "lz4" or "none".
-    memory_entries : int, default=2**24
-        Entries in memory at once, at about 40 bytes each, in addition to one block of the data and
-        the longest row. With many shards, more entries give longer row groups.
-
-    Returns
-    -------
-    ShardedMatrix
-
-    Raises
-    ------
-    FileExistsError
-        If `path` is a file, or a directory that is not empty.
-    TypeError
-        For data meant for another function, such as a table of events, an `Interactions`, a
-        ShardedMatrix or a path.
-    ValueError
-        For data of another type, blocks of different widths, values that are not finite, a shape
-        that is too small, no block and no shape, `held_out` that does not match the data, or
-        another argument out of range.
-    ImportError
-        If pyarrow, which the extra ``shards`` installs, is missing.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> blocks = [sparse.csr_matrix([[1, 0, 1]]), sparse.csr_matrix([[0, 0, 1]])]
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     matrix = write_shards(blocks, folder, n_shards=2)
-    ...     matrix.shape, matrix.nnz, matrix.to_csr().toarray().tolist()
-    ((2, 3), 3, [[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    """
-    parquet_library()
-    for name, number in (("n_shards", n_shards), ("memory_entries", memory_entries)):
-        if not is_count(number):
-            raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
-    if compression not in _COMPRESSIONS:
-        raise ValueError(f"compression must be one of {_COMPRESSIONS}, got {compression!r}")
-    refuse_misplaced(data, "data", takes_blocks=True)
-    if held_out is not None:
-        held_out = checked_held_out(held_out, data)
-    blocks, sizes, has_values = checked_data(data, shape)
-    local = Directory(path).path
-    if not isinstance(local, Path):
-        raise ValueError(
-            f"write_shards writes to a local directory, got the address {path}: write locally and "
-            "copy the directory, totals.json last"
-        )
-    with new_directory(local, SIDES) as folder:
-        settings = Settings(int(n_shards), compression, int(memory_entries))
-        if held_out is None:
-            written = write_sides(blocks, folder, sizes, has_values, settings)
-        else:
-            written = write_test(next(blocks), held_out, folder, sizes[1], settings)
-        n_rows, n_entries, has_values, summaries = written
-        totals = {
-            "format": FORMAT,
-            "n_users": n_rows if sizes[0] is None else sizes[0],
-            "n_items": sizes[1],
-            "n_entries": n_entries,
-            "n_shards": int(n_shards),
-            "has_values": has_values,
-            "files": summaries,
-        }
-        write_totals(folder / TOTALS, totals)
-    return open_shards(local)
