@@ -181,17 +181,17 @@ def without_features(problem: Problem, **settings: Any) -> Any:
 
 def _fitted(problem: Problem, settings: dict[str, Any], **features: sparse.csr_matrix) -> Any:
     model = TPUAlternatingLeastSquares(
-        problem.factors, iterations=10, objective="ials", random_state=problem.seed, **settings
+        problem.factors, iterations=15, objective="ials", random_state=problem.seed, **settings
     )
     return model.fit(problem.weighted(), **features)
 
 
 _ALS: dict[str, Any] = {
-    "regularization": loguniform(1e-4, 3e-2), "unobserved_weight": loguniform(0.1, 10),
+    "regularization": loguniform(5e-4, 1e-2), "unobserved_weight": loguniform(0.3, 3),
 }  # fmt: skip
 _DEFAULTS = {"regularization": 1e-3, "unobserved_weight": 1.0}
 _WITH_FEATURES = {
-    **_ALS, "feature_weight": loguniform(0.1, 10), "feature_regularization": loguniform(1e-3, 100),
+    **_ALS, "feature_weight": loguniform(0.5, 4), "feature_regularization": loguniform(1, 100),
 }  # fmt: skip
 _WITH_DEFAULTS = {**_DEFAULTS, "feature_weight": 1.0, "feature_regularization": 1.0}
 METHODS: dict[str, Method] = {
@@ -215,8 +215,8 @@ METHODS: dict[str, Method] = {
         cmfrec,
         {"lambda_": 1.0, "alpha": 1.0, "w_item": 10.0},
         {
-            "lambda_": loguniform(0.1, 100), "alpha": loguniform(0.1, 30),
-            "w_item": loguniform(0.03, 100),
+            "lambda_": loguniform(0.1, 10), "alpha": loguniform(0.3, 10),
+            "w_item": loguniform(0.3, 100),
         },
     ),
     "tpu_als": Method(tpu_als, _WITH_DEFAULTS, _WITH_FEATURES),
