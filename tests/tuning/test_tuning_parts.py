@@ -11,7 +11,7 @@ import pytest
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import TPUAlternatingLeastSquares
+from tpu_als import FeatureTable, TPUAlternatingLeastSquares
 from tpu_als.tuning import budget, plan, scales, split
 from tpu_als.tuning.halving import Found, Halving
 from tpu_als.tuning.space import BALANCE, EPSILON, RIDGE, STARTS, Settings, Space
@@ -149,6 +149,20 @@ def test_a_part_of_the_rows_holds_the_scored_ones(monkeypatch: pytest.MonkeyPatc
     assert (np.diff(part.hidden.indptr)[part.users] > 0).all()
     again = problem.sample(0.3, np.random.default_rng(0))
     assert (part.train != again.train).nnz == 0
+
+
+def test_a_part_has_the_features_of_its_rows_and_columns() -> None:
+    rows = random_counts(100, 30, density=0.02, seed=1)
+    rows.data[:] = np.arange(rows.nnz) + 1  # each entry says where it is from
+    # The features of users and items are their own entries, so they can be found in the part.
+    features = {"user_features": FeatureTable(rows), "item_features": FeatureTable(rows.T)}
+    problem = replace(split.split(rows, None, 0.3, np.random.default_rng(0)), features=features)
+    part = problem.sample(0.3, np.random.default_rng(0))
+    assert part.train.shape[0] == 30 and part.train.shape[1] < 30
+    users, items = (part.features[name].matrix for name in ("user_features", "item_features"))
+    assert users.shape == (30, 30) and items.shape == (part.train.shape[1], 100)
+    for user, item, value in zip(*sparse.find(part.train), strict=True):
+        assert value in users[[user]].data and value in items[[item]].data
 
 
 def test_candidates_are_within_the_ranges() -> None:

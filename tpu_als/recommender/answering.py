@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from sklearn.exceptions import NotFittedError
 
-from tpu_als.recommender import frames, ranking
+from tpu_als.recommender import features, frames, ranking
 from tpu_als.recommender.ids import given_ids
 from tpu_als.recommender.pairs import limits_of
 from tpu_als.recommender.state import State
@@ -54,10 +54,11 @@ class Answering:
         -------
         frame with the columns user, item, rank, score, reason
             Of the frame library of the events of `fit`. Users in the order given, best items first.
-            The score is the model's, and the reason "model". Users without a positive weight, or
-            with zero factors, get popular items: the score is the share of all users who like the
-            item, and the reason "popular". `unknown` decides what users get who are not in the
-            data.
+            The score is the model's, and the reason "model"; or "features" if the user or the item
+            has no events, so that its factors are what its features say. Users with neither a
+            positive weight nor features, or with zero factors, get popular items: the score is the
+            share of all users with events who like the item, and the reason "popular". `unknown`
+            decides what users get who are not in the data.
 
         Raises
         ------
@@ -109,6 +110,7 @@ class Answering:
         exclude: object = None,
         candidates: object = None,
         min_score: float | None = None,
+        user_features: object = None,
     ) -> Any:
         """Recommend items to somebody who is not in the data.
 
@@ -120,6 +122,9 @@ class Answering:
             do not decay.
         n, exclude_seen, exclude, candidates, min_score
             As in `recommend`; `exclude` and `candidates` are lists.
+        user_features : mapping, or frame with one row, default=None
+            For a recommender with user features: those of the user, by the names of their columns,
+            such as ``{"city": "Bath"}``. Those that a mapping lacks say nothing.
 
         Returns
         -------
@@ -132,10 +137,11 @@ class Answering:
         """
         now, nobody = self._state_, pd.Series([], dtype=object)
         row = frames.row_of_history(now, history)
+        known = features.of_one(now.encoders.get("user"), user_features, now.schema.user)
         limits = limits_of(now, nobody, exclude_seen, exclude, candidates, min_score)
         if limits.excluded_pairs is not None or limits.chosen_pairs is not None:
             raise TypeError("exclude and candidates must be lists of items: there is one user")
-        found = ranking.ranked_row(now, row, _count(n), limits)
+        found = ranking.ranked_row(now, row, _count(n), limits, known)
         return frames.recommendations(now, [found], None, now.library)
 
     def similar_items(self, items: object, n: int = 10) -> Any:
@@ -189,7 +195,7 @@ class Answering:
         user, item : id
             They must be known.
         n : int, default=10
-            Maximum number of items.
+            Maximum number of items, and of features of each side.
 
         Returns
         -------
@@ -198,6 +204,11 @@ class Answering:
             events with the item, `weight` its weight in training, and `contribution` its part of
             the score. All contributions of liked items add up to the score from the user's exact
             factors.
+
+            With features, the frame has the columns kind, item, feature, value, weight,
+            contribution, and up to n rows of each kind. The contributions of the kinds "history"
+            (the user's items) and "user feature" add up to the score. So do those of "item feature"
+            and "item events", which is what the item's own events add to its features.
 
         Raises
         ------

@@ -86,6 +86,13 @@ def checked(frame: pd.DataFrame, schema: Schema) -> Events:
     return Events(ids, values, times, kind)
 
 
+def no_events(schema: Schema) -> Events:
+    """Events that change nothing."""
+    times = None if schema.timestamp is None else np.empty(0, np.int64)
+    ids = pd.DataFrame({name: pd.Series([], dtype=object) for name in (schema.user, schema.item)})
+    return Events(ids, np.empty(0), times, "")
+
+
 def _factors(kinds: pd.Series, weights: dict[Any, float]) -> np.ndarray:
     codes, distinct = pd.factorize(kinds)
     factors = np.array([weights.get(kind, np.nan) for kind in distinct], np.float64)[codes]

@@ -15,14 +15,15 @@ from scipy import sparse
 from sklearn.exceptions import UndefinedMetricWarning
 
 from tpu_als.exceptions import DataWarning
-from tpu_als.recommender import counting, ranking, sources
+from tpu_als.implicit_api.side_features import Explanation
+from tpu_als.recommender import counting, features, ranking, sources
 from tpu_als.recommender.ids import IdMap, given_ids
 from tpu_als.recommender.ranking import Ranked
 from tpu_als.recommender.schema import Schema
 from tpu_als.recommender.state import State
 from tpu_als.storage.atomic import replacing
 
-_REASONS = np.array(["model", "popular"], object)
+_REASONS = np.array(ranking.REASONS, object)
 
 
 def recommendations(
@@ -52,7 +53,7 @@ def _columns(state: State, found: Ranked, names: Any) -> dict[str, Any]:
         "item": state.items.take(found.items),
         "rank": found.ranks,
         "score": found.scores,
-        "reason": _REASONS[found.are_popular.astype(int)],
+        "reason": _REASONS[found.reasons],
     }
 
 
@@ -131,7 +132,14 @@ def explanation(state: State, user: object, item: object, n: int) -> Any:
             raise TypeError(f"{name} must be one id, got {type(given).__name__}")
         at.append(int(known(ids, series, name)[0]))
     cells = state.history.rows(np.array([at[0]]))
-    _, top, _ = state.model.explain(at[0], cells.matrix(len(state.items)), at[1], N=n)
+    row, why = cells.matrix(len(state.items)), None
+    if state.encoders:
+        of_users = features.of_model(state.model, "user")
+        own = None if of_users is None else of_users.rows[[at[0]]]
+        why = state.model.explain_features(at[0], row, at[1], N=n, user_features=own)
+        top = why.items
+    else:
+        _, top, _ = state.model.explain(at[0], row, at[1], N=n)
     items = np.array([item for item, _ in top], np.int64)
     where = np.searchsorted(cells.items, items)
     columns = {
@@ -140,7 +148,31 @@ def explanation(state: State, user: object, item: object, n: int) -> Any:
         "weight": cells.weights[where],
         "contribution": np.array([score for _, score in top], np.float64),
     }
+    if why is not None:
+        has_both = "item" in state.encoders and state.has_events[at[1]]
+        columns = _with_features(columns, why, has_item_events=bool(has_both))
     return sources.as_library(columns, state.library)
+
+
+def _with_features(
+    columns: dict[str, Any], why: Explanation, *, has_item_events: bool
+) -> dict[str, Any]:
+    """The columns of an explanation, with rows for features."""
+    parts = {"user feature": why.user_features, "item feature": why.item_features}
+    rows: list[tuple[str, str | None, float]] = [
+        (kind, str(name), value) for kind, some in parts.items() for name, value in some
+    ]
+    if has_item_events:
+        rows.append(("item events", None, why.item_entries))
+    n_items, nothing = len(columns["item"]), np.full(len(rows), np.nan)
+    return {
+        "kind": np.array(["history"] * n_items + [kind for kind, *_ in rows], object),
+        "item": pd.Series([*columns["item"], *[None for _ in rows]], dtype=object),
+        "feature": np.array([None] * n_items + [name for _, name, _ in rows], object),
+        "value": np.append(columns["value"], nothing),
+        "weight": np.append(columns["weight"], nothing),
+        "contribution": np.append(columns["contribution"], [value for *_, value in rows]),
+    }
 
 
 def row_of_history(state: State, history: Any) -> sparse.csr_matrix:
@@ -243,6 +275,7 @@ def relevant(
     schema = state.schema
     user_at = state.users.positions(events.frame[schema.user], schema.user)
     is_known = user_at >= 0
+    is_known[is_known] = state.history.lengths()[user_at[is_known]] > 0
     if not is_known.any():
         warnings.warn(
             f"the score is not defined: no user of the {len(user_at)} events has a history",

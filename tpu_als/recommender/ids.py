@@ -100,7 +100,7 @@ class IdMap:
         return codes, self._of_same_type(index_of(values), label)
 
     def _of_same_type(self, distinct: pd.Index, label: str) -> pd.Index:
-        """Numbers in the type of those of the map; ValueError where they are not equal then.
+        """Ids in the type of those of the map; ValueError for numbers that are not equal then.
 
         Times get the time zone of the map, because pandas joins those of several as objects.
         """
@@ -108,8 +108,10 @@ class IdMap:
         if isinstance(own, pd.DatetimeTZDtype) and isinstance(given, pd.DatetimeTZDtype):
             return pd.DatetimeIndex(distinct).tz_convert(own.tz)
         are_numbers = all(isinstance(t, np.dtype) and t.kind in "iuf" for t in (own, given))
-        if own == given or not len(self.first) or not are_numbers:
+        if own == given or not len(self.first):
             return distinct
+        if not are_numbers:
+            return distinct.astype(own) if self.kind == "text" else distinct
         values = distinct.to_numpy()
         with np.errstate(invalid="ignore"):
             converted = values.astype(own)

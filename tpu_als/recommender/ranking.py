@@ -9,10 +9,13 @@ import numpy as np
 from scipy import sparse
 
 from tpu_als.evaluation.holdout import positive_counts
+from tpu_als.recommender import features
 from tpu_als.recommender.state import State
 
 _BLOCK = 1 << 14  # users that are ranked at a time, which bounds the memory
 _EXCLUDED = -1e38  # scores below it belong to fillers
+REASONS = ("model", "popular", "features")
+_MODEL, _POPULAR, _FEATURES = range(3)
 
 
 class Limits(NamedTuple):
@@ -59,15 +62,15 @@ class Ranked(NamedTuple):
         Rank within the query, from 1.
     scores : float32 array (n,)
         Product of factors; for popular items the share of all users who like the item.
-    are_popular : bool array (n,)
-        Whether the item was chosen by its popularity.
+    reasons : int8 array (n,)
+        Why the item is there: a position in `REASONS`.
     """
 
     queries: np.ndarray
     items: np.ndarray
     ranks: np.ndarray
     scores: np.ndarray
-    are_popular: np.ndarray
+    reasons: np.ndarray
 
 
 def blocks(state: State, users: np.ndarray, n: int, limits: Limits) -> Iterator[Ranked]:
@@ -81,29 +84,62 @@ def blocks(state: State, users: np.ndarray, n: int, limits: Limits) -> Iterator[
 def ranked(state: State, users: np.ndarray, n: int, limits: Limits) -> Ranked:
     """As `blocks`, all users at once."""
     rows = _rows(state, users)
-    # Without a positive weight the factors should be zero, but they are rounding noise.
-    by_model = positive_counts(rows) > 0
+    # Without a positive weight or features the factors should be zero, but they are rounding noise.
+    by_model = (positive_counts(rows) > 0) | _has_features(state, users)
     by_model[by_model] = _has_factors(state, users[by_model])
-    return _ordered(
+    found = _ordered(
         [
             _by_model(state, users, rows, np.flatnonzero(by_model), n, limits),
             _by_popularity(state, rows, np.flatnonzero(~by_model), n, limits),
         ]
     )
+    return _explained(state, rows, found)
 
 
-def ranked_row(state: State, row: sparse.csr_matrix, n: int, limits: Limits) -> Ranked:
-    """Rank for one user with this row (1, N) of weights, who need not be in the data."""
+def ranked_row(
+    state: State,
+    row: sparse.csr_matrix,
+    n: int,
+    limits: Limits,
+    user_features: sparse.csr_matrix | None = None,
+) -> Ranked:
+    """Rank for one user with this row (1, N) of weights, who need not be in the data.
+
+    A model with features of users needs those of the user (1, n_features).
+    """
     one, chosen = np.zeros(1, np.int64), _chosen(limits)  # the only query, number 0
-    if (row.data > 0).any() and (chosen is None or len(chosen)):
+    is_known = (row.data > 0).any() or (user_features is not None and user_features.nnz > 0)
+    if is_known and (chosen is None or len(chosen)):
         found = state.model.recommend(
             one, row, N=min(n, len(state.items)), recalculate_user=True,
             filter_already_liked_items=limits.excludes_seen,
             filter_items=None if chosen is not None else limits.excluded, items=chosen,
+            user_features=user_features,
         )  # fmt: skip
         if found[1].any():  # all scores are 0 if the model knows none of the items
-            return _flat(one, found[0], found[1], limits)
+            return _explained(state, row, _flat(one, found[0], found[1], limits))
     return _by_popularity(state, row, one, n, limits)
+
+
+def _explained(state: State, rows: sparse.csr_matrix, found: Ranked) -> Ranked:
+    """Name features as the reason where the user, with this row (m, N), or the item has no events.
+
+    The factors of such users and items are what their features say.
+    """
+    if not state.encoders:
+        return found
+    has_events = (np.diff(rows.indptr) > 0)[found.queries] & state.has_events[found.items]
+    is_by_features = (found.reasons == _MODEL) & ~has_events
+    return found._replace(reasons=np.where(is_by_features, np.int8(_FEATURES), found.reasons))
+
+
+def _has_features(state: State, users: np.ndarray) -> np.ndarray:
+    """Whether users (m,) have features that say something."""
+    known, found = features.of_model(state.model, "user"), np.zeros(len(users), bool)
+    if known is not None:
+        is_known = users >= 0
+        found[is_known] = np.diff(known.rows.indptr)[users[is_known]] > 0
+    return found
 
 
 def _rows(state: State, users: np.ndarray) -> sparse.csr_matrix:
@@ -176,7 +212,7 @@ def _flat(at: np.ndarray, ids: np.ndarray, scores: np.ndarray, limits: Limits) -
     queries = np.repeat(at, is_result.sum(axis=1))
     return Ranked(
         queries, ids[is_result], ranks, scores[is_result].astype(np.float32),
-        np.zeros(len(queries), bool),
+        _same_reason(len(queries), _MODEL),
     )  # fmt: skip
 
 
@@ -197,7 +233,7 @@ def _of_pairs(
         is_result &= scores >= limits.min_score
     return Ranked(
         at[queries[is_result]], items[is_result].astype(np.int32), ranks[is_result],
-        scores[is_result], np.zeros(np.count_nonzero(is_result), bool),
+        scores[is_result], _same_reason(len(ranks[is_result]), _MODEL),
     )  # fmt: skip
 
 
@@ -252,15 +288,19 @@ def _by_popularity(
     counts = np.array([len(items) for items in found])
     items = np.concatenate(found)
     ranks = 1 + np.arange(len(items)) - np.repeat(np.cumsum(counts) - counts, counts)
-    scores = state.popularity[items] / max(state.history.n_users, 1)
-    are_popular = np.ones(len(items), bool)
-    return Ranked(np.repeat(at, counts), items, ranks, scores.astype(np.float32), are_popular)
+    scores = state.popularity[items] / max(state.n_with_history, 1)
+    reasons = _same_reason(len(items), _POPULAR)
+    return Ranked(np.repeat(at, counts), items, ranks, scores.astype(np.float32), reasons)
+
+
+def _same_reason(n: int, reason: int) -> np.ndarray:
+    return np.full(n, reason, np.int8)
 
 
 def nothing() -> Ranked:
     """No results."""
     ids = np.empty(0, np.int64)
-    return Ranked(ids, ids.astype(np.int32), ids, np.empty(0, np.float32), np.empty(0, bool))
+    return Ranked(ids, ids.astype(np.int32), ids, np.empty(0, np.float32), np.empty(0, np.int8))
 
 
 def concatenated(parts: list[Ranked]) -> Ranked:

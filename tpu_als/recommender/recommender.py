@@ -15,7 +15,7 @@ from sklearn.utils import metadata_routing
 
 from tpu_als.estimator import TPUAlternatingLeastSquares
 from tpu_als.evaluation import holdout
-from tpu_als.recommender import counting, frames, ranking, saving, sources, state
+from tpu_als.recommender import counting, features, frames, ranking, saving, sources, state
 from tpu_als.recommender.answering import Answering
 from tpu_als.recommender.ids import whole_numbers
 from tpu_als.recommender.schema import Schema, schema_of
@@ -57,12 +57,22 @@ class Recommender(Answering, BaseEstimator):
     model : estimator, default=None
         None is ``TPUAlternatingLeastSquares()``. It is cloned.
     unknown : {"popular", "drop", "error"}, default="popular"
-        What users without a history get: the most popular items, nothing, or an error.
+        What users get who are neither in the events nor in `user_features`: the most popular items,
+        nothing, or an error.
+    item_features, user_features : DataFrame of pandas, polars or PyArrow, default=None
+        One row for each item (user): a column of ids with the name in `item` (`user`), and columns
+        of features. Rows may have ids without events. Text, categories and booleans are one-hot
+        encoded, and numbers are standardised. What is missing says nothing: a missing value, a new
+        category, and an id without a row have zeros, which is the mean for numbers.
+    item_encoder, user_encoder : transformer, default=None
+        Encodes the frame in place of that: any transformer of scikit-learn's kind, such as a
+        ColumnTransformer. It gets the frame without the ids, as a pandas frame, and is cloned.
 
     Attributes
     ----------
     users_, items_ : Index
-        The ids, in the order of the model's tables. Updates add new ids at the end.
+        The ids, in the order of the model's tables: those of the events of `fit`, then those that
+        only the features have. Updates add new ids at the end.
     model_ : estimator
         The fitted model. Its tables are read-only: change them by `update`.
     weighting_ : transformer or None
@@ -102,6 +112,10 @@ class Recommender(Answering, BaseEstimator):
         weighting: Any = None,
         model: Any = None,
         unknown: str = "popular",
+        item_features: Any = None,
+        user_features: Any = None,
+        item_encoder: Any = None,
+        user_encoder: Any = None,
     ) -> None:
         self.user = user
         self.item = item
@@ -114,6 +128,10 @@ class Recommender(Answering, BaseEstimator):
         self.weighting = weighting
         self.model = model
         self.unknown = unknown
+        self.item_features = item_features
+        self.user_features = user_features
+        self.item_encoder = item_encoder
+        self.user_encoder = user_encoder
 
     def set_params(self, **params: Any) -> Self:
         """Set parameters; ``model__alpha`` and the like also work while `model` is None."""
@@ -147,7 +165,14 @@ class Recommender(Answering, BaseEstimator):
             For anything else.
         ValueError
             For parameters out of range, a missing column, a missing value, ids of several types, or
-            no events. The message has column, row and value.
+            no events. The message has column, row and value. For features also: ids of another type
+            than those of the events, repeated ids, and columns that the encoder does not take.
+
+        Warns
+        -----
+        DataWarning
+            If none of the items (users) of the events has a row in the frame of features; if a
+            loaded recommender was fitted with features, and has no frame now.
         """
         if not (self.model is None or isinstance(self.model, TPUAlternatingLeastSquares)):
             raise TypeError(
@@ -155,9 +180,13 @@ class Recommender(Answering, BaseEstimator):
                 f"{type(self.model).__name__}: use weighting= for transformers"
             )
         model = TPUAlternatingLeastSquares() if self.model is None else clone(self.model)
-        return self.fit_by(events, lambda weights: model.fit(weights, show_progress=show_progress))
 
-    def fit_by(self, events: Any, fit: Callable[[sparse.csr_matrix], object]) -> Self:
+        def fit(weights: sparse.csr_matrix, **features: Any) -> Any:
+            return model.fit(weights, show_progress=show_progress, **features)
+
+        return self.fit_by(events, fit)
+
+    def fit_by(self, events: Any, fit: Callable[..., object]) -> Self:
         """Fit with a function that makes the model; the parameter `model` is not used.
 
         Parameters
@@ -165,7 +194,8 @@ class Recommender(Answering, BaseEstimator):
         events : frame, path, or list of paths
             As in `fit`.
         fit : callable
-            Takes the matrix of weights (n_users, n_items), and returns a fitted model.
+            Takes the matrix of weights (n_users, n_items), and returns a fitted model. If there
+            are features, it also gets a FeatureTable as `user_features` or `item_features`.
 
         Returns
         -------
@@ -176,6 +206,8 @@ class Recommender(Answering, BaseEstimator):
         TypeError, ValueError
             As in `fit`.
         """
+        if "_state" in vars(self):
+            features.warn_if_absent(self, self._state.encoders)
         schema, step = schema_of(self), state.Steps()
         ids = [schema.user, schema.item]
         frame, library, is_text = sources.read(events, schema.columns, ids)
@@ -190,7 +222,9 @@ class Recommender(Answering, BaseEstimator):
         self._publish(state.fitted(self, schema, checked, library, fit))
         return self
 
-    def update(self, events: Any) -> Self:
+    def update(
+        self, events: Any = None, *, item_features: Any = None, user_features: Any = None
+    ) -> Self:
         """Add new events without a new fit: new users and items, and changed rows.
 
         The factors of the users of these events are solved again, exactly. So are those of new
@@ -200,8 +234,13 @@ class Recommender(Answering, BaseEstimator):
 
         Parameters
         ----------
-        events : frame, path, or list of paths
-            As in `fit`. They may be older than those of `fit`.
+        events : frame, path, or list of paths, default=None
+            As in `fit`. They may be older than those of `fit`. None if there are only features.
+        item_features, user_features : DataFrame, default=None
+            Features of new items (users), with or without events; features of known ones are
+            replaced. `fit` must have had some: the encoder, and what the features mean, stay as
+            they are. The parameters of the recommender do not change: for the next `fit`, set them
+            to frames with all rows.
 
         Returns
         -------
@@ -213,12 +252,18 @@ class Recommender(Answering, BaseEstimator):
         TypeError, ValueError
             As in `fit`. The recommender stays as it was.
         """
+        given = {"user": user_features, "item": item_features}
+        has_features = any(frame is not None for frame in given.values())
+        if events is None and not has_features:
+            raise ValueError("update needs events or features, got none of them")
         with self._state_.lock:
             now = self._state_
-            checked = counting.checked(self._read(events, now.schema, now), now.schema)
+            checked = counting.no_events(now.schema)
+            if events is not None:
+                checked = counting.checked(self._read(events, now.schema, now), now.schema)
             counting.check_times(checked, now.schema, now.clock)
-            if len(checked.frame):
-                self._publish(state.updated(now, checked, _solved))
+            if len(checked.frame) or has_features:
+                self._publish(state.updated(now, checked, given, _solved))
         return self
 
     def score(self, events: Any, y: object = None) -> float:
@@ -264,12 +309,21 @@ class Recommender(Answering, BaseEstimator):
         ValueError
             If the ids are not text, numbers, times, or tuples of text and numbers, if event types
             are not text or numbers, or if the model or the weighting is not of this package.
+
+        Warns
+        -----
+        DataWarning
+            If there is an encoder of your own, which a file cannot hold. The recommender that is
+            loaded answers as before, but cannot encode other features.
         """
         saving.save(path, self, self._state_)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a file written by `save`. Nothing is unpickled.
+
+        The file has the encoded features, and not the frames: set `item_features` and
+        `user_features` again before the next `fit`.
 
         Parameters
         ----------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import warnings
 from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,16 +20,18 @@ from sklearn.base import clone
 
 from tpu_als import compat, weighting
 from tpu_als.estimator import TPUAlternatingLeastSquares
-from tpu_als.exceptions import ModelFileError
+from tpu_als.exceptions import DataWarning, ModelFileError
+from tpu_als.recommender import encoders, features
 from tpu_als.recommender.counting import Clock
+from tpu_als.recommender.encoders import Column, Encoder
 from tpu_als.recommender.history import Cells, History
 from tpu_als.recommender.ids import IdMap
 from tpu_als.recommender.schema import schema_of
-from tpu_als.recommender.state import State, liked
+from tpu_als.recommender.state import State, liked, with_events
 from tpu_als.storage.atomic import replacing
 from tpu_als.storage.npz import NpzFile, write_npz
 
-FORMAT = 1
+FORMAT = 2  # 1 for files without features
 _MODELS: dict[str, Any] = {
     "TPUAlternatingLeastSquares": TPUAlternatingLeastSquares,
     "AlternatingLeastSquares": compat.AlternatingLeastSquares,
@@ -47,7 +50,7 @@ def save(path: str | os.PathLike[str], recommender: Any, state: State) -> None:
         )
     arrays: dict[str, Any] = {}
     about = {
-        "format": FORMAT,
+        "format": FORMAT if state.encoders else 1,
         "model": next(iter(kinds)),
         "library": state.library,
         "parameters": _parameters(recommender),
@@ -58,6 +61,10 @@ def save(path: str | os.PathLike[str], recommender: Any, state: State) -> None:
         "users": _ids(state.users, "user_ids", arrays),
         "items": _ids(state.items, "item_ids", arrays),
     }
+    if state.encoders:
+        about["encoders"] = {}
+        for side, encoder in state.encoders.items():
+            about["encoders"][side] = _encoder(encoder, side, arrays)
     cells = state.history.whole()
     arrays |= {name: np.asarray(getattr(cells, name), _DTYPES[name]) for name in _CELLS}
     arrays["pending"] = np.asarray(state.pending, "<i8")
@@ -123,8 +130,10 @@ def _loaded(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], State]:
         weighting=transformer,
         popularity=liked(cells, len(items)),
         pending=arrays["pending"].astype(np.int64),
+        has_events=with_events(cells, len(items)),
         clock=None if clock is None else Clock(*clock),
         library=str(about["library"]),
+        encoders=_read_encoders(about.get("encoders", {}), arrays, model),
     )
 
 
@@ -195,6 +204,46 @@ def _read_weighting(about: Any, arrays: dict[str, np.ndarray]) -> Any:
         value = arrays[f"weighting.{key}"]
         setattr(made, key, value.item() if value.ndim == 0 else value)
     return made
+
+
+def _encoder(encoder: Encoder, side: str, arrays: dict[str, Any]) -> list[Any]:
+    """Write an encoder; return its columns, its categories, and its number of features."""
+    if not encoder.is_built_in:
+        warnings.warn(
+            f"a file cannot hold {side}_encoder. After load the recommender answers as before, but "
+            "cannot encode new features: pickle it to keep the encoder",
+            DataWarning,
+            stacklevel=4,
+        )
+        return [encoder.columns, None, encoder.n_features]
+    categories, scaler = encoders.parts_of(encoder.transformer)
+    scales = np.empty((2, 0)) if scaler is None else np.array([scaler.mean_, scaler.scale_])
+    arrays[f"{side}_scales"] = scales.astype("<f8")
+    return [encoder.columns, categories, encoder.n_features]
+
+
+def _read_encoders(about: Any, arrays: dict[str, np.ndarray], model: Any) -> dict[str, Encoder]:
+    found = {}
+    for side in features.SIDES:
+        known = features.of_model(model, side)
+        if (side in about) != (known is not None):
+            raise ValueError(f"features of {side}s in the model or the encoders, but not in both")
+        if known is None:
+            continue
+        columns, categories, n_features = about[side]
+        columns = tuple(Column(str(name), str(kind), bool(one)) for name, kind, one in columns)
+        made = Encoder(columns, None, False, int(n_features))
+        if categories is not None:
+            scales = arrays[f"{side}_scales"]
+            if scales.dtype != np.dtype("<f8") or not np.isfinite(scales).all():
+                raise ValueError(f"{side}_scales must be finite numbers, got {scales.dtype}")
+            made = encoders.restored(columns, categories, scales)
+        if made.n_features != len(known.weights):
+            raise ValueError(
+                f"{made.n_features} features of {side}s, but {len(known.weights)} weights"
+            )
+        found[side] = made
+    return found
 
 
 def _ids(ids: IdMap, name: str, arrays: dict[str, Any]) -> list[Any]:

@@ -14,8 +14,10 @@ import pandas as pd
 from scipy import sparse
 from sklearn.base import clone
 
-from tpu_als.recommender import counting
+from tpu_als.recommender import counting, features
 from tpu_als.recommender.counting import Clock, Events
+from tpu_als.recommender.encoders import Encoder
+from tpu_als.recommender.features import Rows
 from tpu_als.recommender.history import Cells, History
 from tpu_als.recommender.ids import IdMap
 from tpu_als.recommender.schema import Schema
@@ -57,10 +59,14 @@ class State:
         For each item, the number of users with a positive value.
     pending : int64 array (N,)
         For each item, the cells changed since its factors were solved.
+    has_events : bool array (N,)
+        Whether an item has cells. An item without them is known by its features only.
     clock : Clock or None
         The latest time of `fit`; None without timestamps.
     library : str
         The frame library of the events of `fit`.
+    encoders : dict of str to Encoder
+        For each side with features, "user" or "item", the encoder of its frames.
     lock : Lock
         Held while an update is computed.
     """
@@ -73,8 +79,10 @@ class State:
     weighting: Any
     popularity: np.ndarray
     pending: np.ndarray
+    has_events: np.ndarray
     clock: Clock | None
     library: str
+    encoders: dict[str, Encoder] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def __getstate__(self) -> dict[str, object]:
@@ -88,6 +96,11 @@ class State:
         """Items that somebody likes, the most popular first; equal ones by position."""
         order = np.argsort(-self.popularity, kind="stable")
         return order[: np.count_nonzero(self.popularity)].astype(np.int32)
+
+    @functools.cached_property
+    def n_with_history(self) -> int:
+        """Number of users with a history; others are known by their features only."""
+        return int(np.count_nonzero(self.history.lengths()))
 
     def rows(self, users: np.ndarray) -> sparse.csr_matrix:
         """Weights (m, N) of some users."""
@@ -104,7 +117,7 @@ def fitted(recommender: Any, schema: Schema, events: Events, library: str, fit: 
     Parameters
     ----------
     recommender : Recommender
-        Its `model` and `weighting` are cloned.
+        Its `model`, `weighting` and encoders are cloned.
     schema : Schema
         Its other parameters.
     events : Events
@@ -112,12 +125,18 @@ def fitted(recommender: Any, schema: Schema, events: Events, library: str, fit: 
     library : str
         The frame library of the events.
     fit : callable
-        Fits a model to a matrix.
+        Fits a model to a matrix, and to `user_features` and `item_features` if there are any.
     """
     step = Steps()
     users, user_at = IdMap(pd.Index([])).grown(events.frame[schema.user], _column(schema.user))
     items, item_at = IdMap(pd.Index([])).grown(events.frame[schema.item], _column(schema.item))
     step.done("ids")
+    sides = {
+        "user": features.at_fit(recommender, "user", schema.user, users),
+        "item": features.at_fit(recommender, "item", schema.item, items),
+    }
+    users, items = sides["user"].ids, sides["item"].ids
+    step.done("features")
     clock = None if events.times is None else Clock(events.kind, events.latest)
     values = counting.decayed(events, schema, clock)
     shape = len(users), len(items)
@@ -127,7 +146,8 @@ def fitted(recommender: Any, schema: Schema, events: Events, library: str, fit: 
         weighting = clone(recommender.weighting).fit(cells.matrix(len(items), of="values"))
     cells = weighted(weighting, cells, len(items))
     step.done("values and weights")
-    model = fit(cells.matrix(len(items)))
+    tables = {f"{name}_features": s.table for name, s in sides.items() if s.table is not None}
+    model = fit(cells.matrix(len(items)), **tables)
     step.done("model")
     return State(
         schema=schema,
@@ -138,9 +158,16 @@ def fitted(recommender: Any, schema: Schema, events: Events, library: str, fit: 
         weighting=weighting,
         popularity=liked(cells, len(items)),
         pending=np.zeros(len(items), np.int64),
+        has_events=with_events(cells, len(items)),
         clock=clock,
         library=library,
+        encoders={name: s.encoder for name, s in sides.items() if s.encoder is not None},
     )
+
+
+def with_events(cells: Cells, n_items: int) -> np.ndarray:
+    """Whether each item (N,) has a cell."""
+    return np.bincount(cells.items, minlength=n_items) > 0
 
 
 def liked(cells: Cells, n_items: int) -> np.ndarray:
@@ -183,8 +210,8 @@ def _column(name: str) -> str:
     return f"column {name!r}"
 
 
-def updated(state: State, events: Events, solve: Any) -> State:
-    """Add events: grow the maps, change the rows of their users, and solve what changed.
+def updated(state: State, events: Events, given: dict[str, Any], solve: Any) -> State:
+    """Add events and features: grow the maps, change rows, and solve what changed.
 
     Parameters
     ----------
@@ -192,13 +219,18 @@ def updated(state: State, events: Events, solve: Any) -> State:
         Stays as it is.
     events : Events
         The new events.
+    given : dict of str to frame or None
+        For each side, "user" and "item", new rows of features.
     solve : callable
         ``solve(model, side, ids, matrix)`` gives a model with some rows of a side solved.
     """
     schema = state.schema
     users, user_at = state.users.grown(events.frame[schema.user], _column(schema.user))
     items, item_at = state.items.grown(events.frame[schema.item], _column(schema.item))
-    touched, row_at = np.unique(user_at, return_inverse=True)
+    users, of_users = _with_features(state, "user", schema.user, given, users)
+    items, of_items = _with_features(state, "item", schema.item, given, items)
+    touched = np.union1d(user_at, _places(of_users))
+    row_at = np.searchsorted(touched, user_at)
     values = counting.decayed(events, schema, state.clock)
     shape = len(touched), len(items)
     new = counting.cells_of(events, values, (row_at, item_at), shape, schema.repeated)
@@ -211,20 +243,34 @@ def updated(state: State, events: Events, solve: Any) -> State:
     popularity = _padded(state.popularity, len(items))
     popularity += liked(rows, len(items)) - liked(old, len(items))
     pending = _padded(state.pending, len(items)) + np.bincount(new.items, minlength=len(items))
-    model = solve(state.model, "user", touched, rows.matrix(len(items)))
+    has_events = _padded(state.has_events, len(items)) | with_events(new, len(items))
+    model = features.carried(state.model, "user", len(users), of_users)
+    model = features.carried(model, "item", len(items), of_items)
+    model = solve(model, "user", touched, rows.matrix(len(items)))
     # A few changed entries hardly change the factors of a popular item. It is solved again when
     # they reach 1/20 of its users.
     of_touched = np.unique(new.items)
     is_due = pending[of_touched] * 20 >= popularity[of_touched]
-    due = of_touched[is_due]
+    due = np.union1d(of_touched[is_due], _places(of_items))
     if len(due):
         model = solve(model, "item", due, history.columns(due))
         model = solve(model, "user", touched, rows.matrix(len(items)))
         pending[due] = 0
     return replace(
         state, users=users, items=items, history=history, model=model,
-        popularity=popularity, pending=pending, lock=state.lock,
+        popularity=popularity, pending=pending, has_events=has_events, lock=state.lock,
     )  # fmt: skip
+
+
+def _with_features(
+    state: State, side: str, column: str, given: dict[str, Any], ids: IdMap
+) -> tuple[IdMap, Rows | None]:
+    encoder = state.encoders.get(side)
+    return features.at_update(encoder, given[side], side, column, ids)
+
+
+def _places(rows: Rows | None) -> np.ndarray:
+    return np.empty(0, np.int64) if rows is None else rows.at
 
 
 def _padded(counts: np.ndarray, length: int) -> np.ndarray:

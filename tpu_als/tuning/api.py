@@ -22,6 +22,7 @@ from tpu_als.tuning.search import Options, search
 from tpu_als.tuning.split import split
 from tpu_als.tuning.trials import fit_until
 from tpu_als.validation import fractions, matrices
+from tpu_als.validation.features import FeatureTable
 from tpu_als.validation.refusals import require_matrix
 
 log = logging.getLogger("tpu_als")
@@ -65,7 +66,8 @@ def tune(
     recommender : Recommender, optional
         What the columns of events mean. It is not modified. Its `timestamp`, if it has one, is used
         in place of `timestamps`, and its `model` in place of `model`; its `weighting` must be None.
-        Items that a user has in the earlier events do not count as relevant in the later ones.
+        Items that a user has in the earlier events do not count as relevant in the later ones. Its
+        `item_features` and `user_features` are used in all fits.
     budget : float, str or None, default="10min"
         Seconds, or text such as "90s", "10min" or "1h", for all of the call, the final fit
         included. The search ends earlier if it has no candidates left. None sets no limit:
@@ -157,10 +159,10 @@ def tune(
     settings = found.best.settings.for_all(problem.shrinkage)
     weighting = scales.weighting_of(settings, rows)
 
-    def fit(weighted: sparse.csr_matrix) -> TPUAlternatingLeastSquares:
+    def fit(weighted: sparse.csr_matrix, **features: FeatureTable) -> TPUAlternatingLeastSquares:
         values = scales.parameters_of(settings, weighted)
         made = clone(template).set_params(**values, **found.best.size._asdict())
-        return _fitted(made, weighted, found, limit)
+        return _fitted(made, weighted, features, found, limit)
 
     if recommender is None:
         weighted = scales.weighted(weighting, rows)
@@ -215,11 +217,15 @@ def _template(
 
 
 def _fitted(
-    model: TPUAlternatingLeastSquares, weighted: sparse.csr_matrix, found: Found, limit: Budget
+    model: TPUAlternatingLeastSquares,
+    weighted: sparse.csr_matrix,
+    features: dict[str, FeatureTable],
+    found: Found,
+    limit: Budget,
 ) -> TPUAlternatingLeastSquares:
     """Fit a model on all data within the budget; an interrupt keeps its last iteration."""
     try:
-        done = fit_until(model, weighted, limit.end)
+        done = fit_until(model, weighted, limit.end, features)
     except KeyboardInterrupt:
         if model.user_factors is None:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tpu_als.datasets import split_by_time
 from tpu_als.recommender import Recommender, sources
 from tpu_als.recommender.schema import schema_of
 from tpu_als.tuning.split import Problem, of_parts, split
+from tpu_als.validation.features import FeatureTable
 
 
 def require_recommender(recommender: object, **others: object) -> None:
@@ -68,24 +70,26 @@ def problem_of(
         Values of all events.
     """
     schema = schema_of(recommender)
-    everything, _ = _values(events, recommender)
+    everything, _, features = _values(events, recommender)
     if schema.timestamp is None:
-        return split(everything, None, fraction, rng), everything
+        problem = split(everything, None, fraction, rng)
+        return replace(problem, features=features), everything
     frame, _, _ = sources.read(events, schema.columns, [schema.user, schema.item])
     early, late = split_by_time(frame, schema.timestamp, fraction)
-    train, known = _values(early, recommender)
+    train, known, features = _values(early, recommender)
     hidden = sparse.csr_matrix(train.shape, dtype=train.dtype)
     if len(late):
-        found, names = _values(late, recommender)
+        found, names, _ = _values(late, recommender)
         hidden = _among(known, names, found)
-    return of_parts(train, hidden, train.nnz / everything.nnz, fraction, rng), everything
+    problem = of_parts(train, hidden, train.nnz / everything.nnz, fraction, rng)
+    return replace(problem, features=features), everything
 
 
 def fitted(
     recommender: Recommender,
     events: Any,
     weighting: Any,
-    fit: Callable[[sparse.csr_matrix], object],
+    fit: Callable[..., object],
 ) -> Recommender:
     """Fit a recommender with another weighting, and with a function that fits the model.
 
@@ -98,7 +102,8 @@ def fitted(
     weighting : transformer or None
         The weighting.
     fit : callable
-        Takes the weighted matrix and returns a fitted model.
+        Takes the weighted matrix, and `user_features` and `item_features` where there are any, and
+        returns a fitted model.
     """
     made = clone(recommender).set_params(weighting=weighting).fit_by(events, fit)
     return made.set_params(model=clone(made.model_))
@@ -106,10 +111,16 @@ def fitted(
 
 def _values(
     events: Any, recommender: Recommender
-) -> tuple[sparse.csr_matrix, tuple[pd.Index, pd.Index]]:
-    """Combined values of events, and the ids of their users and items."""
-    read = clone(recommender).fit_by(events, sparse.csr_matrix)
-    return read.model_, (read.users_, read.items_)
+) -> tuple[sparse.csr_matrix, tuple[pd.Index, pd.Index], dict[str, FeatureTable]]:
+    """Combined values of events, the ids of users and items, and their features."""
+    found: dict[str, FeatureTable] = {}
+
+    def keep(matrix: sparse.csr_matrix, **features: FeatureTable) -> sparse.csr_matrix:
+        found.update(features)
+        return matrix
+
+    read = clone(recommender).fit_by(events, keep)
+    return read.model_, (read.users_, read.items_), found
 
 
 def _among(

@@ -14,6 +14,8 @@ from tpu_als import parameters
 from tpu_als.pipelines import RecommenderPipeline
 from tpu_als.tuning.trials import Trial
 
+_FRAMES = ("item_features", "user_features")  # parameters without a text that makes them
+
 
 @dataclass(frozen=True)
 class TuneResult:
@@ -78,7 +80,8 @@ def code_of(estimator: Any) -> str:
     Parameters
     ----------
     estimator : Recommender, RecommenderPipeline, or a step
-        Parameters that are equal to their defaults are left out.
+        Parameters that are equal to their defaults are left out. A frame of features is written as
+        a variable with the name of the parameter.
     """
     defaults = inspect.signature(type(estimator).__init__).parameters
     given = estimator.get_params(deep=False)
@@ -87,7 +90,7 @@ def code_of(estimator: Any) -> str:
         if given["dtype"] == "float32":
             del given["dtype"]
     changed = [
-        f"{name}={_text_of(given[name])}"
+        f"{name}={name if name in _FRAMES else _text_of(given[name])}"
         for name in defaults
         if name in given and not _is_default(given[name], defaults[name].default)
     ]

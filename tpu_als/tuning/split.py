@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy import sparse
 
 from tpu_als.evaluation import holdout
 from tpu_als.evaluation.splits import time_split
+from tpu_als.validation.features import FeatureTable
 
 _MOST_USERS = 4000  # of which candidates are scored
 _LATER = 0.5  # exponent of the part of earlier entries, in `Problem.shrinkage`
@@ -30,12 +32,15 @@ class Problem:
     shrinkage : float
         The best ridge for all data, relative to the best one for `train`. docs/math.md has the
         measurements.
+    features : dict of str to FeatureTable
+        `user_features` and `item_features` of a fit to `train`, where there are any.
     """
 
     train: sparse.csr_matrix
     hidden: sparse.csr_matrix
     users: np.ndarray
     shrinkage: float
+    features: Mapping[str, FeatureTable] = field(default_factory=dict)
 
     def sample(self, share: float, rng: np.random.Generator) -> Problem:
         """A sample of the rows that prefers scored rows; columns without entries are dropped.
@@ -56,7 +61,13 @@ class Problem:
         train, hidden = self.train[chosen], self.hidden[chosen]
         columns = np.flatnonzero(np.bincount(train.indices, minlength=train.shape[1]))
         train, hidden = train[:, columns], hidden[:, columns]
-        return Problem(train, hidden, _drawn(_scorable(train, hidden), rng), self.shrinkage)
+        users = _drawn(_scorable(train, hidden), rng)
+        kept = {"user_features": chosen, "item_features": columns}
+        features = {
+            name: FeatureTable(table.matrix[kept[name]], table.names)
+            for name, table in self.features.items()
+        }
+        return Problem(train, hidden, users, self.shrinkage, features)
 
 
 def split(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from tpu_als.exceptions import ModelFitError
 from tpu_als.tuning import budget, scales
 from tpu_als.tuning.space import Settings
 from tpu_als.tuning.split import Problem
+from tpu_als.validation.features import FeatureTable
 
 log = logging.getLogger("tpu_als")
 Tables = tuple[np.ndarray, np.ndarray]
@@ -75,7 +77,12 @@ class _Deadline(Exception):  # noqa: N818  (it ends a fit, and is not an error)
     """Raised in a fit's callback to end it."""
 
 
-def fit_until(model: TPUAlternatingLeastSquares, weighted: sparse.csr_matrix, end: float) -> int:
+def fit_until(
+    model: TPUAlternatingLeastSquares,
+    weighted: sparse.csr_matrix,
+    end: float,
+    features: Mapping[str, FeatureTable],
+) -> int:
     """Run at least one iteration, and stop before one that is predicted to end after `end`.
 
     Parameters
@@ -86,6 +93,8 @@ def fit_until(model: TPUAlternatingLeastSquares, weighted: sparse.csr_matrix, en
         The data.
     end : float
         A time of `budget.clock`.
+    features : dict of str to FeatureTable
+        `user_features` and `item_features`, where there are any.
 
     Returns
     -------
@@ -104,7 +113,7 @@ def fit_until(model: TPUAlternatingLeastSquares, weighted: sparse.csr_matrix, en
         before = now
 
     with contextlib.suppress(_Deadline):
-        model.fit(weighted, show_progress=False, callback=count)
+        model.fit(weighted, show_progress=False, callback=count, **features)
     return done
 
 
@@ -138,7 +147,7 @@ class Runner:
         costs: budget.Costs,
     ) -> None:
         self._train, self._users, self._model = problem.train, problem.users, model
-        self._hidden = problem.hidden[problem.users]
+        self._hidden, self._features = problem.hidden[problem.users], problem.features
         self._ranking, self.costs = ranking, costs
         self.n_rows = problem.train.shape[0]
 
@@ -215,7 +224,7 @@ class Runner:
             model.user_factors, model.item_factors = tables
             before = trial.size.iterations
         started, (begin, end) = budget.clock(), times
-        done = fit_until(model, weighted, end)
+        done = fit_until(model, weighted, end, self._features)
         fit_seconds = budget.clock() - started
         score = self._score(model, weighted)
         seconds = budget.clock() - begin
