@@ -6,11 +6,9 @@ Each method is a function of a problem and of settings. It returns an object wit
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import common
 import numpy as np
 import pandas as pd
 from scipy import sparse
@@ -188,11 +186,6 @@ def _fitted(problem: Problem, settings: dict[str, Any], **features: sparse.csr_m
     return model.fit(problem.weighted(), **features)
 
 
-def takes_features() -> bool:
-    """Whether this version of the model has features."""
-    return "item_features" in inspect.signature(TPUAlternatingLeastSquares.fit).parameters
-
-
 _ALS: dict[str, Any] = {
     "regularization": loguniform(1e-4, 3e-2), "unobserved_weight": loguniform(0.1, 10),
 }  # fmt: skip
@@ -230,17 +223,6 @@ METHODS: dict[str, Method] = {
     "tpu_als, both sides": Method(both_sides, _WITH_DEFAULTS, _WITH_FEATURES),
     "without features": Method(without_features, _DEFAULTS, _ALS),
 }  # fmt: skip
-
-
-def lacking() -> dict[str, str]:
-    """Why a method cannot run, by the method's name."""
-    lacks = {}
-    if not common.installed("cmfrec"):
-        lacks["cmfrec"] = "the package cmfrec is not installed"
-    if not takes_features():
-        for name in ("tpu_als", "tpu_als, both sides"):
-            lacks[name] = "fit has no parameter item_features"
-    return lacks
 
 
 def problem_of(

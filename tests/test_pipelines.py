@@ -224,7 +224,8 @@ class TestFeatures:
              model.recalculate_user([50, 51], weighted[:2], **given)),
             (pipeline.explain(50, counts[0], 3, user_features=users[:1])[:2],
              model.explain(50, weighted[0], 3, user_features=users[:1])[:2]),
-            (pipeline.explain_features(4, counts, 3), model.explain_features(4, weighted, 3)),
+            (pipeline.explain_features(4, counts, 3, user_features=users[:1]),
+             model.explain_features(4, weighted, 3, user_features=users[:1])),
         ):  # fmt: skip
             assert equal(got, expected)
         pipeline.partial_fit_users([40, 41], counts[:2], **given)

@@ -21,7 +21,8 @@ from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import make_pipeline
 
-from tpu_als import FeatureTable, ServedModel, TPUAlternatingLeastSquares
+from tpu_als import FeatureTable, RecommenderPipeline, ServedModel, TPUAlternatingLeastSquares
+from tpu_als.evaluation import make_ranking_scorer
 from tpu_als.exceptions import ModelFileError
 from tpu_als.storage import model_file
 from tpu_als.weighting import LogWeighting
@@ -102,24 +103,26 @@ def test_every_call_draws_rows_to_their_features(devices: dict[str, Any]) -> Non
     every, transposed = np.arange(30), MATRIX.T.tocsr()
     for solved in (
         found.transform(MATRIX, user_features=USERS),
-        found.recalculate_user(every, MATRIX),
         found.recalculate_user(every, MATRIX, user_features=USERS),
     ):
         np.testing.assert_allclose(solved, expected, rtol=1e-6, atol=1e-8)
-    solved = found.recalculate_item(np.arange(20), transposed)
+    solved = found.recalculate_item(np.arange(20), transposed, item_features=ITEMS)
     np.testing.assert_allclose(solved, of_items, rtol=1e-6, atol=1e-8)
     ids, scores = found.recommend(
-        every, MATRIX, N=20, recalculate_user=True, filter_already_liked_items=False
-    )
+        every, MATRIX, N=20, recalculate_user=True, filter_already_liked_items=False,
+        user_features=USERS,
+    )  # fmt: skip
     best = expected @ items.T
     np.testing.assert_allclose(scores, np.take_along_axis(best, ids, 1), rtol=1e-5, atol=1e-7)
     found.partial_fit_users([3, 32], MATRIX[[3, 7]], user_features=USERS[[3, 5]])
     np.testing.assert_allclose(found.user_factors[3], expected[3], rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(found.user_factors[32], found.embed_users(USERS[[5]])[0], rtol=1e-6)
     assert not found.user_factors[31].any()
-    # The features of the new user are stored.
-    again = found.recalculate_user([32], MATRIX[[7]])
-    np.testing.assert_allclose(again[0], found.user_factors[32], rtol=1e-6)
+    stored = found.user_features_[[3, 32]].toarray()
+    np.testing.assert_array_equal(stored, USERS[[3, 5]].toarray())
+    before = found.user_factors[32].copy()
+    found.partial_fit_users([32], MATRIX[[7]])  # by the features that are stored
+    np.testing.assert_array_equal(found.user_factors[32], before)
     found.partial_fit_items([20], transposed[[2]], item_features=ITEMS[[2]])
     found.partial_fit_items([20], transposed[[2]])
 
@@ -135,12 +138,14 @@ def test_rows_without_entries_are_recommended_and_compared(model: Any) -> None:
 
 def test_explanations_add_up(model: Any) -> None:
     for user, item in ((0, 3), (0, 4), (7, 3), (7, 11)):
-        factors = model.recalculate_user(user, MATRIX[user])
+        given = {"user_features": USERS[[user]]}
+        factors = model.recalculate_user(user, MATRIX[user], **given)
         score = float(factors @ model.item_factors[item])
-        total, items, weights = model.explain(user, MATRIX, item, N=20)
+        total, items, weights = model.explain(user, MATRIX, item, N=20, **given)
         assert total == pytest.approx(score)
-        assert model.explain(user, MATRIX, item, user_weights=weights)[0] == pytest.approx(score)
-        found = model.explain_features(user, MATRIX, item, N=20)
+        again = model.explain(user, MATRIX, item, user_weights=weights, **given)
+        assert again[0] == pytest.approx(score)
+        found = model.explain_features(user, MATRIX, item, N=20, **given)
         assert found.score == pytest.approx(score)
         assert [i for i, _ in found.items] == [i for i, _ in items]
         assert [v for _, v in found.items] == pytest.approx([v for _, v in items])
@@ -209,11 +214,12 @@ def test_a_file_keeps_the_features(tmp_path: Path, serve: bool) -> None:
     model.fit(MATRIX, user_features=USERS, item_features=named)
     model.save(tmp_path / "model.npz")
     loaded = (ServedModel if serve else TPUAlternatingLeastSquares).load(tmp_path / "model.npz")
-    every = np.arange(30)
-    found, expected = (m.recalculate_user(every, MATRIX) for m in (loaded, model))
-    np.testing.assert_array_equal(found, expected)
+    solved = loaded.recalculate_user(np.arange(30), MATRIX, user_features=USERS)
+    np.testing.assert_array_equal(solved, model.transform(MATRIX, USERS))
     assert loaded.item_feature_names_in_.tolist() == NAMES.tolist()
-    assert loaded.explain_features(0, MATRIX, 4) == model.explain_features(0, MATRIX, 4)
+    of_user = {"user_features": USERS[[0]]}
+    again = loaded.explain_features(0, MATRIX, 4, **of_user)
+    assert again == model.explain_features(0, MATRIX, 4, **of_user)
     implicit = pytest.importorskip("implicit.cpu.als")
     theirs = implicit.AlternatingLeastSquares.load(os.fspath(tmp_path / "model.npz"))
     np.testing.assert_array_equal(theirs.item_factors, model.item_factors)
@@ -377,7 +383,10 @@ def test_calls_without_the_features_that_they_need_are_refused(model: Any) -> No
     for call in (
         lambda: model.transform(MATRIX),
         lambda: model.score(MATRIX),
-        lambda: model.recalculate_user([40], MATRIX[0]),
+        lambda: model.recalculate_user([4], MATRIX[4]),
+        lambda: model.recommend([4], MATRIX[4], recalculate_user=True),
+        lambda: model.explain(4, MATRIX, 3),
+        lambda: model.explain_features(4, MATRIX, 3),
         lambda: model.partial_fit_users([30], MATRIX[0]),
     ):
         with pytest.raises(ValueError, match="fitted with user_features.*pass user_features"):
@@ -391,6 +400,8 @@ def test_calls_without_the_features_that_they_need_are_refused(model: Any) -> No
     plain = TPUAlternatingLeastSquares(**SETTINGS).fit(MATRIX)
     with pytest.raises(ValueError, match="the model was fitted without"):
         plain.transform(MATRIX, user_features=USERS)
+    with pytest.raises(ValueError, match="regularization must be above 0 with user_features"):
+        TPUAlternatingLeastSquares(**{**SETTINGS, "regularization": 0}).fit(MATRIX, **BOTH)
     for name, value in (("feature_regularization", -1.0), ("feature_weight", 0.0)):
         with pytest.raises(ValueError, match=f"{name} must be a finite number"):
             TPUAlternatingLeastSquares(**{**SETTINGS, name: value}).fit(MATRIX, **BOTH)
@@ -430,6 +441,24 @@ def test_no_features_cost_nothing_and_change_nothing() -> None:
         warnings.simplefilter("error")
         found.fit(MATRIX, item_features=zeros)
     np.testing.assert_array_equal(found.item_factors, plain.item_factors)
+
+
+def test_scorers_refuse_a_model_with_user_features(model: Any) -> None:
+    with pytest.raises(ValueError, match="the model was fitted with user_features"):
+        make_ranking_scorer("ndcg", k=5)(model, MATRIX)
+
+
+def test_a_pipeline_that_recommends_passes_features_on(model: Any) -> None:
+    pipeline = RecommenderPipeline([("als", copy.deepcopy(model))])
+    every, given = np.arange(30), {"user_features": USERS}
+    found = pipeline.recommend(every, MATRIX, recalculate_user=True, **given)
+    expected = model.recommend(every, MATRIX, recalculate_user=True, **given)
+    np.testing.assert_array_equal(found[0], expected[0])
+    solved = pipeline.recalculate_user(every, MATRIX, **given)
+    np.testing.assert_array_equal(solved, model.transform(MATRIX, USERS))
+    of_one = {"user_features": USERS[[0]]}
+    assert pipeline.explain(0, MATRIX, 3, **of_one)[0] == model.explain(0, MATRIX, 3, **of_one)[0]
+    pipeline.partial_fit_users([30], MATRIX[[0]], **of_one)
 
 
 def test_features_find_new_items() -> None:

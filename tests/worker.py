@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from matrices import random_counts
+from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares, enable_compilation_cache
 from tpu_als.engine import layout
@@ -41,6 +42,13 @@ def join() -> None:
 def fitted(case: dict[str, Any], folder: Path) -> dict[str, np.ndarray]:
     """Fit, and use the tables on the devices before they are read."""
     counts = random_counts(90, 60, seed=5)
+    features: dict[str, Any] = {}
+    if case.pop("features", False):
+        counts = without_entries(counts)
+        features = {
+            f"{side}_features": random_counts(n, 5, seed=n)
+            for side, n in (("user", 90), ("item", 60))
+        }
     data = open_shards(folder / "shards") if case.pop("shards") else counts
     killed = case.pop("kill", None)
 
@@ -49,17 +57,28 @@ def fitted(case: dict[str, Any], folder: Path) -> dict[str, np.ndarray]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     model = TPUAlternatingLeastSquares(**{**SETTINGS, "calculate_training_loss": True, **case})
-    model.fit(data, show_progress=False, callback=kill)
+    model.fit(data, show_progress=False, callback=kill, **features)
+    of_users = features.get("user_features")
+    some_features = None if of_users is None else of_users[:11]
     found = {"loss": model.history_["loss"], "norms": model.item_norms, "gramian": model.YtY}
-    found["folded"] = model.transform(counts[:11])
+    found["folded"] = model.transform(counts[:11], some_features)
+    if features:
+        found["embedded"] = model.embed_items(features["item_features"])
     found["pairs"] = model.score_pairs(USERS, USERS % 7)
     found["ids"], found["scores"] = model.recommend(USERS, counts[USERS], N=4)
     found["near"], _ = model.similar_items([3, 4], N=3)
-    found["quality"] = model.score(counts)
+    found["quality"] = model.score(counts, user_features=of_users)
     found["users"], found["items"] = model.user_factors, model.item_factors
     # again, from the copies on the host
     found["ids_again"], _ = model.recommend(USERS, counts[USERS], N=4)
     return {name: np.asarray(value) for name, value in found.items()}
+
+
+def without_entries(counts: sparse.csr_matrix) -> sparse.csr_matrix:
+    """The matrix with some empty rows and columns."""
+    dense = counts.toarray()
+    dense[[8, 70]], dense[:, [2, 41]] = 0, 0
+    return sparse.csr_matrix(dense)
 
 
 def main() -> None:

@@ -188,9 +188,17 @@ def _with_features(training: Training, state: AlsState, fitted: FittedModel) -> 
 
 
 def feature_tables(
-    shape: tuple[int, int], user_features: object, item_features: object
+    estimator: TPUAlternatingLeastSquares,
+    shape: tuple[int, int],
+    user_features: object,
+    item_features: object,
 ) -> tuple[FeatureTable | None, FeatureTable | None]:
     """Check the features that `fit` got for a matrix of this shape."""
+    if estimator.regularization == 0 and not (user_features is None and item_features is None):
+        raise ValueError(
+            "regularization must be above 0 with user_features or item_features, got 0: the ridge "
+            "draws factors to what the features say, so that they would have no effect"
+        )
     given = ((user_features, "user_features", "users"), (item_features, "item_features", "items"))
     users, items = (
         None if values is None else checked_features.table_for(values, n_rows, name, rows)

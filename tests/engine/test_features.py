@@ -153,6 +153,19 @@ def test_a_side_without_features_keeps_its_ridge(backend: object, sides: str) ->
     assert als.completed(state.users, data, given, target=other)[1] is None
 
 
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_rows_whose_weights_are_all_zero(backend: object) -> None:
+    """Binary data with a confidence of 1: the systems are diagonal, and solved by division."""
+    ones, objective = MATRIX.sign(), oracle.Objective("implicit", 0.5, 1.0)
+    data = backend.place(ones, AlsParams(4, "float64"))
+    data = als.with_features(data, None, _of(ITEM_FEATURES, "float64"))
+    users, items = _tables()
+    state, _ = als.epoch(als.start(data, users, items), data, Objective.of(*objective))
+    users = feature_oracle.half_epoch(ones, users, items, objective)
+    items = feature_oracle.half_epoch(ones.T, items, users, objective, ITEM_FEATURES)
+    _close(als.item_factors(state, data), items, 1e-10)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "xla threads"], indirect=True)
 @pytest.mark.parametrize("relaxation", [1.0, 1.5])
 def test_the_loss_never_rises(backend: object, relaxation: float) -> None:

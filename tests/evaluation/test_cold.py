@@ -15,6 +15,7 @@ from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares, evaluation
 from tpu_als.baselines import PopularityRecommender
+from tpu_als.datasets import planted_features
 from tpu_als.evaluation import cold
 
 MATRICES = st.lists(
@@ -145,6 +146,36 @@ def test_metrics_of_candidates_equal_plain_loops(
 @pytest.fixture(scope="module")
 def split() -> cold.ColdItemSplit:
     return evaluation.cold_item_split(random_counts(30, 20, density=0.4), random_state=0)
+
+
+def found(explained: float, of_users: bool, given: bool) -> tuple[float, float]:
+    """NDCG among held-out items (or of held-out users), and among (or of) the others."""
+    made = planted_features(400, 300, 12_000, explained=explained, factors=4)
+    side = ("user" if of_users else "item") + "_features"
+    split = evaluation.cold_user_split if of_users else evaluation.cold_item_split
+    rest, test, ids = split(made.matrix, random_state=0)
+    train, known = evaluation.train_test_split(rest, 0.9, random_state=0)
+    features = {side: getattr(made, side)} if given else {}
+    model = TPUAlternatingLeastSquares(8, iterations=5, regularization=5.0, random_state=0)
+    model.fit(train, show_progress=False, **features)
+    others = np.setdiff1d(np.arange(300), ids)
+    of_cold, of_others = (
+        evaluation.ranking_metrics_at_k(model, train, part, 20, items=None if of_users else items)
+        for part, items in ((test, ids), (known, others))
+    )
+    return of_cold["ndcg"], of_others["ndcg"]
+
+
+@pytest.mark.parametrize("of_users", [False, True])
+def test_recovery_rises_with_the_explained_part(of_users: bool) -> None:
+    recovered = [found(explained, of_users, True)[0] for explained in (0, 0.3, 0.6, 1)]
+    assert (np.diff(recovered) > 0.03).all(), recovered
+
+
+@pytest.mark.parametrize("of_users", [False, True])
+def test_features_that_explain_nothing_do_not_harm(of_users: bool) -> None:
+    with_features, without = (found(0, of_users, given)[1] for given in (True, False))
+    assert with_features == pytest.approx(without, rel=0.05)
 
 
 class TestCandidates:

@@ -21,6 +21,27 @@ from tpu_als.engine.objective import Objective, ridge
 _Table = TypeVar("_Table")  # a table in the backend's form
 
 
+class Step(NamedTuple):
+    """What a half-epoch minimises, and for which side.
+
+    Attributes
+    ----------
+    objective : Objective
+        Equations (1)-(2), as they are for this side.
+    target : {"users", "items"}
+        The side to solve.
+    relaxation : float, default=1.0
+        As in `epoch`.
+    prior : table or None
+        What the rows are drawn to, in the backend's form; None for zero.
+    """
+
+    objective: Objective
+    target: str
+    relaxation: float = 1.0
+    prior: Any = None
+
+
 class AlsState(NamedTuple):
     """Both tables, in the backend's form."""
 
@@ -114,14 +135,12 @@ def half_epoch(
     -------
     The new target table.
     """
-    side, own = getattr(data, target), objective_of(objective, getattr(data, target))
-    prior = None
+    side = getattr(data, target)
+    step = Step(objective_of(objective, side), target, relaxation)
     if side.features is not None:
         weights = feature_weights(target_table, data, objective, target=target)
-        prior = data.backend.prior(weights, side, data)
-    return data.backend.half_epoch(
-        target_table, source_table, data, own, relaxation, target=target, prior=prior
-    )
+        step = step._replace(prior=data.backend.prior(weights, side, data))
+    return data.backend.half_epoch(target_table, source_table, data, step)
 
 
 def with_features(

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 from scipy import sparse
 
-from tpu_als.engine.als import AlsState
+from tpu_als.engine.als import AlsState, Step
 from tpu_als.engine.cells import Entries
 from tpu_als.engine.cpu import compiled
 from tpu_als.engine.cpu.backend import CpuBackend
@@ -165,13 +165,9 @@ class Backend(Protocol[_TableT, _SideT, _DataT, _SourceT]):
         target_table: _TableT,
         source_table: _TableT,
         data: _DataT,
-        objective: Objective,
-        relaxation: float,
-        *,
-        target: str,
-        prior: _TableT | None = None,
+        step: Step,
     ) -> _TableT:
-        """See `als.half_epoch`; rows are drawn to those of `prior`, in place of zero."""
+        """See `als.half_epoch`."""
 
     def place_features(self, features: Features, side: _SideT, data: _DataT) -> object:
         """Place the features (M, P) of a side's rows, given in the caller's order."""

@@ -6,12 +6,13 @@ Axis letters: M rows of a side, K factors.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from tpu_als.engine.features import Features
+if TYPE_CHECKING:
+    from tpu_als.engine.features import Features
 
 DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16}
 

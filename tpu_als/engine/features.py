@@ -18,6 +18,7 @@ from scipy import linalg, sparse
 
 from tpu_als.engine.objective import Objective, ridge
 from tpu_als.exceptions import DataWarning
+from tpu_als.host import single_blas_thread
 
 _MOST_DIRECT = 4096  # features up to which the regression is solved by a factorisation
 _DENSE = 0.05  # share of nonzero features from which products of dense blocks are faster
@@ -103,7 +104,8 @@ class Regression:
         if not np.isfinite(sums).all():
             return np.full(sums.shape, np.nan)
         if self._factor is not None:
-            return linalg.cho_solve(self._factor, sums, check_finite=False)
+            with single_blas_thread():
+                return linalg.cho_solve(self._factor, sums, check_finite=False)
         return self._by_cg(sums)
 
     def _factorised(self) -> tuple[np.ndarray, bool]:
@@ -114,7 +116,8 @@ class Regression:
         jitter = n_features * np.finfo(np.float64).eps * (diagonal.max(initial=0) or 1.0)
         for _ in range(8):
             try:
-                return linalg.cho_factor(system, check_finite=False)
+                with single_blas_thread():
+                    return linalg.cho_factor(system, check_finite=False)
             except linalg.LinAlgError:
                 system.flat[:: n_features + 1] += jitter
                 jitter *= 10

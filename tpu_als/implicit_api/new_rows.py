@@ -31,11 +31,12 @@ class NewRows(ModelHolder):
         Parameters
         ----------
         userid : int or array-like of int
-            Without user features only the number of users matters; they need not be in the model.
+            Only the number of users matters here; they need not be in the model.
         user_items : csr_matrix or csr_array of shape (n, n_items)
             One row for each user. Other sparse formats are converted, with a ParameterWarning.
         user_features : array-like of shape (n, n_features), optional
-            For a model with user features: those of the users. By default those known from `fit`.
+            Features of the users. Needed if `fit` got user features; for users of `fit`,
+            ``model.user_features_[ids]``.
 
         Returns
         -------
@@ -46,8 +47,8 @@ class NewRows(ModelHolder):
         Raises
         ------
         ValueError
-            If the numbers of rows and users differ, or an entry lies beyond the items; if the
-            model was fitted with user features, and does not know those of a user.
+            If the numbers of rows and users differ, or an entry lies beyond the items; if
+            `user_features` is missing, or was not given to `fit`.
         """
         arguments.warn_if_converted(user_items)
         fitted = self._fitted.require(self, "item")
@@ -61,11 +62,12 @@ class NewRows(ModelHolder):
         Parameters
         ----------
         itemid : int or array-like of int
-            Without item features only the number of items matters; they need not be in the model.
+            Only the number of items matters here; they need not be in the model.
         item_users : csr_matrix or csr_array of shape (n, n_users)
             One row for each item. Other sparse formats are converted, with a ParameterWarning.
         item_features : array-like of shape (n, n_features), optional
-            For a model with item features: those of the items. By default those known from `fit`.
+            Features of the items. Needed if `fit` got item features; for items of `fit`,
+            ``model.item_features_[ids]``.
 
         Returns
         -------
@@ -75,8 +77,8 @@ class NewRows(ModelHolder):
         Raises
         ------
         ValueError
-            If the numbers of rows and items differ, or an entry lies beyond the users; if the
-            model was fitted with item features, and does not know those of an item.
+            If the numbers of rows and items differ, or an entry lies beyond the users; if
+            `item_features` is missing, or was not given to `fit`.
         """
         arguments.warn_if_converted(item_users)
         fitted = self._fitted.require(self, "user")
@@ -167,7 +169,7 @@ class NewRows(ModelHolder):
         N : int, default=10
             Number of contributions.
         user_features : array-like of shape (1, n_features), optional
-            For a model with user features: those of the user. By default those known from `fit`.
+            Features of the user. Needed if `fit` got user features.
 
         Returns
         -------
@@ -192,7 +194,7 @@ class NewRows(ModelHolder):
         user = arguments.one_id(userid, None, "userid")
         item = arguments.one_id(itemid, n_items, "itemid")
         row = matrices.explained_row(user_items, user, n_items)
-        prior = prior_for(fitted, "user", user_features, 1, np.array([user]))
+        prior = prior_for(fitted, "user", user_features, 1)
         objective = objective_for(self, prior)
         lam = ridge(objective, float(row.nnz), float(n_items))
         v = confidence(objective, row.data.astype(np.float64))[1]
@@ -285,7 +287,7 @@ def recalculated(
     name = "user_items" if side == "user" else "item_users"
     ids, is_scalar, mask = arguments.ids_of(given, None, f"{side}id")
     rows = arguments.rows_for(matrix, len(ids), table.shape[0], name, strict=False, mask=mask)
-    prior = prior_for(fitted, side, features, len(ids), ids)
+    prior = prior_for(fitted, side, features, len(ids))
     solved = folded_in(estimator, table, rows, prior)
     return solved[0] if is_scalar else solved
 

@@ -46,7 +46,8 @@ def prior_for(
     n_rows : int
         Number of rows m.
     ids : ndarray of int, optional
-        Ids of the rows. If nothing is given, features known from `fit` are used.
+        Ids of the rows, for calls that store them. If nothing is given, the features that the model
+        has of these rows are used. Other calls ignore ids, as implicit does, and need features.
 
     Raises
     ------
@@ -68,7 +69,7 @@ def prior_for(
     if ids is None:
         raise ValueError(
             f"the model was fitted with {name}: pass {name} with a row for each of the {n_rows} "
-            "rows; a row of zeros stands for unknown features"
+            f"rows, such as model.{name}_[ids] for rows of fit; zeros stand for unknown features"
         )
     unknown = np.flatnonzero(ids >= known.rows.shape[0])
     if len(unknown):

@@ -57,8 +57,7 @@ class Ranking(ModelHolder):
         items : array-like of int, optional
             Rank these items only; N is then at most their number. Excludes `filter_items`.
         user_features : array-like of shape (n, n_features), optional
-            With `recalculate_user`, for a model with user features: those of the users. By default
-            those known from `fit`.
+            With `recalculate_user`: features of the users. Needed if `fit` got user features.
 
         Returns
         -------
@@ -95,7 +94,7 @@ class Ranking(ModelHolder):
         names = ("items", "filter_items")
         chosen, excluded = arguments.selection(items, filter_items, n_items, names)
         if recalculate_user:
-            prior = prior_for(fitted, "user", user_features, len(ids), ids)
+            prior = prior_for(fitted, "user", user_features, len(ids))
             queries = folded_in(self, fitted.item, rows, prior)
         else:
             queries = fitted.user.rows(ids)
@@ -131,8 +130,7 @@ class Ranking(ModelHolder):
         items : array-like of int, optional
             Rank these items only. Excludes `filter_items`.
         item_features : array-like of shape (n, n_features), optional
-            With `recalculate_item`, for a model with item features: those of the items. By default
-            those known from `fit`.
+            With `recalculate_item`: features of the items. Needed if `fit` got item features.
 
         Returns
         -------

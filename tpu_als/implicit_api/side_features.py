@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import linalg
+from scipy import linalg, sparse
 
 from tpu_als import engine_options
 from tpu_als.engine.cpu import exact
@@ -115,7 +115,7 @@ class SideFeatures(ModelHolder):
         N : int, default=10
             Number of contributions in each list.
         user_features : array-like of shape (1, n_features), optional
-            The user's features; by default those of `fit`.
+            Features of the user. Needed if `fit` got user features.
 
         Returns
         -------
@@ -132,7 +132,7 @@ class SideFeatures(ModelHolder):
         user = arguments.one_id(userid, None, "userid")
         item = arguments.one_id(itemid, n_items, "itemid")
         row = matrices.explained_row(user_items, user, n_items)
-        prior = prior_for(fitted, "user", user_features, 1, np.array([user]))
+        prior = prior_for(fitted, "user", user_features, 1)
         objective = objective_for(self, prior)
         lam = ridge(objective, float(row.nnz), float(n_items))
         liked, gram = table.rows(row.indices), table.gramian().astype(np.float64)
@@ -217,6 +217,22 @@ class SideFeatures(ModelHolder):
     def item_feature_weights_(self) -> np.ndarray:
         """Weights of item features, ndarray of shape (n_features, factors), if `fit` got any."""
         return self._fitted_features("item", "item_feature_weights_").weights
+
+    @property
+    def user_features_(self) -> sparse.csr_matrix:
+        """Features of the users of the model, csr_matrix (n_users, n_features), if `fit` got any.
+
+        `partial_fit_users` adds those of new users.
+        """
+        return self._fitted_features("user", "user_features_").rows.copy()
+
+    @property
+    def item_features_(self) -> sparse.csr_matrix:
+        """Features of the items of the model, csr_matrix (n_items, n_features), if `fit` got any.
+
+        `partial_fit_items` adds those of new items.
+        """
+        return self._fitted_features("item", "item_features_").rows.copy()
 
     @property
     def user_feature_names_in_(self) -> np.ndarray:

@@ -20,6 +20,8 @@ CASES: list[dict[str, Any]] = [
     {"shards": True, "table_layout": "sharded"},
     {"shards": False, "table_layout": "replicated", "dtype": "bfloat16", "over_relaxation": 1.3},
     {"shards": False, "table_layout": "sharded", "early_stopping": True, "alpha": 40.0},
+    {"shards": False, "table_layout": "sharded", "features": True},
+    {"shards": False, "table_layout": "replicated", "features": True, "objective": "ials"},
 ]
 # processes, and devices of each
 TEAMS = [(1, 8), (2, 2), (4, 1)]
@@ -69,6 +71,9 @@ def test_several_processes_give_the_results_of_one(
             np.testing.assert_allclose(
                 found[name], expected[name], rtol=0, atol=bound * largest, err_msg=name
             )
+        if "features" in case:
+            np.testing.assert_allclose(found["embedded"], expected["embedded"], rtol=0, atol=bound)
+            np.testing.assert_allclose(found["items"][[2, 41]], found["embedded"][[2, 41]])
         np.testing.assert_allclose(found["loss"], expected["loss"], rtol=bound)
         assert found["quality"] == pytest.approx(expected["quality"], abs=0.02)
         np.testing.assert_array_equal(found["near"][:, 0], [3, 4])

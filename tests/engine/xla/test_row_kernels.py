@@ -12,6 +12,7 @@ from scipy import sparse
 
 from tpu_als.engine import als, layout
 from tpu_als.engine.data import AlsParams
+from tpu_als.engine.features import Features
 from tpu_als.engine.objective import Objective, typed
 from tpu_als.engine.xla import backend, placing, row_kernels, solve
 from tpu_als.engine.xla.data import XlaData
@@ -87,7 +88,11 @@ def test_cg_takes_the_same_steps(n_factors: int, length: int) -> None:
 
 
 def _fit(
-    matrix: sparse.csr_matrix, params: AlsParams, mesh: DeviceMesh, objective: Objective
+    matrix: sparse.csr_matrix,
+    params: AlsParams,
+    mesh: DeviceMesh,
+    objective: Objective,
+    with_features: bool = False,
 ) -> tuple[XlaData, list[np.ndarray]]:
     """Tables after two iterations, and the loss."""
     planned = placing.make_plan
@@ -98,6 +103,10 @@ def _fit(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(placing, "make_plan", small)
         data = backend.place(matrix, params, mesh)
+    if with_features:
+        given = sparse.random_array((matrix.shape[1], 4), density=0.5, rng=np.random.default_rng(1))
+        features = Features(sparse.csr_matrix(given, dtype=np.float32), 1.0, 2.0)
+        data = als.with_features(data, item_features=features)
     state = als.draw(data, 0, 0.1, normal=True)
     for _ in range(2):
         state, failed = als.epoch(state, data, objective, 1.0)
@@ -114,6 +123,7 @@ def _fit(
         (1, "float32", "zero weights"),
         (1, "bfloat16", "implicit"),
         (2, "float32", "ials"),
+        (2, "float32", "features"),
     ],
 )
 def test_fits_equal_those_without_kernels(
@@ -128,9 +138,9 @@ def test_fits_equal_those_without_kernels(
     objective = Objective.of("ials" if kind == "ials" else "implicit", 3.0, 2.0)
     if kind == "zero weights":
         objective, matrix = Objective.of("implicit", 3.0, 1.0), matrix.sign()
-    without, expected = _fit(matrix, params, mesh, objective)
+    without, expected = _fit(matrix, params, mesh, objective, kind == "features")
     monkeypatch.setattr(row_kernels, "kernels_for", lambda params, mesh: KERNELS)
-    data, found = _fit(matrix, params, mesh, objective)
+    data, found = _fit(matrix, params, mesh, objective, kind == "features")
     assert without.kernels is None
     assert data.kernels is KERNELS
     assert len(data.users.rows.rungs) == 2

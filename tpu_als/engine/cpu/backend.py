@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from tpu_als.engine import cells, layout
-from tpu_als.engine.als import AlsState
+from tpu_als.engine.als import AlsState, Step
 from tpu_als.engine.cells import Entries, InMemory
 from tpu_als.engine.cpu import compiled, exact, half_epoch, ranking
 from tpu_als.engine.cpu.half_epoch import Rows, Settings
@@ -199,18 +199,14 @@ class CpuBackend:
         target_table: np.ndarray,
         source_table: np.ndarray,
         data: CpuData,
-        objective: Objective,
-        relaxation: float,
-        *,
-        target: str,
-        prior: np.ndarray | None = None,
+        step: Step,
     ) -> np.ndarray:
         """See `als.half_epoch`."""
-        params, side, dtype = data.params, getattr(data, target), data.params.compute_dtype
-        numbers = objective, data.magnitudes, dtype
+        params, side, dtype = data.params, getattr(data, step.target), data.params.compute_dtype
+        numbers = step.objective, data.magnitudes, dtype
         settings = Settings(
-            typed(objective, dtype),
-            relaxation,
+            typed(step.objective, dtype),
+            step.relaxation,
             0 if weights_vanish(*numbers) else params.cg_steps,
             largest_weight(*numbers),
         )
@@ -219,7 +215,7 @@ class CpuBackend:
             settings = settings._replace(steps=steps, tolerance=tolerance)
         if params.linear_solver == "cholesky" and settings.steps:
             settings = settings._replace(is_direct=True)
-        rows = side.entries._replace(priors=prior)
+        rows = side.entries._replace(priors=step.prior)
         with single_blas_thread():
             solved = half_epoch.solve_side(
                 target_table, source_table, rows, settings, data.memory, self.n_threads
@@ -230,12 +226,9 @@ class CpuBackend:
             exact.solve_failed(solved, target_table, source, rows, settings)
         return solved
 
-    def place_features(
-        self, features: Features, side: CpuSide, data: CpuData
-    ) -> list[sparse.csr_matrix]:
-        """Blocks of rows of the features, in the dtype of sums."""
-        matrix = features.matrix.astype(data.params.compute_dtype)
-        return [matrix[low : low + _BLOCK] for low in range(0, side.n_rows, _BLOCK)]
+    def place_features(self, features: Features, side: CpuSide, data: CpuData) -> sparse.csr_matrix:
+        """The features in the dtype of sums."""
+        return features.matrix.astype(data.params.compute_dtype, copy=False)
 
     def feature_sums(
         self, table: np.ndarray, side: CpuSide, data: CpuData, objective: Objective
@@ -245,16 +238,17 @@ class CpuBackend:
         n_source = (data.items if side is data.users else data.users).n_rows
         ridges, dtype = row_ridges(objective, side.lengths, n_source), data.params.compute_dtype
         total = np.zeros((side.features.matrix.shape[1], table.shape[1]))
-        for number, block in enumerate(side.features.placed):
-            at = slice(number * _BLOCK, (number + 1) * _BLOCK)
-            total += block.T @ (table[at].astype(dtype) * ridges[at, None].astype(dtype))
+        for low in range(0, side.n_rows, _BLOCK):
+            at = slice(low, low + _BLOCK)
+            weighted = table[at].astype(dtype) * ridges[at, None].astype(dtype)
+            total += side.features.placed[at].T @ weighted
         return total
 
     def prior(self, weights: np.ndarray, side: CpuSide, data: CpuData) -> np.ndarray:
         """F W (M, K)."""
         assert side.features is not None
-        weights = weights.astype(data.params.compute_dtype)
-        return np.concatenate([block @ weights for block in side.features.placed])
+        prior: np.ndarray = side.features.placed @ weights.astype(data.params.compute_dtype)
+        return prior
 
     def filled(
         self, table: np.ndarray, prior: np.ndarray, side: CpuSide, data: CpuData

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 
 from tpu_als.engine import layout
-from tpu_als.engine.als import AlsState
+from tpu_als.engine.als import AlsState, Step
 from tpu_als.engine.cells import Entries
 from tpu_als.engine.data import AlsParams, KnownTable, LossParts
 from tpu_als.engine.features import Features
@@ -88,16 +88,10 @@ class XlaBackend:
         target_table: Shards,
         source_table: Shards,
         data: XlaData,
-        objective: Objective,
-        relaxation: float,
-        *,
-        target: str,
-        prior: Shards | None = None,
+        step: Step,
     ) -> Shards:
         """See `als.half_epoch`."""
-        return half_epoch.half_epoch(
-            target_table, source_table, data, objective, relaxation, target=target, prior=prior
-        )
+        return half_epoch.half_epoch(target_table, source_table, data, step)
 
     def place_features(self, given: Features, side: XlaSide, data: XlaData) -> FeatureCells:
         """Place the features (M, P) of a side's rows where the rows are."""

@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array, lax
 
 from tpu_als.engine import cells, layout
-from tpu_als.engine.als import AlsState
+from tpu_als.engine.als import AlsState, Step
 from tpu_als.engine.data import DTYPES, LossParts
 from tpu_als.engine.objective import Objective, largest_weight, typed, weights_vanish
 from tpu_als.engine.xla import solve, sweep, sweep_loss
@@ -90,21 +90,17 @@ def half_epoch(
     target_table: Shards,
     source_table: Shards,
     data: XlaData,
-    objective: Objective,
-    relaxation: float,
-    *,
-    target: str,
-    prior: Shards | None = None,
+    step: Step,
 ) -> Shards:
     """See `als.half_epoch`."""
     params, mesh = data.params, data.mesh
-    side, source = (data.users, data.items)[:: 1 if target == "users" else -1]
+    side, source = (data.users, data.items)[:: 1 if step.target == "users" else -1]
     # On an accelerator the host's BLAS is not used.
     scope = single_blas_thread() if mesh.platform == "cpu" else contextlib.nullcontext()
     with precision(params.dtype), scope:
-        tables = Tables(source_table, target_table, side.cells.lengths, prior)
+        tables = Tables(source_table, target_table, side.cells.lengths, step.prior)
         prepared = prepare_program(data)(tables, np.int32(source.n_rows))
-        solve_passes = passes(side, data, prepared, objective, relaxation)
+        solve_passes = passes(side, data, prepared, step.objective, step.relaxation)
         solved = mesh.run(solve_passes, prepared.start, prepared.source_table, params.dtype)
     _give_back_copies(data)
     return solved

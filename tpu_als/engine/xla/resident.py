@@ -15,6 +15,7 @@ from jax import Array
 from scipy import sparse
 
 from tpu_als.engine import layout
+from tpu_als.engine.als import Step
 from tpu_als.engine.data import DTYPES, AlsParams
 from tpu_als.engine.layout import RowMap
 from tpu_als.engine.objective import Objective
@@ -110,9 +111,8 @@ class Table:
             slots = layout.to_slots(wide, data.users.rows, self.mesh.local_shards)
             with precision(params.dtype):
                 priors = self.mesh.put(slots)
-        solved = half_epoch.half_epoch(
-            zero, self.shards, data, objective, 1.0, target="users", prior=priors
-        )
+        step = Step(objective, "users", prior=priors)
+        solved = half_epoch.half_epoch(zero, self.shards, data, step)
         return Table(solved, data.users.rows, params, self.mesh).fetch()
 
 
