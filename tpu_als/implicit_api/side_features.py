@@ -39,8 +39,8 @@ class Explanation(NamedTuple):
     item_features : list of (name, float)
         Contributions of the item's features, largest first; empty without item features.
     item_entries : float
-        What the item's own entries add. It is 0 for an item without any, whose factors are what its
-        features say.
+        What the item's own entries add: 0, up to rounding, for an item without any, whose factors
+        are what its features say.
     """
 
     score: float
