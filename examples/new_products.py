@@ -76,7 +76,7 @@ def show(table: pd.DataFrame, n_new: int) -> None:
         found = (f"{m} {row[m]:.4f} ({row[f'{m} low']:.4f} to {row[f'{m} high']:.4f})"
                  for m in ("recall@20", "ndcg@20"))  # fmt: skip
         print(f"{name:>24}: {', '.join(found)}")
-    print(f"{'any order':>24}: recall@20 {20 / n_new:.4f}")
+    print(f"{'random order':>24}: recall@20 {20 / n_new:.4f}")
 
 
 def main() -> None:
@@ -111,11 +111,12 @@ def main() -> None:
         for item, score in zip(ids, scores, strict=True):
             print(f"  {score:.3f}  {names[item]}")
         reason = model.explain_features(household, weighted, int(ids[0]), N=3)
-        print(f"  why the first one, {reason.score:.3f} in all:")
+        print(f"  score {reason.score:.3f} of the first product, by its features:")
         for feature, part in reason.item_features:
             print(f"  {part:8.3f}  {feature}")
+        print("  the same score, by what the household bought:")
         for item, part in reason.items[:2]:
-            print(f"  {part:8.3f}  of it from having bought {names[item]}")
+            print(f"  {part:8.3f}  {names[item]}")
 
     later = counts - train
     later.eliminate_zeros()

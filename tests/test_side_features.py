@@ -24,7 +24,9 @@ from sklearn.pipeline import make_pipeline
 from tpu_als import FeatureTable, RecommenderPipeline, ServedModel, TPUAlternatingLeastSquares
 from tpu_als.evaluation import make_ranking_scorer
 from tpu_als.exceptions import ModelFileError
+from tpu_als.implicit_api import new_rows
 from tpu_als.storage import model_file
+from tpu_als.validation import features
 from tpu_als.weighting import LogWeighting
 
 OBJECTIVE = oracle.Objective("ials", 0.05, 1.5, 0.4)
@@ -269,9 +271,11 @@ def test_copies_keep_the_features(model: Any) -> None:
 
 def test_assigned_tables_have_no_features(model: Any) -> None:
     twin = copy.deepcopy(model)
-    twin.item_factors = twin.item_factors
+    twin.item_factors = twin.item_factors  # as after a write into the array
+    assert hasattr(twin, "item_feature_weights_")
+    twin.item_factors = twin.item_factors.copy()
     assert not hasattr(twin, "item_feature_weights_") and hasattr(twin, "user_feature_weights_")
-    with pytest.raises(ValueError, match="the model was fitted without item_features"):
+    with pytest.raises(ValueError, match="the model has no item_features"):
         twin.embed_items(ITEMS)
 
 
@@ -323,8 +327,85 @@ def test_warm_start_continues() -> None:
     model = _fitted(warm_start=True, iterations=1)
     for _ in range(2):
         model.fit(MATRIX, **BOTH)
-    # The first half-epoch of a warm start sees the rows of items without entries too.
-    np.testing.assert_allclose(model.item_factors, _fitted().item_factors, rtol=0.2, atol=0.05)
+    np.testing.assert_allclose(model.item_factors, _fitted().item_factors, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("devices", DEVICES[:2], ids=str)
+def test_dependent_features_without_a_ridge(dtype: type, devices: dict[str, Any]) -> None:
+    """Columns that add up to each other change the weights, and not what they predict."""
+    kinds, colours = np.eye(4)[np.arange(20) % 4], np.eye(3)[np.arange(20) // 3 % 3]
+    basis = np.hstack([kinds, colours[:, 1:]])
+    settings = {**SETTINGS, **devices, "dtype": dtype, "feature_regularization": 0.0}
+    found, expected = (
+        TPUAlternatingLeastSquares(**settings).fit(MATRIX, item_features=table).item_factors
+        for table in (np.hstack([kinds, colours, np.ones((20, 1))]), basis)
+    )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_values_beyond_the_dtype_are_refused() -> None:
+    model = _fitted(dtype=np.float32, linear_solver="cg")
+    before, huge = model.item_factors.copy(), np.full((1, 6), 1e39)
+    for call in (
+        lambda: model.partial_fit_items([20], sparse.csr_matrix((1, 30)), item_features=huge),
+        lambda: model.embed_items(huge),
+        lambda: model.fit(MATRIX, item_features=np.full((20, 2), 1e39)),
+    ):
+        with pytest.raises(ValueError, match="which float32 cannot represent: scale them"):
+            call()
+    with pytest.raises(ValueError, match="row 0 of item_features is too large"):
+        features.finite_products(np.array([[np.inf]]), "item_features")
+    np.testing.assert_array_equal(model.item_factors, before)
+
+
+def test_a_row_is_solved_again_if_its_features_change_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, transposed = _fitted(), MATRIX.T.tocsr()
+    solve, calls = new_rows.folded_in, []
+
+    def slow(*args: Any) -> np.ndarray:
+        solved = solve(*args)
+        calls.append(1)
+        if len(calls) == 1:  # another writer, before the first result is stored
+            model.partial_fit_items([0], transposed[[0]], item_features=ITEMS[[5]])
+        return solved
+
+    monkeypatch.setattr(new_rows, "folded_in", slow)
+    model.partial_fit_items([0], transposed[[0]])
+    monkeypatch.undo()
+    expected = model.recalculate_item(0, transposed[[0]], item_features=ITEMS[[5]])
+    np.testing.assert_array_equal(model.item_factors[0], expected)
+
+
+def test_names_are_text_and_copied() -> None:
+    for names, message in (
+        (range(6), "names must be text, got 0"),
+        (["a"] * 6, "names must not repeat, got 'a'"),
+        (["a"], "one name for each of the 6 features"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FeatureTable(ITEMS, names=names)
+    names = NAMES.astype(object)
+    table = FeatureTable(ITEMS, names=names)
+    names[0] = "other"
+    assert table.names is not None and table.names[0] == "kind 0"
+
+
+def test_a_pipeline_does_not_drop_features(model: Any) -> None:
+    pipeline = RecommenderPipeline([("als", model)])
+    with pytest.raises(ValueError, match="score passes user_features on with scikit-learn's"):
+        pipeline.score(MATRIX, user_features=USERS)
+
+
+def test_deprecated_methods_take_features(model: Any) -> None:
+    for call in (
+        lambda **given: model.recommend_all(MATRIX, recalculate_user=True, **given),
+        lambda **given: model.rank_items(np.arange(30), MATRIX, [1, 2], True, **given)[0],
+    ):
+        with pytest.warns(DeprecationWarning):
+            assert len(call(user_features=USERS)) == 30
 
 
 def test_a_search_cuts_user_features_and_not_item_features() -> None:
@@ -398,13 +479,21 @@ def test_calls_without_the_features_that_they_need_are_refused(model: Any) -> No
     with pytest.raises(ValueError, match="must have the 6 columns of the features in fit"):
         model.embed_items(USERS)
     plain = TPUAlternatingLeastSquares(**SETTINGS).fit(MATRIX)
-    with pytest.raises(ValueError, match="the model was fitted without"):
+    with pytest.raises(ValueError, match="user_features was given, but the model has none"):
         plain.transform(MATRIX, user_features=USERS)
     with pytest.raises(ValueError, match="regularization must be above 0 with user_features"):
         TPUAlternatingLeastSquares(**{**SETTINGS, "regularization": 0}).fit(MATRIX, **BOTH)
     for name, value in (("feature_regularization", -1.0), ("feature_weight", 0.0)):
         with pytest.raises(ValueError, match=f"{name} must be a finite number"):
             TPUAlternatingLeastSquares(**{**SETTINGS, name: value}).fit(MATRIX, **BOTH)
+
+
+def test_series_and_missing_values_of_pandas_are_refused() -> None:
+    with pytest.raises(ValueError, match="must be a table of shape"):
+        FeatureTable(pd.Series([1.0, 2.0]))
+    frame = pd.DataFrame({"is": pd.array([True, None], "boolean")})
+    with pytest.raises(ValueError, match="row 1, column 0 is nan: fill in missing values"):
+        FeatureTable(frame)
 
 
 @pytest.mark.parametrize("kind", ["frame", "dense", "coo", "bool", "polars", "sparse frame"])

@@ -92,10 +92,11 @@ class TPUAlternatingLeastSquares(
     cg_steps : int, default=3
         Steps of "cg".
     feature_regularization : float, default=1.0
-        Ridge of the weights of features, for a fit with `user_features` or `item_features`.
+        Ridge of the weights of features, at least 0, for a fit with `user_features` or
+        `item_features`. Larger values shrink the effect of features, of rare ones first.
     feature_weight : float, default=1.0
-        On a side with features, `regularization` is multiplied by it. The ridge draws rows to what
-        their features say, so that a larger weight relies more on features.
+        Above 0. On a side with features, `regularization` is multiplied by it. The ridge draws rows
+        to what their features predict, so that a larger weight relies more on features.
     devices : None, int, list of jax.Device or jax.sharding.Mesh, default=None
         None uses all devices of JAX's default backend if JAX may have an accelerator or other
         processes (see Notes); otherwise it uses the CPU without JAX. 1 chooses in the same way and

@@ -14,7 +14,7 @@ from scipy import sparse
 from tpu_als import engine_options
 from tpu_als.engine import als, digests
 from tpu_als.engine.als import AlsState
-from tpu_als.engine.data import AlsParams
+from tpu_als.engine.data import AlsParams, Side
 from tpu_als.engine.features import Features
 from tpu_als.evaluation import holdout
 from tpu_als.exceptions import ModelFitError
@@ -105,6 +105,10 @@ def prepare(
         draws = isinstance(estimator.random_state, (np.random.RandomState, np.random.Generator))
         # Draw after a resume too, so that a generator ends in the same state in both cases.
         if not is_resumed or draws:
+            given = [
+                _without_empty(t, side)
+                for t, side in zip(given, (data.users, data.items), strict=True)
+            ]
             start = initial.state(data, given, estimator, on_devices)
             training.state = training.state if is_resumed else start
     return training
@@ -196,8 +200,8 @@ def feature_tables(
     """Check the features that `fit` got for a matrix of this shape."""
     if estimator.regularization == 0 and not (user_features is None and item_features is None):
         raise ValueError(
-            "regularization must be above 0 with user_features or item_features, got 0: the ridge "
-            "draws factors to what the features say, so that they would have no effect"
+            "regularization must be above 0 with user_features or item_features, got 0: without it "
+            "features have no effect. Set for example regularization=0.01"
         )
     given = ((user_features, "user_features", "users"), (item_features, "item_features", "items"))
     users, items = (
@@ -207,6 +211,17 @@ def feature_tables(
     return users, items
 
 
+def _without_empty(table: np.ndarray | None, side: Side) -> np.ndarray | None:
+    """A table to start from, with zeros for rows without entries, as they are during a fit.
+
+    The last fit has set such rows to what their features predict.
+    """
+    if table is None or side.features is None:
+        return table
+    is_empty = side.lengths[: len(table)] == 0
+    return np.where(is_empty[:, None], table.dtype.type(0), table) if is_empty.any() else table
+
+
 def _engine_features(
     estimator: TPUAlternatingLeastSquares, given: FeatureTable | None, params: AlsParams
 ) -> Features | None:
@@ -214,7 +229,8 @@ def _engine_features(
     if given is None:
         return None
     gamma, weight = float(estimator.feature_regularization), float(estimator.feature_weight)
-    return Features(given.matrix.astype(params.compute_dtype), gamma, weight)
+    matrix = checked_features.in_dtype(given.matrix, params.compute_dtype, "features")
+    return Features(matrix, gamma, weight)
 
 
 def _identity_of(

@@ -201,7 +201,14 @@ class RecommenderPipeline(Pipeline):
         -------
         float
         """
-        if sample_weight is not None or not sklearn.get_config()["enable_metadata_routing"]:
+        is_routed = sklearn.get_config()["enable_metadata_routing"]
+        if params and not is_routed:
+            raise ValueError(
+                f"score passes {', '.join(params)} on with scikit-learn's metadata routing only: "
+                "call sklearn.set_config(enable_metadata_routing=True), and the model's "
+                "set_score_request"
+            )
+        if sample_weight is not None or not is_routed:
             return super().score(X, y, sample_weight, **params)
         # scikit-learn's method passes a sample_weight of None on, which routing refuses for models
         # that take none.

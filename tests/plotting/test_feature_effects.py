@@ -126,7 +126,7 @@ def test_refusals(model: Any) -> None:
     with pytest.raises(NotFittedError):
         draw(TPUAlternatingLeastSquares())
     plain = TPUAlternatingLeastSquares(**SETTINGS).fit(MATRIX)
-    with pytest.raises(ValueError, match="fitted without item_features"):
+    with pytest.raises(ValueError, match="the model has no item_features"):
         draw(plain)
     with pytest.raises(ValueError, match="side must be 'item' or 'user', got 'items'"):
         draw(model, side="items")

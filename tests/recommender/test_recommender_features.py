@@ -389,7 +389,7 @@ def test_save_and_load(rec, tmp_path):
     pd.testing.assert_frame_equal(again.recommend(everybody), rec.recommend(everybody))
     pd.testing.assert_frame_equal(again.explain("c03", "new"), rec.explain("c03", "new"))
     assert again.item_features is None
-    with pytest.warns(DataWarning, match="parameter item_features is None, as after load"):
+    with pytest.warns(DataWarning, match="last fit used item_features, but this parameter is None"):
         again.set_params(user_features=USERS).fit(EVENTS)
     assert again._state.encoders.keys() == {"user"}
     with warnings.catch_warnings():

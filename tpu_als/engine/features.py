@@ -24,6 +24,9 @@ _MOST_DIRECT = 4096  # features up to which the regression is solved by a factor
 _DENSE = 0.05  # share of nonzero features from which products of dense blocks are faster
 _BLOCK = 1 << 12  # rows of a dense block
 _TOLERANCE, _MOST_STEPS = 1e-9, 1000  # of conjugate gradients
+# Least ridge of a feature, relative to its sum of squares. Where features depend on each other, the
+# rounding errors of the sums are divided by it, and would make huge weights that cancel.
+_LEAST_RIDGE = {"float32": 1e-8, "float64": 1e-12}
 
 
 @dataclass(frozen=True)
@@ -90,41 +93,37 @@ class Regression:
     ridges : float64 array (M,)
         The diagonal of L.
     regularization : float
-        gamma. If the system is singular, rounding errors of its diagonal are added.
+        gamma. A small multiple of the system's diagonal is added to it, which decides between
+        weights with the same products if features depend on each other.
     """
 
     def __init__(
         self, matrix: sparse.csr_matrix, ridges: np.ndarray, regularization: float
     ) -> None:
-        self._matrix, self._ridges, self._gamma = matrix, ridges, float(regularization)
+        self._matrix, self._ridges = matrix, ridges
+        squares = matrix.astype(np.float64).power(2).T @ ridges
+        least = _LEAST_RIDGE[matrix.dtype.name] * squares
+        # A feature that no row has gets the weight 0.
+        self._gamma = np.where(squares + regularization > 0, regularization + least, 1.0)
+        self._scale = np.sqrt(squares + self._gamma)
         self._factor = self._factorised() if matrix.shape[1] <= _MOST_DIRECT else None
 
     def weights(self, sums: np.ndarray) -> np.ndarray:
         """W (P, K) in float64 for the sums F^T L Z (P, K). Not finite if the sums are not."""
         if not np.isfinite(sums).all():
             return np.full(sums.shape, np.nan)
-        if self._factor is not None:
-            with single_blas_thread():
-                return linalg.cho_solve(self._factor, sums, check_finite=False)
-        return self._by_cg(sums)
+        if self._factor is None:
+            return self._by_cg(sums)
+        scale = self._scale[:, None]
+        with single_blas_thread():
+            return linalg.cho_solve(self._factor, sums / scale, check_finite=False) / scale
 
     def _factorised(self) -> tuple[np.ndarray, bool]:
-        n_rows, n_features = self._matrix.shape
-        system = self._gramian()
-        system.flat[:: n_features + 1] += self._gamma
-        diagonal = np.diagonal(system)
-        jitter = n_features * np.finfo(np.float64).eps * (diagonal.max(initial=0) or 1.0)
-        for _ in range(8):
-            try:
-                with single_blas_thread():
-                    return linalg.cho_factor(system, check_finite=False)
-            except linalg.LinAlgError:
-                system.flat[:: n_features + 1] += jitter
-                jitter *= 10
-        raise ValueError(
-            f"the regression of the factors on {n_features} features of {n_rows} rows cannot be "
-            "solved: set feature_regularization above 0, or scale the features to similar sizes"
-        )
+        """Cholesky factor of the system, scaled to a diagonal of ones."""
+        system = self._gramian() / self._scale / self._scale[:, None]
+        system.flat[:: len(system) + 1] += self._gamma / self._scale**2
+        with single_blas_thread():
+            return linalg.cho_factor(system, check_finite=False)
 
     def _gramian(self) -> np.ndarray:
         """F^T L F (P, P)."""
@@ -143,8 +142,7 @@ class Regression:
         """Conjugate gradients, preconditioned by the diagonal; all columns take the same steps."""
         F, ridges = self._matrix.astype(np.float64), self._ridges[:, None]
         transposed = F.T.tocsr()
-        diagonal = np.asarray(transposed.multiply(transposed) @ ridges) + self._gamma
-        diagonal[diagonal == 0] = 1.0
+        diagonal, gamma = self._scale[:, None] ** 2, self._gamma[:, None]
         found, r = np.zeros_like(sums), sums.copy()
         p = r / diagonal
         size = np.sum(r * p, axis=0)
@@ -152,7 +150,7 @@ class Regression:
         for _ in range(_MOST_STEPS):
             if (size <= goal).all():
                 return found
-            image = transposed @ (ridges * (F @ p)) + self._gamma * p
+            image = transposed @ (ridges * (F @ p)) + gamma * p
             bend = np.sum(p * image, axis=0)
             step = np.divide(size, bend, out=np.zeros_like(size), where=bend > 0)
             found += step * p

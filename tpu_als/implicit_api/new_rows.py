@@ -92,8 +92,8 @@ class NewRows(ModelHolder):
         Parameters
         ----------
         userids : array-like of int
-            Users to update. Ids past the end are added; rows in between are zero. If an id repeats,
-            its last row is stored.
+            Users to update. Ids past the end are added; rows in between, and their features, are
+            zero. If an id repeats, its last row is stored.
         user_items : csr_matrix or csr_array of shape (n, n_items)
             One row for each user. Entries of items that the model does not have yet are accepted.
             They count as items with zero factors, and their number is logged.
@@ -121,8 +121,8 @@ class NewRows(ModelHolder):
         Parameters
         ----------
         itemids : array-like of int
-            Items to update. Ids past the end are added; rows in between are zero. If an id repeats,
-            its last row is stored.
+            Items to update. Ids past the end are added; rows in between, and their features, are
+            zero. If an id repeats, its last row is stored.
         item_users : csr_matrix or csr_array of shape (n, n_users)
             One row for each item. Entries of users that the model does not have yet are accepted.
             They count as users with zero factors, and their number is logged.
@@ -134,7 +134,7 @@ class NewRows(ModelHolder):
         ------
         ValueError
             If the numbers of rows and items differ; if the model was fitted with item features,
-            and does not know those of a item.
+            and does not know those of an item.
         IndexError
             For negative ids, and for ids that would grow the table beyond twice its size and
             1,000,000 rows. Assign `item_factors` to grow it further.
@@ -269,7 +269,10 @@ class NewRows(ModelHolder):
             new = None if prior is None or features is None else prior.features
             with fitted.lock:
                 # If a fit or an assignment came in between, the rows belong to the previous model.
-                stored = self._fitted.origin is fitted.origin
+                now = self._fitted
+                stored = now.origin is fitted.origin and (
+                    prior is None or now.features(side) is fitted.features(side)
+                )
                 if stored:
                     self._fitted = self._fitted.with_rows(side, ids, solved, new)
 

@@ -59,17 +59,19 @@ def prior_for(
     if known is None:
         if given is not None:
             raise ValueError(
-                f"{name} was given, but the model was fitted without: pass {name} to fit too, or "
-                "leave it out"
+                f"{name} was given, but the model has none: pass {name} to fit too, or leave it "
+                f"out. Assigning another array to {side}_factors removes those of fit"
             )
         return None
     if given is not None:
         rows = features.rows_for(given, n_rows, known.names, len(known.weights), name)
-        return Prior(known.prior(rows), rows)
+        rows = features.in_dtype(rows, known.weights.dtype, name)
+        return Prior(features.finite_products(known.prior(rows), name), rows)
     if ids is None:
         raise ValueError(
             f"the model was fitted with {name}: pass {name} with a row for each of the {n_rows} "
-            f"rows, such as model.{name}_[ids] for rows of fit; zeros stand for unknown features"
+            f"rows, such as model.{name}_[ids] for rows of fit; zeros stand for unknown features. "
+            "In a search, scikit-learn's metadata routing passes them on"
         )
     unknown = np.flatnonzero(ids >= known.rows.shape[0])
     if len(unknown):

@@ -216,6 +216,8 @@ class Ranking(ModelHolder):
         filter_already_liked_items: bool = True,
         filter_items: ArrayLike | None = None,
         users_items_offset: int = 0,
+        *,
+        user_features: Any = None,
     ) -> np.ndarray:
         """Recommend items for all rows of a matrix; deprecated, use `recommend` with many users.
 
@@ -239,6 +241,7 @@ class Ranking(ModelHolder):
             filter_already_liked_items=filter_already_liked_items,
             filter_items=filter_items,
             recalculate_user=recalculate_user,
+            user_features=user_features,
         )[0]
 
     def rank_items(
@@ -247,6 +250,8 @@ class Ranking(ModelHolder):
         user_items: SparseMatrix,
         selected_items: ArrayLike,
         recalculate_user: bool = False,
+        *,
+        user_features: Any = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Rank given items for a user; deprecated, use `recommend` with `items`."""
         warnings.warn(
@@ -260,6 +265,7 @@ class Ranking(ModelHolder):
             recalculate_user=recalculate_user,
             items=selected_items,
             filter_already_liked_items=False,
+            user_features=user_features,
         )
 
     def _how(self, cosine: bool = False) -> How:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class Explanation(NamedTuple):
     """A score of a user and an item, split in two ways.
 
-    The contributions of the user's items and of the user's features add up to `score`. So do the
-    contributions of the item's features and of its entries.
+    The contributions of all of the user's items and features add up to `score`. So do those of all
+    of the item's features, and `item_entries`. Each list has at most N contributions.
 
     Attributes
     ----------
@@ -123,8 +123,11 @@ class SideFeatures(ModelHolder):
 
         Raises
         ------
-        IndexError, ValueError
+        IndexError
             As `explain`.
+        ValueError
+            If an entry lies beyond the items; if `user_features` is missing, or was not given to
+            `fit`.
         """
         n, fitted = arguments.result_count(N), self._fitted.require(self, "item")
         table, n_items = fitted.item, fitted.item.shape[0]
@@ -164,7 +167,7 @@ class SideFeatures(ModelHolder):
         return Explanation(score, items, of_user[:n], of_item[:n], entries)
 
     def feature_effects(self, side: str = "item", N: int = 5) -> pd.DataFrame:
-        """List the items that are nearest to each feature, to see what the features mean.
+        """List the best items of each feature, to see what the features mean.
 
         Parameters
         ----------
@@ -177,8 +180,8 @@ class SideFeatures(ModelHolder):
         -------
         DataFrame
             Columns "feature" (name or number), "rank", "item" (id) and "score": for a feature of
-            items, the cosine of its weights and the item's factors; for a feature of users, how
-            much it adds to the score of the item.
+            items, the cosine of its weights and the item's factors; for a feature of users, what a
+            value of 1 adds to the score of the item.
 
         Raises
         ------
@@ -258,17 +261,20 @@ class SideFeatures(ModelHolder):
         return known
 
     def _known(self, side: str) -> FittedFeatures:
-        known = self._fitted.features(side)
+        known = self._fitted.require(self, side).features(side)
         if known is None:
             raise ValueError(
-                f"the model was fitted without {side}_features: pass {side}_features to fit"
+                f"the model has no {side}_features: pass {side}_features to fit. Assigning another "
+                f"array to {side}_factors removes them"
             )
         return known
 
     def _embedded(self, side: str, given: Any) -> np.ndarray:
         known = self._known(side)
         rows = features.rows_for(given, None, known.names, len(known.weights), f"{side}_features")
-        return known.prior(rows)
+        name = f"{side}_features"
+        rows = features.in_dtype(rows, known.weights.dtype, name)
+        return features.finite_products(known.prior(rows), name)
 
     def _of_item(self, item: int, factors: np.ndarray) -> tuple[list[tuple[Any, float]], float]:
         """Contributions of an item's features to a score, and their sum."""

@@ -206,9 +206,9 @@ class Answering:
             factors.
 
             With features, the frame has the columns kind, item, feature, value, weight,
-            contribution, and up to n rows of each kind. The contributions of the kinds "history"
-            (the user's items) and "user feature" add up to the score. So do those of "item feature"
-            and "item events", which is what the item's own events add to its features.
+            contribution, and up to n rows of each kind. If n cuts off nothing, the contributions of
+            the kinds "history" (the user's items) and "user feature" add up to the score. So do
+            those of "item feature" and "item events", which is what the item's own events add.
 
         Raises
         ------

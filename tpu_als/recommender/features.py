@@ -91,7 +91,7 @@ def at_fit(recommender: Any, side: str, column: str, ids: IdMap) -> Side:
     if n_known < total:
         message = f"{total - n_known} of {total} {side}s with events have no row in {name}"
         if not n_known:
-            warnings.warn(f"{message}, so features say nothing", DataWarning, stacklevel=5)
+            warnings.warn(f"{message}, so features have no effect", DataWarning, stacklevel=5)
         log.info("%s: their features are 0", message)
     spread = _spread(Rows(at, table.matrix), len(grown))
     return Side(IdMap(grown.index, kind=grown.kind), encoder, FeatureTable(spread, table.names))
@@ -203,8 +203,8 @@ def warn_if_absent(recommender: Any, before: Mapping[str, Encoder]) -> None:
         name = f"{side}_features"
         if getattr(recommender, name) is None:
             warnings.warn(
-                f"the recommender has {name}, but its parameter {name} is None, as after load: "
-                f"the new fit does not use features. Call set_params({name}=frame) before fit",
+                f"the last fit used {name}, but this parameter is None now, as load does not "
+                f"restore it: this fit uses no features. Call set_params({name}=frame) before fit",
                 DataWarning,
                 stacklevel=4,
             )

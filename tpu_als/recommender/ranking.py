@@ -61,7 +61,7 @@ class Ranked(NamedTuple):
     ranks : int64 array (n,)
         Rank within the query, from 1.
     scores : float32 array (n,)
-        Product of factors; for popular items the share of all users who like the item.
+        Product of factors; for popular items the share of users with a history who like it.
     reasons : int8 array (n,)
         Why the item is there: a position in `REASONS`.
     """

@@ -62,11 +62,11 @@ class Recommender(Answering, BaseEstimator):
     item_features, user_features : DataFrame of pandas, polars or PyArrow, default=None
         One row for each item (user): a column of ids with the name in `item` (`user`), and columns
         of features. Rows may have ids without events. Text, categories and booleans are one-hot
-        encoded, and numbers are standardised. What is missing says nothing: a missing value, a new
-        category, and an id without a row have zeros, which is the mean for numbers.
+        encoded, and numbers are standardised. Missing values, categories that `fit` has not seen,
+        and ids without a row are 0, which has no effect; for numbers this is the mean.
     item_encoder, user_encoder : transformer, default=None
-        Encodes the frame in place of that: any transformer of scikit-learn's kind, such as a
-        ColumnTransformer. It gets the frame without the ids, as a pandas frame, and is cloned.
+        Replaces that encoding: any transformer of scikit-learn's kind, such as a ColumnTransformer.
+        It gets the frame without the ids, as a pandas frame, and is cloned.
 
     Attributes
     ----------
@@ -238,9 +238,9 @@ class Recommender(Answering, BaseEstimator):
             As in `fit`. They may be older than those of `fit`. None if there are only features.
         item_features, user_features : DataFrame, default=None
             Features of new items (users), with or without events; features of known ones are
-            replaced. `fit` must have had some: the encoder, and what the features mean, stay as
-            they are. The parameters of the recommender do not change: for the next `fit`, set them
-            to frames with all rows.
+            replaced. `fit` must have got features of this side. The encoder and the vectors of the
+            features do not change. Neither do the parameters of the recommender: for the next
+            `fit`, set them to frames with all rows.
 
         Returns
         -------

@@ -32,7 +32,7 @@ class FittedFeatures:
         return np.asarray(rows.astype(self.weights.dtype) @ self.weights)
 
     def with_rows(self, ids: np.ndarray, rows: sparse.csr_matrix) -> Self:
-        """Replace the features of some rows; ids past the end add rows, without any in the gaps.
+        """Replace the features of some rows; ids past the end add rows; rows in the gaps are zero.
 
         If an id repeats, its last row counts.
         """

@@ -120,6 +120,10 @@ class FactorTable:
                     self._unread = None
         return self._host
 
+    def has_array_of(self, other: FactorTable) -> bool:
+        """Whether the table is the same array as another, as after an assignment of itself."""
+        return self._host is not None and self._host is other._host
+
     def settle(self) -> None:
         """Fetch the table, unless it stays on the devices."""
         if self.resident is None:
@@ -202,8 +206,9 @@ class FactorTable:
     ) -> np.ndarray:
         """Solve equation (1) exactly for canonical rows (m, n) against this table: (m, factors).
 
-        Rows are drawn to those of `prior` (m, factors). Rows without entries are zero. Rows that
-        could not be solved have values that are not finite.
+        The ridge is centred on `prior` (m, factors), by default on zero. Rows without entries are
+        zero; `fold_in.solve` replaces them by the prior. Rows that could not be solved have values
+        that are not finite.
         """
         table = self.resident
         if table is not None and self.given.gramian is None:
@@ -336,7 +341,9 @@ class FittedModel:
 
     def with_table(self, side: str, table: FactorTable) -> Self:
         """Replace a table, and what depends on it: derived values, and weights of features."""
-        changes: dict[str, Any] = {side: table, f"{side}_features": None, "origin": object()}
+        changes: dict[str, Any] = {side: table, "origin": object()}
+        if not table.has_array_of(self.table(side)):
+            changes[f"{side}_features"] = None
         if side == "item":
             changes.update(self._columns(None if table.is_absent else table.shape[0]))
             changes["popularity"] = None

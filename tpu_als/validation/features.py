@@ -20,7 +20,7 @@ class FeatureTable:
     ----------
     values : sparse matrix, array-like or DataFrame of shape (n_rows, n_features)
         Finite numbers. Text and categories must be encoded, for example by scikit-learn's
-        `OneHotEncoder`.
+        `OneHotEncoder`. Rows are in the order of the matrix; the index of a DataFrame is ignored.
     names : array-like of str and shape (n_features,), optional
         Names of the features. By default the column names of a DataFrame.
 
@@ -33,19 +33,14 @@ class FeatureTable:
     Raises
     ------
     ValueError
-        For NaN, infinity, text, or another shape.
+        For NaN, infinity, text, or another shape; for names that repeat or are not text.
     """
 
     def __init__(self, values: Any, names: Any = None, *, _name: str = "features") -> None:
         if names is None:
             names = _column_names(values)
         self.matrix = _matrix(values, _name)
-        self.names = None if names is None else np.asarray(names, dtype=object)
-        if self.names is not None and self.names.shape != (self.matrix.shape[1],):
-            raise ValueError(
-                f"names must have one name for each of the {self.matrix.shape[1]} features, got "
-                f"shape {self.names.shape}"
-            )
+        self.names = None if names is None else _checked_names(names, self.matrix.shape[1])
 
     def __repr__(self) -> str:
         n_rows, n_features = self.matrix.shape
@@ -72,6 +67,11 @@ def table_for(given: Any, n_rows: int, name: str, rows: str) -> FeatureTable:
     table = given if isinstance(given, FeatureTable) else FeatureTable(given, _name=name)
     if table.matrix.shape[0] != n_rows:
         advice = ""
+        if rows == "users" and given is table:
+            advice = (
+                ". Cross-validation does not cut a FeatureTable: pass user_features as a matrix, "
+                "such as features.matrix"
+            )
         if rows == "items":
             advice = (
                 ". If a cross-validation cut it like the users' rows, pass "
@@ -126,6 +126,46 @@ def rows_for(
     return table.matrix
 
 
+def in_dtype(matrix: sparse.csr_matrix, dtype: Any, name: str) -> sparse.csr_matrix:
+    """Features in a model's dtype; ValueError for values beyond it."""
+    with np.errstate(over="ignore"):
+        converted = matrix.astype(dtype)
+    if not np.isfinite(converted.data).all():
+        most = np.abs(matrix.data).max()
+        raise ValueError(
+            f"{name} holds values up to {most:.2g}, which {np.dtype(dtype).name} cannot represent: "
+            "scale them, for example by sklearn.preprocessing.StandardScaler"
+        )
+    return converted
+
+
+def finite_products(rows: np.ndarray, name: str) -> np.ndarray:
+    """Factors that features predict; ValueError if they are not finite."""
+    if not np.isfinite(rows).all():
+        row = np.flatnonzero(~np.isfinite(rows).all(axis=1))[0]
+        raise ValueError(
+            f"row {row} of {name} is too large: its factors are not finite. Scale it as in fit"
+        )
+    return rows
+
+
+def _checked_names(names: Any, n_features: int) -> np.ndarray:
+    """Names of features, as a copy."""
+    found = np.array(names, dtype=object)
+    if found.shape != (n_features,):
+        raise ValueError(
+            f"names must have one name for each of the {n_features} features, got shape "
+            f"{found.shape}"
+        )
+    for name in found:
+        if not isinstance(name, str) or "\0" in name:
+            raise ValueError(f"names must be text, got {name!r}: pass str(name)")
+    unique, counts = np.unique(found.astype(str), return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(f"names must not repeat, got {str(unique[counts > 1][0])!r} several times")
+    return found
+
+
 def given_shape(table: FeatureTable) -> str:
     """A table's shape, for messages."""
     return f"shape {table.matrix.shape}"
@@ -162,16 +202,15 @@ def _matrix(values: Any, name: str) -> sparse.csr_matrix:
 
 def _dense(values: Any, name: str) -> sparse.csr_matrix:
     """A dense table as a sparse one; the error for text names its column."""
-    for column, dtype in zip(
-        getattr(values, "columns", ()), getattr(values, "dtypes", ()), strict=False
-    ):
+    is_frame = hasattr(values, "columns")
+    for column, dtype in zip(values.columns, values.dtypes, strict=True) if is_frame else ():
         is_number = getattr(dtype, "kind", None) in tuple("biuf") or _is_numeric(dtype)
         if not is_number:
             raise ValueError(
                 f"{name} must hold numbers, but column {column!r} has dtype {dtype}: encode text "
                 "and categories, for example by sklearn.preprocessing.OneHotEncoder"
             )
-    array = np.asarray(values)
+    array = _array_of_frame(values) if is_frame else np.asarray(values)
     if array.dtype == object:
         try:
             array = array.astype(np.float64)
@@ -186,6 +225,14 @@ def _dense(values: Any, name: str) -> sparse.csr_matrix:
             f"of shape {array.shape}"
         )
     return sparse.csr_matrix(structure.real_numbers(array, name))
+
+
+def _array_of_frame(frame: Any) -> np.ndarray:
+    """A frame of numbers as an array; missing values of pandas' own dtypes are NaN."""
+    try:
+        return np.asarray(frame.to_numpy(dtype=np.float64, na_value=np.nan))
+    except (AttributeError, TypeError):  # not pandas
+        return np.asarray(frame)
 
 
 def _is_numeric(dtype: Any) -> bool:

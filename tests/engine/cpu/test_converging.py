@@ -10,6 +10,7 @@ import pytest
 from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares
+from tpu_als.engine import als
 from tpu_als.engine.cpu import compiled, exact, half_epoch, rotated
 from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams
@@ -226,7 +227,7 @@ def test_a_half_epoch_solves_every_row(
     before = np.random.default_rng(2).normal(size=(N_ROWS, 16)).astype(dtype)
     backend = CpuBackend(2)
     data = backend.place(rows, AlsParams(16, dtype, "exact"))
-    after = backend.half_epoch(before, items, data, objective, relaxation, target="users")
+    after = als.half_epoch(before, items, data, objective, relaxation, target="users")
     expected = before + relaxation * (_solved(items, rows, objective) - before)
     used = np.diff(rows.indptr) > 0
     assert _errors(after[used], expected[used]).max() < 2 * BOUNDS[dtype]

@@ -110,7 +110,7 @@ def test_indefinite_systems_fail() -> None:
     objective = Objective(0.0, 1e-3, 0.5, 0.0, 1.0)  # offset 1, unobserved weight .5
     before, items = _tables(4, "float32")
     items[:100] *= 1e-3  # some rows are nearly all of the gramian
-    found = data.backend.half_epoch(before, items, data, objective, 1.0, target="users")
+    found = als.half_epoch(before, items, data, objective, target="users")
     failed = np.isnan(found).all(axis=1)
     assert 0 < data.backend.count_failed(found, data.users, data) == failed.sum()
 

@@ -26,7 +26,7 @@ from tpu_als.engine.xla.mesh import Collectives, DeviceMesh, Shards, precision
 from tpu_als.engine.xla.programs import REPLICATED, SHARDED
 
 _Sums = TypeVar("_Sums")  # arrays
-_CHUNK = 1 << 12  # stored features that a program adds one after the other
+_CHUNK = 1 << 12  # stored features of a partial sum
 
 
 class FeatureCells(NamedTuple):
@@ -35,7 +35,7 @@ class FeatureCells(NamedTuple):
     Attributes
     ----------
     slots : int32 array (E,)
-        Slot of the row of each. Pads have the number of slots, which no row has.
+        Slot of the row of each. Pads have the number of slots, which is out of range.
     ids : int32 array (E,)
         Which feature it is.
     values : array (E,)

@@ -111,8 +111,8 @@ def drawn_to(
 ) -> Array:
     """D^-1 lam_u p (R, K), the solutions of (3) for rows that are drawn to p and have no entries.
 
-    With z = q + e, equation (3) for rows that are drawn to p is equation (3) for e, with v - w t in
-    place of v, where t are the predictions of q = D^-1 lam_u p.
+    Substitute z = q + e in (3) for rows that are drawn to p, with q = D^-1 lam_u p. Then e solves
+    (3) with v - w t in place of v, where t are the predictions of q.
     """
     return prior * (ridges(objective, lengths, basis.n_source)[:, None] / d)
 
