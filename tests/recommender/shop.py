@@ -164,6 +164,10 @@ class Reference:
         """Score of each item that the user has not had."""
         row = self.item_factors @ self.user_factors[self.users.index(user)]
         seen = {item for owner, item in self.values if owner == user}
+        if "item" in self.features:  # items of which nothing is known are not recommended
+            owned = {item for _, item in self.values}
+            is_zero = ~self.encoded("item").any(axis=1)
+            seen |= {i for i, blank in zip(self.items, is_zero, strict=True) if blank} - owned
         return {item: row[at] for at, item in enumerate(self.items) if item not in seen}
 
 

@@ -24,6 +24,7 @@ from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardSc
 
 from tpu_als import DataWarning, ModelFileError, Recommender, tune
 from tpu_als.recommender import saving
+from tpu_als.weighting import BM25Weighting, LogWeighting, TfidfWeighting
 
 EVENTS = events()
 ITEMS = pd.DataFrame(
@@ -466,3 +467,81 @@ def test_tune(timestamp):
     assert "item_features=item_features, user_features=user_features" in found.code
     again = Recommender(**found.estimator.get_params(deep=False)).fit(EVENTS)
     pd.testing.assert_frame_equal(again.recommend(), found.estimator.recommend())
+
+
+@pytest.mark.parametrize("library", ["polars", "pyarrow", "duckdb"])
+def test_explanations_in_other_libraries(rec, library):
+    own = duckdb.connect()
+    own.register("events", EVENTS)
+    made = {
+        "polars": lambda: pl.from_pandas(EVENTS),
+        "pyarrow": lambda: pa.Table.from_pandas(EVENTS),
+        "duckdb": lambda: own.sql("from events"),
+    }
+    found = make().fit(made[library]()).explain("c03", "sku21")
+    columns = found.columns
+    names = found.column_names if library == "pyarrow" else list(columns)
+    assert names == COLUMNS
+
+
+@pytest.mark.parametrize("weighting", [LogWeighting(), TfidfWeighting(), BM25Weighting()], ids=str)
+def test_items_without_events_do_not_change_weights(weighting):
+    """Nor do they stop an update that has features only."""
+    plain = make(weighting=weighting, item_features=None, user_features=None).fit(EVENTS)
+    found = make(weighting=weighting).fit(EVENTS)
+    n_users, n_items = len(plain.users_), len(plain.items_)
+    expected = plain._state.rows(np.arange(n_users))
+    got = found._state.rows(np.arange(n_users))
+    np.testing.assert_array_equal(got.toarray()[:, :n_items], expected.toarray())
+    row = ITEMS[ITEMS["sku"] == "sku22"].assign(group="low")
+    found.update(item_features=row)
+    found.update(EVENTS.head(3))
+    history = [{"item": "sku01", "value": 2}]
+    with_new, without = (
+        ranked.recommend_for_history(
+            history, **({"user_features": {"parity": "odd"}} if ranked is found else {})
+        )
+        for ranked in (found, plain)
+    )
+    assert len(with_new) and len(without)
+
+
+def test_an_encoder_that_makes_other_features_later():
+    dummies = FunctionTransformer(pd.get_dummies)
+    own = make(item_features=ITEMS[["sku", "group"]], item_encoder=dummies).fit(EVENTS)
+    before = own.model_.item_factors.copy()
+    for groups in (["new", "newer"], ["low", "mid", "high"]):
+        frame = pd.DataFrame({"sku": [f"x{at}" for at in range(len(groups))], "group": groups})
+        with pytest.raises(ValueError, match="the encoded item_features must have"):
+            own.update(item_features=frame)
+    np.testing.assert_array_equal(own.model_.item_factors, before)
+
+
+def test_a_fit_after_load_says_that_the_encoder_is_lost(tmp_path):
+    own = make(item_encoder=OneHotEncoder(handle_unknown="ignore")).fit(EVENTS)
+    with pytest.warns(DataWarning, match="cannot hold item_encoder"):
+        own.save(tmp_path / "shop")
+    again = Recommender.load(tmp_path / "shop").set_params(item_features=ITEMS, user_features=USERS)
+    with pytest.warns(DataWarning, match="used a item_encoder, which load does not restore"):
+        again.fit(EVENTS)
+
+
+def test_items_of_which_nothing_is_known_are_not_recommended():
+    more = pd.concat([ITEMS, pd.DataFrame({"sku": ["blank"]})])
+    found = make(item_features=more).fit(EVENTS)
+    assert "blank" in set(found.items_)
+    ranked = found.recommend(["c02", "c33"], n=30)
+    assert "blank" not in set(ranked["item"]) and "sku22" in set(ranked["item"])
+    assert not len(found.recommend(["c02"], candidates=["blank"]))
+
+
+def test_names_of_features_that_collide_or_need_escapes(tmp_path):
+    frame = ITEMS[["sku"]].assign(**{"a": "b=c", "a=b": "c"})
+    with pytest.raises(ValueError, match="two columns of item_features make a feature 'a=b=c'"):
+        make(item_features=frame).fit(EVENTS)
+    odd = ITEMS[["sku"]].assign(group=["a\0", "b"] * 12)
+    found = make(item_features=odd).fit(EVENTS)
+    assert found.model_.item_feature_names_in_.tolist() == ["group=a\\0", "group=b"]
+    found.save(tmp_path / "odd")
+    again = Recommender.load(tmp_path / "odd")
+    pd.testing.assert_frame_equal(again.recommend(["c02"]), found.recommend(["c02"]))

@@ -189,8 +189,8 @@ class TestRefusals:
             write_features(folder)
         with pytest.raises(ValueError, match="item_features must have distinct names.*got none"):
             write_features(folder, item_features=VALUES)
-        twice = FeatureTable(VALUES[:, :2], ["a", "a"])
-        with pytest.raises(ValueError, match="got some of them twice"):
+        twice = pd.DataFrame(VALUES[:, :2], columns=["a", "a"])
+        with pytest.raises(ValueError, match="names must not repeat, got 'a' several times"):
             write_features(folder, item_features=twice)
         with pytest.raises(ValueError, match="one row for each of the 30 users, got shape"):
             write_features(folder, user_features=USERS[:20])

@@ -6,6 +6,7 @@ A missing value, a category that `fit` has not seen, and an unknown row all say 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from sklearn.compose import ColumnTransformer
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from tpu_als.datasets.columns import distinct_values, kind_of_values, numbers_of, plain, shown
-from tpu_als.validation.features import FeatureTable
+from tpu_als.validation.features import FeatureTable, rows_for
 
 _KINDS = ("text", "booleans", "numbers")
 
@@ -54,12 +55,15 @@ class Encoder:
         Whether it is the package's own.
     n_features : int
         Number of features that it makes.
+    names : array of str, or None
+        Their names in `fit`, if an encoder of the caller's gave any.
     """
 
     columns: tuple[Column, ...]
     transformer: Any = field(repr=False)
     is_built_in: bool
     n_features: int
+    names: np.ndarray | None = None
 
     def encoded(self, frame: pd.DataFrame, name: str) -> FeatureTable:
         """Features (n, n_features) of a frame that has the columns of `fit`.
@@ -68,7 +72,7 @@ class Encoder:
         ------
         ValueError
             For a missing column, values of another type than in `fit`, and numbers that are not
-            finite.
+            finite; if the caller's encoder makes other features than in `fit`.
         """
         lacking = [column.name for column in self.columns if column.name not in frame]
         if lacking:
@@ -84,7 +88,10 @@ class Encoder:
                 f"{name} cannot be encoded: the encoder of fit is not one of this package, so the "
                 "file does not have it. Fit again, or pickle the recommender instead of saving it"
             )
-        return _transformed(self.transformer, frame, name)
+        table = _transformed(self.transformer, frame, name)
+        what = f"the encoded {name}"
+        rows_for(table, len(frame), self.names, self.n_features, what)
+        return table
 
 
 def fitted(frame: pd.DataFrame, own: Any, name: str) -> tuple[Encoder, FeatureTable]:
@@ -112,10 +119,10 @@ def fitted(frame: pd.DataFrame, own: Any, name: str) -> tuple[Encoder, FeatureTa
                 f"the encoder of {name} must be a transformer of scikit-learn's kind, such as a "
                 f"ColumnTransformer, got {type(own).__name__}"
             )
+        columns = tuple(Column(column, "", False) for column in frame)
         transformer = clone(own).fit(frame)
         table = _transformed(transformer, frame, name)
-        columns = tuple(Column(column, "", False) for column in frame)
-        return Encoder(columns, transformer, False, table.matrix.shape[1]), table
+        return Encoder(columns, transformer, False, table.matrix.shape[1], table.names), table
     columns = tuple(_column(frame[column], name) for column in frame)
     if all(column.kind == "nothing" for column in columns):
         raise ValueError(f"{name} has no values: all of {list(frame.columns)} are missing")
@@ -258,6 +265,13 @@ def _encoded(
     categories, scaler = parts_of(transformer)
     names = [f"{column}={value}" for column, values in categories.items() for value in values]
     names += [] if scaler is None else list(scaler.feature_names_in_)
+    counts = Counter(names)
+    twice = next((feature for feature, count in counts.items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"two columns of {name} make a feature {twice!r}: rename one of them")
+    # Text that a file of the model cannot hold.
+    names = [text.replace("\0", "\\0") for text in names]
+    names = [text.encode("utf-8", "backslashreplace").decode() for text in names]
     return FeatureTable(matrix, names, _name=name)
 
 

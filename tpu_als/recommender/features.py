@@ -208,6 +208,21 @@ def warn_if_absent(recommender: Any, before: Mapping[str, Encoder]) -> None:
                 DataWarning,
                 stacklevel=4,
             )
+        elif before[side].transformer is None and getattr(recommender, f"{side}_encoder") is None:
+            warnings.warn(
+                f"the last fit used a {side}_encoder, which load does not restore: this fit uses "
+                f"the package's own encoding. Call set_params({side}_encoder=encoder) before fit",
+                DataWarning,
+                stacklevel=4,
+            )
+
+
+def without_anything(model: Any, has_events: np.ndarray) -> np.ndarray:
+    """Items, by position, that have neither events (has_events, (N,)) nor features."""
+    known = of_model(model, "item")
+    if known is None or has_events.all():
+        return np.empty(0, np.int64)
+    return np.flatnonzero(~has_events & (np.diff(known.rows.indptr) == 0))
 
 
 def _read(given: Any, column: str, name: str) -> tuple[pd.Series, pd.DataFrame]:

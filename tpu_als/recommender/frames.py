@@ -168,7 +168,7 @@ def _with_features(
     return {
         "kind": np.array(["history"] * n_items + [kind for kind, *_ in rows], object),
         "item": pd.Series([*columns["item"], *[None for _ in rows]], dtype=object),
-        "feature": np.array([None] * n_items + [name for _, name, _ in rows], object),
+        "feature": pd.Series([None] * n_items + [name for _, name, _ in rows], dtype=object),
         "value": np.append(columns["value"], nothing),
         "weight": np.append(columns["weight"], nothing),
         "contribution": np.append(columns["contribution"], [value for *_, value in rows]),

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from tpu_als.datasets.columns import columns_of
 from tpu_als.exceptions import DataWarning
-from tpu_als.recommender import sources
+from tpu_als.recommender import features, sources
 from tpu_als.recommender.ids import given_ids
 from tpu_als.recommender.ranking import Limits
 from tpu_als.recommender.state import State
@@ -43,6 +43,11 @@ def limits_of(
         min_score = float(min_score)
     excluded, excluded_pairs = _items_or_pairs(state, queries, exclude, "exclude")
     chosen, chosen_pairs = _items_or_pairs(state, queries, candidates, "candidates")
+    # Nothing is known of these items: their score of 0 would be above negative ones.
+    unknown = features.without_anything(state.model, state.has_events)
+    if len(unknown):
+        excluded = unknown if excluded is None else np.union1d(excluded, unknown)
+        chosen = None if chosen is None else np.setdiff1d(chosen, unknown)
     return Limits(bool(excludes_seen), excluded, chosen, excluded_pairs, chosen_pairs, min_score)
 
 

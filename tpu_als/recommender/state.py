@@ -135,6 +135,7 @@ def fitted(recommender: Any, schema: Schema, events: Events, library: str, fit: 
         "user": features.at_fit(recommender, "user", schema.user, users),
         "item": features.at_fit(recommender, "item", schema.item, items),
     }
+    n_with_events = len(users), len(items)
     users, items = sides["user"].ids, sides["item"].ids
     step.done("features")
     clock = None if events.times is None else Clock(events.kind, events.latest)
@@ -143,7 +144,9 @@ def fitted(recommender: Any, schema: Schema, events: Events, library: str, fit: 
     cells = counting.cells_of(events, values, (user_at, item_at), shape, schema.repeated)
     weighting = None
     if recommender.weighting is not None:
-        weighting = clone(recommender.weighting).fit(cells.matrix(len(items), of="values"))
+        # Without users and items that have features only, which would change sizes and means.
+        counts = cells.matrix(n_with_events[1], of="values")[: n_with_events[0]]
+        weighting = clone(recommender.weighting).fit(counts)
     cells = weighted(weighting, cells, len(items))
     step.done("values and weights")
     tables = {f"{name}_features": s.table for name, s in sides.items() if s.table is not None}
@@ -183,9 +186,11 @@ def weighted(weighting: Any, cells: Cells, n_items: int) -> Cells:
     ValueError
         If the transformer does not keep the stored entries.
     """
-    if weighting is None:
+    if weighting is None or not len(cells.values):
         return cells._replace(weights=cells.values.astype(np.float32))
-    given = cells.matrix(n_items, of="values")
+    # Items after those of the weighting's fit count only if they have entries here.
+    n_fitted = getattr(weighting, "n_features_in_", n_items)
+    given = cells.matrix(min(n_items, max(n_fitted, int(cells.items.max()) + 1)), of="values")
     made = weighting.transform(given)
     name = type(weighting).__name__
     if not sparse.issparse(made) or made.shape != given.shape:

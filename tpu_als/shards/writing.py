@@ -193,11 +193,10 @@ def write_features(
 
 
 def _named(table: FeatureTable, side: str) -> FeatureTable:
-    """The table; ValueError if its features have no distinct names."""
-    if table.names is None or len({*table.names.tolist()}) < len(table.names):
-        got = "none" if table.names is None else "some of them twice"
+    """The table; ValueError if its features have no names."""
+    if table.names is None:
         raise ValueError(
-            f"{side}_features must have distinct names of features, got {got}: pass a DataFrame, "
+            f"{side}_features must have distinct names of features, got none: pass a DataFrame, "
             "or tpu_als.FeatureTable(values, names)"
         )
     return table

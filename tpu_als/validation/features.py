@@ -158,8 +158,10 @@ def _checked_names(names: Any, n_features: int) -> np.ndarray:
             f"{found.shape}"
         )
     for name in found:
-        if not isinstance(name, str) or "\0" in name:
+        if not isinstance(name, str):
             raise ValueError(f"names must be text, got {name!r}: pass str(name)")
+        if "\0" in name:
+            raise ValueError(f"names must not have null characters, got {name!r}")
     unique, counts = np.unique(found.astype(str), return_counts=True)
     if (counts > 1).any():
         raise ValueError(f"names must not repeat, got {str(unique[counts > 1][0])!r} several times")
