@@ -116,7 +116,8 @@ def test_no_device_holds_a_full_table(monkeypatch: pytest.MonkeyPatch) -> None:
     als.loss(state, data, objective)
     assert failed == (0, 0) and len(texts) >= 3
     prepare = half_epoch.prepare_program(data)
-    args = (state.items, state.users, data.users.cells.lengths), np.int32(matrix.shape[1])
+    tables = half_epoch.Tables(state.items, state.users, data.users.cells.lengths)
+    args = tables, np.int32(matrix.shape[1])
     texts.append(prepare.lower(*args).compile().as_text())
     part, full = data.items.rows.n_slots, 4 * data.items.rows.n_slots
     assert min(matrix.shape) > part
