@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -189,33 +189,19 @@ class NewRows(ModelHolder):
             If an entry lies beyond the items.
         """
         n, fitted = arguments.result_count(N), self._fitted.require(self, "item")
-        table, n_items = fitted.item, fitted.item.shape[0]
         arguments.warn_if_converted(user_items)
-        user = arguments.one_id(userid, None, "userid")
-        item = arguments.one_id(itemid, n_items, "itemid")
-        row = matrices.explained_row(user_items, user, n_items)
-        prior = prior_for(fitted, "user", user_features, 1)
-        objective = objective_for(self, prior)
-        lam = ridge(objective, float(row.nnz), float(n_items))
-        v = confidence(objective, row.data.astype(np.float64))[1]
-        liked = table.rows(row.indices)
+        pair = pair_of(self, fitted, (userid, itemid), user_items, user_features)
         if user_weights is not None:
-            user_weights = arguments.user_weights(user_weights, table.shape[1])
+            user_weights = arguments.user_weights(user_weights, fitted.item.shape[1])
         else:
-            gram = table.gramian().astype(np.float64)
-            at = np.arange(row.nnz)
-            matrix, _ = exact.system(liked, at, row.data, gram, objective, lam)
-            factor, lower = exact.factorize(matrix)
+            factor, lower = exact.factorize(pair.system(fitted.item)[0])
             user_weights = factor, bool(lower)  # some versions of SciPy return an array
-        wanted = table.rows(np.array([item]))[0].astype(np.float64)
-        direction = linalg.cho_solve(user_weights, wanted)
-        scores, of_features = (liked @ direction) * v, 0.0
-        if prior is not None:
-            drawn_to = prior.rows[0].astype(np.float64)
-            of_features = drawn_to @ (lam * direction if row.nnz else wanted)
-        order = [i for i in np.argsort(-scores, kind="stable") if row.data[i] >= 0][:n]
-        top = [(int(row.indices[i]), float(scores[i])) for i in order]
-        return np.float64(scores.sum() + of_features), top, user_weights
+        direction = linalg.cho_solve(user_weights, pair.wanted)
+        scores, of_features = (pair.liked @ direction) * pair.targets, 0.0
+        if pair.prior is not None:
+            drawn_to = pair.prior.rows[0].astype(np.float64)
+            of_features = drawn_to @ (pair.lam * direction if pair.row.nnz else pair.wanted)
+        return np.float64(scores.sum() + of_features), pair.top(scores, n), user_weights
 
     @property
     def solver(self) -> Callable[..., None]:
@@ -275,6 +261,71 @@ class NewRows(ModelHolder):
                 )
                 if stored:
                     self._fitted = self._fitted.with_rows(side, ids, solved, new)
+
+
+class ExplainedPair(NamedTuple):
+    """What the explanation of a user's score of an item needs.
+
+    Attributes
+    ----------
+    row : csr_matrix (1, N)
+        The user's row.
+    item : int
+        The item.
+    prior : Prior or None
+        What the user is drawn to.
+    objective : Objective
+        Equations (1)-(2) of users.
+    lam : float
+        The user's ridge (2).
+    liked : array (E, K)
+        Factors of the user's items.
+    wanted : float64 array (K,)
+        Factors of the item.
+    """
+
+    row: sparse.csr_matrix
+    item: int
+    prior: Prior | None
+    objective: Objective
+    lam: float
+    liked: np.ndarray
+    wanted: np.ndarray
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Weighted targets v (E,) of the user's entries, in float64."""
+        return confidence(self.objective, self.row.data.astype(np.float64))[1]
+
+    def system(self, table: FactorTable) -> tuple[np.ndarray, np.ndarray]:
+        """Matrix and right side of equation (1) for the user, without the prior."""
+        gram, at = table.gramian().astype(np.float64), np.arange(self.row.nnz)
+        return exact.system(self.liked, at, self.row.data, gram, self.objective, self.lam)
+
+    def top(self, scores: np.ndarray, n: int) -> list[tuple[int, float]]:
+        """The n items with the largest contributions (E,); disliked items are omitted."""
+        row = self.row
+        order = [i for i in np.argsort(-scores, kind="stable") if row.data[i] >= 0][:n]
+        return [(int(row.indices[i]), float(scores[i])) for i in order]
+
+
+def pair_of(
+    estimator: Any,
+    fitted: FittedModel,
+    ids: tuple[int, int],
+    user_items: SparseMatrix,
+    user_features: Any,
+) -> ExplainedPair:
+    """Check the arguments of `explain`: the ids of a user and an item, rows, and features."""
+    table, n_items = fitted.item, fitted.item.shape[0]
+    user = arguments.one_id(ids[0], None, "userid")
+    item = arguments.one_id(ids[1], n_items, "itemid")
+    row = matrices.explained_row(user_items, user, n_items)
+    prior = prior_for(fitted, "user", user_features, 1)
+    objective = objective_for(estimator, prior)
+    lam = ridge(objective, float(row.nnz), float(n_items))
+    wanted = table.rows(np.array([item]))[0].astype(np.float64)
+    return ExplainedPair(row, item, prior, objective, lam, table.rows(row.indices), wanted)
 
 
 def recalculated(

@@ -10,12 +10,10 @@ from scipy import linalg, sparse
 
 from tpu_als import engine_options
 from tpu_als.engine.cpu import exact
-from tpu_als.engine.objective import confidence, ridge
 from tpu_als.implicit_api.holder import ModelHolder
-from tpu_als.implicit_api.new_rows import objective_for
-from tpu_als.implicit_api.priors import prior_for
+from tpu_als.implicit_api.new_rows import pair_of
 from tpu_als.serving.features import FittedFeatures
-from tpu_als.validation import arguments, features, matrices
+from tpu_als.validation import arguments, features
 from tpu_als.validation.structure import SparseMatrix
 
 if TYPE_CHECKING:
@@ -130,39 +128,25 @@ class SideFeatures(ModelHolder):
             `fit`.
         """
         n, fitted = arguments.result_count(N), self._fitted.require(self, "item")
-        table, n_items = fitted.item, fitted.item.shape[0]
         arguments.warn_if_converted(user_items)
-        user = arguments.one_id(userid, None, "userid")
-        item = arguments.one_id(itemid, n_items, "itemid")
-        row = matrices.explained_row(user_items, user, n_items)
-        prior = prior_for(fitted, "user", user_features, 1)
-        objective = objective_for(self, prior)
-        lam = ridge(objective, float(row.nnz), float(n_items))
-        liked, gram = table.rows(row.indices), table.gramian().astype(np.float64)
-        at = np.arange(row.nnz)
-        matrix, right = exact.system(liked, at, row.data, gram, objective, lam)
-        pull = np.zeros(len(right)) if prior is None else lam * prior.rows[0].astype(np.float64)
-        wanted = table.rows(np.array([item]))[0].astype(np.float64)
-        if row.nnz:
-            inverse = linalg.cho_solve(
-                exact.factorize(matrix), np.column_stack([wanted, right + pull])
-            )
-            direction, factors = inverse[:, 0], inverse[:, 1]
-        else:  # the user is what the features say
-            lam, direction = 1.0, wanted
-            factors = np.zeros(len(wanted)) if prior is None else prior.rows[0].astype(np.float64)
-        v = confidence(objective, row.data.astype(np.float64))[1]
-        history = (liked @ direction) * v
-        mine = fitted.features("user")
-        of_user: list[tuple[Any, float]] = []
+        pair = pair_of(self, fitted, (userid, itemid), user_items, user_features)
+        prior, lam, direction = pair.prior, pair.lam, pair.wanted
+        drawn_to = np.zeros(len(pair.wanted))
+        if prior is not None:
+            drawn_to = prior.rows[0].astype(np.float64)
+        if pair.row.nnz:
+            matrix, right = pair.system(fitted.item)
+            both = np.column_stack([pair.wanted, right + lam * drawn_to])
+            direction, factors = linalg.cho_solve(exact.factorize(matrix), both).T
+        else:  # the user's factors are those that the features predict
+            lam, factors = 1.0, drawn_to
+        mine, of_user = fitted.features("user"), []
         if prior is not None and mine is not None:
-            of_user = _contributions(
-                mine, prior.features.indices, prior.features.data * lam, direction
-            )
-        of_item, own = self._of_item(item, factors)
-        score = float(wanted @ factors)
-        order = [i for i in np.argsort(-history, kind="stable") if row.data[i] >= 0][:n]
-        items = [(int(row.indices[i]), float(history[i])) for i in order]
+            row = prior.features
+            of_user = _contributions(mine, row.indices, row.data * lam, direction)
+        of_item, own = self._of_item(pair.item, factors)
+        score = float(pair.wanted @ factors)
+        items = pair.top((pair.liked @ direction) * pair.targets, n)
         entries = score - own if of_item else score
         return Explanation(score, items, of_user[:n], of_item[:n], entries)
 

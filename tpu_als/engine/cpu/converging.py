@@ -271,6 +271,26 @@ def _block_for(lengths: np.ndarray, rows: np.ndarray) -> Block:
 
 
 @inner
+def _begin(
+    tables: tuple[np.ndarray, np.ndarray],
+    row: int,
+    is_new: bool,
+    lam: float,
+    z: np.ndarray,
+    pull: np.ndarray,
+) -> None:
+    """Write the start of a row to `z`, and what its prior adds to the right side to `pull`.
+
+    `tables` are the initial rows and the priors, if there are any.
+    """
+    rows, priors = tables
+    for k in range(len(z)):
+        z[k] = 0.0 if is_new else rows[row, k]
+        if len(priors):
+            pull[k] = np.float64(lam) * priors[row, k]
+
+
+@inner
 def _write(rows: np.ndarray, row: int, z: np.ndarray, is_solved: bool, relaxation: float) -> None:
     """Write the solution z of a row, relaxed, or NaN."""
     kind = rows.dtype.type
@@ -319,10 +339,7 @@ def solve_rows(
             diagonal.reach, tiny, diagonal.most,
         )  # fmt: skip
         scale, unit, is_new, lam = scaled(objective, own, n, 1, d, inverse)
-        for k in range(width):
-            z[k] = 0.0 if is_new else rows[row, k]
-            if len(priors):
-                pull[k] = np.float64(lam) * priors[row, k]
+        _begin((rows, priors), row, is_new, lam, z, pull)
         span, left, share = (first, n), most, np.float64(1)
         if n <= len(block.weights):
             _copy(entries, objective, span, scale, block)
