@@ -20,7 +20,7 @@ from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import backend
 from tpu_als.engine.xla.data import XlaData
 from tpu_als.engine.xla.mesh import device_mesh
-from tpu_als.training.checkpoint import Checkpoints
+from tpu_als.training.checkpoint import Checkpoints, Saved
 from tpu_als.training.checkpoint_reader import Reader
 
 SETTINGS = {"alpha": 2.0, "regularization": 0.5}
@@ -66,7 +66,7 @@ def main() -> None:
         for iteration in range(begun, int(last)):
             state, _ = als.epoch(state, data, objective)
             history["loss"].append(als.loss(state, data, objective))
-            checkpoints.save(iteration + 1, state, data, SETTINGS, history)
+            checkpoints.save(Saved(state, iteration + 1, history), data, SETTINGS)
     tables = als.user_factors(state, data), als.item_factors(state, data)
     if os.environ["PROCESS"] == "0":
         found = {"users": tables[0], "items": tables[1], "loss": history["loss"], "begun": begun}

@@ -34,7 +34,7 @@ from tpu_als.engine.xla import backend, placing, relayout
 from tpu_als.engine.xla.data import XlaData
 from tpu_als.engine.xla.mesh import DeviceMesh, device_mesh
 from tpu_als.exceptions import DataWarning
-from tpu_als.training.checkpoint import FOLDER, FORMAT, Checkpoints, Resumed
+from tpu_als.training.checkpoint import FOLDER, FORMAT, Checkpoints, Saved
 
 pytest.importorskip("orbax.checkpoint")
 
@@ -90,11 +90,11 @@ def _save(
 ) -> AlsState:
     state = _start(data, seed)
     with Checkpoints(directory) as checkpoints:
-        assert checkpoints.save(iteration, state, data, SETTINGS, HISTORY, extra)
+        assert checkpoints.save(Saved(state, iteration, HISTORY, extra), data, SETTINGS)
     return state
 
 
-def _restore(directory: Path, data: XlaData, **changed: Any) -> Resumed | None:
+def _restore(directory: Path, data: XlaData, **changed: Any) -> Saved | None:
     with Checkpoints(directory) as checkpoints:
         return checkpoints.restore({**SETTINGS, **changed}, data)
 
@@ -177,7 +177,7 @@ def test_resumed_training_is_exact(name: str, placed: Any, tmp_path: Path) -> No
         for iteration in range(1, 6):
             state, _ = als.epoch(state, data, OBJECTIVE)
             # training runs on while this is being written
-            is_saved = checkpoints.save(iteration, state, data, SETTINGS, HISTORY)
+            is_saved = checkpoints.save(Saved(state, iteration, HISTORY), data, SETTINGS)
             assert is_saved == (iteration % 2 == 0)
     found = _restore(tmp_path, data)
     assert found is not None and found.iteration == 4
@@ -190,13 +190,13 @@ def test_the_latest_few_are_kept(placed: Any, tmp_path: Path) -> None:
     data = placed("one")
     states = [_start(data, seed) for seed in range(6)]
     with Checkpoints(tmp_path, every=2) as checkpoints:
-        save = [checkpoints.save(i, s, data, SETTINGS, {}) for i, s in enumerate(states)]
+        save = [checkpoints.save(Saved(s, i, {}), data, SETTINGS) for i, s in enumerate(states)]
         assert save == [True, False] * 3
-        assert checkpoints.save(5, states[5], data, SETTINGS, {}, force=True)
-        assert not checkpoints.save(5, states[5], data, SETTINGS, {}, force=True)
+        assert checkpoints.save(Saved(states[5], 5, {}), data, SETTINGS, force=True)
+        assert not checkpoints.save(Saved(states[5], 5, {}), data, SETTINGS, force=True)
     assert _steps(tmp_path) == ["2", "4", "5"]
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(6, states[0], data, SETTINGS, {})
+        checkpoints.save(Saved(states[0], 6, {}), data, SETTINGS)
     assert _steps(tmp_path) == ["6"]
 
 
@@ -349,7 +349,7 @@ def test_a_damaged_checkpoint_falls_back(damage: str, placed: Any, tmp_path: Pat
         np.testing.assert_array_equal(_rows(found.state, data)[0], _rows(before, data)[0])
         # what is trained again takes its place
         again = _start(data, 3)
-        assert checkpoints.save(2, again, data, SETTINGS, HISTORY)
+        assert checkpoints.save(Saved(again, 2, HISTORY), data, SETTINGS)
     found = _restore(tmp_path, data)
     assert found is not None and found.iteration == 2
     np.testing.assert_array_equal(_rows(found.state, data)[1], _rows(again, data)[1])
@@ -379,7 +379,8 @@ def test_a_flipped_bit_never_changes_restored_tables(
     for step in (1, 2):
         state = _start(data, step)
         with Checkpoints(tmp_path) as checkpoints:
-            checkpoints.save(step, state, data, SETTINGS, HISTORY, {"best": best + step})
+            saved = Saved(state, step, HISTORY, {"best": best + step})
+            checkpoints.save(saved, data, SETTINGS)
     run = _run(tmp_path)
     # By folder and size, because orbax names data files at random.
     files = sorted(
@@ -506,13 +507,13 @@ def test_two_trainings_of_one_run(placed: Any, tmp_path: Path) -> None:
         owner = f"host {socket.gethostname()}, process {os.getpid()}, since"
         for refused in (
             lambda: second.restore(SETTINGS, data),
-            lambda: second.save(1, _start(data), data, SETTINGS, {}),
+            lambda: second.save(Saved(_start(data), 1, {}), data, SETTINGS),
         ):
             with pytest.raises(RuntimeError, match=rf"another fit \({owner}.* wait until it has"):
                 refused()
         # another run may share the directory
         assert second.restore({**SETTINGS, "alpha": 1.0}, data) is None
-        assert first.save(1, _start(data), data, SETTINGS, {})
+        assert first.save(Saved(_start(data), 1, {}), data, SETTINGS)
     assert _restore(tmp_path, data) is not None
 
 
@@ -576,7 +577,7 @@ def test_fewer_iterations(placed: Any, tmp_path: Path) -> None:
         np.testing.assert_array_equal(_rows(found.state, data)[0], _rows(_start(data, 4), data)[0])
         assert checkpoints.restore(SETTINGS, data, at_most=2) is None
         # those of more iterations stay
-        assert not checkpoints.save(1, _start(data), data, SETTINGS, {})
+        assert not checkpoints.save(Saved(_start(data), 1, {}), data, SETTINGS)
     assert _steps(tmp_path) == ["3", "4", "5"]
 
 
@@ -632,7 +633,7 @@ def test_a_failed_write_is_raised(placed: Any, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / FOLDER)
     (tmp_path / FOLDER).touch()
     with pytest.raises(OSError), checkpoints:
-        checkpoints.save(1, _start(data), data, SETTINGS, {})
+        checkpoints.save(Saved(_start(data), 1, {}), data, SETTINGS)
 
 
 def test_trainings_in_threads(placed: Any, tmp_path: Path) -> None:
@@ -644,7 +645,7 @@ def test_trainings_in_threads(placed: Any, tmp_path: Path) -> None:
         with Checkpoints(tmp_path) as checkpoints:
             assert checkpoints.restore(settings, data) is None
             for iteration in range(1, 4):
-                checkpoints.save(iteration, _start(data, number), data, settings, {})
+                checkpoints.save(Saved(_start(data, number), iteration, {}), data, settings)
         with Checkpoints(tmp_path) as checkpoints:
             found = checkpoints.restore(settings, data)
             assert found is not None and found.iteration == 3
@@ -660,9 +661,9 @@ def test_a_failed_save_holds_up_no_other(placed: Any, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "a" / FOLDER)
     (tmp_path / "a" / FOLDER).touch()
     with pytest.raises(OSError), checkpoints:
-        checkpoints.save(1, _start(data), data, SETTINGS, {})
+        checkpoints.save(Saved(_start(data), 1, {}), data, SETTINGS)
     with Checkpoints(tmp_path / "b") as checkpoints:
-        assert checkpoints.save(1, _start(data), data, SETTINGS, {})
+        assert checkpoints.save(Saved(_start(data), 1, {}), data, SETTINGS)
 
 
 def test_no_traces_are_left(placed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,10 +246,7 @@ class NewRows(ModelHolder):
             n_rows, width = fitted.table(side).shape
             arguments.same_width(width, source.shape[1])
             ids, mask = arguments.ids_to_store(given, n_rows, f"{side}ids")
-            rows = arguments.rows_for(
-                matrix, len(ids), source.shape[0], name,
-                strict=False, mask=mask, allow_unknown=True,
-            )  # fmt: skip
+            rows = arguments.rows_to_store(matrix, len(ids), source.shape[0], name, mask)
             prior = prior_for(fitted, side, features, len(ids), ids)
             solved = folded_in(self, source, rows, prior)
             new = None if prior is None or features is None else prior.features

@@ -23,10 +23,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from tpu_als.engine import digests
-from tpu_als.engine.als import AlsState
 from tpu_als.engine.xla import relayout, table_checksums
 from tpu_als.engine.xla.data import XlaData, XlaSide
 from tpu_als.engine.xla.mesh import DeviceMesh, Shards, precision
@@ -38,11 +36,11 @@ from tpu_als.training.checkpoint_reader import (
     DamagedError,
     LaterFormatError,
     Reader,
-    Resumed,
+    Saved,
 )
 from tpu_als.training.runs import RunFolder
 
-__all__ = ["FOLDER", "FORMAT", "Checkpoints", "Resumed"]
+__all__ = ["FOLDER", "FORMAT", "Checkpoints", "Saved"]
 
 # A subdirectory of the given one. Files outside it are neither read nor removed.
 FOLDER = "tpu_als_checkpoints"
@@ -102,7 +100,7 @@ class Checkpoints:
 
     def restore(
         self, settings: Mapping[str, object], data: XlaData, at_most: int | None = None
-    ) -> Resumed | None:
+    ) -> Saved | None:
         """Read a run's latest checkpoint that is not damaged.
 
         Parameters
@@ -118,7 +116,7 @@ class Checkpoints:
 
         Returns
         -------
-        Resumed or None
+        Saved or None
             None if there is no checkpoint. The tables are equal to the saved ones, bit for bit.
 
         Raises
@@ -164,12 +162,9 @@ class Checkpoints:
 
     def save(
         self,
-        iteration: int,
-        state: AlsState,
+        training: Saved,
         data: XlaData,
         settings: Mapping[str, object],
-        history: dict[str, list[float]],
-        extra: Mapping[str, ArrayLike] | None = None,
         *,
         force: bool = False,
     ) -> bool:
@@ -177,18 +172,12 @@ class Checkpoints:
 
         Parameters
         ----------
-        iteration : int
-            Number of iterations run.
-        state : AlsState
-            The tables. They are read in the background, so their buffers must not be donated.
+        training : Saved
+            The tables, and what else `restore` returns.
         data : Data
             The training data.
         settings : dict
             As in `restore`.
-        history : dict of list of float
-            Returned by `restore`.
-        extra : dict of ndarray, optional
-            Returned by `restore`. Must be the same in every process.
         force : bool, default=False
             Save even if `iteration` is not a multiple of `every`.
 
@@ -205,9 +194,10 @@ class Checkpoints:
         ValueError, RuntimeError
             As in `restore`.
         """
+        state, iteration, history, extra = training
         if iteration % self._every and not force:
             return False
-        manager, args, extra = self._open(settings, data), self._orbax.args, extra or {}
+        manager, args = self._open(settings, data), self._orbax.args
         if any(step >= iteration and step not in self._damaged for step in manager.all_steps()):
             return False
         assert self._run is not None
@@ -314,7 +304,7 @@ class Checkpoints:
         if mesh.process == 0:
             warnings.warn(message, DataWarning, stacklevel=3)
 
-    def _log_start(self, run: RunFolder, found: Resumed | None, n_steps: int) -> None:
+    def _log_start(self, run: RunFolder, found: Saved | None, n_steps: int) -> None:
         if found is not None:
             log.info("resumed from %s", run.path / str(found.iteration))
         elif n_steps:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,25 +26,26 @@ SIDES = ("users", "items")
 _Found = TypeVar("_Found")
 
 
-class Resumed(NamedTuple):
-    """The checkpoint that `Checkpoints.restore` returns.
+class Saved(NamedTuple):
+    """What a checkpoint holds.
 
     Attributes
     ----------
     state : AlsState
-        Both tables, in the slots of the given data.
+        Both tables, in the slots of the data. They are read in the background while they are saved,
+        so their buffers must not be donated.
     iteration : int
         Number of iterations run.
     history : dict of list of float
-        As saved.
+        The values that the iterations reported.
     extra : dict of ndarray
-        As saved.
+        Other arrays; the same in every process.
     """
 
     state: AlsState
     iteration: int
     history: dict[str, list[float]]
-    extra: dict[str, np.ndarray]
+    extra: Mapping[str, Any] = MappingProxyType({})
 
 
 class DamagedError(Exception):
@@ -71,7 +73,7 @@ class Reader:
         self._manager, self._folder, self._data = manager, folder, data
         self._orbax = orbax_io.load()
 
-    def read(self, step: int) -> Resumed:
+    def read(self, step: int) -> Saved:
         """Read and verify the checkpoint of an iteration.
 
         Raises
@@ -88,7 +90,7 @@ class Reader:
             with precision(self._data.params.dtype):
                 tables.append(self._table(step, name, meta, folder / name))
         extra = _in_all_processes(lambda: self._extra(step, meta["extra"]), folder / "extra", mesh)
-        return Resumed(AlsState(*tables), step, meta["history"], extra)
+        return Saved(AlsState(*tables), step, meta["history"], extra)
 
     def _meta(self, step: int) -> dict[str, Any]:
         args = self._orbax.args

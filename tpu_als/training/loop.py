@@ -134,15 +134,15 @@ class Training:
     def _save(self) -> None:
         if self.checkpoints is None:
             return
+        from tpu_als.training.checkpoint import Saved  # brings JAX in
+
         extra: dict[str, np.ndarray | _Fetched] = {}
         if self.monitor is not None and self.monitor.best is not None:
             best = (t if isinstance(t, np.ndarray) else _Fetched(t) for t in self.monitor.best)
             extra = dict(zip(("best_users", "best_items"), best, strict=True))
         state = self.data.backend.to_checkpoint(self.state, self.data)
-        self.checkpoints.save(
-            self.done, state, self._saved_as, self.settings, self.history, extra,
-            force=self.is_over,
-        )  # fmt: skip
+        saved = Saved(state, self.done, self.history, extra)
+        self.checkpoints.save(saved, self._saved_as, self.settings, force=self.is_over)
 
     @functools.cached_property
     def _saved_as(self) -> XlaData:

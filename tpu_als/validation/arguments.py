@@ -15,6 +15,7 @@ from tpu_als.host import require_memory
 from tpu_als.parameters import check_parameters, is_flag
 from tpu_als.validation.matrices import canonical_csr as canonical_csr
 from tpu_als.validation.matrices import rows_for as rows_for
+from tpu_als.validation.matrices import rows_to_store as rows_to_store
 from tpu_als.validation.matrices import warn_if_converted as warn_if_converted
 from tpu_als.validation.refusals import all_finite
 from tpu_als.validation.refusals import first_not_finite as first_not_finite

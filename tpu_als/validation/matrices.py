@@ -149,7 +149,6 @@ def rows_for(
     name: str = "user_items",
     strict: bool = True,
     mask: np.ndarray | None = None,
-    allow_unknown: bool = False,
 ) -> sparse.csr_matrix:
     """Check the rows that were passed with a list of ids.
 
@@ -168,20 +167,40 @@ def rows_for(
         Whether formats other than CSR are refused, as in `recommend`.
     mask : ndarray of bool, optional
         The ids as a mask. `matrix` may then have one row for each element of the mask.
-    allow_unknown : bool, default=False
-        Whether to accept entries of ids that the table does not have yet.
 
     Returns
     -------
-    rows : csr_matrix of shape (n_rows, n_columns), or (n_rows, n_columns + 1)
-        Canonical. If there are entries of unknown ids, they are all moved to one additional column,
-        which stands for a row of zeros in the table. That id may repeat within a row.
+    rows : csr_matrix of shape (n_rows, n_columns)
+        Canonical.
 
     Raises
     ------
     ValueError
         For another format, another number of rows, or entries beyond the table.
     """
+    rows = _rows_of_ids(matrix, n_rows, name, strict, mask)
+    return _fit_columns(rows, n_columns, name, allow_unknown=False)
+
+
+def rows_to_store(
+    matrix: Any, n_rows: int, n_columns: int, name: str, mask: np.ndarray | None
+) -> sparse.csr_matrix:
+    """As `rows_for`, in any sparse format and with entries of ids that the table does not have yet.
+
+    Returns
+    -------
+    rows : csr_matrix of shape (n_rows, n_columns), or (n_rows, n_columns + 1)
+        Canonical. If there are entries of unknown ids, they are all moved to one additional column,
+        which stands for a row of zeros in the table. That id may repeat within a row.
+    """
+    rows = _rows_of_ids(matrix, n_rows, name, strict=False, mask=mask)
+    return _fit_columns(rows, n_columns, name, allow_unknown=True)
+
+
+def _rows_of_ids(
+    matrix: Any, n_rows: int | None, name: str, strict: bool, mask: np.ndarray | None
+) -> sparse.csr_matrix:
+    """Canonical rows, one for each id, of any width."""
     refuse_misplaced(matrix, name)
     is_sparse = sparse.issparse(matrix)
     if not is_sparse or (strict and matrix.format != "csr" and matrix.ndim > 1):
@@ -201,7 +220,7 @@ def rows_for(
             f"{name} must contain 1 row for every {of} in {ids}: got {rows.shape[0]} rows of "
             f"shape {matrix.shape} for {n_rows} ids. Did you pass all rows? Use {name}[{ids}]"
         )
-    return _fit_columns(rows, n_columns, name, allow_unknown)
+    return rows
 
 
 def _fit_columns(

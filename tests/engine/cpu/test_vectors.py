@@ -89,7 +89,7 @@ def test_add_tile(dtype: str, register_bytes: int) -> None:
 
     @numba.njit
     def run(rows: Any, factors: Any, sign: Any, out: Any) -> None:
-        vectors.add_tile(rows, factors, 7, (GROUP, 16), sign, out)
+        vectors.add_tile(rows, factors, (7, GROUP, 16), sign, out)
 
     run(rows, factors, np.dtype(dtype).type(-1), found)
     own = factors[:7, GROUP : 2 * GROUP].astype(np.float64)

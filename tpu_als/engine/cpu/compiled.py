@@ -20,7 +20,7 @@ from tpu_als.engine.objective import Objective
 from tpu_als.exceptions import DataWarning
 
 _SOURCES = (
-    "jit.py", "kept_code.py", "intrinsics.py", "loops.py", "converging.py", "direct.py",
+    "jit.py", "kept_code.py", "intrinsics.py", "loops.py", "loss.py", "converging.py", "direct.py",
     "selection.py", "vectors.py",
 )  # fmt: skip
 _loading, _importing = threading.RLock(), threading.RLock()
@@ -47,6 +47,12 @@ def is_available() -> bool:
 def loops() -> ModuleType:
     """The module `engine.cpu.loops`, whose functions numba compiles when they are called."""
     return _load("loops")
+
+
+@functools.cache
+def loss() -> ModuleType:
+    """The module `engine.cpu.loss`, whose function numba compiles when it is called."""
+    return _load("loss")
 
 
 @functools.cache

@@ -154,20 +154,42 @@ def _weights_of(entries: Entries, objective: Objective, first: int, n: int) -> t
     return least, max(most, -least)
 
 
+class Round(NamedTuple):
+    """What a round of CG starts from, and when it ends.
+
+    Attributes
+    ----------
+    scale, tiny : number
+        The scale of the system, and the least divisor.
+    target : number
+        CG ends when r^T D^-1 r is at most this.
+    steps : int
+        Most steps.
+    """
+
+    scale: float
+    tiny: float
+    target: float
+    steps: int
+
+
 @inner
 def _reduce(
-    entries: Entries, objective: Objective, span: tuple[int, int], block: Block,
-    vectors: np.ndarray, numbers: tuple[float, float, np.ndarray], limits: tuple[float, int],
-) -> tuple[int, float]:  # fmt: skip
+    entries: Entries,
+    objective: Objective,
+    span: tuple[int, int],
+    block: Block,
+    memory: tuple[np.ndarray, np.ndarray],
+    turn: Round,
+) -> tuple[int, float]:
     """Steps of CG on the scaled system, from zero.
 
-    The rows of `vectors` are the residual r, the scaled diagonal d, the multiple of its inverse,
-    and the solution to add to; then memory for p, A p, a part of A p and a group of numbers.
-    `numbers` are the scale, the least divisor and the float64 sums of a long row. `limits` are the
-    target for r^T D^-1 r and the number of steps. Returns the number of steps taken, and the least
+    `memory` has vectors, and the float64 sums of a long row. The vectors are the residual r, the
+    scaled diagonal d, the multiple of its inverse, and the solution to add to; then memory for p,
+    A p, a part of A p and a group of numbers. Returns the number of steps taken, and the least
     p^T A p / p^T D p seen.
     """
-    (first, n), (scale, tiny, total), (target, most) = span, numbers, limits
+    (first, n), (vectors, total), (scale, tiny, target, most) = span, memory, turn
     r, d, inverse, x, p, image, part, s = (
         vectors[0], vectors[1], vectors[2], vectors[3], vectors[4], vectors[5], vectors[6],
         vectors[7],
@@ -362,8 +384,8 @@ def solve_rows(
                 r[k], x[k] = kind(residual[k] * raised), zero
             target = max(goal / 4, eps * size) * raised * raised
             steps, least = _reduce(
-                entries, objective, span, block, vectors,
-                (scale, tiny, total), (kind(target), left),
+                entries, objective, span, block, (vectors, total),
+                Round(scale, tiny, kind(target), left),
             )  # fmt: skip
             error = np.float64(0)
             for k in range(width):

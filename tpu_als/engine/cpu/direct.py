@@ -70,7 +70,7 @@ def _add_rows(
     """Add sign F^T E to the rows from `low` on of an upper triangle, as many as a group has."""
     lanes, width = REGISTER_BYTES // out.itemsize, len(out)
     for column in range(low // lanes * lanes, width, lanes):
-        add_tile(rows, factors, count, (low, column), sign, out)
+        add_tile(rows, factors, (count, low, column), sign, out)
 
 
 @inner

@@ -240,14 +240,14 @@ def measure_side(
     dtype, out = compute_dtype(source), np.empty(len(rows.lengths))
     loops, fixed = compiled.ready(source.dtype.name), numbers_of(source)
     offset, without_offset = objective.offset, objective._replace(offset=dtype.type(0))
-    ahead = prefetched(source) if len(source) else 0
+    ahead, measure_rows = prefetched(source) if len(source) else 0, compiled.loss().measure_rows
 
     def work(at: slice) -> None:
         part = rows.part(at, dtype)
         entries = loops.Entries(fixed, part.ids, part.values, ahead)
         starts = part.cells, part.lengths
         measured = read_only(target[at].astype(dtype, copy=False))
-        loops.measure_rows(measured, starts, entries, without_offset, offset, out[at])
+        measure_rows(measured, starts, entries, without_offset, offset, out[at])
 
     threads(work, rows.parts(n_threads, target.shape[1]), n_threads)
     return float(out.sum())

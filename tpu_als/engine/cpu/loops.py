@@ -1,4 +1,4 @@
-"""Loops that solve rows by conjugate gradients and compute losses, compiled by numba.
+"""Loops that solve rows by conjugate gradients, compiled by numba.
 
 `compiled.loops` imports this module when it is needed. Each row is processed by itself, without
 padding. One pass over its entries computes both products of a CG step. The algebra is in
@@ -92,6 +92,24 @@ class Diagonal(NamedTuple):
     reach: float
     tiny: float
     most: float
+
+
+class Sums(NamedTuple):
+    """Where the products of a row's entries are summed.
+
+    Attributes
+    ----------
+    out : (K,)
+        The vector that they are added to.
+    block : (K,)
+        Scratch, for the sum of a block of a long row.
+    total : float64 (K,)
+        Scratch, for the sum of all blocks.
+    """
+
+    out: np.ndarray
+    block: np.ndarray
+    total: np.ndarray
 
 
 confidence = inner(equations.confidence)
@@ -207,16 +225,14 @@ def _add_all_products(
     span: tuple[int, int],
     scales: tuple[float, float],
     p: np.ndarray,
-    out: np.ndarray,
-    scratch: tuple[np.ndarray, np.ndarray],
+    sums: Sums,
 ) -> None:
     """`add_products` of a whole row, whose sums may be long.
 
-    `scratch` has a vector of the dtype of `out`, and one of float64. The sums of a long row's
-    blocks are added in float64. Compensated sums cannot be used, because the compiler may reorder
-    them.
+    The sums of a long row's blocks are added in float64. Compensated sums cannot be used, because
+    the compiler may reorder them.
     """
-    (first, n), (part, total) = span, scratch
+    (first, n), (out, part, total) = span, sums
     kind, is_long = out.dtype.type, n > BLOCK
     target = part if is_long else out
     if is_long:
@@ -287,6 +303,17 @@ class Solver(NamedTuple):
     steps: int
 
 
+@inner
+def _write(rows: np.ndarray, row: int, z: np.ndarray, relaxation: float) -> None:
+    """Write the solution z of a row, relaxed."""
+    one = z.dtype.type(1)
+    for k in range(len(z)):
+        if relaxation == one:  # reordered sums would lose precision if the old row is large
+            rows[row, k] = z[k]
+        else:
+            rows[row, k] = (one - relaxation) * rows[row, k] + relaxation * z[k]
+
+
 @compiled
 def solve_rows(
     rows: np.ndarray,
@@ -295,7 +322,7 @@ def solve_rows(
     objective: Objective,
     diagonal: Diagonal,
     solver: Solver,
-) -> None:  # fmt: skip
+) -> None:
     """Solve R rows, as `xla.sweep.solve_block` does in the eigenbasis.
 
     Parameters
@@ -318,8 +345,8 @@ def solve_rows(
     vectors = np.empty((7, rows.shape[1]), rows.dtype)
     z, p, r, image = vectors[0], vectors[1], vectors[2], vectors[3]
     d, inverse = vectors[4], vectors[5]
-    scratch = vectors[6], np.empty(rows.shape[1])
-    zero, one, tiny = z.dtype.type(0), z.dtype.type(1), diagonal.tiny
+    part, total = vectors[6], np.empty(rows.shape[1])
+    zero, tiny = z.dtype.type(0), diagonal.tiny
     for row in range(len(lengths)):
         first, n = cells[row], lengths[row]
         if n == 0:
@@ -344,7 +371,8 @@ def solve_rows(
             if is_last:
                 bend = _whole_curvature(entries, objective, (first, n), scale, given)
             else:
-                _add_all_products(entries, objective, (first, n), scales, given, out, scratch)
+                sums = Sums(out, part, total)
+                _add_all_products(entries, objective, (first, n), scales, given, sums)
             if step < 0:
                 for k in range(len(z)):
                     p[k] = r[k] * inverse[k]
@@ -366,44 +394,4 @@ def solve_rows(
             for k in range(len(z)):
                 p[k] = r[k] * inverse[k] + b * p[k]
                 image[k] = d[k] * p[k]
-        for k in range(len(z)):
-            if relaxation == one:  # reordered sums would lose precision if the old row is large
-                rows[row, k] = z[k]
-            else:
-                rows[row, k] = (one - relaxation) * rows[row, k] + relaxation * z[k]
-
-
-@compiled
-def measure_rows(
-    rows: np.ndarray,
-    starts: tuple[np.ndarray, np.ndarray],
-    entries: Entries,
-    objective: Objective,
-    offset: float,
-    out: np.ndarray,
-) -> None:
-    """Write the loss of the entries of R rows into `out`, as in `xla.solve.cells_loss`.
-
-    `objective` has the offset 0, so that w is the absolute confidence; `offset` is the actual one.
-    Predictions t are in the dtype of the tables; their losses are summed in float64. The loss of an
-    entry is computed from squares, because sums of (w t - 2 v) t and of constants nearly cancel.
-    """
-    source, ids, values, ahead = entries
-    cells, lengths = starts
-    address, row_bytes = source.ctypes.data, rows.shape[1] * source.itemsize
-    kind = rows.dtype.type
-    zero, one = kind(0), kind(1)
-    for row in range(len(lengths)):
-        total = np.float64(0)
-        for at in range(cells[row], cells[row] + lengths[row]):
-            if ahead and at + ahead < len(ids):
-                for byte in range(0, row_bytes, 64):
-                    prefetch(address + ids[at + ahead] * row_bytes + byte)
-            t, i = zero, ids[at]
-            for k in range(rows.shape[1]):
-                t += widen(source[i, k]) * rows[row, k]
-            w, v = confidence(objective, values[at] if len(values) else one)
-            liked = kind(v)
-            total += liked * (one - t) ** 2 + (kind(w) - liked) * (one + t * t)
-            total -= offset * t * t
-        out[row] = total
+        _write(rows, row, z, relaxation)

@@ -200,15 +200,14 @@ def _add_tile_intrinsic(
     _: Context,
     rows: types.Array,
     factors: types.Array,
-    count: types.Type,
     place: types.Type,
     sign: types.Type,
     out: types.Array,
 ) -> Intrinsic:
     """Add sign F^T E to G rows of `out` (P, P), in the columns of one register.
 
-    E and F are the first `count` rows of `rows` and `factors`; `place` has the first row and the
-    first column. Sums stay in registers.
+    E and F are the first rows of `rows` and `factors`. `place` has their number, and the first row
+    and the first column of `out`. Sums stay in registers.
     """
 
     def emit(
@@ -218,17 +217,17 @@ def _add_tile_intrinsic(
         (data, pitch), (given, pitch_given) = (
             emitter.array(rows, args[0]), emitter.array(factors, args[1]),
         )  # fmt: skip
-        target, width = emitter.array(out, args[5])
-        row, column = cgutils.unpack_tuple(builder, args[3])
+        target, width = emitter.array(out, args[4])
+        count, row, column = cgutils.unpack_tuple(builder, args[2])
         sums = emitter.zeros(GROUP)
-        with cgutils.for_range(builder, args[2]) as loop:
+        with cgutils.for_range(builder, count) as loop:
             at = builder.add(builder.mul(loop.index, pitch), column)
             value, at = emitter.load(data, at), builder.mul(loop.index, pitch_given)
             for j, total in enumerate(sums):
                 factor = emitter.spread(given, builder.add(at, builder.add(row, width.type(j))))
                 builder.store(emitter.multiply_add(builder.load(total), value, factor), total)
         first = builder.insert_element(
-            ir.Constant(emitter.vector, ir.Undefined), args[4], _INDEX(0)
+            ir.Constant(emitter.vector, ir.Undefined), args[3], _INDEX(0)
         )
         signs = emitter.shuffled(first, first, [0] * emitter.lanes)
         for j, total in enumerate(sums):
@@ -237,7 +236,7 @@ def _add_tile_intrinsic(
             emitter.store(emitter.multiply_add(before, builder.load(total), signs), target, at)
         return context.get_dummy_value()
 
-    return types.void(rows, factors, count, place, sign, out), emit
+    return types.void(rows, factors, place, sign, out), emit
 
 
 def _multiply_intrinsic(
