@@ -13,7 +13,7 @@ from scipy import sparse
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import metadata_routing
 
-from tpu_als import engine_options, fitting, parameters
+from tpu_als import engine_options, parameters
 from tpu_als.evaluation.metrics import popularity_of
 from tpu_als.implicit_api.attributes import Attributes
 from tpu_als.implicit_api.new_rows import NewRows
@@ -22,7 +22,7 @@ from tpu_als.implicit_api.saving import Saving
 from tpu_als.implicit_api.side_features import SideFeatures
 from tpu_als.serving.fitted import FittedModel
 from tpu_als.shards import ShardedMatrix
-from tpu_als.training import initial, progress
+from tpu_als.training import initial, loop, preparing, progress
 from tpu_als.transforming import Transforming
 from tpu_als.validation import arguments
 from tpu_als.validation.estimators import checked_rows
@@ -314,11 +314,11 @@ class TPUAlternatingLeastSquares(
             at_exit.callback(lambda: self._fitted.settle())
             params = engine_options.training_params(self)
             rows, fitted = self._interactions(user_items)
-            features = fitting.feature_tables(self, rows.shape, user_features, item_features)
-            training = fitting.prepare(self, rows, fitted, params, features, at_exit)
+            features = preparing.feature_tables(self, rows.shape, user_features, item_features)
+            training = preparing.prepare(self, rows, fitted, params, features, at_exit)
             hides = training.hides_progress or progress.is_disabled(show_progress, self.verbose)
             with progress.bar(self.iterations, training.done, hides) as bar:
-                fitting.run(self, training, fitted, callback, bar)
+                loop.run(self, training, fitted, callback, bar)
             self._fitted_to = training.fitted_to
         return self
 

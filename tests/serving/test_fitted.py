@@ -25,7 +25,7 @@ COUNTS = random_counts(30, 20)
 USERS = np.arange(30)
 FILES = {
     "estimator.py",
-    "fitting.py",
+    "preparing.py",
     "loop.py",
     "attributes.py",
     "fitted.py",

@@ -1,30 +1,40 @@
-"""A running fit: its tables, early stopping and checkpoints."""
+"""A running fit: iterate, stop early, save checkpoints, publish the model."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from tpu_als import parameters
-from tpu_als.engine import als, digests
+from tpu_als.engine import als
+from tpu_als.engine.als import AlsState
 from tpu_als.engine.backends import Table
 from tpu_als.engine.data import Data
 from tpu_als.engine.objective import Objective
+from tpu_als.exceptions import ModelFitError
+from tpu_als.serving.features import FittedFeatures
+from tpu_als.serving.fitted import SIDES, FactorTable, FittedModel, tables_of
+from tpu_als.training import progress
 from tpu_als.training.early_stopping import EarlyStopping, Factors
 from tpu_als.training.initial import Identity
 from tpu_als.validation import arguments
 from tpu_als.validation.features import FeatureTable
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from tpu_als.engine.xla.data import XlaData
     from tpu_als.estimator import TPUAlternatingLeastSquares
     from tpu_als.training.checkpoint import Checkpoints
+
+log = logging.getLogger("tpu_als")
 
 
 @dataclass
@@ -71,7 +81,7 @@ class Training:
     settings: dict[str, object]
     fitted_to: tuple[Identity, bool]
     features: tuple[FeatureTable | None, FeatureTable | None] = (None, None)
-    state: als.AlsState = field(init=False)
+    state: AlsState = field(init=False)
     done: int = 0
     history: dict[str, list[float]] = field(default_factory=lambda: {"seconds": []})
 
@@ -149,13 +159,13 @@ class Training:
         """The data in the form that checkpoints have."""
         return self.data.backend.describe_for_checkpoint(self.data)
 
-    def _tables(self, state: als.AlsState) -> tuple[Table, Table]:
+    def _tables(self, state: AlsState) -> tuple[Table, Table]:
         """User and item table, without the matrix."""
         backend, data = self.data.backend, self.data
         users = backend.table(state.users, data.users, data)
         return users, backend.table(state.items, data.items, data)
 
-    def _readable(self, state: als.AlsState) -> tuple[Factors, Factors]:
+    def _readable(self, state: AlsState) -> tuple[Factors, Factors]:
         """User and item table as arrays on the host, or on the devices if they stay there."""
         users, items = self._tables(state)
         if users.is_resident:
@@ -163,45 +173,87 @@ class Training:
         return users.fetch(), items.fetch()
 
 
-def settings_of(
+def run(
     estimator: TPUAlternatingLeastSquares,
-    objective: Objective,
-    linear_solver: str,
-    initial_tables: list[np.ndarray | None],
-    on_devices: bool,
-) -> dict[str, object]:
-    """All settings that affect the result. A checkpoint is resumed only with the same ones.
+    training: Training,
+    fitted: FittedModel,
+    callback: Callable[[int, float, float | None], object] | None,
+    bar: tqdm,
+) -> None:
+    """Run the iterations, and publish the model as a whole.
 
-    Parameters
-    ----------
-    estimator : TPUAlternatingLeastSquares
-        Its parameters must be valid; they are not checked.
-    objective : Objective
-        The objective that they define.
-    linear_solver : str
-        The solver that they choose.
-    initial_tables : two of ndarray or None
-        User and item table that the fit starts from; None for a table that is drawn.
-    on_devices : bool
-        Whether tables are drawn on the devices.
+    After an error the estimator has its model from before `fit`. After a KeyboardInterrupt, or an
+    error in the callback, it has the model of the last complete iteration, if there is one.
     """
-    is_watched = bool(estimator.early_stopping)
-    watching = ("validation_fraction", "n_iter_no_change", "tol") if is_watched else ()
-    drawn = "drawn on the devices" if on_devices else "drawn"
-    return {
-        **{name: float(value) for name, value in objective._asdict().items()},
-        "linear_solver": linear_solver,
-        "random_state": parameters.seed_identity(estimator.random_state),
-        "cg_steps": int(estimator.cg_steps),
-        **{name: float(getattr(estimator, name)) for name in ("over_relaxation", *watching)},
-        "early_stopping": is_watched,
-        "objective": estimator.objective,
-        # With over-relaxation the tables depend on which iteration is the last.
-        "iterations": int(estimator.iterations) if estimator.over_relaxation != 1 else None,
-        "initial tables": [
-            drawn if table is None else digests.array(table) for table in initial_tables
-        ],
-    }
+    before, has_published, is_calling = vars(estimator).get("_fitted"), False, False
+    try:
+        fitted, state = _after(training, fitted), training.state
+        while not training.is_over:
+            with training.data.backend.watched():
+                report = training.step()
+            fitted, state = _after(training, fitted), training.state
+            progress.advance(bar, report)
+            log.debug("iteration %d: %s", training.done - 1, report)
+            if callback:
+                estimator._publish(_with_features(training, state, fitted))
+                has_published = is_calling = True
+                callback(training.done - 1, report["seconds"], report.get("loss"))
+                is_calling = False
+        estimator._publish(_finished(training, fitted))
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and fitted.n_iter:
+            estimator._publish(_with_features(training, state, fitted))
+        elif has_published and not is_calling:
+            estimator._publish(before)
+        raise
+
+
+def _finished(training: Training, fitted: FittedModel) -> FittedModel:
+    """The model at the end of a fit; with early stopping, the best one."""
+    state = training.state
+    if training.monitor is not None and training.monitor.best is not None:
+        users, items = (
+            FactorTable(table) if isinstance(table, np.ndarray) else FactorTable(None, table)
+            for table in training.monitor.best
+        )
+        fitted = replace(fitted, user=users, item=items)
+        if training.features != (None, None):
+            best = (t if isinstance(t, np.ndarray) else t.fetch() for t in training.monitor.best)
+            state = als.start(training.data, *best)
+    losses = training.history.get("loss")
+    if losses:
+        log.info("final training loss %.4f", losses[-1])
+    return _with_features(training, state, fitted)
+
+
+def _with_features(training: Training, state: AlsState, fitted: FittedModel) -> FittedModel:
+    """The model with the weights of features, and with rows for users and items without entries."""
+    changes: dict[str, Any] = {}
+    data = training.data
+    sides = zip(SIDES, ("users", "items"), state, training.features, strict=True)
+    with data.backend.watched():
+        for name, target, table, given in sides:
+            if given is None:
+                continue
+            side, dtype = getattr(data, target), data.params.compute_dtype
+            whole, weights = als.completed(table, data, training.objective, target=target)
+            assert weights is not None
+            if not np.isfinite(weights).all():
+                raise ModelFitError(
+                    f"the weights of {name} features are not finite: scale the features to "
+                    "similar sizes, or raise feature_regularization"
+                )
+            changes[name] = FactorTable(unread=data.backend.table(whole, side, data))
+            rows = given.matrix.astype(dtype)
+            features = FittedFeatures(weights.astype(dtype), rows, given.names)
+            changes[f"{name}_features"] = features
+    return replace(fitted, **changes)
+
+
+def _after(training: Training, fitted: FittedModel) -> FittedModel:
+    """The model after the iterations run so far."""
+    tables = tables_of(training.state, training.data)
+    return fitted.trained(tables, training.done, training.history)
 
 
 class _Fetched:

@@ -1,38 +1,29 @@
-"""One fit of the estimator: lay out the data, initialise or resume, iterate, publish the model."""
+"""The start of a fit: choose the backend, lay out the data, and initialise or resume."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
 
-from tpu_als import engine_options
+from tpu_als import engine_options, parameters
 from tpu_als.engine import als, digests
-from tpu_als.engine.als import AlsState
 from tpu_als.engine.data import AlsParams, Side
 from tpu_als.engine.features import Features
+from tpu_als.engine.objective import Objective
 from tpu_als.evaluation import holdout
-from tpu_als.exceptions import ModelFitError
-from tpu_als.serving.features import FittedFeatures
-from tpu_als.serving.fitted import SIDES, FactorTable, FittedModel, tables_of
+from tpu_als.serving.fitted import SIDES, FittedModel
 from tpu_als.shards import ShardedMatrix
-from tpu_als.training import initial, progress
+from tpu_als.training import initial
 from tpu_als.training.early_stopping import EarlyStopping
-from tpu_als.training.loop import Training, settings_of
+from tpu_als.training.loop import Training
 from tpu_als.validation import features as checked_features
 from tpu_als.validation.features import FeatureTable
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from tpu_als.estimator import TPUAlternatingLeastSquares
-
-log = logging.getLogger("tpu_als")
 
 
 def prepare(
@@ -73,8 +64,8 @@ def prepare(
         at_end.callback(checkpoints.close)
         # "exact" and "cholesky" differ by rounding only, so either resumes the other's checkpoint.
         solver = params.linear_solver.replace("exact", "cholesky")
-        settings = settings_of(estimator, objective, solver, given, on_devices)
-        settings.update(_identity_of(estimator, features))
+        settings = _settings_of(estimator, objective, solver, given, on_devices)
+        settings.update(_features_of(estimator, features))
     fitted_to = identity, initial.warn_if_restarted(estimator, identity)
     if estimator.early_stopping:
         fraction = float(estimator.validation_fraction)
@@ -112,83 +103,6 @@ def prepare(
             start = initial.state(data, given, estimator, on_devices)
             training.state = training.state if is_resumed else start
     return training
-
-
-def run(
-    estimator: TPUAlternatingLeastSquares,
-    training: Training,
-    fitted: FittedModel,
-    callback: Callable[[int, float, float | None], object] | None,
-    bar: tqdm,
-) -> None:
-    """Run the iterations, and publish the model as a whole.
-
-    After an error the estimator has its model from before `fit`. After a KeyboardInterrupt, or an
-    error in the callback, it has the model of the last complete iteration, if there is one.
-    """
-    before, has_published, is_calling = vars(estimator).get("_fitted"), False, False
-    try:
-        fitted, state = _after(training, fitted), training.state
-        while not training.is_over:
-            with training.data.backend.watched():
-                report = training.step()
-            fitted, state = _after(training, fitted), training.state
-            progress.advance(bar, report)
-            log.debug("iteration %d: %s", training.done - 1, report)
-            if callback:
-                estimator._publish(_with_features(training, state, fitted))
-                has_published = is_calling = True
-                callback(training.done - 1, report["seconds"], report.get("loss"))
-                is_calling = False
-        estimator._publish(_finished(training, fitted))
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and fitted.n_iter:
-            estimator._publish(_with_features(training, state, fitted))
-        elif has_published and not is_calling:
-            estimator._publish(before)
-        raise
-
-
-def _finished(training: Training, fitted: FittedModel) -> FittedModel:
-    """The model at the end of a fit; with early stopping, the best one."""
-    state = training.state
-    if training.monitor is not None and training.monitor.best is not None:
-        users, items = (
-            FactorTable(table) if isinstance(table, np.ndarray) else FactorTable(None, table)
-            for table in training.monitor.best
-        )
-        fitted = replace(fitted, user=users, item=items)
-        if training.features != (None, None):
-            best = (t if isinstance(t, np.ndarray) else t.fetch() for t in training.monitor.best)
-            state = als.start(training.data, *best)
-    losses = training.history.get("loss")
-    if losses:
-        log.info("final training loss %.4f", losses[-1])
-    return _with_features(training, state, fitted)
-
-
-def _with_features(training: Training, state: AlsState, fitted: FittedModel) -> FittedModel:
-    """The model with the weights of features, and with rows for users and items without entries."""
-    changes: dict[str, Any] = {}
-    data = training.data
-    sides = zip(SIDES, ("users", "items"), state, training.features, strict=True)
-    with data.backend.watched():
-        for name, target, table, given in sides:
-            if given is None:
-                continue
-            side, dtype = getattr(data, target), data.params.compute_dtype
-            whole, weights = als.completed(table, data, training.objective, target=target)
-            assert weights is not None
-            if not np.isfinite(weights).all():
-                raise ModelFitError(
-                    f"the weights of {name} features are not finite: scale the features to "
-                    "similar sizes, or raise feature_regularization"
-                )
-            changes[name] = FactorTable(unread=data.backend.table(whole, side, data))
-            rows = given.matrix.astype(dtype)
-            features = FittedFeatures(weights.astype(dtype), rows, given.names)
-            changes[f"{name}_features"] = features
-    return replace(fitted, **changes)
 
 
 def feature_tables(
@@ -233,7 +147,7 @@ def _engine_features(
     return Features(matrix, gamma, weight)
 
 
-def _identity_of(
+def _features_of(
     estimator: TPUAlternatingLeastSquares, tables: tuple[FeatureTable | None, FeatureTable | None]
 ) -> dict[str, object]:
     """What identifies the features of a run; nothing without features."""
@@ -250,7 +164,42 @@ def _identity_of(
     return identity
 
 
-def _after(training: Training, fitted: FittedModel) -> FittedModel:
-    """The model after the iterations run so far."""
-    tables = tables_of(training.state, training.data)
-    return fitted.trained(tables, training.done, training.history)
+def _settings_of(
+    estimator: TPUAlternatingLeastSquares,
+    objective: Objective,
+    linear_solver: str,
+    initial_tables: list[np.ndarray | None],
+    on_devices: bool,
+) -> dict[str, object]:
+    """All settings that affect the result. A checkpoint is resumed only with the same ones.
+
+    Parameters
+    ----------
+    estimator : TPUAlternatingLeastSquares
+        Its parameters must be valid; they are not checked.
+    objective : Objective
+        The objective that they define.
+    linear_solver : str
+        The solver that they choose.
+    initial_tables : two of ndarray or None
+        User and item table that the fit starts from; None for a table that is drawn.
+    on_devices : bool
+        Whether tables are drawn on the devices.
+    """
+    is_watched = bool(estimator.early_stopping)
+    watching = ("validation_fraction", "n_iter_no_change", "tol") if is_watched else ()
+    drawn = "drawn on the devices" if on_devices else "drawn"
+    return {
+        **{name: float(value) for name, value in objective._asdict().items()},
+        "linear_solver": linear_solver,
+        "random_state": parameters.seed_identity(estimator.random_state),
+        "cg_steps": int(estimator.cg_steps),
+        **{name: float(getattr(estimator, name)) for name in ("over_relaxation", *watching)},
+        "early_stopping": is_watched,
+        "objective": estimator.objective,
+        # With over-relaxation the tables depend on which iteration is the last.
+        "iterations": int(estimator.iterations) if estimator.over_relaxation != 1 else None,
+        "initial tables": [
+            drawn if table is None else digests.array(table) for table in initial_tables
+        ],
+    }
