@@ -129,9 +129,9 @@ def start_backend() -> None:
 
     implicit loads its compiled library when it is imported.
     """
-    from tpu_als.engine import backends
+    from tpu_als.engine import choice
 
-    backends.choose(backends.Wishes())
+    choice.choose(choice.Wishes())
 
 
 def write_shards(

@@ -18,7 +18,7 @@ import numpy as np
 from scipy import sparse
 
 from tpu_als.engine import als
-from tpu_als.engine.backends import Wishes, choose
+from tpu_als.engine.choice import Wishes, choose
 from tpu_als.engine.data import AlsParams, Side
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import row_kernels

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tpu_als import parameters
-from tpu_als.engine import backends
+from tpu_als.engine import choice
 from tpu_als.engine.backends import Backend
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective, solver_for
@@ -25,8 +25,11 @@ def objective_of(estimator: Any) -> Objective:
     )
 
 
-def weighted(estimator: Any, objective: Objective) -> Objective:
-    """An objective with the ridge of rows that are drawn to what their features say."""
+def objective_for(estimator: Any, has_features: bool) -> Objective:
+    """The objective for new rows, whose ridge is larger if it draws them to what features say."""
+    objective = objective_of(estimator)
+    if not has_features:
+        return objective
     parameters.check(estimator, ("feature_weight",))
     lam = estimator.feature_weight * objective.regularization
     return objective._replace(regularization=lam)
@@ -72,7 +75,7 @@ def backend_of(
     A fit uses the devices of all processes. Other calls use `Backend.alone`.
     """
     parameters.check(estimator, parameters.BACKEND)
-    wishes = backends.Wishes(
+    wishes = choice.Wishes(
         estimator.devices,
         num_threads or estimator.num_threads,
         estimator.use_gpu,
@@ -80,5 +83,5 @@ def backend_of(
         bool(estimator.use_native),
     )
     if params is None:
-        return backends.choose(wishes, None)
-    return backends.choose(wishes, params.linear_solver)
+        return choice.choose(wishes, None)
+    return choice.choose(wishes, params.linear_solver)

@@ -13,10 +13,9 @@ from sklearn.utils import check_array
 from tpu_als import engine_options
 from tpu_als.evaluation import holdout
 from tpu_als.host import require_memory
-from tpu_als.implicit_api.holder import ModelHolder
-from tpu_als.implicit_api.new_rows import folded_in
-from tpu_als.implicit_api.priors import prior_for
-from tpu_als.serving.fitted import FittedModel
+from tpu_als.serving.features import prior_for
+from tpu_als.serving.fitted import FittedModel, ModelHolder
+from tpu_als.serving.fold_in import folded_in
 from tpu_als.serving.ranking import How, Limits, rank
 from tpu_als.validation.estimators import checked_rows
 
@@ -50,7 +49,7 @@ class Transforming(ModelHolder, TransformerMixin):
         """
         fitted = self._fitted.require(self)
         rows = self._validated(X, fitted)
-        prior = prior_for(fitted, "user", user_features, rows.shape[0])
+        prior = prior_for(fitted.features("user"), "user", user_features, rows.shape[0])
         return folded_in(self, fitted.item, rows, prior)
 
     def inverse_transform(self, X: Any) -> np.ndarray:
@@ -102,7 +101,7 @@ class Transforming(ModelHolder, TransformerMixin):
         """
         fitted = self._fitted.require(self)
         rows = self._validated(X, fitted)
-        prior = prior_for(fitted, "user", user_features, rows.shape[0])
+        prior = prior_for(fitted.features("user"), "user", user_features, rows.shape[0])
         kept, hidden, measured = holdout.for_scoring(rows)
         prior = None if prior is None else prior.some(measured)
         solved = folded_in(self, fitted.item, kept, prior)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tpu_als.engine import backends
+from tpu_als.engine import choice
 
 
 @pytest.mark.parametrize("has_gpu", [True, False])
@@ -19,14 +19,14 @@ def test_one_warning(
     monkeypatch.setattr(
         os.path, "exists", lambda path: has_gpu if path == "/dev/nvidiactl" else exists(path)
     )
-    monkeypatch.setattr(backends, "_has_plugin", lambda: False)
+    monkeypatch.setattr(choice, "_has_plugin", lambda: False)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.delitem(sys.modules, "jax", raising=False)
-    backends._tell_of_gpu.cache_clear()
+    choice._tell_of_gpu.cache_clear()
     with caplog.at_level(logging.WARNING, "tpu_als"):
-        assert not backends.may_have_accelerator()
-        assert not backends.may_have_accelerator()
+        assert not choice.may_have_accelerator()
+        assert not choice.may_have_accelerator()
     assert [record.message[:34] for record in caplog.records] == [
         "this machine has an NVIDIA GPU, bu"
     ] * has_gpu
-    backends._tell_of_gpu.cache_clear()
+    choice._tell_of_gpu.cache_clear()

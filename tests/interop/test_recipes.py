@@ -195,7 +195,7 @@ class TestOptuna:
         assert found.study.best_value == max(trial.value for trial in done)
 
 
-FITTED = ["tpu_als.serving.fitted.FactorTable", "tpu_als.serving.fitted.FittedModel"]
+FITTED = ["tpu_als.serving.factor_table.FactorTable", "tpu_als.serving.fitted.FittedModel"]
 ESTIMATOR = "tpu_als.estimator.TPUAlternatingLeastSquares"
 
 

@@ -14,7 +14,7 @@ from scipy import sparse
 from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.serving import changed
 from tpu_als.serving.changed import ChangedTable
-from tpu_als.serving.fitted import FactorTable
+from tpu_als.serving.factor_table import FactorTable
 
 COUNTS = random_counts(60, 40, seed=1)
 

@@ -18,7 +18,7 @@ from scipy import sparse
 from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.engine.cpu import exact, ranking
 from tpu_als.engine.cpu.backend import CpuBackend
-from tpu_als.serving import derived, fitted
+from tpu_als.serving import derived, factor_table
 from tpu_als.training import loop
 
 COUNTS = random_counts(30, 20)
@@ -28,6 +28,7 @@ FILES = {
     "preparing.py",
     "loop.py",
     "attributes.py",
+    "factor_table.py",
     "fitted.py",
     "als.py",
     "backend.py",
@@ -83,7 +84,7 @@ READERS: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "gramian": (exact.Source, "_gramian", lambda m: m.recalculate_user(0, COUNTS[0])),
     "source": (CpuBackend, "source", lambda m: m.transform(COUNTS)),
     "score": (exact.Source, "solve", lambda m: m.score(COUNTS)),
-    "pairs": (fitted.FactorTable, "rows", lambda m: m.score_pairs(USERS[:20], USERS[:20])),
+    "pairs": (factor_table.FactorTable, "rows", lambda m: m.score_pairs(USERS[:20], USERS[:20])),
 }
 
 

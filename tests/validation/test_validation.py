@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from tpu_als.validation import arguments
-from tpu_als.validation.arguments import ModelFitError, ParameterWarning
+from tpu_als.exceptions import ModelFitError, ParameterWarning
+from tpu_als.validation import arguments, tables
 
 ROWS = sparse.csr_matrix(np.array([[1, 0, 2], [0, 3, 0]], dtype=np.float32))
 
@@ -196,32 +196,32 @@ class TestSelection:
 class TestTables:
     def test_an_array_is_not_copied(self) -> None:
         table = np.ones((2, 3))
-        assert arguments.factor_table(table, "user_factors") is table
-        assert arguments.factor_table(None, "user_factors") is None
+        assert tables.factor_table(table, "user_factors") is table
+        assert tables.factor_table(None, "user_factors") is None
 
     def test_converted(self) -> None:
         class Wrapped:
             def to_numpy(self) -> np.ndarray:
                 return np.ones((2, 3), np.float16)
 
-        assert arguments.factor_table(Wrapped(), "user_factors").dtype == np.float32
-        assert arguments.factor_table([[1, 2]], "user_factors").dtype == np.float32
+        assert tables.factor_table(Wrapped(), "user_factors").dtype == np.float32
+        assert tables.factor_table([[1, 2]], "user_factors").dtype == np.float32
 
     @pytest.mark.parametrize("table", [np.ones(3), [["a"]], np.array([[None]])])
     def test_not_a_table(self, table: Any) -> None:
         with pytest.raises(ValueError, match="user_factors must be a 2-D array of numbers"):
-            arguments.factor_table(table, "user_factors")
+            tables.factor_table(table, "user_factors")
 
     def test_rows_that_are_not_finite(self) -> None:
         rows = np.array([[1.0], [np.nan]])
         with pytest.raises(ModelFitError, match="1 of 2 rows .*first: row 1"):
-            arguments.finite_rows(rows, "fold-in")
-        assert arguments.finite_rows(rows[:1], "fold-in").tolist() == [[1.0]]
+            tables.finite_rows(rows, "fold-in")
+        assert tables.finite_rows(rows[:1], "fold-in").tolist() == [[1.0]]
 
     def test_counts_that_are_not_zero(self) -> None:
-        arguments.finite_counts((0, 0), 1)
+        tables.finite_counts((0, 0), 1)
         with pytest.raises(ModelFitError, match="4 item rows are not finite after iteration 2"):
-            arguments.finite_counts((0, 4), 2)
+            tables.finite_counts((0, 4), 2)
 
 
 def test_number_of_results() -> None:

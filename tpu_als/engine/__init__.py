@@ -33,7 +33,8 @@ from tpu_als.engine.als import (
     start,
     user_factors,
 )
-from tpu_als.engine.backends import Backend, Catalog, Source, Wishes, choose
+from tpu_als.engine.backends import Backend, Catalog, Source
+from tpu_als.engine.choice import Wishes, choose
 from tpu_als.engine.data import AlsParams, Data
 from tpu_als.engine.objective import Objective
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from tpu_als import subclasses
-from tpu_als.implicit_api.holder import ModelHolder
-from tpu_als.serving.fitted import FactorTable, FittedModel, Kept
-from tpu_als.validation import arguments
+from tpu_als.serving.factor_table import FactorTable, Kept
+from tpu_als.serving.fitted import FittedModel, ModelHolder
+from tpu_als.validation import tables
 
 
 class Attributes(ModelHolder):
@@ -166,7 +166,7 @@ class Attributes(ModelHolder):
         return value
 
     def _assign(self, side: str, table: ArrayLike | None) -> None:
-        array = arguments.factor_table(table, f"{side}_factors")
+        array = tables.factor_table(table, f"{side}_factors")
 
         def assigned(fitted: FittedModel) -> FittedModel:
             given = {*fitted.assigned, side} if array is not None else {*fitted.assigned} - {side}

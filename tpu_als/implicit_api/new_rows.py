@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import linalg, sparse
+from scipy import linalg
 
 from tpu_als import engine_options
-from tpu_als.engine.cpu import exact
-from tpu_als.engine.objective import Objective, confidence, ridge
-from tpu_als.implicit_api.holder import ModelHolder
-from tpu_als.implicit_api.priors import Prior, prior_for
-from tpu_als.serving import fold_in
-from tpu_als.serving.fitted import FactorTable, FittedModel
-from tpu_als.validation import arguments, matrices
+from tpu_als.engine.cpu import systems
+from tpu_als.implicit_api.explained import pair_of
+from tpu_als.serving.features import prior_for
+from tpu_als.serving.fitted import ModelHolder
+from tpu_als.serving.fold_in import folded_in, recalculated
+from tpu_als.validation import arguments, tables
 from tpu_als.validation.structure import SparseMatrix
 
 
@@ -192,9 +191,9 @@ class NewRows(ModelHolder):
         arguments.warn_if_converted(user_items)
         pair = pair_of(self, fitted, (userid, itemid), user_items, user_features)
         if user_weights is not None:
-            user_weights = arguments.user_weights(user_weights, fitted.item.shape[1])
+            user_weights = tables.user_weights(user_weights, fitted.item.shape[1])
         else:
-            factor, lower = exact.factorize(pair.system(fitted.item)[0])
+            factor, lower = systems.factorize(pair.system(fitted.item)[0])
             user_weights = factor, bool(lower)  # some versions of SciPy return an array
         direction = linalg.cho_solve(user_weights, pair.wanted)
         scores, of_features = (pair.liked @ direction) * pair.targets, 0.0
@@ -220,7 +219,7 @@ class NewRows(ModelHolder):
         regularization: float,
         num_threads: int | None = 0,
     ) -> None:
-        arguments.solver_arguments(X, Y, regularization, num_threads)
+        tables.solver_arguments(X, Y, regularization, num_threads)
         Y = np.asarray(Y)
         rows = arguments.rows_for(Cui, len(X), len(Y), "Cui", strict=False)
         own = engine_options.objective_of(self)
@@ -232,7 +231,7 @@ class NewRows(ModelHolder):
         chosen = engine_options.backend_of(self, None if is_exact else params, num_threads)
         backend = chosen.alone
         solved = backend.source(Y, params).solve(rows, objective, start=X)
-        X[...] = arguments.finite_rows(solved, "X, which stays as it was")
+        X[...] = tables.finite_rows(solved, "X, which stays as it was")
 
     def _partial_fit(
         self, side: str, given: ArrayLike, matrix: SparseMatrix, features: Any
@@ -244,10 +243,10 @@ class NewRows(ModelHolder):
             fitted = self._fitted.require(self)
             source = fitted.item if side == "user" else fitted.user
             n_rows, width = fitted.table(side).shape
-            arguments.same_width(width, source.shape[1])
+            tables.same_width(width, source.shape[1])
             ids, mask = arguments.ids_to_store(given, n_rows, f"{side}ids")
             rows = arguments.rows_to_store(matrix, len(ids), source.shape[0], name, mask)
-            prior = prior_for(fitted, side, features, len(ids), ids)
+            prior = prior_for(fitted.features(side), side, features, len(ids), ids)
             solved = folded_in(self, source, rows, prior)
             new = None if prior is None or features is None else prior.features
             with fitted.lock:
@@ -258,107 +257,3 @@ class NewRows(ModelHolder):
                 )
                 if stored:
                     self._fitted = self._fitted.with_rows(side, ids, solved, new)
-
-
-class ExplainedPair(NamedTuple):
-    """What the explanation of a user's score of an item needs.
-
-    Attributes
-    ----------
-    row : csr_matrix (1, N)
-        The user's row.
-    item : int
-        The item.
-    prior : Prior or None
-        What the user is drawn to.
-    objective : Objective
-        Equations (1)-(2) of users.
-    lam : float
-        The user's ridge (2).
-    liked : array (E, K)
-        Factors of the user's items.
-    wanted : float64 array (K,)
-        Factors of the item.
-    """
-
-    row: sparse.csr_matrix
-    item: int
-    prior: Prior | None
-    objective: Objective
-    lam: float
-    liked: np.ndarray
-    wanted: np.ndarray
-
-    @property
-    def targets(self) -> np.ndarray:
-        """Weighted targets v (E,) of the user's entries, in float64."""
-        return confidence(self.objective, self.row.data.astype(np.float64))[1]
-
-    def system(self, table: FactorTable) -> tuple[np.ndarray, np.ndarray]:
-        """Matrix and right side of equation (1) for the user, without the prior."""
-        gram, at = table.gramian().astype(np.float64), np.arange(self.row.nnz)
-        return exact.system(self.liked, at, self.row.data, gram, self.objective, self.lam)
-
-    def top(self, scores: np.ndarray, n: int) -> list[tuple[int, float]]:
-        """The n items with the largest contributions (E,); disliked items are omitted."""
-        row = self.row
-        order = [i for i in np.argsort(-scores, kind="stable") if row.data[i] >= 0][:n]
-        return [(int(row.indices[i]), float(scores[i])) for i in order]
-
-
-def pair_of(
-    estimator: Any,
-    fitted: FittedModel,
-    ids: tuple[int, int],
-    user_items: SparseMatrix,
-    user_features: Any,
-) -> ExplainedPair:
-    """Check the arguments of `explain`: the ids of a user and an item, rows, and features."""
-    table, n_items = fitted.item, fitted.item.shape[0]
-    user = arguments.one_id(ids[0], None, "userid")
-    item = arguments.one_id(ids[1], n_items, "itemid")
-    row = matrices.explained_row(user_items, user, n_items)
-    prior = prior_for(fitted, "user", user_features, 1)
-    objective = objective_for(estimator, prior)
-    lam = ridge(objective, float(row.nnz), float(n_items))
-    wanted = table.rows(np.array([item]))[0].astype(np.float64)
-    return ExplainedPair(row, item, prior, objective, lam, table.rows(row.indices), wanted)
-
-
-def recalculated(
-    estimator: Any,
-    fitted: FittedModel,
-    side: str,
-    given: ArrayLike,
-    matrix: SparseMatrix,
-    features: Any = None,
-) -> np.ndarray:
-    """Factors of rows of a side, solved against the table of the other side."""
-    table = fitted.item if side == "user" else fitted.user
-    name = "user_items" if side == "user" else "item_users"
-    ids, is_scalar, mask = arguments.ids_of(given, None, f"{side}id")
-    rows = arguments.rows_for(matrix, len(ids), table.shape[0], name, strict=False, mask=mask)
-    prior = prior_for(fitted, side, features, len(ids))
-    solved = folded_in(estimator, table, rows, prior)
-    return solved[0] if is_scalar else solved
-
-
-def folded_in(
-    estimator: Any, table: FactorTable, rows: sparse.csr_matrix, prior: Prior | None = None
-) -> np.ndarray:
-    """Exact factors (m, factors) of canonical rows (m, n), by an estimator's parameters."""
-    params = engine_options.params_against(estimator, table)
-    return fold_in.solve(
-        table,
-        rows,
-        objective_for(estimator, prior),
-        params,
-        lambda: engine_options.backend_of(estimator).alone,
-        None if prior is None else prior.rows,
-    )
-
-
-def objective_for(estimator: Any, prior: Prior | None) -> Objective:
-    """Equations (1)-(2) for rows that are drawn to a prior, or to zero if there is none."""
-    objective = engine_options.objective_of(estimator)
-    return objective if prior is None else engine_options.weighted(estimator, objective)

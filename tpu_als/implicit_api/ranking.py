@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from tpu_als import engine_options, parameters
-from tpu_als.implicit_api.holder import ModelHolder
-from tpu_als.implicit_api.new_rows import folded_in, recalculated
-from tpu_als.implicit_api.priors import prior_for
 from tpu_als.serving.derived import norms
-from tpu_als.serving.fitted import FactorTable
+from tpu_als.serving.factor_table import FactorTable
+from tpu_als.serving.features import prior_for
+from tpu_als.serving.fitted import ModelHolder
+from tpu_als.serving.fold_in import folded_in, recalculated
 from tpu_als.serving.ranking import How, Limits, rank
-from tpu_als.validation import arguments
+from tpu_als.validation import arguments, tables
 from tpu_als.validation.refusals import require_matrix
 from tpu_als.validation.structure import SparseMatrix
 
@@ -94,7 +94,7 @@ class Ranking(ModelHolder):
         names = ("items", "filter_items")
         chosen, excluded = arguments.selection(items, filter_items, n_items, names)
         if recalculate_user:
-            prior = prior_for(fitted, "user", user_features, len(ids))
+            prior = prior_for(fitted.features("user"), "user", user_features, len(ids))
             queries = folded_in(self, fitted.item, rows, prior)
         else:
             queries = fitted.user.rows(ids)
@@ -204,7 +204,7 @@ class Ranking(ModelHolder):
                 f"{len(items_at)}: pairs are scored, not every combination"
             )
         users, items = fitted.user.rows(users_at), fitted.item.rows(items_at)
-        arguments.same_width(users.shape[-1], items.shape[-1])
+        tables.same_width(users.shape[-1], items.shape[-1])
         scores = np.einsum("...k,...k->...", users, items)
         return scores[0] if one_user and one_item else scores
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any, BinaryIO, Self
 
 from tpu_als import parameters, subclasses
-from tpu_als.implicit_api.holder import ModelHolder
+from tpu_als.serving.factor_table import FactorTable
 from tpu_als.serving.features import FittedFeatures
-from tpu_als.serving.fitted import SIDES, FactorTable, FittedModel
+from tpu_als.serving.fitted import SIDES, FittedModel, ModelHolder
 from tpu_als.storage import feature_keys, model_file
 
 

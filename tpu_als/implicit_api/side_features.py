@@ -9,10 +9,10 @@ from numpy.typing import ArrayLike
 from scipy import linalg, sparse
 
 from tpu_als import engine_options
-from tpu_als.engine.cpu import exact
-from tpu_als.implicit_api.holder import ModelHolder
-from tpu_als.implicit_api.new_rows import pair_of
+from tpu_als.engine.cpu import systems
+from tpu_als.implicit_api.explained import pair_of
 from tpu_als.serving.features import FittedFeatures
+from tpu_als.serving.fitted import ModelHolder
 from tpu_als.validation import arguments, features
 from tpu_als.validation.structure import SparseMatrix
 
@@ -137,7 +137,7 @@ class SideFeatures(ModelHolder):
         if pair.row.nnz:
             matrix, right = pair.system(fitted.item)
             both = np.column_stack([pair.wanted, right + lam * drawn_to])
-            direction, factors = linalg.cho_solve(exact.factorize(matrix), both).T
+            direction, factors = linalg.cho_solve(systems.factorize(matrix), both).T
         else:  # the user's factors are those that the features predict
             lam, factors = 1.0, drawn_to
         mine, of_user = fitted.features("user"), []

@@ -8,7 +8,7 @@ import numpy as np
 
 from tpu_als.engine.cpu import half_epoch
 from tpu_als.host import single_blas_thread
-from tpu_als.validation import arguments
+from tpu_als.validation import refusals
 
 
 class Given(NamedTuple):
@@ -37,7 +37,7 @@ def divisible(lengths: np.ndarray) -> np.ndarray:
 
 def require_finite(rows: np.ndarray, ids: np.ndarray | None = None) -> None:
     """Raise ValueError where rows of a table, with these ids or in its order, are not finite."""
-    row = arguments.first_not_finite(rows)
+    row = refusals.first_not_finite(rows)
     if row is not None:
         raise ValueError(
             f"factors must be finite, but row {row if ids is None else ids[row]} holds NaN or "

@@ -3,20 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import sparse
 
+from tpu_als import engine_options
 from tpu_als.engine.backends import Backend
-from tpu_als.engine.cpu import exact
+from tpu_als.engine.cpu import systems
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective, ridge
-from tpu_als.serving.fitted import ONE_THREAD, FactorTable
-from tpu_als.validation import arguments, matrices
+from tpu_als.serving.factor_table import ONE_THREAD, FactorTable
+from tpu_als.serving.features import Prior, prior_for
+from tpu_als.serving.fitted import FittedModel
+from tpu_als.validation import arguments, matrices, tables
 from tpu_als.validation.refusals import all_finite
+from tpu_als.validation.structure import SparseMatrix
 
 # Up to these numbers of rows and entries, a dispatch to a device takes longer than the work.
 _FEW_ROWS, _FEW_ENTRIES = 4, 1 << 14
+
+
+def recalculated(
+    estimator: Any,
+    fitted: FittedModel,
+    side: str,
+    given: ArrayLike,
+    matrix: SparseMatrix,
+    features: Any = None,
+) -> np.ndarray:
+    """Factors of rows of a side, solved against the table of the other side."""
+    table = fitted.item if side == "user" else fitted.user
+    name = "user_items" if side == "user" else "item_users"
+    ids, is_scalar, mask = arguments.ids_of(given, None, f"{side}id")
+    rows = arguments.rows_for(matrix, len(ids), table.shape[0], name, strict=False, mask=mask)
+    prior = prior_for(fitted.features(side), side, features, len(ids))
+    solved = folded_in(estimator, table, rows, prior)
+    return solved[0] if is_scalar else solved
+
+
+def folded_in(
+    estimator: Any, table: FactorTable, rows: sparse.csr_matrix, prior: Prior | None = None
+) -> np.ndarray:
+    """Exact factors (m, factors) of canonical rows (m, n), by an estimator's parameters."""
+    params = engine_options.params_against(estimator, table)
+    return solve(
+        table,
+        rows,
+        engine_options.objective_for(estimator, prior is not None),
+        params,
+        lambda: engine_options.backend_of(estimator).alone,
+        None if prior is None else prior.rows,
+    )
 
 
 def solve(
@@ -47,7 +86,7 @@ def solve(
     failed, solved = np.flatnonzero(~np.isfinite(solved).all(axis=1)), np.array(solved)
     of_failed = None if prior is None else prior[failed]
     solved[failed] = _in_float64(table, rows[failed], objective, of_failed)
-    return arguments.finite_rows(solved, "the given rows")
+    return tables.finite_rows(solved, "the given rows")
 
 
 def _in_float64(
@@ -61,8 +100,8 @@ def _in_float64(
             ids, values, n_entries = matrices.known_entries(rows, row, n_source)
             lam = ridge(objective, float(n_entries), float(n_source))
             source, at = table.rows(ids), np.arange(len(ids))
-            matrix, rhs = exact.system(source, at, values, gram, objective, lam)
+            matrix, rhs = systems.system(source, at, values, gram, objective, lam)
             if prior is not None:
                 rhs += lam * prior[row]
-            solved[row] = exact.solution(matrix, rhs)
+            solved[row] = systems.solution(matrix, rhs)
     return solved

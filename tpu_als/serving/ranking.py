@@ -10,8 +10,8 @@ from scipy import sparse
 
 from tpu_als.engine.backends import Backend
 from tpu_als.engine.cpu import ranking
-from tpu_als.serving.fitted import ONE_THREAD, FactorTable
-from tpu_als.validation import arguments
+from tpu_als.serving.factor_table import ONE_THREAD, FactorTable
+from tpu_als.validation import arguments, tables
 from tpu_als.validation.refusals import all_finite
 
 NO_ID = -1  # id that pads short results, as in implicit's batches
@@ -74,7 +74,7 @@ def rank(
         if best is not None:
             return best
     n_rows, width = table.shape
-    arguments.same_width(queries.shape[-1], width)
+    tables.same_width(queries.shape[-1], width)
     if chosen is not None:
         n = min(n, len(chosen))
     arguments.require_results(len(queries), n, n_rows, queries.dtype)

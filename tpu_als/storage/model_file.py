@@ -18,7 +18,7 @@ from tpu_als.exceptions import DataWarning, ModelFileError
 from tpu_als.storage import feature_keys
 from tpu_als.storage.atomic import replacing
 from tpu_als.storage.npz import Header, NpzFile, write_npz
-from tpu_als.validation.arguments import factor_table, same_width
+from tpu_als.validation.tables import factor_table, same_width
 
 PREFIX = "tpu_als_"
 FORMAT = 2  # files without features are written as format 1, which earlier versions read

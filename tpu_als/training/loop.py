@@ -19,13 +19,14 @@ from tpu_als.engine.backends import Table
 from tpu_als.engine.data import Data
 from tpu_als.engine.objective import Objective
 from tpu_als.exceptions import ModelFitError
+from tpu_als.serving.factor_table import FactorTable
 from tpu_als.serving.features import FittedFeatures
-from tpu_als.serving.fitted import SIDES, FactorTable, FittedModel, tables_of
+from tpu_als.serving.fitted import SIDES, FittedModel, tables_of
 from tpu_als.training import progress
 from tpu_als.training.early_stopping import EarlyStopping, Factors
 from tpu_als.training.initial import Identity
-from tpu_als.validation import arguments
 from tpu_als.validation.features import FeatureTable
+from tpu_als.validation.tables import finite_counts
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -122,7 +123,7 @@ class Training:
         is_outer = self.done in (0, self.iterations - 1)
         relaxation = 1.0 if is_outer else self.over_relaxation
         self.state, failed = als.epoch(self.state, self.data, self.objective, relaxation)
-        arguments.finite_counts(failed, self.done)
+        finite_counts(failed, self.done)
         self.done += 1
         report = {"seconds": time.perf_counter() - started}
         if self.with_loss:

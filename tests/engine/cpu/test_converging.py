@@ -11,7 +11,7 @@ from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.engine import als
-from tpu_als.engine.cpu import compiled, exact, half_epoch, rotated
+from tpu_als.engine.cpu import compiled, exact, half_epoch
 from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective, confidence, ridge
@@ -157,7 +157,7 @@ def test_gramians_do_not_depend_on_the_order_of_memory(dtype: str) -> None:
 
 
 def test_memory_for_rotated_rows_has_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotated, "_SMALL", 0)
+    monkeypatch.setattr(exact, "_SMALL", 0)
     objective, rows = OBJECTIVES["implicit"], _rows()
     source = _source(_table(16, "float32"))
     for row in range(1, N_ROWS):

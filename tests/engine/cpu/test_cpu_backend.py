@@ -23,7 +23,7 @@ from matrices import random_counts
 from scipy import sparse
 
 from tpu_als import DataWarning, ModelFitError, TPUAlternatingLeastSquares, host
-from tpu_als.engine import als, backends
+from tpu_als.engine import als, choice
 from tpu_als.engine.cpu import compiled, half_epoch, jit, memory
 from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams, Data
@@ -258,7 +258,7 @@ def test_starts_warm(no_programs: None) -> None:
 
 def test_where_it_serves() -> None:
     def kind(linear_solver: str = "cg", **wishes: Any) -> type:
-        return type(backends.choose(backends.Wishes(**wishes), linear_solver))
+        return type(choice.choose(choice.Wishes(**wishes), linear_solver))
 
     assert kind() is kind(devices=1) is kind(devices=2) is CpuBackend
     assert kind("exact") is kind("cholesky") is CpuBackend
@@ -269,14 +269,14 @@ def test_where_it_serves() -> None:
 
 @pytest.mark.parametrize(("factors", "expected"), [(2, "cholesky"), (400, "cg")])
 def test_auto_is_replaced_when_data_are_placed(factors: int, expected: str) -> None:
-    backend = backends.choose(backends.Wishes(), "auto")
+    backend = choice.choose(choice.Wishes(), "auto")
     assert isinstance(backend, CpuBackend)
     data = backend.place(COUNTS, AlsParams(factors, linear_solver="auto"))
     assert data.params.linear_solver == expected
 
 
 def test_several_cpu_devices_are_threads() -> None:
-    assert backends.choose(backends.Wishes(devices=3, num_threads=1)) == CpuBackend(3)
+    assert choice.choose(choice.Wishes(devices=3, num_threads=1)) == CpuBackend(3)
 
 
 @pytest.mark.parametrize(
@@ -287,17 +287,17 @@ def test_an_accelerator_is_asked_for_where_one_may_be(
 ) -> None:
     monkeypatch.setitem(sys.modules, "jax", None)  # as if it were not imported
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    assert backends.may_have_accelerator() == expected
+    assert choice.may_have_accelerator() == expected
 
 
 def test_a_plugin_of_jax_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not backends._has_plugin.__wrapped__()
+    assert not choice._has_plugin.__wrapped__()
     (tmp_path / "libtpu").mkdir()  # a folder of that name is no package
     monkeypatch.syspath_prepend(tmp_path)
-    assert not backends._has_plugin.__wrapped__()
+    assert not choice._has_plugin.__wrapped__()
     (tmp_path / "jax_plugins" / "xla_cuda13").mkdir(parents=True)
     importlib.invalidate_caches()
-    assert backends._has_plugin.__wrapped__()
+    assert choice._has_plugin.__wrapped__()
 
 
 def test_the_estimator_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,7 +346,7 @@ def test_leaves_the_work_to_xla_where_numba_must_not_compile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
-    assert isinstance(backends.choose(backends.Wishes()), XlaBackend)
+    assert isinstance(choice.choose(choice.Wishes()), XlaBackend)
 
 
 def test_loading_leaves_numbas_options_as_they_are(
