@@ -2,7 +2,7 @@
 
 Every figure is the median over fresh processes. tpu_als and implicit alternate. tpu_als runs with
 an empty cache of numba, with the cache that the package keeps, and with `enable_compilation_cache`.
-An untimed process fills the caches first.
+An untimed process fills the caches first. Other processes load a saved model and recommend once.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import common
+import numpy as np
 from scipy import sparse
 
+from tpu_als import TPUAlternatingLeastSquares
+
 SIZE = (943, 1_682, 100_000)
+SERVED = (50_000, 27_000)  # rows of the tables of a saved model
 FIT = {"factors": 64, "iterations": 15, "alpha": 40.0, "regularization": 10.0, "random_state": 0}
 
 
@@ -31,6 +35,27 @@ def medians(calls: dict[str, tuple[str, dict[str, Any]]], repeats: int) -> dict[
     }
 
 
+def serving(sizes: tuple[int, int], repeats: int) -> None:
+    """Load a model and recommend once, in a process that does nothing else."""
+    model, rng = TPUAlternatingLeastSquares(64), np.random.default_rng(0)
+    model.user_factors, model.item_factors = (
+        rng.normal(0, 0.1, (n, 64)).astype(np.float32) for n in sizes
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "model.npz")
+        model.save(file)
+        calls = {
+            name: ("serve", {"library": name, "file": file})
+            for name in ["ServedModel", "tpu_als", *common.installed("implicit")]
+        }
+        medians(calls, 1)
+        for name, row in medians(calls, repeats).items():
+            common.emit(
+                benchmark="cold_start", what="load and recommend", rows=sizes, factors=64,
+                library=name, **row,
+            )  # fmt: skip
+
+
 def main() -> None:
     """Run all parts."""
     args = common.parser(__doc__).parse_args()
@@ -43,6 +68,8 @@ def main() -> None:
         benchmark="cold_start", what="import", seconds=mine, sklearn_base_s=floor,
         ratio=mine / floor,
     )  # fmt: skip
+
+    serving((100, 50) if args.quick else SERVED, repeats)
 
     matrix = common.power_law(*size)
     about = {"benchmark": "cold_start", "shape": matrix.shape, "entries": matrix.nnz, **FIT}

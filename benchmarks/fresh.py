@@ -84,6 +84,34 @@ def import_floor() -> dict[str, float]:
     return {"import_s": time.perf_counter() - started}
 
 
+def serve(library: str, file: str) -> dict[str, float]:
+    """Seconds and peak bytes of import, load of a model file, and one recommendation."""
+    started = time.perf_counter()
+    if library == "ServedModel":
+        import tpu_als
+
+        kind: Any = tpu_als.ServedModel
+    else:
+        kind = model_class(library)
+    model = kind.load(file)
+    row = history(len(model.item_factors))
+    model.recommend(0, row)
+    seconds = time.perf_counter() - started
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    peak = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    return {"seconds": seconds, "peak_bytes": 1024.0 * int(peak)}
+
+
+def history(n_items: int) -> Any:
+    """Row of a user with 50 entries."""
+    import numpy as np
+    from scipy import sparse
+
+    row = np.zeros((1, n_items), np.float32)
+    row[0, :: n_items // 50] = 1
+    return sparse.csr_matrix(row)
+
+
 def programs(file: str, fit: dict[str, Any]) -> dict[str, float]:
     """Number of XLA programs that the first fit compiles; 0 on the CPU backend."""
     import jax
@@ -201,6 +229,7 @@ PIECES: dict[str, Any] = {
     "full_job": full_job,
     "import_package": import_package,
     "import_floor": import_floor,
+    "serve": serve,
     "programs": programs,
     "memory": memory,
     "write_shards": write_shards,
