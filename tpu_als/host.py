@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import psutil
 from threadpoolctl import ThreadpoolController
 
 _SMALL = 1 << 26  # up to this many bytes are allocated without checking the available memory
@@ -51,6 +50,8 @@ def thread_count(num_threads: int) -> int:
 
 def memory_bytes() -> int:
     """Bytes of memory of this machine."""
+    import psutil  # late: it takes 8 ms, and a process that serves does not need it
+
     return int(psutil.virtual_memory().total)
 
 
@@ -67,6 +68,8 @@ def require_memory(parts: dict[str, int], remedy: str) -> None:
     total = sum(parts.values())
     if total < _SMALL:
         return
+    import psutil  # late, as above
+
     available = int(psutil.virtual_memory().available)
     if total > available:
         listed = ", ".join(f"{name} {size / 1e9:.3g} GB" for name, size in parts.items())

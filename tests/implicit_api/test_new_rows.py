@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import oracle
+import psutil
 import pytest
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import TPUAlternatingLeastSquares, host
+from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.exceptions import ModelFitError
 from tpu_als.validation import arguments
 from tpu_als.weighting import LogWeighting
@@ -168,7 +169,7 @@ class TestMemory:
     def little(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A machine with 1 GB left."""
         left = type("Left", (), {"available": 10**9, "total": 10**9})
-        monkeypatch.setattr(host.psutil, "virtual_memory", left)
+        monkeypatch.setattr(psutil, "virtual_memory", left)
 
     @pytest.mark.parametrize(
         "call",
@@ -198,7 +199,7 @@ class TestMemory:
         self, call: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         plenty = type("Plenty", (), {"available": 10**13, "total": 10**13})
-        monkeypatch.setattr(host.psutil, "virtual_memory", plenty)
+        monkeypatch.setattr(psutil, "virtual_memory", plenty)
         model = _fitted()
         with pytest.raises(MemoryError, match="mostly padding, as there are 20 rows.*at most 20"):
             call(model)
