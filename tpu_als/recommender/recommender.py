@@ -220,6 +220,7 @@ class Recommender(Answering, BaseEstimator):
                 "them with one"
             )
         self._publish(state.fitted(self, schema, checked, library, fit))
+        state.prepare(self._state)
         return self
 
     def update(
@@ -340,6 +341,7 @@ class Recommender(Answering, BaseEstimator):
         parameters, found = saving.load(path)
         made = cls(**parameters)
         made._publish(found)
+        state.prepare(made._state)
         return made
 
     @property
