@@ -550,9 +550,27 @@ def test_score_is_the_ndcg_of_new_items():
             best = sum(1 / np.log2(2 + at) for at in range(min(10, len(wanted))))
             values.append(sum(gains) / best)
     assert rec.score(later) == pytest.approx(np.mean(values), rel=1e-6)
-    assert np.isnan(rec.score(EVENTS[:300]))  # no item is new
+    assert np.isnan(rec.score(EVENTS[:200]))  # no item is new
     with pytest.warns(UndefinedMetricWarning, match="no user of the 1 events has a history"):
         assert np.isnan(rec.score(stranger))
+
+
+def test_the_score_of_the_events_of_fit_ranks_all_items():
+    kinds = {"view": 1, "buy": 5, "dislike": -50}
+    rec = make(event="kind", event_weights=kinds).fit(EVENTS)
+    values = EVENTS.assign(value=EVENTS["kind"].map(kinds) * EVENTS["quantity"])
+    totals = values.groupby(["customer", "sku"])["value"].sum()
+    scores = []
+    for user in rec.users_:
+        wanted = set(totals[user].index[totals[user] > 0])
+        if wanted:
+            ranked = rec.recommend([user], n=10, exclude_seen=False)["item"].tolist()
+            gains = [1 / np.log2(2 + at) for at, item in enumerate(ranked) if item in wanted]
+            best = sum(1 / np.log2(2 + at) for at in range(min(10, len(wanted))))
+            scores.append(sum(gains) / best)
+    assert rec.score(EVENTS) == pytest.approx(np.mean(scores), rel=1e-6)
+    more = pd.concat([EVENTS, EVENTS[:1].assign(sku="brand new")])
+    assert rec.score(more) == 0  # now only what is new counts
 
 
 def test_time_series_search_is_quiet_and_sees_no_later_event():
@@ -661,16 +679,15 @@ def test_new_items_and_bm25():
 
 @pytest.mark.parametrize(
     "search",
-    ["randomized", "halving", "polars", pytest.param("parallel", marks=pytest.mark.slow)],
+    ["randomized", "halving", "train scores", "polars", pytest.param("parallel", marks=pytest.mark.slow)],
 )
 def test_other_searches(search):
     grid, cv = {"model__alpha": [1, 10], "half_life": [None, "5D"]}, TimeSeriesSplit(3)
     rec, frame = make(timestamp="time"), EVENTS.drop(columns="kind")
     made = {
         "randomized": lambda: RandomizedSearchCV(rec, grid, n_iter=3, cv=cv, random_state=0),
-        "halving": lambda: HalvingGridSearchCV(
-            rec, grid, cv=cv, random_state=0, return_train_score=False
-        ),
+        "halving": lambda: HalvingGridSearchCV(rec, grid, cv=cv, random_state=0),
+        "train scores": lambda: GridSearchCV(rec, grid, cv=cv, return_train_score=True),
         "parallel": lambda: GridSearchCV(rec, grid, cv=cv, n_jobs=2),
         "polars": lambda: GridSearchCV(rec, grid, cv=cv),
     }[search]()
