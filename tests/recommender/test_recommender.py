@@ -6,6 +6,8 @@ import copy
 import pickle
 import threading
 import warnings
+from datetime import date
+from uuid import UUID
 
 import duckdb
 import numpy as np
@@ -27,6 +29,7 @@ from sklearn.model_selection import (
 )
 
 from tpu_als import DataWarning, ModelFileError, Recommender
+from tpu_als.storage.npz import NpzFile, write_npz
 from tpu_als.weighting import BM25Weighting, LogWeighting, TfidfWeighting
 
 EVENTS = events()
@@ -434,6 +437,8 @@ def test_ids_in_csv_files(tmp_path):
         [3, 1, 2], [1.5, 0.5, 2.5], [True, False, True], [("a", 1), ("b", 2), ("a", 2)],
         pd.to_datetime(["2026-01-03", "2026-01-01", "2026-01-02"]),
         pd.to_datetime(["2026-01-03", "2026-01-01", "2026-01-02"]).tz_localize("Europe/Berlin"),
+        [date(2026, 1, 3), date(2026, 1, 1), date(1, 1, 1)], [b"\xff", b"", b"a\0"],
+        [UUID(int=1 << 127), UUID(int=3), UUID(int=2)],
         ["ä\0ö", "b", "c"], ["z", "", "x"], pd.Categorical(["b", "a", "b"]),
     ],
 )  # fmt: skip
@@ -449,6 +454,35 @@ def test_kinds_of_ids(ids, tmp_path):
     pd.testing.assert_frame_equal(got, rec.recommend([one], n=3))
     assert set(got["user"]) <= {one}
     again.update(frame)
+
+
+@pytest.mark.parametrize(
+    ("ids", "form", "wrong"),
+    [
+        ([UUID(int=1), UUID(int=2)], "uuids", '["1", "2"]'),
+        ([date(2026, 1, 1), date(2026, 1, 2)], "dates", '["2026-01-01", "2026-13-01"]'),
+        ([b"a", b"b"], "bytes", '["a", "\u0100"]'),
+    ],
+)
+def test_files_with_ids_that_are_objects(ids, form, wrong, tmp_path):
+    """They have format 3, which earlier versions refuse; damaged ids are a ModelFileError."""
+    rec = Recommender(model=model()).fit(pd.DataFrame({"user": ids, "item": ["x", "y"]}))
+    rec.save(tmp_path / "shop")
+    with open(tmp_path / "shop", "rb") as file, NpzFile(file, "shop", lambda _: True) as found:
+        arrays = {key: found.read(key) for key in found.headers}
+    about = arrays["recommender"].tobytes()
+    assert b'"format": 3' in about and form.encode() in about
+    changed = (
+        {"user_ids": wrong.encode()},
+        {"recommender": about.replace(form.encode(), b"x" * len(form))},
+        {"recommender": about.replace(b'"format": 3', b'"format": 4')},
+    )
+    for parts in changed:
+        given = {name: np.frombuffer(part, np.uint8) for name, part in parts.items()}
+        with open(tmp_path / "shop", "wb") as file:
+            write_npz(file, {**arrays, **given})
+        with pytest.raises(ModelFileError):
+            Recommender.load(tmp_path / "shop")
 
 
 def test_save_and_load(tmp_path):

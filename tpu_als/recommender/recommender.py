@@ -312,8 +312,9 @@ class Recommender(Answering, BaseEstimator):
         Raises
         ------
         ValueError
-            If the ids are not text, numbers, times, or tuples of text and numbers, if event types
-            are not text or numbers, or if the model or the weighting is not of this package.
+            If the ids are not text, numbers, times, dates, UUIDs, bytes, or tuples of text and
+            numbers, if event types are not text or numbers, or if the model or the weighting is not
+            of this package.
 
         Warns
         -----
