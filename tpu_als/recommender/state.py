@@ -25,7 +25,7 @@ from tpu_als.recommender.ids import IdMap
 from tpu_als.recommender.schema import Schema
 
 log = logging.getLogger("tpu_als")
-_LARGE = 1 << 23  # numbers in both tables
+_LARGE = 1 << 24  # numbers in both tables
 _SOME = 64  # rows solved to load the loops: more than those that one thread solves
 
 
@@ -175,8 +175,8 @@ def fitted(recommender: Any, schema: Schema, events: Events, library: str, fit: 
 def prepare(state: State) -> None:
     """Do what the first update of a large model has to do once, as a part of `fit` and `load`.
 
-    Nothing of it is in the State. A small model does it in the first update, in less than 0.2 s if
-    the compiled loops are kept from an earlier process.
+    Nothing of it is in the State. A smaller model does it in the first update. Loading the compiled
+    loops takes 0.1 s, but some 8 s once on each machine, which would be long beside a short fit.
     """
     n_rows, model = len(state.users) + len(state.items), state.model
     is_large = isinstance(model, TPUAlternatingLeastSquares) and n_rows * model.factors >= _LARGE
