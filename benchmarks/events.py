@@ -1,9 +1,12 @@
 """What does a `Recommender` cost around its fit, and how good is it after many updates?
 
-Events with text ids are written to Parquet files. A fresh recommender reads them, fits, recommends
-to everybody into a Parquet file, and adds new events by `update`. Then, on a year of real grocery
-purchases in order of time, 100 updates of 1,000 events are compared with a fit on the same events:
-NDCG@10 of later purchases among the products that a household had not bought.
+Another process writes events with text ids to Parquet files. A fresh recommender reads them, fits,
+recommends to everybody into a Parquet file, and adds new events by `update`, also after `save` and
+`load`. Each phase has its seconds and, on Linux, the highest resident size during it.
+
+Then, on a year of real grocery purchases in order of time, 100 updates of 1,000 events are compared
+with a fit on the same events: NDCG@10 of later purchases among the products that a household had
+not bought.
 
     python benchmarks/events.py [--quick] [--users N]
 """
@@ -12,10 +15,11 @@ from __future__ import annotations
 
 import functools
 import logging
-import resource
+import multiprocessing
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +35,19 @@ QUICK_SIZES = (2_000, 500, 20_000)
 
 
 class Phases(logging.Handler):
-    """Collects the seconds of the steps that the package logs."""
+    """Collects the seconds of the steps that the package logs, and the peak of each."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, float | None] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the seconds of a step."""
+        """Keep the seconds and the peak of a step, which has just ended."""
         if record.msg == "%s: %.3f s" and isinstance(record.args, tuple):
-            self.seconds[str(record.args[0])] = float(str(record.args[1]))
-
-
-def peak_gigabytes() -> float:
-    """The highest resident size so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+            name = str(record.args[0])
+            self.seconds[name] = float(str(record.args[1]))
+            self.peaks[name] = common.peak_gigabytes()
 
 
 def events(n_users: int, n_items: int, n_events: int) -> pd.DataFrame:
@@ -68,41 +70,67 @@ def events(n_users: int, n_items: int, n_events: int) -> pd.DataFrame:
     )
 
 
+def write(folder: Path, sizes: tuple[int, int, int], n_updates: int) -> None:
+    """Write the events, and in a folder of their own those of updates."""
+    frame = events(*sizes)
+    for at in range(10):
+        frame[at::10].to_parquet(folder / f"part-{at}.parquet", index=False)
+    (folder / "updates").mkdir()
+    for at in range(n_updates):  # a few events of new users and of new items
+        part = frame.sample(1000, random_state=at)
+        part.iloc[:20, part.columns.get_loc("customer")] = [f"new-{at}-{n}" for n in range(20)]
+        part.iloc[15:25, part.columns.get_loc("sku")] = [f"new-{at}-{n}" for n in range(10)]
+        part.to_parquet(folder / "updates" / f"{at:02d}.parquet", index=False)
+
+
 def phases(sizes: tuple[int, int, int], n_ranked: int | None, repeats: int) -> None:
-    """Time each phase, from files to recommendations for everybody."""
-    frame, log, watch = events(*sizes), logging.getLogger("tpu_als"), Phases()
-    log.addHandler(watch)
+    """Seconds and peak of each phase, from files to recommendations for everybody."""
+    log, watch = logging.getLogger("tpu_als"), Phases()
     level = log.level
-    log.setLevel(logging.DEBUG)
-    with tempfile.TemporaryDirectory() as folder:
-        for at in range(10):
-            frame[at::10].to_parquet(Path(folder, f"part-{at}.parquet"), index=False)
-        some = [frame.sample(1000, random_state=seed) for seed in range(repeats + 2)]
-        del frame
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # In a process of its own, so that its memory is in no peak.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(write, folder, sizes, 2 * repeats).result()
+        some = [pd.read_parquet(file) for file in sorted((folder / "updates").iterdir())]
         model = TPUAlternatingLeastSquares(64, random_state=0, verbose=False)
         rec = Recommender("customer", "sku", "quantity", "time", model=model)
-        seconds = common.seconds(lambda: rec.fit(Path(folder)))
+        log.addHandler(watch)
+        log.setLevel(logging.DEBUG)
+        common.peak_gigabytes()
+        before = common.peak_gigabytes()
+        seconds = common.seconds(lambda: rec.fit(folder / "part-*.parquet"))
+        log.setLevel(level)
         common.emit(
             what="fit", events=sizes[2], users=sizes[0], items=sizes[1], seconds=seconds,
             phases=watch.seconds, ids_over_fit=watch.seconds["ids"] / watch.seconds["model"],
-            peak_gigabytes=peak_gigabytes(),
+            gigabytes_before=before, peak_gigabytes=watch.peaks,
         )  # fmt: skip
-        log.setLevel(level)
         users = None if n_ranked is None else rec.users_[:n_ranked]
         began = time.perf_counter()
-        n_rows = rec.recommend_to_parquet(Path(folder, "all.parquet"), users)
+        n_rows = rec.recommend_to_parquet(folder / "all.parquet", users)
         common.emit(
             what="recommend to everybody" if users is None else "recommend",
             users=sizes[0] if users is None else len(users), rows=n_rows,
-            seconds=time.perf_counter() - began, peak_gigabytes=peak_gigabytes(),
+            seconds=time.perf_counter() - began, peak_gigabytes=common.peak_gigabytes(),
         )  # fmt: skip
-    for at, part in enumerate(some):  # a few events of new users and of new items
-        part.iloc[:20, part.columns.get_loc("customer")] = [f"new-{at}-{n}" for n in range(20)]
-        part.iloc[15:25, part.columns.get_loc("sku")] = [f"new-{at}-{n}" for n in range(10)]
+        updates(rec, some[:repeats], "update with 1,000 events")
+        seconds = common.seconds(lambda: rec.save(folder / "shop.tpuals"))
+        common.emit(what="save", seconds=seconds, peak_gigabytes=common.peak_gigabytes())
+        del rec
+        began = time.perf_counter()
+        rec = Recommender.load(folder / "shop.tpuals")
+        seconds = time.perf_counter() - began
+        common.emit(what="load", seconds=seconds, peak_gigabytes=common.peak_gigabytes())
+        updates(rec, some[repeats:], "update with 1,000 events after load")
+
+
+def updates(rec: Recommender, some: list[pd.DataFrame], what: str) -> None:
+    """Seconds of the first update and of later ones."""
     times = [common.seconds(functools.partial(rec.update, part)) for part in some]
     common.emit(
-        what="update with 1,000 events", first=times[0], median=statistics.median(times[1:]),
-        most=max(times[1:]),
+        what=what, first=times[0], median=statistics.median(times[1:]), most=max(times[1:]),
+        peak_gigabytes=common.peak_gigabytes(),
     )  # fmt: skip
 
 
@@ -146,7 +174,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, help="recommend to so many users, not to everybody")
     args = parser.parse_args()
     common.emit(**common.machine())
-    phases(QUICK_SIZES if args.quick else SIZES, args.users, 2 if args.quick else 20)
+    phases(QUICK_SIZES if args.quick else SIZES, args.users, 3 if args.quick else 20)
     quality(*((5, 200) if args.quick else (100, 1000)))
 
 

@@ -1,10 +1,10 @@
 """What do objective, alpha, weighting, regularization and factors change? NDCG@10 of many settings.
 
-The data sets are those of `tune.py`: MovieLens-1M with a fifth of each user's entries held out at
-random, and a year of grocery purchases with the last fifth of the time held out. The same test part
-measures all settings, so a small difference between two of them means nothing. The settings whose
-names begin with "start" are those that docs/choosing.md advises to start with. With --ranges, the
-settings around them are measured that docs/choosing.md advises to try next.
+The data sets are those of `tune.py`, by default MovieLens-1M with a fifth of each user's entries
+held out at random, and a year of grocery purchases with the last fifth of the time held out. The
+same test part measures all settings, so a small difference between two of them means nothing. The
+settings whose names begin with "start" are those that docs/choosing.md advises to start with. With
+--ranges, the settings around them are measured that docs/choosing.md advises to try next.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import common
 import tune
+import tune_data
 from sklearn.model_selection import ParameterGrid
 
 from tpu_als import RecommenderPipeline, TPUAlternatingLeastSquares
@@ -95,13 +96,15 @@ def settings(name: str) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
 def main() -> None:
     """Fit and measure every setting; print a line for each."""
     parser = common.parser(__doc__)
-    parser.add_argument("--dataset", choices=["ml1m", "groceries"], help="by default both")
+    parser.add_argument(
+        "--dataset", nargs="+", choices=tune.DATASETS, default=["ml1m", "groceries"]
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranges", action="store_true", help="settings around the start lines")
     args = parser.parse_args()
     common.emit(benchmark="settings", what="machine", **common.machine())
     for name in tune.chosen(args):
-        split = tune.load(name, args.data)
+        split = tune_data.load(name, args.data, quick=args.quick)
         _report(name, "popularity", PopularityRecommender().fit(split.train), split, 0.0)
         for setting, weighting, given in ranges() if args.ranges else settings(name):
             if args.quick and (weighting or given.get("factors") != 64):
@@ -115,7 +118,7 @@ def main() -> None:
             _report(name, setting, model, split, time.perf_counter() - begin)
 
 
-def _report(name: str, setting: str, model: Any, split: tune.Split, seconds: float) -> None:
+def _report(name: str, setting: str, model: Any, split: tune_data.Split, seconds: float) -> None:
     """Print NDCG@10 of a fitted model."""
     found = ranking_metrics_at_k(model, split.train, split.test, K=10)["ndcg"]
     common.emit(benchmark="settings", dataset=name, setting=setting, ndcg=found, fit_s=seconds)

@@ -6,6 +6,8 @@ import copy
 import pickle
 import threading
 import warnings
+from datetime import date
+from uuid import UUID
 
 import duckdb
 import numpy as np
@@ -27,6 +29,7 @@ from sklearn.model_selection import (
 )
 
 from tpu_als import DataWarning, ModelFileError, Recommender
+from tpu_als.storage.npz import NpzFile, write_npz
 from tpu_als.weighting import BM25Weighting, LogWeighting, TfidfWeighting
 
 EVENTS = events()
@@ -434,6 +437,8 @@ def test_ids_in_csv_files(tmp_path):
         [3, 1, 2], [1.5, 0.5, 2.5], [True, False, True], [("a", 1), ("b", 2), ("a", 2)],
         pd.to_datetime(["2026-01-03", "2026-01-01", "2026-01-02"]),
         pd.to_datetime(["2026-01-03", "2026-01-01", "2026-01-02"]).tz_localize("Europe/Berlin"),
+        [date(2026, 1, 3), date(2026, 1, 1), date(1, 1, 1)], [b"\xff", b"", b"a\0"],
+        [UUID(int=1 << 127), UUID(int=3), UUID(int=2)],
         ["ä\0ö", "b", "c"], ["z", "", "x"], pd.Categorical(["b", "a", "b"]),
     ],
 )  # fmt: skip
@@ -449,6 +454,35 @@ def test_kinds_of_ids(ids, tmp_path):
     pd.testing.assert_frame_equal(got, rec.recommend([one], n=3))
     assert set(got["user"]) <= {one}
     again.update(frame)
+
+
+@pytest.mark.parametrize(
+    ("ids", "form", "wrong"),
+    [
+        ([UUID(int=1), UUID(int=2)], "uuids", '["1", "2"]'),
+        ([date(2026, 1, 1), date(2026, 1, 2)], "dates", '["2026-01-01", "2026-13-01"]'),
+        ([b"a", b"b"], "bytes", '["a", "\u0100"]'),
+    ],
+)
+def test_files_with_ids_that_are_objects(ids, form, wrong, tmp_path):
+    """They have format 3, which earlier versions refuse; damaged ids are a ModelFileError."""
+    rec = Recommender(model=model()).fit(pd.DataFrame({"user": ids, "item": ["x", "y"]}))
+    rec.save(tmp_path / "shop")
+    with open(tmp_path / "shop", "rb") as file, NpzFile(file, "shop", lambda _: True) as found:
+        arrays = {key: found.read(key) for key in found.headers}
+    about = arrays["recommender"].tobytes()
+    assert b'"format": 3' in about and form.encode() in about
+    changed = (
+        {"user_ids": wrong.encode()},
+        {"recommender": about.replace(form.encode(), b"x" * len(form))},
+        {"recommender": about.replace(b'"format": 3', b'"format": 4')},
+    )
+    for parts in changed:
+        given = {name: np.frombuffer(part, np.uint8) for name, part in parts.items()}
+        with open(tmp_path / "shop", "wb") as file:
+            write_npz(file, {**arrays, **given})
+        with pytest.raises(ModelFileError):
+            Recommender.load(tmp_path / "shop")
 
 
 def test_save_and_load(tmp_path):
@@ -550,9 +584,27 @@ def test_score_is_the_ndcg_of_new_items():
             best = sum(1 / np.log2(2 + at) for at in range(min(10, len(wanted))))
             values.append(sum(gains) / best)
     assert rec.score(later) == pytest.approx(np.mean(values), rel=1e-6)
-    assert np.isnan(rec.score(EVENTS[:300]))  # no item is new
+    assert np.isnan(rec.score(EVENTS[:200]))  # no item is new
     with pytest.warns(UndefinedMetricWarning, match="no user of the 1 events has a history"):
         assert np.isnan(rec.score(stranger))
+
+
+def test_the_score_of_the_events_of_fit_ranks_all_items():
+    kinds = {"view": 1, "buy": 5, "dislike": -50}
+    rec = make(event="kind", event_weights=kinds).fit(EVENTS)
+    values = EVENTS.assign(value=EVENTS["kind"].map(kinds) * EVENTS["quantity"])
+    totals = values.groupby(["customer", "sku"])["value"].sum()
+    scores = []
+    for user in rec.users_:
+        wanted = set(totals[user].index[totals[user] > 0])
+        if wanted:
+            ranked = rec.recommend([user], n=10, exclude_seen=False)["item"].tolist()
+            gains = [1 / np.log2(2 + at) for at, item in enumerate(ranked) if item in wanted]
+            best = sum(1 / np.log2(2 + at) for at in range(min(10, len(wanted))))
+            scores.append(sum(gains) / best)
+    assert rec.score(EVENTS) == pytest.approx(np.mean(scores), rel=1e-6)
+    more = pd.concat([EVENTS, EVENTS[:1].assign(sku="brand new")])
+    assert rec.score(more) == 0  # now only what is new counts
 
 
 def test_time_series_search_is_quiet_and_sees_no_later_event():
@@ -661,16 +713,21 @@ def test_new_items_and_bm25():
 
 @pytest.mark.parametrize(
     "search",
-    ["randomized", "halving", "polars", pytest.param("parallel", marks=pytest.mark.slow)],
+    [
+        "randomized",
+        "halving",
+        "train scores",
+        "polars",
+        pytest.param("parallel", marks=pytest.mark.slow),
+    ],
 )
 def test_other_searches(search):
     grid, cv = {"model__alpha": [1, 10], "half_life": [None, "5D"]}, TimeSeriesSplit(3)
     rec, frame = make(timestamp="time"), EVENTS.drop(columns="kind")
     made = {
         "randomized": lambda: RandomizedSearchCV(rec, grid, n_iter=3, cv=cv, random_state=0),
-        "halving": lambda: HalvingGridSearchCV(
-            rec, grid, cv=cv, random_state=0, return_train_score=False
-        ),
+        "halving": lambda: HalvingGridSearchCV(rec, grid, cv=cv, random_state=0),
+        "train scores": lambda: GridSearchCV(rec, grid, cv=cv, return_train_score=True),
         "parallel": lambda: GridSearchCV(rec, grid, cv=cv, n_jobs=2),
         "polars": lambda: GridSearchCV(rec, grid, cv=cv),
     }[search]()

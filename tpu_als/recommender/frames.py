@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -258,20 +258,29 @@ def _require_one_user(
         )
 
 
-def relevant(
-    state: State, events: counting.Events
-) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:
-    """Items in the events that are new to known users.
+class Relevant(NamedTuple):
+    """What the events of `score` say that users wanted.
 
-    Returns
-    -------
+    Attributes
+    ----------
     items : csr_matrix (m, N)
         For each user the relevant items that the model knows.
     users : int64 array (m,)
         The users with a relevant item, by position.
     counts : int64 array (m,)
         Their numbers of relevant items, those that the model does not know included.
+    are_new : bool
+        Whether the users have not had these items. If not, the events are those of `fit`.
     """
+
+    items: sparse.csr_matrix
+    users: np.ndarray
+    counts: np.ndarray
+    are_new: bool
+
+
+def relevant(state: State, events: counting.Events) -> Relevant:
+    """Items in the events that are new to known users; all items if they are the whole history."""
     schema = state.schema
     user_at = state.users.positions(events.frame[schema.user], schema.user)
     is_known = user_at >= 0
@@ -299,8 +308,16 @@ def relevant(
     later.data = (later.data > 0).astype(np.float64)
     seen = state.history.rows(users).matrix(len(items))
     seen.data = np.ones_like(seen.data, dtype=np.float64)
-    later = sparse.csr_matrix(later - later.multiply(seen))
+    are_new = not _has_cells(seen, later) or seen.nnz < state.history.lengths().sum()
+    if are_new:
+        later = sparse.csr_matrix(later - later.multiply(seen))
     later.eliminate_zeros()
     counts = np.diff(later.indptr)
     has_any = counts > 0
-    return later[has_any][:, : len(state.items)], users[has_any], counts[has_any].astype(np.int64)
+    known, counts = later[has_any][:, : len(state.items)], counts[has_any].astype(np.int64)
+    return Relevant(known, users[has_any], counts, are_new)
+
+
+def _has_cells(one: sparse.csr_matrix, other: sparse.csr_matrix) -> bool:
+    """Whether both store the same cells."""
+    return np.array_equal(one.indptr, other.indptr) and np.array_equal(one.indices, other.indices)

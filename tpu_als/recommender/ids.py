@@ -51,6 +51,10 @@ class IdMap:
         order[np.argsort(is_added, kind="stable")] = np.arange(len(positions))
         return both.take(order)
 
+    def prepare(self) -> None:
+        """Build the hash table that `positions` and `grown` need, which later maps share."""
+        self.first.get_indexer(self.first[:1])
+
     def positions(self, column: pd.Series, label: str) -> np.ndarray:
         """Position (n,) of each value, int64; -1 for ids that are not in the map.
 

@@ -220,6 +220,7 @@ class Recommender(Answering, BaseEstimator):
                 "them with one"
             )
         self._publish(state.fitted(self, schema, checked, library, fit))
+        state.prepare(self._state)
         return self
 
     def update(
@@ -281,20 +282,24 @@ class Recommender(Answering, BaseEstimator):
         Returns
         -------
         float
-            Between 0 and 1. NaN if there are no relevant items. This is always so for the events of
-            `fit`, so use ``return_train_score=False`` in searches. If no event has a known user, an
-            UndefinedMetricWarning says so.
+            Between 0 and 1. NaN if there are no relevant items. If no event has a known user, an
+            UndefinedMetricWarning says so. Events that have exactly the users' items of the
+            history, as those of `fit`, are the train part of a search: then all items are ranked,
+            and those of the history with a positive value are relevant. That says how well the
+            model learnt what it was trained on, and not how good recommendations are.
         """
         now = self._state_
         checked = counting.checked(self._read(events, now.schema, now), now.schema)
         counting.check_times(checked, now.schema, now.clock)
-        relevant, users, counts = frames.relevant(now, checked)
-        if not len(users):  # such as for the events of the fit
+        wanted = frames.relevant(now, checked)
+        if not len(wanted.users):
             return float("nan")
-        ids = np.full((len(users), holdout.CUTOFF), -1, np.int64)
-        for found in ranking.blocks(now, users, holdout.CUTOFF, ranking.Limits()):
+        ids = np.full((len(wanted.users), holdout.CUTOFF), -1, np.int64)
+        limits = ranking.Limits(excludes_seen=wanted.are_new)
+        for found in ranking.blocks(now, wanted.users, holdout.CUTOFF, limits):
             ids[found.queries, found.ranks - 1] = found.items
-        return float(np.mean(holdout.ndcg_of_hits(holdout.hits_of(ids, relevant), counts)))
+        hits = holdout.hits_of(ids, wanted.items)
+        return float(np.mean(holdout.ndcg_of_hits(hits, wanted.counts)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ids, history, weighting, parameters and model to one file, without pickle.
@@ -307,8 +312,9 @@ class Recommender(Answering, BaseEstimator):
         Raises
         ------
         ValueError
-            If the ids are not text, numbers, times, or tuples of text and numbers, if event types
-            are not text or numbers, or if the model or the weighting is not of this package.
+            If the ids are not text, numbers, times, dates, UUIDs, bytes, or tuples of text and
+            numbers, if event types are not text or numbers, or if the model or the weighting is not
+            of this package.
 
         Warns
         -----
@@ -340,6 +346,7 @@ class Recommender(Answering, BaseEstimator):
         parameters, found = saving.load(path)
         made = cls(**parameters)
         made._publish(found)
+        state.prepare(made._state)
         return made
 
     @property

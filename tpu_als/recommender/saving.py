@@ -9,10 +9,13 @@ import io
 import json
 import os
 import warnings
+from collections.abc import Callable
+from datetime import date
 from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pandas as pd
@@ -31,10 +34,16 @@ from tpu_als.recommender.state import State, liked, with_events
 from tpu_als.storage.atomic import replacing
 from tpu_als.storage.npz import NpzFile, write_npz
 
-FORMAT = 2  # 1 for files without features
+FORMAT = 3  # 2 for files without ids of _OBJECTS, 1 for those without features too
 _MODELS: dict[str, Any] = {
     "TPUAlternatingLeastSquares": TPUAlternatingLeastSquares,
     "AlternatingLeastSquares": compat.AlternatingLeastSquares,
+}
+# Ids that are objects: how they are called in files, their type, and their text and back.
+_OBJECTS: dict[str, tuple[type, Callable[[Any], str], Callable[[str], Any]]] = {
+    "uuids": (UUID, str, UUID),
+    "dates": (date, date.isoformat, date.fromisoformat),
+    "bytes": (bytes, lambda value: value.decode("latin-1"), lambda text: text.encode("latin-1")),
 }
 _CELLS = ("indptr", "items", "values", "weights")
 _DTYPES = {"indptr": "<i8", "items": "<i4", "values": "<f8", "weights": "<f4", "pending": "<i8"}
@@ -50,7 +59,6 @@ def save(path: str | os.PathLike[str], recommender: Any, state: State) -> None:
         )
     arrays: dict[str, Any] = {}
     about = {
-        "format": FORMAT if state.encoders else 1,
         "model": next(iter(kinds)),
         "library": state.library,
         "parameters": _parameters(recommender),
@@ -61,6 +69,8 @@ def save(path: str | os.PathLike[str], recommender: Any, state: State) -> None:
         "users": _ids(state.users, "user_ids", arrays),
         "items": _ids(state.items, "item_ids", arrays),
     }
+    has_objects = any(about[side][2] in _OBJECTS for side in ("users", "items"))
+    about["format"] = 3 if has_objects else 2 if state.encoders else 1
     if state.encoders:
         about["encoders"] = {}
         for side, encoder in state.encoders.items():
@@ -263,6 +273,11 @@ def _ids(ids: IdMap, name: str, arrays: dict[str, Any]) -> list[Any]:
     if index.dtype.kind in "biuf" and isinstance(index.dtype, np.dtype):
         arrays[name] = index.to_numpy()
         return [name, kind, "numbers", None, str(index.dtype)]
+    types = set(map(type, index))
+    for form, (of_type, text_of, _) in _OBJECTS.items():
+        if types == {of_type}:
+            arrays[name] = _bytes(json.dumps([text_of(value) for value in index]))
+            return [name, kind, form, len(index), "object"]
     values = [list(v) if isinstance(v, tuple) else v for v in index]
     try:
         text = json.dumps(values)
@@ -271,8 +286,8 @@ def _ids(ids: IdMap, name: str, arrays: dict[str, Any]) -> list[Any]:
         is_same = False
     if not is_same:
         raise ValueError(
-            f"ids of {name} must be text, numbers, times, or tuples of text and numbers to be "
-            f"saved, got {kind} such as {index[0]!r:.60}"
+            f"ids of {name} must be text, numbers, times, dates, UUIDs, bytes, or tuples of text "
+            f"and numbers to be saved, got {kind} such as {index[0]!r:.60}"
         )
     arrays[name] = _bytes(text)
     is_tuples = bool(values) and isinstance(values[0], list)
@@ -292,6 +307,10 @@ def _read_ids(about: Any, arrays: dict[str, np.ndarray]) -> IdMap:
         values = text.split("\0") if form == "text" else json.loads(text)
         if form == "tuples":
             values = [tuple(value) for value in values]
+        elif form in _OBJECTS:
+            values = [_OBJECTS[form][2](str(value)) for value in values]
+        elif form not in ("text", "json"):
+            raise ValueError(f"ids of {name} in the form {form!r:.60}")
         index = pd.Index(values, dtype=dtype, tupleize_cols=False)
         if len(index) != detail:
             raise ValueError(f"{len(index)} ids of {name}, expected {detail}")

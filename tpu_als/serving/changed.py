@@ -9,7 +9,7 @@ from scipy import sparse
 
 FEW = 64  # rows to read without a copy of the table
 # A table is not copied for up to so many changed rows or, if that is more, this share of its rows.
-_MOST, _SHARE = 1024, 1 / 64
+_MOST, _SHARE = 1024, 1 / 16
 _NEEDED = 4  # rows are solved against a copy of the rows they need, if these are fewer than 1 / 4
 _LARGE = 1 << 18  # numbers of a table; the copy of a smaller one takes no time that matters
 

@@ -58,6 +58,28 @@ def folded_in(
     )
 
 
+def prepare(estimator: Any, side: str, rows: sparse.csr_matrix) -> None:
+    """Do what the first exact solve for rows of a side has to do once, if this CPU solves them.
+
+    That is the gramian of the other side's table, and loading compiled loops. Other backends
+    compile for the shapes of the rows, so they have nothing to prepare.
+
+    Parameters
+    ----------
+    estimator : TPUAlternatingLeastSquares
+        Fitted.
+    side : {"user", "item"}
+        Whose rows are solved later.
+    rows : csr_matrix (m, n)
+        Some canonical rows of this side. Their solutions are dropped.
+    """
+    backend = engine_options.backend_of(estimator).alone
+    if backend.accepts_part:
+        table = estimator._fitted.table("item" if side == "user" else "user")
+        params = engine_options.params_against(estimator, table)
+        table.solve(rows, engine_options.objective_of(estimator), params, backend)
+
+
 def solve(
     table: FactorTable,
     rows: sparse.csr_matrix,
