@@ -37,10 +37,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tpu_als.engine.data import DTYPES, AlsParams
 from tpu_als.engine.objective import Objective
-from tpu_als.engine.xla import half_epoch, placing, ranking, sweep
+from tpu_als.engine.xla import half_epoch, placing, ranking
 from tpu_als.engine.xla.data import XlaData as Data
 from tpu_als.engine.xla.data import XlaSide as Side
 from tpu_als.engine.xla.mesh import DeviceMesh
+from tpu_als.engine.xla.sweep_long import LongInputs
 from tpu_als.parameters import LINEAR_SOLVERS
 
 _ALL_TO_ALL = re.compile(r"= (\w+\[[\d,]+\])\S* all-to-all\(")
@@ -85,7 +86,7 @@ def programs(data: Data) -> list[tuple[str, Any, tuple[Any, ...]]]:
         for number, (program, entries, shared) in enumerate(
             half_epoch.passes(side, data, prepared, OBJECTIVE)
         ):
-            long = isinstance(entries, sweep.LongInputs)
+            long = isinstance(entries, LongInputs)
             label = "long rows" if long else f"solve {number}"
             found.append((f"{name}: {label}", program, (target, entries, source, shared)))
         assert side.routes is not None

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from tpu_als.engine import cells
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.xla.data import XlaData as Data
 from tpu_als.engine.xla.data import XlaSide as Side
@@ -150,7 +149,7 @@ def phases(side: Side, source: Side, data: Data) -> dict[str, Work]:
     found["exchange"] = _exchange(side, data)
     found["solve"], found["write"] = _solve(side, params), _write(side, params)
     if side.long is not None:
-        found["long"] = _long(side, params, data.mesh.n_shards)
+        found["long"] = _long(side, data)
     return found
 
 
@@ -219,18 +218,20 @@ def _write(side: Side, params: AlsParams) -> Work:
     return Work(flops, memory=2 * _table_bytes(side, params) + rows * 4 * params.factors * 2)
 
 
-def _long(side: Side, params: AlsParams, n_shards: int) -> Work:
+def _long(side: Side, data: Data) -> Work:
     """Long rows: their entries are gathered for every product, and the shards' sums are added."""
     assert side.long is not None
+    params, n_shards = data.params, data.mesh.n_shards
     n_blocks, length = side.long.ids.shape[1:]
     batches = side.long.starts.shape[1] - 1
     factors, size = params.factors, n_blocks * length
     # CG: residual, steps - 1 products with the matrix, and half a product. Cholesky: one pass.
     passes = 1 if params.linear_solver == "cholesky" else params.cg_steps + 1
-    sums, work = cells.LONG_ROWS * factors * 4, Work(trips=passes * n_blocks)
+    sums = side.long.batch_rows * factors * 4
+    work = Work(trips=passes * (batches + n_blocks // data.plan.rows(length)))
     if params.linear_solver == "cholesky":
         work.flops = FLOAT32_PASSES * size * 2 * factors**2
-        work.vector_flops = batches * cells.LONG_ROWS * factors**3 / 3
+        work.vector_flops = batches * side.long.batch_rows * factors**3 / 3
         sums *= factors + 1
     else:
         work.vector_flops = size * 2 * factors * (2 * params.cg_steps + 1)

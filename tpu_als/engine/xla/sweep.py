@@ -3,29 +3,29 @@
 Pure functions for one device. Trip counts and offsets are traced, so that the same program works
 for a rung of either side, for any data and any parameter values.
 
-Axis letters: S slots of the shard, R rows of a chunk, L padded length, K factors, J long rows.
+Axis letters: S slots of the shard, R rows of a chunk, L padded length, K factors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from tpu_als.engine.cells import LONG_ROWS, LongRows
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import exchange, solve
 from tpu_als.engine.xla.exchange import Route
-from tpu_als.engine.xla.programs import Collectives, PyTree
+from tpu_als.engine.xla.programs import Collectives
 from tpu_als.engine.xla.row_kernels import RowKernels
 from tpu_als.engine.xla.solve import Basis, Cells
+from tpu_als.engine.xla.tile_products import TileProducts
 
 Index = int | Array  # a counter of a loop
-_Sums = TypeVar("_Sums")  # arrays with a leading axis of long rows
+DeviceProducts: TypeAlias = RowKernels | TileProducts
 
 
 class ShardCells(NamedTuple):
@@ -81,8 +81,8 @@ class Static(NamedTuple):
         The operations across shards.
     route : Route or None
         How source rows are received; None if the shard has all of them.
-    kernels : RowKernels or None
-        Kernels that read and solve rows; None for the functions of `solve`.
+    device_products : DeviceProducts or None
+        Products for the kind of device; None for the functions of `solve`.
     """
 
     solver: str
@@ -93,12 +93,12 @@ class Static(NamedTuple):
     positive: bool
     collectives: Collectives = Collectives()
     route: Route | None = None
-    kernels: RowKernels | None = None
+    device_products: DeviceProducts | None = None
 
     @property
     def products(self) -> Any:
-        """The functions that read blocks and multiply by them: `kernels`, or the module `solve`."""
-        return self.kernels or solve
+        """The functions that read blocks and multiply by them."""
+        return self.device_products or solve
 
 
 class SharedInputs(NamedTuple):
@@ -132,7 +132,7 @@ class Rows(NamedTuple):
     draws the rows to the prior, or to zero if it is None.
     """
 
-    block: Any  # Block, or IndexedBlock with kernels
+    block: Any  # Block, or that of the device's products
     lengths: Array | np.ndarray
     start: Array
     prior: Array | None = None
@@ -143,21 +143,6 @@ class RungInputs(NamedTuple):
 
     cells: Any
     priors: Any = None
-
-
-class LongInputs(NamedTuple):
-    """What long rows are solved from: the rows, and the shard's priors (S, K) or None."""
-
-    long: Any
-    priors: Any = None
-
-
-class LongBatch(NamedTuple):
-    """A batch of `LONG_ROWS` long rows: its number, all long rows, and the source table."""
-
-    number: Index
-    long: LongRows
-    source_table: Array
 
 
 Body = Callable[[int, Array, Array], Array]
@@ -287,104 +272,3 @@ def _solve_rung(
         return lax.dynamic_update_slice_in_dim(out, solve.rounded(z, out.dtype), slot, 0)
 
     return over_chunks(static, span, cells, source_table, body, out)
-
-
-def sum_over_blocks(
-    static: Static,
-    batch: LongBatch,
-    objective: Objective,
-    function: Callable[[Any, Array, Array], _Sums],
-    zero: _Sums,
-) -> _Sums:
-    """Sum function(block, row, n_entries) over the blocks of each row of a batch, and the shards.
-
-    Only one block is in memory at a time. `zero` and the result have a leading axis of rows. Sums
-    are compensated (Knuth's two-sum), so that their error does not grow with their length.
-    """
-    dtype, long = jnp.dtype(static.dtype), batch.long
-
-    def body(step: int, sums: PyTree) -> PyTree:
-        cells = jax.tree.map(
-            lambda array: lax.dynamic_slice_in_dim(array, step, 1),
-            Cells(long.ids, long.values, long.n_entries),
-        )
-        block = static.products.gather(batch.source_table, objective, cells, dtype)
-        row = long.rows[step]
-
-        def add(total: Array, more: Array) -> Array:
-            """Add to a row of total[0]; total[1] has the sum of the rounding errors."""
-            old, lost = lax.dynamic_slice_in_dim(total, row, 1, 1)
-            new = old + more
-            added = new - old
-            lost = lost + ((old - (new - added)) + (more - added))
-            return lax.dynamic_update_slice_in_dim(total, jnp.stack([new, lost]), row, 1)
-
-        return jax.tree.map(add, sums, function(block, row, cells.n_entries))
-
-    pairs = jax.tree.map(lambda array: jnp.zeros((2, *array.shape), array.dtype), zero)
-    first, last = long.starts[batch.number], long.starts[batch.number + 1]
-    pairs = lax.fori_loop(first, last, body, pairs)
-    return static.collectives.sum(jax.tree.map(lambda pair: pair[0] + pair[1], pairs))
-
-
-def batch_rows(
-    static: Static, long: LongRows, table: Array, batch: Index
-) -> tuple[Array, Array, Array]:
-    """Slots and lengths of a batch of long rows, and their rows (LONG_ROWS, K) of a table."""
-    slots, lengths = (
-        lax.dynamic_slice_in_dim(array, batch * LONG_ROWS, LONG_ROWS)
-        for array in (long.slots, long.lengths)
-    )
-    rows = table.at[slots].get(mode="fill", fill_value=0).astype(static.dtype)
-    return slots, lengths, static.collectives.sum(rows)
-
-
-def solve_long(
-    static: Static, out: Array, inputs: LongInputs, source_table: Array, shared: SharedInputs
-) -> Array:
-    """Solve the long rows, a batch at a time; the shards' sums over their entries are added."""
-    objective, basis, products = shared.objective, shared.basis, static.products
-    long, priors = inputs
-
-    def body(number: int, out: Array) -> Array:
-        slots, lengths, before = batch_rows(static, long, out, number)
-        batch, vector = LongBatch(number, long, source_table), jnp.zeros_like(before)
-
-        def take(p: Array, row: Array) -> Array:
-            return lax.dynamic_slice_in_dim(p, row, 1)
-
-        def summed(function: Callable[[Any, Array], _Sums], zero: _Sums) -> _Sums:
-            def scaled(block: Any, row: Array, _: Array) -> _Sums:
-                block = solve.scale_weights(block, take(scale, row))
-                if drawn is not None:
-                    block = shifted(static, block, take(drawn, row))
-                return function(block, row)
-
-            return sum_over_blocks(static, batch, objective, scaled, zero)
-
-        d = solve.diagonal(basis, objective, lengths)
-        z, drawn = solve.initial_rows(before, d, shared.weight, basis), None
-        if priors is not None:
-            prior = batch_rows(static, long, priors, number)[2]
-            drawn = solve.drawn_to(prior, d, objective, lengths, basis)
-            z = z - drawn
-        scale = solve.equation_scale(d, shared.weight)
-        d = d * scale
-        if static.solver == "diagonal":
-            z = solve.rows_diagonal(summed(lambda b, _: products.project(b, b.v), vector), d)
-        elif static.solver == "cholesky":
-            matrix = jnp.zeros((LONG_ROWS, z.shape[1], z.shape[1]), static.dtype)
-            parts = summed(lambda b, _: solve.accumulate(b), (matrix, vector))
-            z = solve.rows_direct(parts, d)
-        else:
-            r = summed(lambda b, row: products.residual(b, take(z, row)), vector)
-            z = solve.rows_cg(
-                lambda p: summed(lambda b, row: products.normal(b, take(p, row)), vector),
-                lambda p: summed(lambda b, row: products.curvature(b, take(p, row)), vector[:, :1]),
-                r, z, d, static.steps,
-            )  # fmt: skip
-        z = z if drawn is None else z + drawn
-        z = finish(basis, lengths, solve.relax(before, z, shared.relaxation))
-        return out.at[slots].set(solve.rounded(z, out.dtype), mode="drop")
-
-    return lax.fori_loop(0, shared.spans[0].n_chunks, body, out)
