@@ -103,12 +103,12 @@ def _kind(instruction: str) -> str | None:
 
 def _split(instruction: str) -> tuple[str, str]:
     """Type of an instruction's result, and its operation."""
-    depth, end = 0, 0
-    for end, character in enumerate(instruction):
+    depth = 0
+    for at, character in enumerate(instruction):
         depth += (character == "(") - (character == ")")
         if character == " " and not depth:
-            break
-    return instruction[:end], instruction[end + 1 :].partition("(")[0]
+            return instruction[:at], instruction[at + 1 :].partition("(")[0]
+    return instruction, ""
 
 
 def _bytes(instruction: str) -> int:

@@ -28,8 +28,10 @@ from dataclasses import asdict
 from typing import Any
 
 import common
+import hlo_cycles
 import jax
 import numpy as np
+import tpu_prediction
 import tpu_roofline
 import tpu_sizes
 from jax.experimental import topologies
@@ -282,10 +284,13 @@ def main() -> None:
         benchmark="tpu_plan", what="ranking", **work, **seconds,
         most_users_a_second=work["batch"] / max(seconds.values()),
     )  # fmt: skip
-    results = []
+    results, cycles = [], {}
     for name, program, given in [] if args.no_compile else [rank, *programs(data)]:
         result = compiled(name, program, given)
         text = result.pop("text", None)
+        if text:
+            cycles[name] = hlo_cycles.of_program(text)
+            result["cycles"] = asdict(cycles[name])
         if args.hlo and text:
             os.makedirs(args.hlo, exist_ok=True)
             with open(f"{args.hlo}/{name.replace(': ', '-').replace(' ', '-')}.txt", "w") as file:
@@ -301,6 +306,11 @@ def main() -> None:
         benchmark="tpu_plan", what="epoch", topology=args.topology, n_chips=where.n_chips,
         **tpu_roofline.report(data, where),
     )  # fmt: skip
+    if cycles:
+        common.emit(
+            benchmark="tpu_plan", what="prediction", topology=args.topology,
+            **tpu_prediction.report(data, where, cycles),
+        )  # fmt: skip
     if not all(result["compiles"] for result in results):
         sys.exit("a program does not compile for this topology: see its error above")
 

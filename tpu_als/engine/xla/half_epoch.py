@@ -24,7 +24,7 @@ from tpu_als.engine import layout
 from tpu_als.engine.als import AlsState, Step
 from tpu_als.engine.data import DTYPES, LossParts
 from tpu_als.engine.objective import Objective, largest_weight, typed, weights_vanish
-from tpu_als.engine.xla import solve, sweep, sweep_long, sweep_loss
+from tpu_als.engine.xla import exchange, solve, sweep, sweep_long, sweep_loss
 from tpu_als.engine.xla.data import XlaData, XlaSide, long_shape, static_of
 from tpu_als.engine.xla.mesh import Collectives, ShardPass, Shards, precision
 from tpu_als.engine.xla.programs import REPLICATED, SHARDED, PyTree
@@ -34,7 +34,7 @@ from tpu_als.engine.xla.sweep_long import LongInputs
 from tpu_als.engine.xla.sweep_loss import LongLossInputs, LossInputs
 from tpu_als.host import give_back_memory, single_blas_thread
 
-_RUNGS_PER_PROGRAM = 4
+_IN_ADVANCE = ("tpu",)  # platforms whose compiler can exchange rows in the background
 _LARGE = 1 << 24  # bytes of a table; returning its copies to the system takes milliseconds
 _DRAWN_ROWS = 1 << 14  # rows drawn at once, which bounds the generator's scratch
 
@@ -244,14 +244,17 @@ def _rung_passes(
         route = side.routes[number] if side.routes is not None else None
         static = static_of(data.params, rung.rows, rung.length)
         static = static._replace(
-            collectives=data.mesh.collectives, route=route, device_products=data.products
+            collectives=data.mesh.collectives,
+            route=route,
+            device_products=data.products,
+            in_advance=data.mesh.platform in _IN_ADVANCE,
         )
         rungs.append((static, (rung.first_cell, rung.first_slot, first_send, rung.n_chunks)))
         if route is not None:
             first_send += route.groups(rung.n_chunks) * route.rows * data.mesh.n_shards
     found = []
-    for low in range(0, len(rungs), _RUNGS_PER_PROGRAM):
-        statics, spans = zip(*rungs[low : low + _RUNGS_PER_PROGRAM], strict=True)
+    for part in exchange.in_programs(rungs):
+        statics, spans = zip(*part, strict=True)
         traced = tuple(Span(*np.array(span, np.int32)) for span in spans)
         program = data.mesh.per_shard_program(sweep_rungs, statics)
         found.append(ShardPass(program, sharded, shared._replace(spans=traced)))

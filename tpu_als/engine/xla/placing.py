@@ -64,10 +64,11 @@ def make_plan(lengths: np.ndarray, params: AlsParams, mesh: DeviceMesh) -> Plan:
     """
     rung_cells = _RUNG_CELLS[backend_kind(mesh)] / params.factors
     rungs = layout.ladder(lengths, rung_cells, longest=_longest_rung(params, mesh))
-    return _plan_of(rungs, int(lengths.sum()), params, mesh)
+    return plan_of(rungs, int(lengths.sum()), params, mesh)
 
 
-def _plan_of(rungs: tuple[int, ...], n_entries: int, params: AlsParams, mesh: DeviceMesh) -> Plan:
+def plan_of(rungs: tuple[int, ...], n_entries: int, params: AlsParams, mesh: DeviceMesh) -> Plan:
+    """The plan with rungs of these lengths, for a matrix with this number of entries."""
     chunk, most_rows = chunk_sizes(params, mesh)
     if isinstance(device_products(params, mesh), RowKernels):
         chunk, most_rows = row_kernels.chunk_sizes(n_entries // mesh.n_shards)
@@ -220,7 +221,7 @@ def place_rows(
     # The rungs depend only on the longest row, so that batches of rows share programs.
     longest = int(lengths.max(initial=0))
     rungs = layout.doubling(longest, _longest_rung(params, mesh), growth=4)
-    plan = _plan_of(rungs, longest * _BATCH_ROWS, params, mesh)
+    plan = plan_of(rungs, longest * _BATCH_ROWS, params, mesh)
     items = XlaSide(rows=source, lengths=np.zeros(0, np.int64))
     # The dtype of values does not depend on the values, so that all calls use the same programs.
     builder = _SideBuilder(plan, params, mesh, np.dtype(params.compute_dtype), False)

@@ -83,6 +83,8 @@ class Static(NamedTuple):
         How source rows are received; None if the shard has all of them.
     device_products : DeviceProducts or None
         Products for the kind of device; None for the functions of `solve`.
+    in_advance : bool
+        Whether the rows for a group are received while the group before is solved.
     """
 
     solver: str
@@ -94,6 +96,7 @@ class Static(NamedTuple):
     collectives: Collectives = Collectives()
     route: Route | None = None
     device_products: DeviceProducts | None = None
+    in_advance: bool = False
 
     @property
     def products(self) -> Any:
@@ -145,30 +148,75 @@ class RungInputs(NamedTuple):
     priors: Any = None
 
 
-Body = Callable[[int, Array, Array], Array]
+Body = Callable[[tuple[Static, Span], int, Array, Array], Array]
 
 
 def over_chunks(
-    static: Static, span: Span, cells: ShardCells, source_table: Array, body: Body, out: Array
+    rungs: tuple[tuple[Static, Span], ...],
+    cells: ShardCells,
+    source_table: Array,
+    body: Body,
+    out: Array,
 ) -> Array:
-    """Fold body(step, source_rows, out) over a rung's chunks.
+    """Fold body(rung, step, source_rows, out) over the chunks of some rungs.
 
     `source_rows` is the source table, or the rows received for the chunk's group.
     """
-    route, axis = static.route, static.collectives.axis
-    if route is None:
-        return lax.fori_loop(0, span.n_chunks, lambda step, out: body(step, source_table, out), out)
-    assert axis is not None
+    received = None
+    for rung in rungs:
+        if rung[0].route is None:
+            out = _fold(body, rung, (0, rung[1].n_chunks), source_table, out)
+        else:
+            out, received = _over_groups(rung, cells, source_table, body, (out, received))
+    return out
 
-    def group(number: int, out: Array) -> Array:
+
+def _over_groups(
+    rung: tuple[Static, Span],
+    cells: ShardCells,
+    source_table: Array,
+    body: Body,
+    carried: tuple[Array, Array | None],
+) -> tuple[Array, Array | None]:
+    """Fold over the groups of a rung; return the result, and rows that are received in advance.
+
+    These are the rows of the next group in the order of `sends`, which may be of the next rung.
+    """
+    static, span = rung
+    route, axis = static.route, static.collectives.axis
+    assert route is not None and axis is not None
+    groups = (span.n_chunks + route.chunks - 1) // route.chunks
+
+    def receive(number: Index) -> Array:
         first = span.first_send + number * route.rows * lax.axis_size(axis)
-        received = exchange.receive(source_table, cells.sends, first, route.rows, axis)
+        return exchange.receive(source_table, cells.sends, first, route.rows, axis)
+
+    def chunks(number: Index, received: Array, out: Array) -> Array:
         low = number * route.chunks
         high = jnp.minimum(low + route.chunks, span.n_chunks)
-        return lax.fori_loop(low, high, lambda step, out: body(step, received, out), out)
+        return _fold(body, rung, (low, high), received, out)
 
-    groups = (span.n_chunks + route.chunks - 1) // route.chunks
-    return lax.fori_loop(0, groups, group, out)
+    def group(number: int, out: Array) -> Array:
+        return chunks(number, receive(number), out)
+
+    def group_in_advance(number: int, carried: tuple[Array, Array]) -> tuple[Array, Array]:
+        out, received = carried
+        following = receive(number + 1)  # does not depend on the chunks of this group
+        return chunks(number, received, out), following
+
+    out, received = carried
+    if not static.in_advance:
+        return lax.fori_loop(0, groups, group, out), None
+    return lax.fori_loop(
+        0, groups, group_in_advance, (out, receive(0) if received is None else received)
+    )
+
+
+def _fold(
+    body: Body, rung: tuple[Static, Span], steps: tuple[Index, Index], rows: Array, out: Array
+) -> Array:
+    """Fold over the chunks low..high of a rung."""
+    return lax.fori_loop(*steps, lambda step, out: body(rung, step, rows, out), out)
 
 
 class Chunk(NamedTuple):
@@ -246,22 +294,10 @@ def solve_rungs(
     shared: SharedInputs,
 ) -> Array:
     """Solve all rows of some rungs, and write them into the shard's table `out` (S, K)."""
-    for static, span in zip(statics, shared.spans, strict=True):
-        out = _solve_rung(static, span, out, inputs, source_table, shared)
-    return out
-
-
-def _solve_rung(
-    static: Static,
-    span: Span,
-    out: Array,
-    inputs: RungInputs,
-    source_table: Array,
-    shared: SharedInputs,
-) -> Array:
     cells, priors = inputs
 
-    def body(step: int, source_rows: Array, out: Array) -> Array:
+    def body(rung: tuple[Static, Span], step: int, source_rows: Array, out: Array) -> Array:
+        static, span = rung
         slot, lengths, block = gather_chunk(
             static, span, cells, source_rows, shared.objective, step
         )
@@ -271,4 +307,5 @@ def _solve_rung(
         z = solve_block(static, shared.basis, shared.objective, rows, shared.relaxation)
         return lax.dynamic_update_slice_in_dim(out, solve.rounded(z, out.dtype), slot, 0)
 
-    return over_chunks(static, span, cells, source_table, body, out)
+    rungs = tuple(zip(statics, shared.spans, strict=True))
+    return over_chunks(rungs, cells, source_table, body, out)

@@ -51,22 +51,10 @@ def loss_rungs(
     shared: SharedInputs,
 ) -> Array:
     """Write the loss of the stored cells of each row of some rungs into `out` (S,)."""
-    for static, span in zip(statics, shared.spans, strict=True):
-        out = _loss_rung(static, span, out, inputs, source_table, shared)
-    return out
-
-
-def _loss_rung(
-    static: Static,
-    span: Span,
-    out: Array,
-    inputs: LossInputs,
-    source_table: Array,
-    shared: SharedInputs,
-) -> Array:
     objective, offset = _without_offset(shared.objective)
 
-    def body(step: int, source_rows: Array, out: Array) -> Array:
+    def body(rung: tuple[Static, Span], step: int, source_rows: Array, out: Array) -> Array:
+        static, span = rung
         slot, lengths, block = gather_chunk(
             static, span, inputs.cells, source_rows, objective, step
         )
@@ -75,7 +63,8 @@ def _loss_rung(
         loss = solve.cells_loss(block, static.products.predict(block, z), is_entry, offset)
         return lax.dynamic_update_slice(out, loss, (slot,))
 
-    return over_chunks(static, span, inputs.cells, source_table, body, out)
+    rungs = tuple(zip(statics, shared.spans, strict=True))
+    return over_chunks(rungs, inputs.cells, source_table, body, out)
 
 
 def loss_long(
