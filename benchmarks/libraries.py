@@ -84,7 +84,7 @@ class Ours:
         with mock.patch.object(row_kernels, "kernels_for", self._kernels_for()):
             self.data = backend.place(problem.matrix, params)
             if isinstance(self.data, XlaData):
-                self.data.kernels  # noqa: B018 - cached while patched
+                self.data.products  # noqa: B018 - cached while patched
         self.objective = Objective.of("implicit", problem.regularization, problem.alpha)
         self.reset()
 

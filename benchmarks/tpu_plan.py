@@ -28,8 +28,10 @@ from dataclasses import asdict
 from typing import Any
 
 import common
+import hlo_cycles
 import jax
 import numpy as np
+import tpu_prediction
 import tpu_roofline
 import tpu_sizes
 from jax.experimental import topologies
@@ -37,10 +39,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tpu_als.engine.data import DTYPES, AlsParams
 from tpu_als.engine.objective import Objective
-from tpu_als.engine.xla import half_epoch, placing, ranking, sweep
+from tpu_als.engine.xla import half_epoch, placing, ranking
 from tpu_als.engine.xla.data import XlaData as Data
 from tpu_als.engine.xla.data import XlaSide as Side
 from tpu_als.engine.xla.mesh import DeviceMesh
+from tpu_als.engine.xla.sweep_long import LongInputs
 from tpu_als.parameters import LINEAR_SOLVERS
 
 _ALL_TO_ALL = re.compile(r"= (\w+\[[\d,]+\])\S* all-to-all\(")
@@ -85,7 +88,7 @@ def programs(data: Data) -> list[tuple[str, Any, tuple[Any, ...]]]:
         for number, (program, entries, shared) in enumerate(
             half_epoch.passes(side, data, prepared, OBJECTIVE)
         ):
-            long = isinstance(entries, sweep.LongInputs)
+            long = isinstance(entries, LongInputs)
             label = "long rows" if long else f"solve {number}"
             found.append((f"{name}: {label}", program, (target, entries, source, shared)))
         assert side.routes is not None
@@ -281,10 +284,13 @@ def main() -> None:
         benchmark="tpu_plan", what="ranking", **work, **seconds,
         most_users_a_second=work["batch"] / max(seconds.values()),
     )  # fmt: skip
-    results = []
+    results, cycles = [], {}
     for name, program, given in [] if args.no_compile else [rank, *programs(data)]:
         result = compiled(name, program, given)
         text = result.pop("text", None)
+        if text:
+            cycles[name] = hlo_cycles.of_program(text)
+            result["cycles"] = asdict(cycles[name])
         if args.hlo and text:
             os.makedirs(args.hlo, exist_ok=True)
             with open(f"{args.hlo}/{name.replace(': ', '-').replace(' ', '-')}.txt", "w") as file:
@@ -300,6 +306,11 @@ def main() -> None:
         benchmark="tpu_plan", what="epoch", topology=args.topology, n_chips=where.n_chips,
         **tpu_roofline.report(data, where),
     )  # fmt: skip
+    if cycles:
+        common.emit(
+            benchmark="tpu_plan", what="prediction", topology=args.topology,
+            **tpu_prediction.report(data, where, cycles),
+        )  # fmt: skip
     if not all(result["compiles"] for result in results):
         sys.exit("a program does not compile for this topology: see its error above")
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from tpu_als.engine import cells
 from tpu_als.engine.data import AlsParams
+from tpu_als.engine.xla import exchange
 from tpu_als.engine.xla.data import XlaData as Data
 from tpu_als.engine.xla.data import XlaSide as Side
+from tpu_als.engine.xla.tile_products import TILE_ROWS
 
 # A product of float32 operands at the highest precision takes six bfloat16 products.
 FLOAT32_PASSES = 6
@@ -29,6 +30,8 @@ class Chip:
     ----------
     flops : float
         Peak of bfloat16 products.
+    clock : float
+        Cycles a second: the peak over the flops of all matrix units in a cycle.
     memory_bandwidth, memory : float
         Bandwidth of HBM in bytes a second, and its size in bytes.
     link : float
@@ -45,6 +48,7 @@ class Chip:
     """
 
     flops: float
+    clock: float
     memory_bandwidth: float
     memory: float
     link: float
@@ -61,11 +65,17 @@ class Chip:
 #   over the bisection, which is 50 GB/s one way for each of 512 links, less some.
 # https://docs.cloud.google.com/tpu/docs/v5p: 459 TFLOPs, 95 GB, 2765 GBps, ICI 1200 GBps both ways,
 #   3D torus; jobs of up to 6144 chips; 50 Gbps of network per chip.
+# https://docs.cloud.google.com/tpu/docs/v6e: 918 TFLOPs, 32 GB, 1638 GBps, ICI 800 GBps both ways,
+#   2D torus; 256 chips, 3.2 TBps over the bisection; 100 Gbps of network per chip.
+# Clocks: 4 matrix units of 128 x 128 on v5e, 8 on v4 and v5p, which do 2 flops a cycle and cell.
+#   v6e: units of 256 x 256 that do 524,288 flops a cycle. The compiler's cycles of a product of
+#   8192 x 8192 matrices agree: 115,000, 243,000, 236,000 and 369,000 flops a cycle.
 _DOCS = "https://docs.cloud.google.com/tpu/docs"
 CHIPS = {
-    "v5e": Chip(197e12, 819e9, 16e9, 50e9, 4, 16, 256, 0.8e12, f"{_DOCS}/v5e"),
-    "v4": Chip(275e12, 1200e9, 32 * 2**30, 47e9, 6, 4, 4096, 0, f"{_DOCS}/v4"),
-    "v5p": Chip(459e12, 2765e9, 95e9, 100e9, 6, 4, 6144, 0, f"{_DOCS}/v5p"),
+    "v5e": Chip(197e12, 1.5e9, 819e9, 16e9, 50e9, 4, 16, 256, 0.8e12, f"{_DOCS}/v5e"),
+    "v4": Chip(275e12, 1.05e9, 1200e9, 32 * 2**30, 47e9, 6, 4, 4096, 0, f"{_DOCS}/v4"),
+    "v5p": Chip(459e12, 1.75e9, 2765e9, 95e9, 100e9, 6, 4, 6144, 0, f"{_DOCS}/v5p"),
+    "v6e": Chip(918e12, 1.75e9, 1638e9, 32e9, 100e9, 4, 16, 256, 12.8e12, f"{_DOCS}/v6e"),
 }
 
 
@@ -150,7 +160,7 @@ def phases(side: Side, source: Side, data: Data) -> dict[str, Work]:
     found["exchange"] = _exchange(side, data)
     found["solve"], found["write"] = _solve(side, params), _write(side, params)
     if side.long is not None:
-        found["long"] = _long(side, params, data.mesh.n_shards)
+        found["long"] = _long(side, data)
     return found
 
 
@@ -184,10 +194,13 @@ def _exchange(side: Side, data: Data) -> Work:
     row = data.params.factors * _stored(data.params)
     pairs = list(zip(side.routes, side.rows.rungs, strict=True))
     groups = sum(route.groups(rung.n_chunks) for route, rung in pairs)
-    handled = side.received_rows * data.mesh.n_shards / (data.mesh.n_shards - 1)
+    # Each program receives a group more than it uses, in advance.
+    more = [part[-1].rows for part in exchange.in_programs(side.routes)]
+    received = side.received_rows + (data.mesh.n_shards - 1) * sum(more)
+    handled = received * data.mesh.n_shards / (data.mesh.n_shards - 1)
     # A position is read; the row is read, written to the message, read from it, and written.
-    sent = side.received_rows * row
-    return Work(memory=handled * (4 + 4 * row), interconnect=sent, trips=groups)
+    sent = received * row
+    return Work(memory=handled * (4 + 4 * row), interconnect=sent, trips=groups + len(more))
 
 
 def _solve(side: Side, params: AlsParams) -> Work:
@@ -202,7 +215,9 @@ def _solve(side: Side, params: AlsParams) -> Work:
     moved = n_cells * (_cell(side.cells) + _stored(params) * factors * (2 + reads))
     work = Work(memory=moved, trips=sum(n for n, _, _ in chunks))
     if params.linear_solver == "cg":
-        work.vector_flops = n_cells * 2 * factors * reads
+        # Every product of a tile is with all its rows' vectors, in two bfloat16 parts or three.
+        parts = 2 if params.dtype == "bfloat16" else FLOAT32_PASSES
+        work.flops = n_cells * 2 * factors * reads * TILE_ROWS * parts
         return work
     systems = sum(n * rows for n, rows, _ in chunks)
     work.flops = FLOAT32_PASSES * n_cells * 2 * factors**2
@@ -219,18 +234,20 @@ def _write(side: Side, params: AlsParams) -> Work:
     return Work(flops, memory=2 * _table_bytes(side, params) + rows * 4 * params.factors * 2)
 
 
-def _long(side: Side, params: AlsParams, n_shards: int) -> Work:
+def _long(side: Side, data: Data) -> Work:
     """Long rows: their entries are gathered for every product, and the shards' sums are added."""
     assert side.long is not None
+    params, n_shards = data.params, data.mesh.n_shards
     n_blocks, length = side.long.ids.shape[1:]
     batches = side.long.starts.shape[1] - 1
     factors, size = params.factors, n_blocks * length
     # CG: residual, steps - 1 products with the matrix, and half a product. Cholesky: one pass.
     passes = 1 if params.linear_solver == "cholesky" else params.cg_steps + 1
-    sums, work = cells.LONG_ROWS * factors * 4, Work(trips=passes * n_blocks)
+    sums = side.long.batch_rows * factors * 4
+    work = Work(trips=passes * long_steps(side, data))
     if params.linear_solver == "cholesky":
         work.flops = FLOAT32_PASSES * size * 2 * factors**2
-        work.vector_flops = batches * cells.LONG_ROWS * factors**3 / 3
+        work.vector_flops = batches * side.long.batch_rows * factors**3 / 3
         sums *= factors + 1
     else:
         work.vector_flops = size * 2 * factors * (2 * params.cg_steps + 1)
@@ -238,6 +255,14 @@ def _long(side: Side, params: AlsParams, n_shards: int) -> Work:
     work.memory = passes * size * (_cell(side.long) + 4 * _stored(params) * factors)
     work.interconnect = 2 * batches * (passes + 1) * sums * (n_shards - 1) / n_shards
     return work
+
+
+def long_steps(side: Side, data: Data) -> int:
+    """Steps of a pass over the blocks of long rows; each batch of rows has a part of a step."""
+    assert side.long is not None
+    n_blocks, length = side.long.ids.shape[1:]
+    batches = side.long.starts.shape[1] - 1
+    return batches + n_blocks // min(data.plan.rows(length), n_blocks)
 
 
 def report(data: Data, where: Slice) -> dict[str, Any]:

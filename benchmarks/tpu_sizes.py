@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,13 +17,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from scipy import special, stats
 
-from tpu_als.engine import cells, layout, reading
+from tpu_als.engine import layout, reading
 from tpu_als.engine.cells import LongRows
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.layout import Plan, RowMap, Rung
 from tpu_als.engine.xla import exchange, placing
 from tpu_als.engine.xla.data import XlaData as Data
 from tpu_als.engine.xla.data import XlaSide as Side
+from tpu_als.engine.xla.data import long_shape
 from tpu_als.engine.xla.exchange import Route
 from tpu_als.engine.xla.mesh import AXIS, DeviceMesh
 from tpu_als.engine.xla.sweep import ShardCells
@@ -132,12 +133,13 @@ def data(problem: Problem, mesh: DeviceMesh, shape: Callable[..., Any] | None = 
     sharded over the mesh.
     """
     params = solver(problem, mesh)
+    problem = replace(problem, params=params)
     samples = problem.users.sample(), problem.items.sample()
     plan = placing.make_plan(np.concatenate(samples), params, mesh)
     shape = shape or sharded(mesh)
     sides = (problem.users, problem.items)
     users, items = (
-        _side(target, source, plan, mesh, shape, problem.values)
+        _side(target, source, plan, mesh, shape, problem)
         for target, source in zip(sides, sides[::-1], strict=True)
     )
     return Data(
@@ -163,13 +165,14 @@ def _side(
     plan: Plan,
     mesh: DeviceMesh,
     shape: Callable[..., Any],
-    values: Any,
+    problem: Problem,
 ) -> Side:
+    values = problem.values
     rung_of = np.searchsorted(plan.lengths, np.rint(target.values))
     rows = np.bincount(rung_of, target.counts, minlength=len(plan.lengths) + 1)
     most = [math.ceil(count / plan.n_shards) for count in rows]
     rungs, n_slots, n_cells = layout.stack(most, plan)
-    routes = tuple(_route(rung, source, mesh.n_shards) for rung in rungs)
+    routes = _routes(rungs, source, mesh.n_shards)
     long = target.over(plan.lengths[-1])
     row_map = RowMap(
         np.empty(0, np.int64), np.empty(0, np.int64), np.empty(round(long.n_rows), np.int8),
@@ -183,11 +186,21 @@ def _side(
         shape((n_cells,), np.int32), None if values is None else shape((n_cells,), values),
         shape((n_slots,), np.int32), shape((sends,), np.int32),
     )  # fmt: skip
-    blocks = _long(long, plan, mesh, values, shape) if len(row_map.long) else None
+    blocks = _long(long, plan, problem, mesh, shape) if len(row_map.long) else None
     return Side(
         lengths=np.broadcast_to(np.int64(0), round(target.n_rows)),
         rows=row_map, cells=entries, long=blocks, routes=routes,
     )  # fmt: skip
+
+
+def _routes(rungs: tuple[Rung, ...], source: Lengths, n_devices: int) -> tuple[Route, ...]:
+    """The routes that `exchange.plan` would make: the rungs of a program have equal messages."""
+    found: list[Route] = []
+    for part in exchange.in_programs(rungs):
+        routes = [_route(rung, source, n_devices) for rung in part]
+        rows = max(route.rows for route in routes)
+        found += [route._replace(rows=rows) for route in routes]
+    return tuple(found)
 
 
 def _route(rung: Rung, source: Lengths, n_devices: int) -> Route:
@@ -208,10 +221,11 @@ def distinct(source: Lengths, draws: int) -> float:
 
 
 def _long(
-    long: Lengths, plan: Plan, mesh: DeviceMesh, values: Any, shape: Callable[..., Any]
+    long: Lengths, plan: Plan, problem: Problem, mesh: DeviceMesh, shape: Callable[..., Any]
 ) -> LongRows:
     """Blocks of long rows, whose entries are on the shards of their source rows."""
-    length = placing.long_block(plan, mesh)
+    length, batch_rows = long_shape(plan, problem.params, mesh)
+    values = problem.values
     share = long.values / mesh.n_shards
     full = share / length
     blocks = full + 0.5
@@ -220,11 +234,11 @@ def _long(
     blocks[few] = stats.poisson.sf(edges, share[few]).sum(axis=0)
     count = float(long.counts @ blocks)
     n_blocks = layout.round_up(math.ceil(count + 6 * math.sqrt(count)))
-    n_rows = -(-round(long.n_rows) // cells.LONG_ROWS) * cells.LONG_ROWS
+    n_rows = -(-round(long.n_rows) // batch_rows) * batch_rows
     return LongRows(
         shape((n_blocks, length), np.int32),
         None if values is None else shape((n_blocks, length), values),
         shape((n_blocks,), np.int32), shape((n_blocks,), np.int32),
-        shape((n_rows // cells.LONG_ROWS + 1,), np.int32),
+        shape((n_rows // batch_rows + 1,), np.int32),
         shape((n_rows,), np.int32), shape((n_rows,), np.int32),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from plans import PLANS
 from scipy import sparse
 
 from tpu_als.engine import cells, layout
-from tpu_als.engine.cells import InMemory, LongCells, LongRows
+from tpu_als.engine.cells import InMemory, LongCells, LongRows, LongShape
 from tpu_als.engine.layout import Plan, RowMap
 
 
@@ -92,7 +92,9 @@ def test_every_entry_of_a_long_row_is_in_one_block(
     slots = source.slots[found.source]
     shard = slots // source.n_slots if spread else of_row[found.long]
     every = range(plan.n_shards)
-    long = cells.fill_long(LongCells(found, shard, slots), rows, lengths, block, every, _same)
+    long = cells.fill_long(
+        LongCells(found, shard, slots), rows, lengths, LongShape(block), every, _same
+    )
     total: dict[int, list[tuple[int, float]]] = {}
     for number in every:
         for index, entries in _unpacked(long, number, block).items():

@@ -18,7 +18,7 @@ from scipy import sparse
 from tpu_als.engine import layout
 from tpu_als.engine.layout import RowMap
 
-LONG_ROWS = 16  # long rows that are solved together
+LONG_ROWS = 16  # least number of long rows that are solved together
 _BLOCK_ENTRIES = 1 << 20  # entries filled at once, which bounds the temporaries
 
 Blocks = Iterable[tuple[np.ndarray, sparse.csr_matrix]]
@@ -169,7 +169,7 @@ def fill(
 class LongRows(NamedTuple):
     """Long rows, in blocks of at most L entries; all arrays have a leading axis of shards.
 
-    The blocks of each batch of `LONG_ROWS` rows are consecutive. A shard may have blocks of rows
+    The blocks of each batch of rows are consecutive. A shard may have blocks of rows
     whose slots are on another shard: the shards' sums are added.
 
     Attributes
@@ -182,7 +182,7 @@ class LongRows(NamedTuple):
         Row of each block, counted within its batch of rows.
     n_entries : int32 array (B,)
         Number of entries of each block.
-    starts : int32 array (J / LONG_ROWS + 1,)
+    starts : int32 array (J / batch_rows + 1,)
         First block of each batch of rows.
     slots : int32 array (J,)
         Local slot of each long row, or the number of slots if another shard has the row.
@@ -197,6 +197,18 @@ class LongRows(NamedTuple):
     starts: Any
     slots: Any
     lengths: Any
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of a batch."""
+        return self.slots.shape[-1] // (self.starts.shape[-1] - 1)
+
+
+class LongShape(NamedTuple):
+    """Cells of a block of long rows, and rows of a batch."""
+
+    block: int
+    batch_rows: int = LONG_ROWS
 
 
 class LongEntries(NamedTuple):
@@ -265,7 +277,7 @@ def fill_long(
     long_cells: LongCells,
     rows: RowMap,
     lengths: np.ndarray,
-    block: int,
+    shape: LongShape,
     shards: range,
     agree: Callable[[int], int],
 ) -> LongRows:
@@ -279,15 +291,16 @@ def fill_long(
         The map of the target rows.
     lengths : int array (M,)
         Number of stored entries of each row.
-    block : int
-        Entries L of a block.
+    shape : LongShape
+        Entries L of a block, and rows of a batch.
     shards : range
         The shards to fill.
     agree : callable
         Returns the maximum of a number over all processes.
     """
     entries, shard, ids = long_cells
-    n_rows = max(-(-len(rows.long) // LONG_ROWS), 1) * LONG_ROWS
+    block, batch_rows = shape
+    n_rows = max(-(-len(rows.long) // batch_rows), 1) * batch_rows
     mine = np.flatnonzero((shard >= shards.start) & (shard < shards.stop))
     # Sort by shard, then by row. The sort is stable, so a row's entries keep their order.
     key = (shard[mine] - shards.start) * n_rows + entries.long[mine]
@@ -314,9 +327,9 @@ def fill_long(
     for at in range(len(shards)):
         row = np.repeat(np.arange(n_rows), blocks[at])
         number = np.arange(len(row)) - first[at][row]
-        row_of_block[at, : len(row)] = row % LONG_ROWS
+        row_of_block[at, : len(row)] = row % batch_rows
         n_entries[at, : len(row)] = np.minimum(counts[at][row] - number * block, block)
-    starts = np.concatenate([first[:, ::LONG_ROWS], ends[:, -1:]], axis=1).astype(np.int32)
+    starts = np.concatenate([first[:, ::batch_rows], ends[:, -1:]], axis=1).astype(np.int32)
     slots, row_lengths = _slots_and_lengths(rows, lengths, n_rows, shards)
     return LongRows(out_ids, out_values, row_of_block, n_entries, starts, slots, row_lengths)
 

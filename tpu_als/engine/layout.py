@@ -26,6 +26,7 @@ import numpy as np
 
 SHORTEST = 8  # cells; shorter rungs would save less padding than a program costs
 LONGEST = 4096  # cells by default; longer rows are divided into blocks of the last rung
+ROWS_MULTIPLE = 8  # rows that an accelerator processes together
 _SMALL_CELLS = 1 << 18
 
 
@@ -54,8 +55,9 @@ class Plan:
     n_owners: int = 1
 
     def rows(self, length: int) -> int:
-        """Rows R of a chunk of the rung of this length."""
-        return max(1, min(self.chunk // length, self.most_rows))
+        """Rows R of a chunk of the rung of this length: a multiple of 8 if there are more."""
+        rows = max(1, min(self.chunk // length, self.most_rows))
+        return rows - rows % ROWS_MULTIPLE if rows > ROWS_MULTIPLE else rows
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def ladder(lengths: np.ndarray, rung_cells: float, longest: int = LONGEST) -> tu
 
     Each row is padded to the next rung. Each rung costs as much as `rung_cells` cells, because it
     is a program to compile. First, powers of two are chosen by dynamic programming. Then
-    a length of about 0.7 times a chosen rung is added if it saves more than it costs. The result
+    a length of 3/4 of a chosen rung is added if it saves more than it costs. The result
     depends on the arguments only. A finer grid does not pad less at the same cost. Its best choice
     also changes with a few rows, so that each fold of a matrix would need other programs.
 
@@ -131,8 +133,8 @@ def ladder(lengths: np.ndarray, rung_cells: float, longest: int = LONGEST) -> tu
     chosen = _cheapest_rungs(ordered, np.array(grid), rung_cells)
     halves = []
     for low, high in itertools.pairwise((-1, *chosen)):
-        # A multiple of 8 near the geometric mean of `high` and the power of two below it.
-        middle = round(high / np.sqrt(2) / SHORTEST) * SHORTEST
+        # Rows of 3/4 of a power of two fill registers better than those of the geometric mean.
+        middle = max(high * 3 // 4 // SHORTEST * SHORTEST, SHORTEST)
         rows = np.count_nonzero((lengths > low) & (lengths <= middle))
         if low < middle < high and rows * (high - middle) > rung_cells:
             halves.append(middle)

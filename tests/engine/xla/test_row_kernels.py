@@ -141,8 +141,8 @@ def test_fits_equal_those_without_kernels(
     without, expected = _fit(matrix, params, mesh, objective, kind == "features")
     monkeypatch.setattr(row_kernels, "kernels_for", lambda params, mesh: KERNELS)
     data, found = _fit(matrix, params, mesh, objective, kind == "features")
-    assert without.kernels is None
-    assert data.kernels is KERNELS
+    assert without.products is None
+    assert data.products is KERNELS
     assert len(data.users.rows.rungs) == 2
     assert len(data.users.rows.long)
     tolerance = 2e-2 if dtype == "bfloat16" else 2e-4

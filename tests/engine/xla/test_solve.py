@@ -58,11 +58,8 @@ def _exact(block: Block, d: np.ndarray) -> np.ndarray:
 
 
 def _improve(block: Block, d: Any, z: Any, steps: int) -> Any:
-    return solve.rows_cg(
-        lambda p: solve.normal(block, p),
-        lambda p: solve.curvature(block, p),
-        solve.residual(block, z), z, d, steps,
-    )  # fmt: skip
+    operator = solve.Operator(lambda p: solve.normal(block, p), lambda p: solve.curvature(block, p))
+    return solve.rows_cg(operator, solve.residual(block, z), z, d, steps)
 
 
 @jax.jit

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from tpu_als.engine.cells import LongRows
+from tpu_als.engine.cells import LONG_ROWS, LongRows, LongShape
 from tpu_als.engine.data import AlsParams, Data, Side
 from tpu_als.engine.layout import Plan, RowMap
-from tpu_als.engine.xla import exchange, row_kernels
+from tpu_als.engine.xla import exchange, row_kernels, tile_products
 from tpu_als.engine.xla.exchange import Route
 from tpu_als.engine.xla.mesh import DeviceMesh
-from tpu_als.engine.xla.row_kernels import RowKernels
-from tpu_als.engine.xla.sweep import ShardCells, Static
+from tpu_als.engine.xla.sweep import DeviceProducts, ShardCells, Static
+
+_SHORTEST_BLOCK = 128  # cells of a block of a long row, of which each shard has a share
+_MOST_LONG_ROWS = 1 << 10  # of a batch
 
 NO_CELLS = ShardCells(None, None, None, None)
 
@@ -71,9 +73,14 @@ class XlaData(Data):
     mesh: DeviceMesh
 
     @functools.cached_property
-    def kernels(self) -> RowKernels | None:
-        """The kernels that solve the rows, or None if XLA's own programs do."""
-        return row_kernels.kernels_for(self.params, self.mesh)
+    def products(self) -> DeviceProducts | None:
+        """See `device_products`."""
+        return device_products(self.params, self.mesh)
+
+
+def device_products(params: AlsParams, mesh: DeviceMesh) -> DeviceProducts | None:
+    """Products for the kind of device, or None for those of `solve`."""
+    return row_kernels.kernels_for(params, mesh) or tile_products.tiles_for(params, mesh)
 
 
 def static_of(params: AlsParams, rows: int, length: int) -> Static:
@@ -87,3 +94,18 @@ def static_of(params: AlsParams, rows: int, length: int) -> Static:
         length,
         params.positive and params.linear_solver == "cholesky",
     )
+
+
+def long_shape(plan: Plan, params: AlsParams, mesh: DeviceMesh) -> LongShape:
+    """Cells of a block of long rows, and rows of a batch.
+
+    A block has about a shard's part of the shortest possible long row. A batch has so many rows
+    that a step of several blocks takes longer than adding their sums, and so few that their K x K
+    systems are small.
+    """
+    block = plan.lengths[-1]
+    if mesh.jax_mesh is not None:
+        block = min(max(block // mesh.n_shards, _SHORTEST_BLOCK), block)
+    if params.linear_solver == "cholesky":
+        return LongShape(block)
+    return LongShape(block, min(LONG_ROWS * plan.rows(block), _MOST_LONG_ROWS))

@@ -11,8 +11,8 @@ Axis letters: W shards of this process, D devices, G groups, P rows of a message
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +24,12 @@ from tpu_als.engine.layout import Rung
 # Cells of a group: enough that cells share rows. With many devices there are at least so many cells
 # per device, because all messages have the length of the longest, and short messages vary more.
 GROUP_CELLS = 1 << 17
-_MESSAGE_CELLS = 1 << 11
+_MESSAGE_CELLS = 1 << 12
+_RUNGS_PER_PROGRAM = 4
+_GROUP_CHUNKS = 8  # at least; accelerators have large chunks, and memory for the rows of several
+
+
+_Item = TypeVar("_Item")
 
 
 class Route(NamedTuple):
@@ -35,7 +40,8 @@ class Route(NamedTuple):
     chunks : int
         Chunks of a group.
     rows : int
-        Rows P that each device sends to each other device for a group, with unused ones.
+        Rows P that each device sends to each other device for a group, with unused ones; the same
+        for all rungs of a program.
     """
 
     chunks: int
@@ -78,47 +84,94 @@ def plan(
     scratch = np.empty(n_devices * n_slots, np.int32)
     bounds = np.arange(n_devices + 1) * n_slots
     routes, requests = [], []
-    for rung in rungs:
-        size = rung.rows * rung.length
-        chunks = group_chunks(rung, n_devices)
-        last = rung.first_cell + rung.n_chunks * size
-        groups = [
-            slice(at, min(at + chunks * size, last))
-            for at in range(rung.first_cell, last, chunks * size)
-        ]
-        needed = [[_distinct(cells[group], bounds) for group in groups] for cells in ids]
-        most = max((int(np.diff(ends).max()) for part in needed for _, ends in part), default=0)
-        route = Route(chunks, message_rows(agree(most)))
-        requested = np.zeros((len(ids), len(groups), n_devices * route.rows), np.int32)
-        for shard, part in enumerate(needed):
-            for number, (slots, ends) in enumerate(part):
-                device = slots // n_slots
-                position = device * route.rows + np.arange(len(slots)) - ends[device]
-                requested[shard, number, position] = slots - device * n_slots
-                scratch[slots] = position
-                cells = ids[shard, groups[number]]
-                cells[:] = scratch[cells]
-        routes.append(route)
-        requests.append(requested.reshape(len(ids), -1))
+    for part in in_programs(rungs):
+        chunks = [group_chunks(rung, n_devices) for rung in part]
+        groups = [_groups(rung, size) for rung, size in zip(part, chunks, strict=True)]
+        needed = [[_Needed.of(cells, group, bounds) for group in groups] for cells in ids]
+        most = max((found.most for shard in needed for found in shard), default=0)
+        rows = message_rows(agree(most))
+        routes += [Route(size, rows) for size in chunks]
+        for number, slices in enumerate(groups):
+            requested = np.zeros((len(ids), len(slices), n_devices * rows), np.int32)
+            for shard, cells in enumerate(ids):
+                needed[shard][number].request(cells, requested[shard], scratch, n_slots)
+            requests.append(requested.reshape(len(ids), -1))
     empty = np.zeros((len(ids), 0), np.int32)
     return tuple(routes), np.concatenate([empty, *requests], axis=1)
 
 
+def in_programs(rungs: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
+    """Divide what belongs to a side's rungs by program: some rungs share one.
+
+    Their messages have the same size, so that the first of a rung is received in advance.
+    """
+    for low in range(0, len(rungs), _RUNGS_PER_PROGRAM):
+        yield rungs[low : low + _RUNGS_PER_PROGRAM]
+
+
+def _groups(rung: Rung, chunks: int) -> list[slice]:
+    """Cells of each group of a rung."""
+    size = rung.rows * rung.length
+    last = rung.first_cell + rung.n_chunks * size
+    return [
+        slice(at, min(at + chunks * size, last))
+        for at in range(rung.first_cell, last, chunks * size)
+    ]
+
+
+class _Needed(NamedTuple):
+    """What one shard needs for the groups of a rung.
+
+    Attributes
+    ----------
+    groups : list of slice
+        Cells of each group.
+    slots : list of int array
+        Distinct slots of each group, ascending.
+    ends : list of int array (D + 1,)
+        Position of each device's first slot in them.
+    """
+
+    groups: list[slice]
+    slots: list[np.ndarray]
+    ends: list[np.ndarray]
+
+    @classmethod
+    def of(cls, cells: np.ndarray, groups: list[slice], bounds: np.ndarray) -> _Needed:
+        """Find it in the shard's cells, whose ids are global slots."""
+        slots = [np.unique(cells[group]) for group in groups]
+        return cls(groups, slots, [np.searchsorted(found, bounds) for found in slots])
+
+    @property
+    def most(self) -> int:
+        """Rows of the longest message."""
+        return max((int(np.diff(ends).max()) for ends in self.ends), default=0)
+
+    def request(
+        self, cells: np.ndarray, requested: np.ndarray, scratch: np.ndarray, n_slots: int
+    ) -> None:
+        """Write requests (G, D * P) and, into the cells, the positions of the received rows."""
+        rows = requested.shape[1] // (len(scratch) // n_slots)
+        for number, (group, slots, ends) in enumerate(
+            zip(self.groups, self.slots, self.ends, strict=True)
+        ):
+            device = slots // n_slots
+            position = device * rows + np.arange(len(slots)) - ends[device]
+            requested[number, position] = slots - device * n_slots
+            scratch[slots] = position
+            cells[group] = scratch[cells[group]]
+
+
 def group_chunks(rung: Rung, n_devices: int) -> int:
     """Number of chunks of a group of a rung."""
-    group = max(GROUP_CELLS, n_devices * _MESSAGE_CELLS)
-    return min(max(group // (rung.rows * rung.length), 1), rung.n_chunks)
+    chunk = rung.rows * rung.length
+    group = max(GROUP_CELLS, n_devices * _MESSAGE_CELLS, _GROUP_CHUNKS * chunk)
+    return min(group // chunk, rung.n_chunks)
 
 
 def message_rows(most: int) -> int:
     """Rows of each message of a rung, given the number of rows of the longest."""
     return layout.round_up(most, small=64)
-
-
-def _distinct(ids: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct slots, ascending, and the position of the first of each device."""
-    slots = np.unique(ids)
-    return slots, np.searchsorted(slots, bounds)
 
 
 class Messages(NamedTuple):

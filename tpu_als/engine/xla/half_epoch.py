@@ -20,20 +20,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from tpu_als.engine import cells, layout
+from tpu_als.engine import layout
 from tpu_als.engine.als import AlsState, Step
 from tpu_als.engine.data import DTYPES, LossParts
 from tpu_als.engine.objective import Objective, largest_weight, typed, weights_vanish
-from tpu_als.engine.xla import solve, sweep, sweep_loss
-from tpu_als.engine.xla.data import XlaData, XlaSide, static_of
+from tpu_als.engine.xla import exchange, solve, sweep, sweep_long, sweep_loss
+from tpu_als.engine.xla.data import XlaData, XlaSide, long_shape, static_of
 from tpu_als.engine.xla.mesh import Collectives, ShardPass, Shards, precision
 from tpu_als.engine.xla.programs import REPLICATED, SHARDED, PyTree
 from tpu_als.engine.xla.solve import Basis
-from tpu_als.engine.xla.sweep import LongInputs, RungInputs, SharedInputs, Span
+from tpu_als.engine.xla.sweep import RungInputs, SharedInputs, Span
+from tpu_als.engine.xla.sweep_long import LongInputs
 from tpu_als.engine.xla.sweep_loss import LongLossInputs, LossInputs
 from tpu_als.host import give_back_memory, single_blas_thread
 
-_RUNGS_PER_PROGRAM = 4
+_IN_ADVANCE = ("tpu",)  # platforms whose compiler can exchange rows in the background
 _LARGE = 1 << 24  # bytes of a table; returning its copies to the system takes milliseconds
 _DRAWN_ROWS = 1 << 14  # rows drawn at once, which bounds the generator's scratch
 
@@ -129,7 +130,7 @@ def passes(
     found = _rung_passes(sweep.solve_rungs, side, inputs, data, shared)
     if side.long is not None:
         long = LongInputs(side.long, prepared.priors)
-        found.append(_long_pass(sweep.solve_long, side, long, data, shared))
+        found.append(_long_pass(sweep_long.solve_long, side, long, data, shared))
     return found
 
 
@@ -243,14 +244,17 @@ def _rung_passes(
         route = side.routes[number] if side.routes is not None else None
         static = static_of(data.params, rung.rows, rung.length)
         static = static._replace(
-            collectives=data.mesh.collectives, route=route, kernels=data.kernels
+            collectives=data.mesh.collectives,
+            route=route,
+            device_products=data.products,
+            in_advance=data.mesh.platform in _IN_ADVANCE,
         )
         rungs.append((static, (rung.first_cell, rung.first_slot, first_send, rung.n_chunks)))
         if route is not None:
             first_send += route.groups(rung.n_chunks) * route.rows * data.mesh.n_shards
     found = []
-    for low in range(0, len(rungs), _RUNGS_PER_PROGRAM):
-        statics, spans = zip(*rungs[low : low + _RUNGS_PER_PROGRAM], strict=True)
+    for part in exchange.in_programs(rungs):
+        statics, spans = zip(*part, strict=True)
         traced = tuple(Span(*np.array(span, np.int32)) for span in spans)
         program = data.mesh.per_shard_program(sweep_rungs, statics)
         found.append(ShardPass(program, sharded, shared._replace(spans=traced)))
@@ -265,9 +269,10 @@ def _long_pass(
     shared: SharedInputs,
 ) -> ShardPass:
     """The program of the long rows, with its inputs."""
-    static = static_of(data.params, 1, data.plan.lengths[-1])
-    static = static._replace(collectives=data.mesh.collectives, kernels=data.kernels)
-    n_batches = -(-len(side.rows.long) // cells.LONG_ROWS)
+    block, batch_rows = long_shape(data.plan, data.params, data.mesh)
+    static = static_of(data.params, data.plan.rows(block), block)
+    static = static._replace(collectives=data.mesh.collectives, device_products=data.products)
+    n_batches = -(-len(side.rows.long) // batch_rows)
     span = Span(*np.array([0, 0, 0, n_batches], np.int32))
     program = data.mesh.per_shard_program(sweep_long, static)
     return ShardPass(program, sharded, shared._replace(spans=(span,)))

@@ -30,11 +30,13 @@ from tpu_als.engine.reading import (
     require_tables,
 )
 from tpu_als.engine.xla import exchange, row_kernels, table_checksums
-from tpu_als.engine.xla.data import XlaData, XlaSide
+from tpu_als.engine.xla.data import XlaData, XlaSide, device_products, long_shape
 from tpu_als.engine.xla.exchange import Messages, Route
 from tpu_als.engine.xla.mesh import Collectives, DeviceMesh, Shards, precision
 from tpu_als.engine.xla.programs import SHARDED
+from tpu_als.engine.xla.row_kernels import RowKernels
 from tpu_als.engine.xla.sweep import ShardCells
+from tpu_als.engine.xla.tile_products import TileProducts
 from tpu_als.host import give_back_memory, require_memory
 from tpu_als.validation import structure
 
@@ -46,7 +48,6 @@ _SCRATCH = {"cpu": 1 << 20, "other": 1 << 26}
 _SYSTEMS = {"cpu": 1 << 22, "other": 1 << 28}  # bytes of the K x K systems of a chunk
 # Cells of the longest rung; longer rows are solved by all shards together.
 _LONGEST = {"cpu": layout.LONGEST, "other": 1 << 16}
-_SHORTEST_BLOCK = 128  # cells of a block of a long row, of which each shard has a share
 # Factors times cells whose work in a few fits takes as long as compiling one more rung.
 _RUNG_CELLS = {"cpu": 4e6, "other": 1e8}
 _BATCH_ROWS = 1 << 10  # rows of a batch that the kernels' chunks are planned for
@@ -63,13 +64,13 @@ def make_plan(lengths: np.ndarray, params: AlsParams, mesh: DeviceMesh) -> Plan:
     """
     rung_cells = _RUNG_CELLS[backend_kind(mesh)] / params.factors
     rungs = layout.ladder(lengths, rung_cells, longest=_longest_rung(params, mesh))
-    return _plan_of(rungs, int(lengths.sum()), params, mesh)
+    return plan_of(rungs, int(lengths.sum()), params, mesh)
 
 
-def _plan_of(rungs: tuple[int, ...], n_entries: int, params: AlsParams, mesh: DeviceMesh) -> Plan:
-    if row_kernels.kernels_for(params, mesh) is None:
-        chunk, most_rows = chunk_sizes(params, mesh)
-    else:
+def plan_of(rungs: tuple[int, ...], n_entries: int, params: AlsParams, mesh: DeviceMesh) -> Plan:
+    """The plan with rungs of these lengths, for a matrix with this number of entries."""
+    chunk, most_rows = chunk_sizes(params, mesh)
+    if isinstance(device_products(params, mesh), RowKernels):
         chunk, most_rows = row_kernels.chunk_sizes(n_entries // mesh.n_shards)
     return Plan(rungs, chunk, most_rows, mesh.n_shards, len(mesh.processes))
 
@@ -77,6 +78,8 @@ def _plan_of(rungs: tuple[int, ...], n_entries: int, params: AlsParams, mesh: De
 def _longest_rung(params: AlsParams, mesh: DeviceMesh) -> int:
     """Bound on the rungs' lengths; longer rows are solved by all shards together."""
     chunk, _ = chunk_sizes(params, mesh)
+    if isinstance(device_products(params, mesh), TileProducts):
+        chunk //= layout.ROWS_MULTIPLE  # a chunk has whole tiles
     return min(max(chunk, layout.LONGEST), _LONGEST[backend_kind(mesh)])
 
 
@@ -218,7 +221,7 @@ def place_rows(
     # The rungs depend only on the longest row, so that batches of rows share programs.
     longest = int(lengths.max(initial=0))
     rungs = layout.doubling(longest, _longest_rung(params, mesh), growth=4)
-    plan = _plan_of(rungs, longest * _BATCH_ROWS, params, mesh)
+    plan = plan_of(rungs, longest * _BATCH_ROWS, params, mesh)
     items = XlaSide(rows=source, lengths=np.zeros(0, np.int64))
     # The dtype of values does not depend on the values, so that all calls use the same programs.
     builder = _SideBuilder(plan, params, mesh, np.dtype(params.compute_dtype), False)
@@ -360,17 +363,10 @@ class _SideBuilder:
             shard = slots // source.n_slots
         ids = slots % source.n_slots if mesh.collectives.is_sharded else slots
         long = cells.fill_long(
-            LongCells(found, shard, ids), rows, lengths, long_block(self._plan, mesh),
-            mesh.local_shards, mesh.agree,
+            LongCells(found, shard, ids), rows, lengths,
+            long_shape(self._plan, self._params, mesh), mesh.local_shards, mesh.agree,
         )  # fmt: skip
         return jax.tree.map(mesh.put, long)
-
-
-def long_block(plan: Plan, mesh: DeviceMesh) -> int:
-    """Cells of a block of long rows: about a shard's part of the shortest possible long row."""
-    if mesh.jax_mesh is None:
-        return plan.lengths[-1]
-    return min(max(plan.lengths[-1] // mesh.n_shards, _SHORTEST_BLOCK), plan.lengths[-1])
 
 
 def requests_program(

@@ -27,7 +27,7 @@ from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import solve
 from tpu_als.engine.xla.mesh import DeviceMesh
-from tpu_als.engine.xla.solve import Block, Cells, Dtype, IndexedBlock
+from tpu_als.engine.xla.solve import Block, Cells, Dtype, IndexedBlock, Operator
 
 try:
     from jax.experimental.pallas import triton
@@ -138,11 +138,8 @@ class RowKernels:
         """Solve equation (3) by CG from z (R, K), with the diagonal part d (R, K)."""
         length = block.ids.shape[1]
         if length > _PART:
-            return solve.rows_cg(
-                lambda p: self.normal(block, p),
-                lambda p: self.curvature(block, p),
-                self.residual(block, z), z, d, steps,
-            )  # fmt: skip
+            operator = Operator(lambda p: self.normal(block, p), lambda p: self.curvature(block, p))
+            return solve.rows_cg(operator, self.residual(block, z), z, d, steps)
         kernel = functools.partial(_solve_row, length=length, steps=steps)
         return self._call(kernel, len(z), block, (block.w, block.v), (z, d), z.shape)
 
@@ -324,7 +321,7 @@ def _solve_row(*refs: Ref, length: int, steps: int) -> None:
         return tiles.fold(lambda rows, w: w * jnp.square(_predict(rows, p)), 1, (w,))
 
     r = tiles.fold(residual, width, (w, v))
-    _write_row(out, row, solve.rows_cg(normal, curvature, r, z, d, steps))
+    _write_row(out, row, solve.rows_cg(Operator(normal, curvature), r, z, d, steps))
 
 
 def _part_of(

@@ -259,22 +259,32 @@ def rows_diagonal(rhs: Array, d: Array) -> Array:
     return rhs / d
 
 
-def rows_cg(
-    normal: Callable[[Array], Array],
-    curvature: Callable[[Array], Array],
-    r: Array,
-    z: Array,
-    d: Array,
-    steps: int,
-) -> Array:
+class Operator(NamedTuple):
+    """Products with the data part of the matrix of equation (3), for R rows.
+
+    Attributes
+    ----------
+    normal : callable
+        p (R, K) -> E^T W E p (R, K).
+    curvature : callable
+        p -> p^T E^T W E p, (R, 1) or (R, K): half the work of `normal`, and enough for the last
+        step.
+    row_sums : callable
+        Sums over each row of an array (R, K), (R, 1) or (R, K).
+    """
+
+    normal: Callable[[Array], Array]
+    curvature: Callable[[Array], Array]
+    row_sums: Callable[[Array], Array] = lambda p: jnp.sum(p, axis=1, keepdims=True)
+
+
+def rows_cg(operator: Operator, r: Array, z: Array, d: Array, steps: int) -> Array:
     """Conjugate gradients on equation (3), preconditioned by its diagonal part (R, K).
 
     Parameters
     ----------
-    normal : callable
-        p -> E^T W E p.
-    curvature : callable
-        p -> p^T E^T W E p, (R, 1): half the work of `normal`, and enough for the last step.
+    operator : Operator
+        Its other part.
     r : (R, K)
         Data part of the residual at `z`.
     z : (R, K)
@@ -284,6 +294,7 @@ def rows_cg(
     steps : int
         Steps to take, 1 or more.
     """
+    normal, curvature, row_sums = operator
     tiny = jnp.finfo(z.dtype).tiny
     # If d is far below the weights, it is normalised, because division by d would overflow. If d
     # is 0, this is CG without a preconditioner.
@@ -291,25 +302,22 @@ def rows_cg(
     shape = (d + tiny) / jnp.where(most < _SMALL, most + tiny, jnp.ones_like(most))
     r = r - d * z
     y = r / shape
-    p, size = y, jnp.sum(r * y, axis=1, keepdims=True)
+    p, size = y, row_sums(r * y)
     for _ in range(steps - 1):
         image = d * p + normal(p)
-        a = size / jnp.maximum(jnp.sum(p * image, axis=1, keepdims=True), tiny)
+        a = size / jnp.maximum(row_sums(p * image), tiny)
         z, r = z + a * p, r - a * image
         y = r / shape
-        last, size = size, jnp.sum(r * y, axis=1, keepdims=True)
+        last, size = size, row_sums(r * y)
         p = y + size / jnp.maximum(last, tiny) * p
-    bend = jnp.sum(d * p * p, axis=1, keepdims=True) + curvature(p)
+    bend = row_sums(d * p * p) + curvature(p)
     return z + size / jnp.maximum(bend, tiny) * p
 
 
 def cg(block: Block, z: Array, d: Array, steps: int) -> Array:
     """Solve equation (3) by `rows_cg` from z (R, K), with the diagonal part d (R, K)."""
-    return rows_cg(
-        lambda p: normal(block, p),
-        lambda p: curvature(block, p),
-        residual(block, z), z, d, steps,
-    )  # fmt: skip
+    operator = Operator(lambda p: normal(block, p), lambda p: curvature(block, p))
+    return rows_cg(operator, residual(block, z), z, d, steps)
 
 
 def relax(before: Array, solved: Array, relaxation: Array | np.floating) -> Array:

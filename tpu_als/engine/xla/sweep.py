@@ -3,29 +3,29 @@
 Pure functions for one device. Trip counts and offsets are traced, so that the same program works
 for a rung of either side, for any data and any parameter values.
 
-Axis letters: S slots of the shard, R rows of a chunk, L padded length, K factors, J long rows.
+Axis letters: S slots of the shard, R rows of a chunk, L padded length, K factors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from tpu_als.engine.cells import LONG_ROWS, LongRows
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import exchange, solve
 from tpu_als.engine.xla.exchange import Route
-from tpu_als.engine.xla.programs import Collectives, PyTree
+from tpu_als.engine.xla.programs import Collectives
 from tpu_als.engine.xla.row_kernels import RowKernels
 from tpu_als.engine.xla.solve import Basis, Cells
+from tpu_als.engine.xla.tile_products import TileProducts
 
 Index = int | Array  # a counter of a loop
-_Sums = TypeVar("_Sums")  # arrays with a leading axis of long rows
+DeviceProducts: TypeAlias = RowKernels | TileProducts
 
 
 class ShardCells(NamedTuple):
@@ -81,8 +81,10 @@ class Static(NamedTuple):
         The operations across shards.
     route : Route or None
         How source rows are received; None if the shard has all of them.
-    kernels : RowKernels or None
-        Kernels that read and solve rows; None for the functions of `solve`.
+    device_products : DeviceProducts or None
+        Products for the kind of device; None for the functions of `solve`.
+    in_advance : bool
+        Whether the rows for a group are received while the group before is solved.
     """
 
     solver: str
@@ -93,12 +95,13 @@ class Static(NamedTuple):
     positive: bool
     collectives: Collectives = Collectives()
     route: Route | None = None
-    kernels: RowKernels | None = None
+    device_products: DeviceProducts | None = None
+    in_advance: bool = False
 
     @property
     def products(self) -> Any:
-        """The functions that read blocks and multiply by them: `kernels`, or the module `solve`."""
-        return self.kernels or solve
+        """The functions that read blocks and multiply by them."""
+        return self.device_products or solve
 
 
 class SharedInputs(NamedTuple):
@@ -132,7 +135,7 @@ class Rows(NamedTuple):
     draws the rows to the prior, or to zero if it is None.
     """
 
-    block: Any  # Block, or IndexedBlock with kernels
+    block: Any  # Block, or that of the device's products
     lengths: Array | np.ndarray
     start: Array
     prior: Array | None = None
@@ -145,45 +148,75 @@ class RungInputs(NamedTuple):
     priors: Any = None
 
 
-class LongInputs(NamedTuple):
-    """What long rows are solved from: the rows, and the shard's priors (S, K) or None."""
-
-    long: Any
-    priors: Any = None
-
-
-class LongBatch(NamedTuple):
-    """A batch of `LONG_ROWS` long rows: its number, all long rows, and the source table."""
-
-    number: Index
-    long: LongRows
-    source_table: Array
-
-
-Body = Callable[[int, Array, Array], Array]
+Body = Callable[[tuple[Static, Span], int, Array, Array], Array]
 
 
 def over_chunks(
-    static: Static, span: Span, cells: ShardCells, source_table: Array, body: Body, out: Array
+    rungs: tuple[tuple[Static, Span], ...],
+    cells: ShardCells,
+    source_table: Array,
+    body: Body,
+    out: Array,
 ) -> Array:
-    """Fold body(step, source_rows, out) over a rung's chunks.
+    """Fold body(rung, step, source_rows, out) over the chunks of some rungs.
 
     `source_rows` is the source table, or the rows received for the chunk's group.
     """
-    route, axis = static.route, static.collectives.axis
-    if route is None:
-        return lax.fori_loop(0, span.n_chunks, lambda step, out: body(step, source_table, out), out)
-    assert axis is not None
+    received = None
+    for rung in rungs:
+        if rung[0].route is None:
+            out = _fold(body, rung, (0, rung[1].n_chunks), source_table, out)
+        else:
+            out, received = _over_groups(rung, cells, source_table, body, (out, received))
+    return out
 
-    def group(number: int, out: Array) -> Array:
+
+def _over_groups(
+    rung: tuple[Static, Span],
+    cells: ShardCells,
+    source_table: Array,
+    body: Body,
+    carried: tuple[Array, Array | None],
+) -> tuple[Array, Array | None]:
+    """Fold over the groups of a rung; return the result, and rows that are received in advance.
+
+    These are the rows of the next group in the order of `sends`, which may be of the next rung.
+    """
+    static, span = rung
+    route, axis = static.route, static.collectives.axis
+    assert route is not None and axis is not None
+    groups = (span.n_chunks + route.chunks - 1) // route.chunks
+
+    def receive(number: Index) -> Array:
         first = span.first_send + number * route.rows * lax.axis_size(axis)
-        received = exchange.receive(source_table, cells.sends, first, route.rows, axis)
+        return exchange.receive(source_table, cells.sends, first, route.rows, axis)
+
+    def chunks(number: Index, received: Array, out: Array) -> Array:
         low = number * route.chunks
         high = jnp.minimum(low + route.chunks, span.n_chunks)
-        return lax.fori_loop(low, high, lambda step, out: body(step, received, out), out)
+        return _fold(body, rung, (low, high), received, out)
 
-    groups = (span.n_chunks + route.chunks - 1) // route.chunks
-    return lax.fori_loop(0, groups, group, out)
+    def group(number: int, out: Array) -> Array:
+        return chunks(number, receive(number), out)
+
+    def group_in_advance(number: int, carried: tuple[Array, Array]) -> tuple[Array, Array]:
+        out, received = carried
+        following = receive(number + 1)  # does not depend on the chunks of this group
+        return chunks(number, received, out), following
+
+    out, received = carried
+    if not static.in_advance:
+        return lax.fori_loop(0, groups, group, out), None
+    return lax.fori_loop(
+        0, groups, group_in_advance, (out, receive(0) if received is None else received)
+    )
+
+
+def _fold(
+    body: Body, rung: tuple[Static, Span], steps: tuple[Index, Index], rows: Array, out: Array
+) -> Array:
+    """Fold over the chunks low..high of a rung."""
+    return lax.fori_loop(*steps, lambda step, out: body(rung, step, rows, out), out)
 
 
 class Chunk(NamedTuple):
@@ -261,22 +294,10 @@ def solve_rungs(
     shared: SharedInputs,
 ) -> Array:
     """Solve all rows of some rungs, and write them into the shard's table `out` (S, K)."""
-    for static, span in zip(statics, shared.spans, strict=True):
-        out = _solve_rung(static, span, out, inputs, source_table, shared)
-    return out
-
-
-def _solve_rung(
-    static: Static,
-    span: Span,
-    out: Array,
-    inputs: RungInputs,
-    source_table: Array,
-    shared: SharedInputs,
-) -> Array:
     cells, priors = inputs
 
-    def body(step: int, source_rows: Array, out: Array) -> Array:
+    def body(rung: tuple[Static, Span], step: int, source_rows: Array, out: Array) -> Array:
+        static, span = rung
         slot, lengths, block = gather_chunk(
             static, span, cells, source_rows, shared.objective, step
         )
@@ -286,105 +307,5 @@ def _solve_rung(
         z = solve_block(static, shared.basis, shared.objective, rows, shared.relaxation)
         return lax.dynamic_update_slice_in_dim(out, solve.rounded(z, out.dtype), slot, 0)
 
-    return over_chunks(static, span, cells, source_table, body, out)
-
-
-def sum_over_blocks(
-    static: Static,
-    batch: LongBatch,
-    objective: Objective,
-    function: Callable[[Any, Array, Array], _Sums],
-    zero: _Sums,
-) -> _Sums:
-    """Sum function(block, row, n_entries) over the blocks of each row of a batch, and the shards.
-
-    Only one block is in memory at a time. `zero` and the result have a leading axis of rows. Sums
-    are compensated (Knuth's two-sum), so that their error does not grow with their length.
-    """
-    dtype, long = jnp.dtype(static.dtype), batch.long
-
-    def body(step: int, sums: PyTree) -> PyTree:
-        cells = jax.tree.map(
-            lambda array: lax.dynamic_slice_in_dim(array, step, 1),
-            Cells(long.ids, long.values, long.n_entries),
-        )
-        block = static.products.gather(batch.source_table, objective, cells, dtype)
-        row = long.rows[step]
-
-        def add(total: Array, more: Array) -> Array:
-            """Add to a row of total[0]; total[1] has the sum of the rounding errors."""
-            old, lost = lax.dynamic_slice_in_dim(total, row, 1, 1)
-            new = old + more
-            added = new - old
-            lost = lost + ((old - (new - added)) + (more - added))
-            return lax.dynamic_update_slice_in_dim(total, jnp.stack([new, lost]), row, 1)
-
-        return jax.tree.map(add, sums, function(block, row, cells.n_entries))
-
-    pairs = jax.tree.map(lambda array: jnp.zeros((2, *array.shape), array.dtype), zero)
-    first, last = long.starts[batch.number], long.starts[batch.number + 1]
-    pairs = lax.fori_loop(first, last, body, pairs)
-    return static.collectives.sum(jax.tree.map(lambda pair: pair[0] + pair[1], pairs))
-
-
-def batch_rows(
-    static: Static, long: LongRows, table: Array, batch: Index
-) -> tuple[Array, Array, Array]:
-    """Slots and lengths of a batch of long rows, and their rows (LONG_ROWS, K) of a table."""
-    slots, lengths = (
-        lax.dynamic_slice_in_dim(array, batch * LONG_ROWS, LONG_ROWS)
-        for array in (long.slots, long.lengths)
-    )
-    rows = table.at[slots].get(mode="fill", fill_value=0).astype(static.dtype)
-    return slots, lengths, static.collectives.sum(rows)
-
-
-def solve_long(
-    static: Static, out: Array, inputs: LongInputs, source_table: Array, shared: SharedInputs
-) -> Array:
-    """Solve the long rows, a batch at a time; the shards' sums over their entries are added."""
-    objective, basis, products = shared.objective, shared.basis, static.products
-    long, priors = inputs
-
-    def body(number: int, out: Array) -> Array:
-        slots, lengths, before = batch_rows(static, long, out, number)
-        batch, vector = LongBatch(number, long, source_table), jnp.zeros_like(before)
-
-        def take(p: Array, row: Array) -> Array:
-            return lax.dynamic_slice_in_dim(p, row, 1)
-
-        def summed(function: Callable[[Any, Array], _Sums], zero: _Sums) -> _Sums:
-            def scaled(block: Any, row: Array, _: Array) -> _Sums:
-                block = solve.scale_weights(block, take(scale, row))
-                if drawn is not None:
-                    block = shifted(static, block, take(drawn, row))
-                return function(block, row)
-
-            return sum_over_blocks(static, batch, objective, scaled, zero)
-
-        d = solve.diagonal(basis, objective, lengths)
-        z, drawn = solve.initial_rows(before, d, shared.weight, basis), None
-        if priors is not None:
-            prior = batch_rows(static, long, priors, number)[2]
-            drawn = solve.drawn_to(prior, d, objective, lengths, basis)
-            z = z - drawn
-        scale = solve.equation_scale(d, shared.weight)
-        d = d * scale
-        if static.solver == "diagonal":
-            z = solve.rows_diagonal(summed(lambda b, _: products.project(b, b.v), vector), d)
-        elif static.solver == "cholesky":
-            matrix = jnp.zeros((LONG_ROWS, z.shape[1], z.shape[1]), static.dtype)
-            parts = summed(lambda b, _: solve.accumulate(b), (matrix, vector))
-            z = solve.rows_direct(parts, d)
-        else:
-            r = summed(lambda b, row: products.residual(b, take(z, row)), vector)
-            z = solve.rows_cg(
-                lambda p: summed(lambda b, row: products.normal(b, take(p, row)), vector),
-                lambda p: summed(lambda b, row: products.curvature(b, take(p, row)), vector[:, :1]),
-                r, z, d, static.steps,
-            )  # fmt: skip
-        z = z if drawn is None else z + drawn
-        z = finish(basis, lengths, solve.relax(before, z, shared.relaxation))
-        return out.at[slots].set(solve.rounded(z, out.dtype), mode="drop")
-
-    return lax.fori_loop(0, shared.spans[0].n_chunks, body, out)
+    rungs = tuple(zip(statics, shared.spans, strict=True))
+    return over_chunks(rungs, cells, source_table, body, out)

@@ -5,25 +5,23 @@ Axis letters: S slots of the shard, R rows of a chunk, L padded length, K factor
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tpu_als.engine.cells import LONG_ROWS, LongRows
+from tpu_als.engine.cells import LongRows
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import solve
 from tpu_als.engine.xla.sweep import (
-    LongBatch,
     ShardCells,
     SharedInputs,
     Span,
     Static,
-    batch_rows,
     gather_chunk,
     over_chunks,
-    sum_over_blocks,
 )
+from tpu_als.engine.xla.sweep_long import LongBatch, LongBlocks, batch_rows, sum_over_blocks
 
 
 class LossInputs(NamedTuple):
@@ -53,22 +51,10 @@ def loss_rungs(
     shared: SharedInputs,
 ) -> Array:
     """Write the loss of the stored cells of each row of some rungs into `out` (S,)."""
-    for static, span in zip(statics, shared.spans, strict=True):
-        out = _loss_rung(static, span, out, inputs, source_table, shared)
-    return out
-
-
-def _loss_rung(
-    static: Static,
-    span: Span,
-    out: Array,
-    inputs: LossInputs,
-    source_table: Array,
-    shared: SharedInputs,
-) -> Array:
     objective, offset = _without_offset(shared.objective)
 
-    def body(step: int, source_rows: Array, out: Array) -> Array:
+    def body(rung: tuple[Static, Span], step: int, source_rows: Array, out: Array) -> Array:
+        static, span = rung
         slot, lengths, block = gather_chunk(
             static, span, inputs.cells, source_rows, objective, step
         )
@@ -77,7 +63,8 @@ def _loss_rung(
         loss = solve.cells_loss(block, static.products.predict(block, z), is_entry, offset)
         return lax.dynamic_update_slice(out, loss, (slot,))
 
-    return over_chunks(static, span, inputs.cells, source_table, body, out)
+    rungs = tuple(zip(statics, shared.spans, strict=True))
+    return over_chunks(rungs, inputs.cells, source_table, body, out)
 
 
 def loss_long(
@@ -90,12 +77,13 @@ def loss_long(
         batch = LongBatch(number, inputs.long, source_table)
         slots, _, z = batch_rows(static, batch.long, inputs.table, number)
 
-        def loss(block: Any, row: Array, n_entries: Array) -> Array:
+        def loss(blocks: LongBlocks) -> Array:
+            block, rows, n_entries = blocks
             is_entry = solve.entry_mask(block.w.shape, n_entries)
-            t = static.products.predict(block, lax.dynamic_slice_in_dim(z, row, 1))
+            t = static.products.predict(block, z.at[rows].get(mode="promise_in_bounds"))
             return solve.cells_loss(block, t, is_entry, offset)
 
-        zero = jnp.zeros(LONG_ROWS, static.dtype)
+        zero = jnp.zeros(len(z), static.dtype)
         sums = sum_over_blocks(static, batch, objective, loss, zero)
         return out.at[slots].set(sums, mode="drop")
 
