@@ -21,7 +21,7 @@ from tpu_als.engine import als
 from tpu_als.engine.choice import Wishes, choose
 from tpu_als.engine.data import AlsParams, Side
 from tpu_als.engine.objective import Objective
-from tpu_als.engine.xla import row_kernels
+from tpu_als.engine.xla import row_kernels, tile_products
 from tpu_als.engine.xla.data import XlaData, XlaSide
 
 
@@ -64,7 +64,8 @@ class Ours:
     """The engine on the backend that `fit` would choose, or on XLA's with `native=False`.
 
     Other options are `devices`, `num_threads`, `with_kernels` (False: a GPU runs XLA's own
-    programs) and those of `AlsParams`.
+    programs), `with_tiles` (True: any device computes products as a TPU does) and those of
+    `AlsParams`.
     """
 
     def __init__(
@@ -78,10 +79,14 @@ class Ours:
     ) -> None:
         self.problem, self.over_relaxation = problem, over_relaxation
         self.with_kernels = options.pop("with_kernels", True)
+        self.with_tiles = options.pop("with_tiles", False)
         wishes = {key: options.pop(key) for key in ("devices", "num_threads") if key in options}
         params = AlsParams(problem.factors, linear_solver=solver, **options)
         backend = choose(Wishes(use_native=native, **wishes), params.linear_solver)
-        with mock.patch.object(row_kernels, "kernels_for", self._kernels_for()):
+        with (
+            mock.patch.object(row_kernels, "kernels_for", self._kernels_for()),
+            mock.patch.object(tile_products, "tiles_for", self._tiles_for()),
+        ):
             self.data = backend.place(problem.matrix, params)
             if isinstance(self.data, XlaData):
                 self.data.products  # noqa: B018 - cached while patched
@@ -90,6 +95,10 @@ class Ours:
 
     def _kernels_for(self) -> Callable[..., Any]:
         return row_kernels.kernels_for if self.with_kernels else lambda *_: None
+
+    def _tiles_for(self) -> Callable[..., Any]:
+        tiles = tile_products.TileProducts()
+        return (lambda *_: tiles) if self.with_tiles else tile_products.tiles_for
 
     def reset(self) -> None:
         self.state = als.start(self.data, *self.problem.tables())
@@ -207,6 +216,12 @@ BUILDERS: dict[str, Callable[[Problem], Library]] = {
     "tpu_als relaxed": lambda problem: Ours(problem, "cg", over_relaxation=1.6),
     "tpu_als relaxed-4": lambda problem: Ours(problem, "cg", over_relaxation=1.5, cg_steps=4),
     "tpu_als relaxed-xla": lambda problem: Ours(problem, "cg", over_relaxation=1.6, native=False),
+    "tpu_als xla": lambda problem: Ours(problem, native=False),
+    "tpu_als xla bfloat16": lambda problem: Ours(problem, native=False, dtype="bfloat16"),
+    "tpu_als tiles": lambda problem: Ours(problem, native=False, with_tiles=True),
+    "tpu_als tiles bfloat16": lambda problem: Ours(
+        problem, native=False, with_tiles=True, dtype="bfloat16"
+    ),
     "tpu_als without kernels": lambda problem: Ours(problem, with_kernels=False),
     "tpu_als exact": lambda problem: Ours(problem, "exact"),
     "tpu_als cholesky": lambda problem: Ours(problem, "cholesky"),

@@ -29,7 +29,7 @@ from jax import Array, lax
 from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares
-from tpu_als.engine.xla import solve
+from tpu_als.engine.xla import solve, tile_products
 
 REGULARIZATION, UNOBSERVED_WEIGHT, EXPONENT, ITERATIONS = 0.007, 0.3, 1.0, 12
 FILES = ("ml1m_ncf_train.npz", "ml1m_ncf_test.npz", "ml1m_ncf_test_negatives.npy")
@@ -72,6 +72,7 @@ def fit_ours(train: sparse.csr_matrix, factors: int, seed: int, args: argparse.N
         factors, REGULARIZATION, iterations=args.iterations, random_state=seed, dtype=args.dtype,
         objective="ials", unobserved_weight=UNOBSERVED_WEIGHT, linear_solver=args.solver,
         table_layout=args.table_layout, over_relaxation=args.over_relaxation,
+        use_native=not args.tiles,
     )  # fmt: skip
     model.fit(train, show_progress=False)
     return np.asarray(model.user_factors), np.asarray(model.item_factors)
@@ -128,6 +129,7 @@ def run(library: str, factors: int, split: Split, args: argparse.Namespace) -> N
     common.emit(
         benchmark="quality_ml1m", library=library, factors=factors, seeds=args.seeds,
         dtype=args.dtype if ours else "float32", rounding=args.rounding if ours else None,
+        tiles=args.tiles if ours else None,
         solver=args.solver or "default" if ours else args.irspack_solver,
         regularization=REGULARIZATION, unobserved_weight=UNOBSERVED_WEIGHT, exponent=EXPONENT,
         iterations=args.iterations, over_relaxation=args.over_relaxation if ours else None,
@@ -154,6 +156,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table-layout", choices=["auto", "replicated", "sharded"], default="auto")
     parser.add_argument("--solver", help="linear_solver of tpu_als; by default its default")
     parser.add_argument("--irspack-solver", choices=["CG", "CHOLESKY", "IALSPP"], default="CG")
+    parser.add_argument(
+        "--tiles", action="store_true", help="compute products of tpu_als as a TPU does; slow"
+    )
     parser.add_argument("--ours-only", action="store_true", help="do not run irspack")
     parser.add_argument("--quick", action="store_true", help="a test with few factors")
 
@@ -169,6 +174,8 @@ def main() -> None:
         jax.config.update("jax_num_cpu_devices", args.cpu_devices)
     if args.rounding == "stochastic":
         solve.rounded = stochastic  # before any program is compiled
+    if args.tiles:  # before any fit
+        tile_products.tiles_for = lambda *_: tile_products.TileProducts()
     split = load(args.data)
     libraries = ["tpu_als"] + common.installed("irspack") * (not args.ours_only)
     for factors in args.factors:

@@ -2,9 +2,9 @@
 
 A phase takes the compiler's cycles at the chip's clock, plus the modelled time of its gathers:
 their rows are read and written once at the bandwidth of HBM. If the roofline (`tpu_roofline`) is
-higher, because collectives or bytes take longer, it is the prediction. Phases are added, without
-overlap. Not known: the latency of steps of loops and of collectives, and gathers at less than the
-full bandwidth.
+higher, because collectives or bytes take longer, it is the prediction. Phases are added; only an
+exchange overlaps with the solve, if the compiler can run it in the background. Not known: the
+latency of steps of loops and of collectives, and gathers at less than the full bandwidth.
 """
 
 from __future__ import annotations
@@ -39,9 +39,14 @@ def report(data: Data, where: Slice, programs: dict[str, Cycles]) -> dict[str, A
                 "bound_s": bound,
                 "predicted_s": max(bound, cycles / where.chip.clock + gathers),
             }
+        if data.mesh.exchanges_in_background:  # only the gathers of the messages are not
+            solve, exchange = found[name]["solve"], found[name]["exchange"]
+            busy = exchange["cycles_s"] + exchange["gathers_s"]
+            exchange["predicted_s"] = max(exchange["predicted_s"] - solve["predicted_s"], busy)
     phases = [phase for side in found.values() for phase in side.values()]
     return {
         "predicted_epoch_s": sum(phase["predicted_s"] for phase in phases),
+        "in_background": data.mesh.exchanges_in_background,
         "cycles_s": sum(phase["cycles_s"] for phase in phases),
         "clock": where.chip.clock,
         **found,

@@ -194,8 +194,9 @@ def _exchange(side: Side, data: Data) -> Work:
     row = data.params.factors * _stored(data.params)
     pairs = list(zip(side.routes, side.rows.rungs, strict=True))
     groups = sum(route.groups(rung.n_chunks) for route, rung in pairs)
-    # Each program receives a group more than it uses, in advance.
-    more = [part[-1].rows for part in exchange.in_programs(side.routes)]
+    # Programs that receive groups in advance receive one more than they use.
+    ahead = data.mesh.exchanges_in_background
+    more = [part[-1].rows for part in exchange.in_programs(side.routes)] if ahead else []
     received = side.received_rows + (data.mesh.n_shards - 1) * sum(more)
     handled = received * data.mesh.n_shards / (data.mesh.n_shards - 1)
     # A position is read; the row is read, written to the message, read from it, and written.

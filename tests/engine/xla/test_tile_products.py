@@ -17,7 +17,7 @@ from tpu_als.engine import als, layout
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.features import Features
 from tpu_als.engine.objective import Objective, typed
-from tpu_als.engine.xla import backend, half_epoch, placing, solve, tile_products
+from tpu_als.engine.xla import backend, placing, solve, tile_products
 from tpu_als.engine.xla.data import XlaData
 from tpu_als.engine.xla.mesh import DeviceMesh, device_mesh
 from tpu_als.engine.xla.solve import Block, Cells
@@ -117,7 +117,7 @@ def test_fits_equal_those_of_other_products(
     monkeypatch.setattr(tile_products, "tiles_for", lambda params, mesh: None)
     without, expected = _fit(params, mesh, kind)
     monkeypatch.setattr(tile_products, "tiles_for", lambda params, mesh: TILES)
-    monkeypatch.setattr(half_epoch, "_IN_ADVANCE", ("cpu",))
+    monkeypatch.setattr(DeviceMesh, "exchanges_in_background", True)
     data, found = _fit(params, mesh, kind)
     assert without.products is None and data.products is TILES
     assert len(data.users.rows.rungs) == 2 and len(data.users.rows.long) > 1

@@ -34,7 +34,6 @@ from tpu_als.engine.xla.sweep_long import LongInputs
 from tpu_als.engine.xla.sweep_loss import LongLossInputs, LossInputs
 from tpu_als.host import give_back_memory, single_blas_thread
 
-_IN_ADVANCE = ("tpu",)  # platforms whose compiler can exchange rows in the background
 _LARGE = 1 << 24  # bytes of a table; returning its copies to the system takes milliseconds
 _DRAWN_ROWS = 1 << 14  # rows drawn at once, which bounds the generator's scratch
 
@@ -247,7 +246,7 @@ def _rung_passes(
             collectives=data.mesh.collectives,
             route=route,
             device_products=data.products,
-            in_advance=data.mesh.platform in _IN_ADVANCE,
+            in_advance=data.mesh.exchanges_in_background,
         )
         rungs.append((static, (rung.first_cell, rung.first_slot, first_send, rung.n_chunks)))
         if route is not None:

@@ -236,6 +236,11 @@ class DeviceMesh:
         """
         return programs.all_shards_program(fn, static, out_specs, self.jax_mesh, self.collectives)
 
+    @property
+    def exchanges_in_background(self) -> bool:
+        """See `programs.exchanges_in_background`."""
+        return programs.exchanges_in_background(self.jax_mesh)
+
     def per_shard_program(self, fn: Callable[..., PyTree], static: Hashable) -> Program:
         """Compile fn(static, out, sharded, source_table, replicated) -> out for one shard.
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpu_als.engine import compilation_cache
 from tpu_als.host import give_back_memory
@@ -180,6 +180,8 @@ class ProgramCache:
         self._compiled.clear()
 
 
+_IN_BACKGROUND: dict[str, int | bool] = {"xla_tpu_enable_async_all_to_all": True}
+
 CACHE = ProgramCache(200)  # a fit has up to 40 versions, each of about 4 MB
 
 
@@ -222,7 +224,7 @@ def per_shard_program(
     platform: str,
 ) -> Program:
     """See `DeviceMesh.per_shard_program`."""
-    options = _compiler_options(platform)
+    options = _compiler_options(platform, mesh)
     if mesh is None:
         on_shard = functools.partial(fn, static)
         return jax.jit(on_shard, donate_argnums=0, compiler_options=options)
@@ -269,17 +271,35 @@ def _with_axis(parts: _Tree) -> _Tree:
     return jax.tree.map(lambda part: part[None], parts)
 
 
-def _compiler_options(platform: str) -> dict[str, int | bool] | None:
-    """Options for loops over chunks.
+def _compiler_options(platform: str, mesh: Mesh | None) -> dict[str, int | bool] | None:
+    """Options for loops over chunks: on CPU, LLVM's level 2 gives faster code than level 3."""
+    if platform == "cpu":
+        return {"xla_backend_optimization_level": 2}
+    return _IN_BACKGROUND if exchanges_in_background(mesh) else None
 
-    On CPU, LLVM's level 2 gives faster code than level 3. On TPU, an exchange of rows may run while
-    other rows are solved.
+
+@functools.cache
+def exchanges_in_background(mesh: Mesh | None) -> bool:
+    """Whether the compiler can run an all-to-all while a device computes.
+
+    It can for TPUs, except for slices of v5e with many chips. So a small program is compiled.
     """
-    options: dict[str, dict[str, int | bool]] = {
-        "cpu": {"xla_backend_optimization_level": 2},
-        "tpu": {"xla_tpu_enable_async_all_to_all": True},
-    }
-    return options.get(platform)
+    if mesh is None or mesh.devices.flat[0].platform != "tpu":
+        return False
+    rows = jax.ShapeDtypeStruct(
+        (mesh.size**2 * 8, 128), jnp.bfloat16, sharding=NamedSharding(mesh, SHARDED)
+    )
+    exchange = jax.shard_map(
+        lambda part: jax.lax.all_to_all(part, AXIS, 0, 0, tiled=True),
+        mesh=mesh,
+        in_specs=SHARDED,
+        out_specs=SHARDED,
+    )
+    try:
+        jax.jit(exchange, compiler_options=_IN_BACKGROUND).lower(rows).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def precision(dtype: str) -> contextlib.AbstractContextManager[object]:
