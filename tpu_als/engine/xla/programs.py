@@ -280,23 +280,30 @@ def _compiler_options(platform: str, mesh: Mesh | None) -> dict[str, int | bool]
 
 @functools.cache
 def exchanges_in_background(mesh: Mesh | None) -> bool:
-    """Whether the compiler can run an all-to-all while a device computes.
+    """Whether the compiler can run an all-to-all in a loop while a device computes.
 
     It can for TPUs, except for slices of v5e with many chips. So a small program is compiled.
     """
     if mesh is None or mesh.devices.flat[0].platform != "tpu":
         return False
-    rows = jax.ShapeDtypeStruct(
-        (mesh.size**2 * 8, 128), jnp.bfloat16, sharding=NamedSharding(mesh, SHARDED)
+
+    def exchanges(part: Array, trips: Array) -> Array:
+        return jax.lax.fori_loop(
+            0, trips, lambda _, part: jax.lax.all_to_all(part, AXIS, 0, 0, tiled=True), part
+        )
+
+    program = jax.shard_map(
+        exchanges, mesh=mesh, in_specs=(SHARDED, REPLICATED), out_specs=SHARDED, check_vma=False
     )
-    exchange = jax.shard_map(
-        lambda part: jax.lax.all_to_all(part, AXIS, 0, 0, tiled=True),
-        mesh=mesh,
-        in_specs=SHARDED,
-        out_specs=SHARDED,
+    rows, trips = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for shape, dtype, spec in (
+            ((mesh.size**2 * 8, 128), jnp.bfloat16, SHARDED),
+            ((), jnp.int32, REPLICATED),
+        )
     )
     try:
-        jax.jit(exchange, compiler_options=_IN_BACKGROUND).lower(rows).compile()
+        jax.jit(program, compiler_options=_IN_BACKGROUND).lower(rows, trips).compile()
     except jax.errors.JaxRuntimeError:
         return False
     return True
