@@ -8,7 +8,7 @@ import pytest
 from scipy import sparse
 
 from tpu_als.engine.cpu import compiled, ranking
-from tpu_als.engine.xla import ranking as on_devices
+from tpu_als.engine.xla import selection as on_devices
 
 # Few and many columns for the k, also none that a block divides; whole numbers tie.
 SIZES = [(1, 1), (40, 3), (40, 40), (1000, 5), (1024, 5), (4096, 20), (4096, 300)]

@@ -108,9 +108,12 @@ def test_top_k_equals_a_full_sort(
 
 
 @pytest.mark.parametrize(("devices", "threads"), MESHES)
-@pytest.mark.parametrize("k", [10, 100])
-def test_a_large_catalog_with_much_seen(devices: int, threads: int, k: int) -> None:
+@pytest.mark.parametrize(("k", "lanes"), [(10, 1), (100, 1), (10, 128)])
+def test_a_large_catalog_with_much_seen(
+    devices: int, threads: int, k: int, lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The best items are the seen ones, so a search that stops early would miss the rest."""
+    monkeypatch.setattr(ranking, "_LANES", {"cpu": lanes})
     rng = np.random.default_rng(0)
     n_queries, n_items = 70, 5000
     queries = rng.normal(size=(n_queries, 8)).astype(np.float32)

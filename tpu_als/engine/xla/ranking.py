@@ -21,13 +21,14 @@ from scipy import sparse
 from tpu_als.engine import layout
 from tpu_als.engine.cpu.ranking import empty, keep
 from tpu_als.engine.layout import RowMap
+from tpu_als.engine.xla import selection
 from tpu_als.engine.xla.mesh import Collectives, DeviceMesh, Shards, precision
 from tpu_als.engine.xla.programs import REPLICATED, SHARDED
 
 # Bytes of scores kept at once: by a thread of a CPU, by another device.
 _BATCH_BYTES = {"cpu": 1 << 26, "other": 1 << 28}
 SEEN = 1 << 12  # least length that lists of seen items are padded to, so that shapes are few
-_BLOCKS = (32, 8)  # columns of a block; see `engine.cpu.ranking`
+_LANES = {"tpu": 128}
 _SHORTEST = 1e-10  # replaces the length of a zero row, to allow division
 
 
@@ -60,6 +61,27 @@ class Queries(NamedTuple):
 
     rows: Array | np.ndarray
     seen: SeenItems
+
+
+class RankStatic(NamedTuple):
+    """Static arguments of a ranking program.
+
+    Attributes
+    ----------
+    k : int
+        Items of each result.
+    dtype : str
+        Dtype of scores.
+    recall : float or None
+        See `Catalog.top_k`.
+    lanes : int
+        Scores that are set together where items are left out.
+    """
+
+    k: int
+    dtype: str
+    recall: float | None
+    lanes: int
 
 
 class Best(NamedTuple):
@@ -296,7 +318,8 @@ def top_k_program(
     catalog: Catalog, k: int, approximate_recall: float | None = None
 ) -> Callable[..., Best]:
     """Compile the program (CatalogParts, Queries) -> Best, of at least `k` items."""
-    static = _compiled_width(k), catalog.dtype, approximate_recall
+    lanes = _LANES.get(catalog.mesh.platform, 1)
+    static = RankStatic(_compiled_width(k), catalog.dtype, approximate_recall, lanes)
     return catalog.mesh.all_shards_program(_rank, static, REPLICATED)
 
 
@@ -325,22 +348,22 @@ def _seen_items(seen: sparse.csr_matrix | None, catalog: Catalog) -> SeenItems:
 
 
 def _rank(
-    static: tuple[int, str, float | None],
+    static: RankStatic,
     collectives: Collectives,
     parts: CatalogParts,
     queries: Queries,
 ) -> Best:
     """The best items over all shards, on every device."""
-    k, dtype, recall = static
+    k, dtype = static.k, static.dtype
     seen, found = queries.seen, []
     for number, part in enumerate(_local(collectives, parts)):
         shard = number if collectives.axis is None else lax.axis_index(collectives.axis)
         # Items of other shards get a slot beyond the part, which the scatter ignores.
         slot = jnp.where(seen.shard == shard, seen.slot, part.rows.shape[0])
         scores = _scores(queries.rows, part, dtype)
-        scores = scores.at[seen.query, slot].set(-jnp.inf, mode="drop")
+        scores = selection.without(scores, seen.query, slot, static.lanes)
         scores = jnp.where(part.shown[None, :], scores, -jnp.inf)
-        found.append(largest(scores, min(k, scores.shape[1]), recall))
+        found.append(selection.largest(scores, min(k, scores.shape[1]), static.recall))
     best, slots = (jnp.stack(arrays) for arrays in zip(*found, strict=True))
     if collectives.axis is not None:
         best, slots = (lax.all_gather(a, collectives.axis, tiled=True) for a in (best, slots))
@@ -364,26 +387,3 @@ def _scores(queries: Array | np.ndarray, part: CatalogPart, dtype: str) -> Array
     """Scores (B, S) of one part of the catalog."""
     scores = jnp.matmul(queries, part.rows.astype(dtype).T, precision=lax.Precision.HIGHEST)
     return scores if part.lengths is None else scores / part.lengths[None, :]
-
-
-def largest(scores: Array, k: int, recall: float | None = None) -> tuple[Array, Array]:
-    """Top k values (B, k) and columns of scores (B, n); traced.
-
-    With `recall`, a TPU finds this share of them in expectation, in one pass.
-    """
-    if recall is not None:
-        best, columns = lax.approx_max_k(scores, k, recall_target=recall)
-        return best, columns
-    n_queries, n_columns = scores.shape
-    for size in _BLOCKS:
-        n_blocks = n_columns // size
-        if n_columns % size == 0 and n_blocks >= 4 * k:
-            break
-    else:
-        best, columns = lax.top_k(scores, k)
-        return best, columns
-    members = scores.reshape(n_queries, size, n_blocks)
-    _, blocks = lax.top_k(members.max(axis=1), k)
-    inside = jnp.take_along_axis(members, blocks[:, None, :], axis=2, mode="promise_in_bounds")
-    best, at = largest(inside.reshape(n_queries, -1), k)
-    return best, at // k * n_blocks + jnp.take_along_axis(blocks, at % k, axis=1)

@@ -135,14 +135,14 @@ def _predict(block: TiledBlock, z: Array) -> Array:
     size = math.gcd(n_rows, TILE_ROWS)
     vectors = z.reshape(n_rows // size, size, n_factors)
     found = _product("tgk,tsk->tgs", block, vectors)
-    return jnp.sum(jnp.where(_own_cells(size, length), found, 0), axis=1)
+    return jnp.sum(jnp.where(_own_cells(size, length)[None], found, 0), axis=1)
 
 
 def _project(block: TiledBlock, t: Array) -> Array:
     """E^T t (R, K) of cell values t (T, S)."""
     n_rows, length = block.w.shape
     size = math.gcd(n_rows, TILE_ROWS)
-    own = jnp.where(_own_cells(size, length), t[:, None, :], 0)
+    own = jnp.where(_own_cells(size, length)[None], t[:, None, :], 0)
     return _product("tgs,tsk->tgk", block, own).reshape(n_rows, -1)
 
 
