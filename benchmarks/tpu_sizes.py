@@ -172,7 +172,7 @@ def _side(
     rows = np.bincount(rung_of, target.counts, minlength=len(plan.lengths) + 1)
     most = [math.ceil(count / plan.n_shards) for count in rows]
     rungs, n_slots, n_cells = layout.stack(most, plan)
-    routes = _routes(rungs, source, mesh.n_shards)
+    routes = _routes(rungs, source, mesh)
     long = target.over(plan.lengths[-1])
     row_map = RowMap(
         np.empty(0, np.int64), np.empty(0, np.int64), np.empty(round(long.n_rows), np.int8),
@@ -193,14 +193,16 @@ def _side(
     )  # fmt: skip
 
 
-def _routes(rungs: tuple[Rung, ...], source: Lengths, n_devices: int) -> tuple[Route, ...]:
-    """The routes that `exchange.plan` would make: the rungs of a program have equal messages."""
-    found: list[Route] = []
-    for part in exchange.in_programs(rungs):
-        routes = [_route(rung, source, n_devices) for rung in part]
+def _routes(rungs: tuple[Rung, ...], source: Lengths, mesh: DeviceMesh) -> tuple[Route, ...]:
+    """The routes that `exchange.plan` would make."""
+    found = [_route(rung, source, mesh.n_shards) for rung in rungs]
+    if not mesh.exchanges_in_background:
+        return tuple(found)
+    levelled: list[Route] = []
+    for routes in exchange.in_programs(found):
         rows = max(route.rows for route in routes)
-        found += [route._replace(rows=rows) for route in routes]
-    return tuple(found)
+        levelled += [route._replace(rows=rows) for route in routes]
+    return tuple(levelled)
 
 
 def _route(rung: Rung, source: Lengths, n_devices: int) -> Route:

@@ -1,11 +1,13 @@
 """Programs of training and ranking compile for TPUs that are not here, and are as large as planned.
 
-Each topology in a process of its own: libtpu needs its environment before JAX starts.
+Their estimated cycles must not rise. Each topology is compiled in its own process: libtpu needs its
+environment before JAX starts.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import json
 import subprocess
@@ -15,7 +17,8 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "tpu_plan.py"
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+SCRIPT = BENCHMARKS / "tpu_plan.py"
 ROWS, COLS, FACTORS = 20_000, 10_000, 32
 # Lengths that are all the same: one rung a side.
 SMALL = f"--rows {ROWS} --cols {COLS} --entries 3e5 --factors {FACTORS} --k 10 --queries 64 "
@@ -112,3 +115,66 @@ def test_bytes_fall_with_the_chips() -> None:
     bounds = ("flops_s", "memory_s", "interconnect_s")
     total = sum(max(phase[bound] for bound in bounds) for phase in phases)
     assert last["epoch"]["epoch_s"] == pytest.approx(total, rel=1e-4)  # printed with six digits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v5p"])
+def test_cycles_of_solving_rows_do_not_rise(chip: str) -> None:
+    """At most a fifth above the recorded ones, and a quarter of those of XLA's own products."""
+    pytest.importorskip("libtpu")
+    script = BENCHMARKS / "tpu_cycles.py"
+    options = ("--chips", chip, "--products", "tiles", "--lengths", "16", "128", "1024", "--check")
+    done = subprocess.run(
+        [sys.executable, script, *options], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    records = json.loads(script.with_suffix(".json").read_text())
+    for line in done.stdout.splitlines():
+        found = json.loads(line)
+        before = records[f"{chip} bfloat16 128 xla {found['length']}"]
+        most = 4 if chip == "v5e" else 2
+        assert most * found["cycles_per_cell"] < before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_predictions_add_up(topology: str) -> None:
+    lines, programs = _plan(topology)
+    found = lines["prediction"]
+    phases = [phase for side in ("users", "items") for phase in found[side].values()]
+    assert all(phase["bound_s"] > 0 for phase in phases)
+    total = sum(phase["predicted_s"] for phase in phases)
+    assert found["predicted_epoch_s"] == pytest.approx(total, rel=1e-4)
+    for name in ("users", "items"):
+        [group] = programs[f"{name}: solve 0"]["cycles"]["loops"]
+        [chunk] = group["loops"]
+        [[_, _, n_chunks]] = lines["layout"][name]["rungs"]
+        seconds = n_chunks * chunk["cycles"] / found["clock"]
+        assert found[name]["solve"]["cycles_s"] == pytest.approx(seconds, rel=1e-4)
+        assert set(chunk["unestimated"]) == {"gather"} and "all-to-all" in group["unestimated"]
+
+
+HLO = """HloModule a
+%body (p: f32[8]) -> f32[8] {
+  %b = (s32[], f32[8,4]{1,0:T(8,128)}) fusion(%p), backend_config={"estimated_cycles":"30"}
+  ROOT %g = bf16[16,4]{1,0} fusion(%t, %i), metadata={op_name="jit(f)/while/body/gather"}
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %f = f32[8]{0} fusion(%p), backend_config={"estimated_cycles":"12"}
+  %w = (s32[], f32[8]) while(%f), body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %s = ((f32[2]), f32[2], u32[]{:S(2)}) all-to-all-start(%f), channel_id=1
+  ROOT %r = f32[8]{0} get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_cycles_are_read_from_compiled_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    hlo_cycles = importlib.import_module("hlo_cycles")
+    found = hlo_cycles.of_program(HLO)
+    [loop] = found.loops
+    assert (found.cycles, loop.cycles, loop.trips) == (12, 30, 3)
+    assert found.unestimated == {"all-to-all": hlo_cycles.Unestimated(1, 8)}
+    assert loop.unestimated == {"gather": hlo_cycles.Unestimated(1, 16 * 4 * 2)}
+    with pytest.raises(ValueError, match="compile it for a TPU"):
+        hlo_cycles.of_program(HLO.replace("estimated_cycles", "cost"))

@@ -24,7 +24,7 @@ from tpu_als.engine.layout import Rung
 # Cells of a group: enough that cells share rows. With many devices there are at least so many cells
 # per device, because all messages have the length of the longest, and short messages vary more.
 GROUP_CELLS = 1 << 17
-_MESSAGE_CELLS = 1 << 12
+_MESSAGE_CELLS = 1 << 13
 _RUNGS_PER_PROGRAM = 4
 _GROUP_CHUNKS = 8  # at least; accelerators have large chunks, and memory for the rows of several
 
@@ -40,8 +40,7 @@ class Route(NamedTuple):
     chunks : int
         Chunks of a group.
     rows : int
-        Rows P that each device sends to each other device for a group, with unused ones; the same
-        for all rungs of a program.
+        Rows P that each device sends to each other device for a group, with unused ones.
     """
 
     chunks: int
@@ -58,6 +57,7 @@ def plan(
     n_devices: int,
     n_slots: int,
     agree: Callable[[int], int],
+    in_advance: bool = False,
 ) -> tuple[tuple[Route, ...], np.ndarray]:
     """Plan the exchange for the cells of this process's shards, and update the cells' ids.
 
@@ -73,6 +73,9 @@ def plan(
         Rows of such a part.
     agree : callable
         Returns the maximum of a number over all processes, so that all compile the same program.
+    in_advance : bool, default=False
+        Whether rows are received in advance (`Static.in_advance`). Then all rungs of a program have
+        messages of one size.
 
     Returns
     -------
@@ -84,7 +87,7 @@ def plan(
     scratch = np.empty(n_devices * n_slots, np.int32)
     bounds = np.arange(n_devices + 1) * n_slots
     routes, requests = [], []
-    for part in in_programs(rungs):
+    for part in in_programs(rungs) if in_advance else ([rung] for rung in rungs):
         chunks = [group_chunks(rung, n_devices) for rung in part]
         groups = [_groups(rung, size) for rung, size in zip(part, chunks, strict=True)]
         needed = [[_Needed.of(cells, group, bounds) for group in groups] for cells in ids]
@@ -101,9 +104,9 @@ def plan(
 
 
 def in_programs(rungs: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
-    """Divide what belongs to a side's rungs by program: some rungs share one.
+    """Divide a side's rungs, or one thing of each, by the programs that process them.
 
-    Their messages have the same size, so that the first of a rung is received in advance.
+    A few programs need fewer dispatches in a half-epoch; more can be compiled in parallel.
     """
     for low in range(0, len(rungs), _RUNGS_PER_PROGRAM):
         yield rungs[low : low + _RUNGS_PER_PROGRAM]
@@ -165,8 +168,9 @@ class _Needed(NamedTuple):
 def group_chunks(rung: Rung, n_devices: int) -> int:
     """Number of chunks of a group of a rung."""
     chunk = rung.rows * rung.length
-    group = max(GROUP_CELLS, n_devices * _MESSAGE_CELLS, _GROUP_CHUNKS * chunk)
-    return min(group // chunk, rung.n_chunks)
+    most = max(GROUP_CELLS, n_devices * _MESSAGE_CELLS, _GROUP_CHUNKS * chunk) // chunk
+    n_groups = -(-rung.n_chunks // most)
+    return -(-rung.n_chunks // max(n_groups, 1))  # groups of equal size, because messages are
 
 
 def message_rows(most: int) -> int:

@@ -233,11 +233,7 @@ def _rung_passes(
     data: XlaData,
     shared: SharedInputs,
 ) -> list[ShardPass]:
-    """Programs with their inputs that together process all rungs.
-
-    A few rungs share a program. Fewer programs need fewer dispatches in a half-epoch; more programs
-    can be compiled in parallel.
-    """
+    """Programs with their inputs that together process all rungs."""
     rungs, first_send = [], 0
     for number, rung in enumerate(side.rows.rungs):
         route = side.routes[number] if side.routes is not None else None

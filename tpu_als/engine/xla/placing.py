@@ -322,8 +322,9 @@ class _SideBuilder:
         routes, sends = None, np.zeros((len(local), 0), np.int32)
         if mesh.collectives.is_sharded:
             routes, sends = exchange.plan(
-                ids, rows.rungs, mesh.n_shards, source.n_slots, mesh.agree
-            )
+                ids, rows.rungs, mesh.n_shards, source.n_slots, mesh.agree,
+                mesh.exchanges_in_background,
+            )  # fmt: skip
         with precision(self._params.dtype):
             counts = layout.to_slots(lengths.astype(np.int32), rows, local)
             placed = ShardCells(*jax.tree.map(mesh.put, (ids, values, counts, sends)))
