@@ -104,10 +104,10 @@ def test_cg_takes_the_same_steps(dtype: str) -> None:
     ("devices", "table_layout", "dtype", "kind"),
     [
         (1, "replicated", "float32", "implicit"),
-        (1, "replicated", "bfloat16", "ials"),
-        (2, "replicated", "float32", "features"),
         (4, "sharded", "bfloat16", "implicit"),
-        (4, "sharded", "float32", "zero weights"),
+        pytest.param(1, "replicated", "bfloat16", "ials", marks=pytest.mark.slow),
+        pytest.param(2, "replicated", "float32", "features", marks=pytest.mark.slow),
+        pytest.param(4, "sharded", "float32", "zero weights", marks=pytest.mark.slow),
     ],
 )
 def test_fits_equal_those_of_other_products(
