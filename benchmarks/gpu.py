@@ -9,6 +9,7 @@ fit : seconds to the target and of an iteration; peak memory of the device.
 parity : the largest difference of tables after two iterations from those of the CPU backend.
 ranking : the best ten unseen items of all users, in batches.
 profile : time of the 20 longest kernels of an iteration.
+variants : time of an iteration with other kernels, chunks, precisions and solvers.
 
 Without a GPU only tpu_als runs, on the available device. implicit needs the packages
 librmm-cu13==26.4.* and rapids-logger==0.2.* beside CUDA 13.
@@ -18,20 +19,25 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import functools
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import common
 import jax
 import numpy as np
+from jax import lax
 from libraries import Ours, Problem, Run, available, race
 
 from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.engine import als
+from tpu_als.engine.xla import placing, programs, row_kernels, solve
 
 REFERENCE = "tpu_als cholesky"
 DEFAULT = ["tpu_als cg", "tpu_als relaxed", "tpu_als without kernels", REFERENCE, "implicit gpu"]
@@ -180,7 +186,73 @@ def fit(problem: Problem, args: argparse.Namespace, about: dict[str, Any]) -> No
     common.emit(**about, what="memory", peak_bytes=peak_bytes())
 
 
-PARTS = {"parity": parity, "fit": fit, "ranking": ranking, "profile": profile}
+class Variant(NamedTuple):
+    """Constants of modules of the engine to replace, and options of `Ours`."""
+
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+VARIANTS = {
+    "kernels": Variant({}, {}),
+    "kernels, tiles of 2048 numbers": Variant({"row_kernels._TILE": 1 << 11}, {}),
+    "kernels, tiles of 8192 numbers, 8 warps": Variant(
+        {"row_kernels._TILE": 1 << 13, "row_kernels._WARPS": 8}, {}
+    ),
+    "kernels, 4 chunks": Variant({"row_kernels._CHUNKS": 4}, {}),
+    "kernels, 64 chunks": Variant({"row_kernels._CHUNKS": 64}, {}),
+    "kernels, bfloat16": Variant({}, {"dtype": "bfloat16"}),
+    "XLA": Variant({}, {"with_kernels": False}),
+    "XLA, products of 3 bfloat16 passes or tf32": Variant(
+        {"solve.PRECISION": lax.Precision.HIGH}, {"with_kernels": False}
+    ),
+    "XLA, default precision": Variant(
+        {"solve.PRECISION": lax.Precision.DEFAULT}, {"with_kernels": False}
+    ),
+    "XLA, chunks of 1 GiB": Variant(
+        {"placing._SCRATCH": {"cpu": 1 << 20, "other": 1 << 30}}, {"with_kernels": False}
+    ),
+    "tiles on matrix units": Variant({}, {"with_kernels": False, "with_tiles": True}),
+    "tiles on matrix units, bfloat16": Variant(
+        {}, {"with_kernels": False, "with_tiles": True, "dtype": "bfloat16"}
+    ),
+    "gramians and batched Cholesky": Variant({}, {"solver": "cholesky"}),
+}
+MODULES = {"row_kernels": row_kernels, "solve": solve, "placing": placing}
+
+
+def variants(problem: Problem, args: argparse.Namespace, about: dict[str, Any]) -> None:
+    """Print seconds of an iteration for each variant, and the loss after all of them."""
+    for name, (constants, options) in VARIANTS.items():
+        with contextlib.ExitStack() as stack:
+            for path, value in constants.items():
+                module, _, constant = path.partition(".")
+                stack.enter_context(mock.patch.object(MODULES[module], constant, value))
+            programs.CACHE.clear()  # its keys do not have these constants
+            try:
+                ours, seconds = Ours(problem, native=False, **options), list[float]()
+                for _ in range(args.repeats + 1):  # the first compiles
+                    begin = time.perf_counter()
+                    ours.step()
+                    seconds.append(time.perf_counter() - begin)
+                loss = als.loss(ours.state, ours.data, ours.objective)
+            except (jax.errors.JaxRuntimeError, FloatingPointError, ValueError) as error:
+                common.emit(**about, what="variant", variant=name, error=str(error)[:300])
+                continue
+        common.emit(
+            **about, what="variant", variant=name, iteration_s=statistics.median(seconds[1:]),
+            loss=loss,
+        )  # fmt: skip
+    programs.CACHE.clear()
+
+
+PARTS = {
+    "parity": parity,
+    "fit": fit,
+    "ranking": ranking,
+    "profile": profile,
+    "variants": variants,
+}
 
 
 def main() -> None:

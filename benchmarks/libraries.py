@@ -218,9 +218,11 @@ BUILDERS: dict[str, Callable[[Problem], Library]] = {
     "tpu_als relaxed-xla": lambda problem: Ours(problem, "cg", over_relaxation=1.6, native=False),
     "tpu_als xla": lambda problem: Ours(problem, native=False),
     "tpu_als xla bfloat16": lambda problem: Ours(problem, native=False, dtype="bfloat16"),
-    "tpu_als tiles": lambda problem: Ours(problem, native=False, with_tiles=True),
+    "tpu_als tiles": lambda problem: Ours(
+        problem, native=False, with_kernels=False, with_tiles=True
+    ),
     "tpu_als tiles bfloat16": lambda problem: Ours(
-        problem, native=False, with_tiles=True, dtype="bfloat16"
+        problem, native=False, with_kernels=False, with_tiles=True, dtype="bfloat16"
     ),
     "tpu_als without kernels": lambda problem: Ours(problem, with_kernels=False),
     "tpu_als exact": lambda problem: Ours(problem, "exact"),
