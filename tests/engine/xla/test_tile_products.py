@@ -156,5 +156,14 @@ def _fit(params: AlsParams, mesh: DeviceMesh, kind: str) -> tuple[XlaData, list[
     return data, [*tables, np.array(als.loss(state, data, objective))]
 
 
+@pytest.mark.parametrize("factors", [16, 128, 1024, 4096])
+def test_chunks_have_whole_tiles(monkeypatch: pytest.MonkeyPatch, factors: int) -> None:
+    monkeypatch.setattr(tile_products, "tiles_for", lambda params, mesh: TILES)
+    monkeypatch.setattr(placing, "backend_kind", lambda mesh: "other")
+    params, lengths = AlsParams(factors, "bfloat16", "cg"), np.geomspace(1, 1e6, 2000).astype(int)
+    plan = placing.make_plan(lengths, params, device_mesh(1))
+    assert all(plan.rows(length) % tile_products.TILE_ROWS == 0 for length in plan.lengths)
+
+
 def test_tiles_are_for_tpus_only() -> None:
     assert tile_products.tiles_for(AlsParams(8), device_mesh(1)) is None

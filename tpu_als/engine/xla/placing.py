@@ -78,9 +78,10 @@ def plan_of(rungs: tuple[int, ...], n_entries: int, params: AlsParams, mesh: Dev
 def _longest_rung(params: AlsParams, mesh: DeviceMesh) -> int:
     """Bound on the rungs' lengths; longer rows are solved by all shards together."""
     chunk, _ = chunk_sizes(params, mesh)
+    longest = min(max(chunk, layout.LONGEST), _LONGEST[backend_kind(mesh)])
     if isinstance(device_products(params, mesh), TileProducts):
-        chunk //= layout.ROWS_MULTIPLE  # a chunk has whole tiles
-    return min(max(chunk, layout.LONGEST), _LONGEST[backend_kind(mesh)])
+        longest = min(longest, chunk // layout.ROWS_MULTIPLE)  # a chunk has whole tiles
+    return longest
 
 
 def backend_kind(mesh: DeviceMesh) -> str:
