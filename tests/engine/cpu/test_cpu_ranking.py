@@ -128,3 +128,36 @@ def test_many_queries_are_ranked_like_few(k: int, has_ties: bool) -> None:
         few = catalog.top_k(queries[row : row + 1], k, **limits)
         np.testing.assert_array_equal(ids[row], few[0][0])
         np.testing.assert_allclose(scores[row], few[1][0], 1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 7, 150, 180])
+@pytest.mark.parametrize("n_queries", [5, 16, 40])
+def test_parts_of_a_table_are_ranked_like_the_whole(
+    n_queries: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also equal scores, scores that are not finite, and places without a result."""
+    monkeypatch.setattr(ranking, "_FEW_SCORES", 0)
+    monkeypatch.setattr(ranking, "_LEAST_WORK", 1)
+    monkeypatch.setattr(ranking, "_LEAST_CHOICE", 1)
+    used = []
+    merge = ranking._best_of_parts
+    monkeypatch.setattr(
+        ranking, "_best_of_parts", lambda parts, k: used.append(len(parts)) or merge(parts, k)
+    )
+    rng = np.random.default_rng(n_queries + k)
+    n_items = 5 * 181 + 3
+    table = rng.integers(-2, 3, (n_items, 3)).astype(np.float32)
+    table[700], table[20], table[300] = np.nan, np.inf, -np.inf
+    queries = rng.integers(1, 4, (n_queries, 3)).astype(np.float32)
+    is_seen = rng.random((n_queries, n_items)) < 0.3
+    is_seen[1, 100:] = True  # fewer than 150 items are left
+    seen, excluded = sparse.csr_matrix(is_seen), np.array([3, 181, 182, 907])
+    for lengths in (None, 1 + rng.integers(0, 2, n_items).astype(np.float32)):
+        found, whole = (
+            Catalog(table, lengths, n).top_k(queries, k, seen=seen, excluded=excluded)
+            for n in (5, 1)
+        )
+        for mine, other in zip(found, whole, strict=True):
+            assert mine.shape == (n_queries, k) and mine.dtype == other.dtype
+            np.testing.assert_array_equal(mine, other)
+    assert used == [5, 5]

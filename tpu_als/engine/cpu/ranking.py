@@ -9,6 +9,7 @@ Axis letters: B queries, N items, K factors.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import threading
@@ -32,9 +33,12 @@ _MOST_INSERTED = 128  # up to this many places are filled by insertion
 NO_SCORE = -np.finfo(np.float32).max  # of places without a result, as in implicit
 _KEPT_BYTES = 1 << 22
 _BATCH_BYTES = 1 << 22  # of a thread's scores, which a core's share of the last cache holds
-_MOST_COLUMNS = 1 << 13  # so that many queries share the cached part of a large table
+# BLAS copies the items' rows for each product, so products must have many queries: in float32, 256
+# with this number of items.
+_MOST_COLUMNS = 1 << 12
 _MOST_QUERIES, _LEAST_QUERIES = 256, 16  # of a thread at a time
 _CANDIDATE_BYTES = 1 << 24
+_LEAST_CHOICE = 256  # items for each place of a result for which a part of the table pays
 _LEAST_WORK = 1 << 26  # multiplications for which a thread pays
 _NONE = np.empty(0, np.int32)
 _NO_LENGTHS = {np.dtype(kind): np.empty(0, kind) for kind in (np.float32, np.float64)}
@@ -136,31 +140,39 @@ class Catalog:
         seen: sparse.csr_matrix | Seen | None,
         excluded: np.ndarray | None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        ids, scores = empty(len(queries), k, self.table.dtype)
         n_items, factors = self.table.shape
         width = min(k, n_items)
         n_threads = min(self.n_threads, 1 + len(queries) * n_items * factors // _LEAST_WORK)
-        n_blocks = -(-n_items // _MOST_COLUMNS)
-        n_columns = -(-n_items // n_blocks)
-        size = _BATCH_BYTES // (n_columns * self.table.itemsize)
-        size = min(max(size, _LEAST_QUERIES), _MOST_QUERIES, -(-len(queries) // n_threads))
+        size = _BATCH_BYTES // (min(n_items, _MOST_COLUMNS) * self.table.itemsize)
+        size = min(max(size, _LEAST_QUERIES), _MOST_QUERIES)
         size = max(min(size, _CANDIDATE_BYTES // (8 * width)), 1)
-        select = _Selection(self, width, excluded, n_columns)
+        n_parts = 1
+        # Copies take most of the time of few queries, so each thread copies a part of the table.
+        if len(queries) <= size and n_items >= n_threads * width * _LEAST_CHOICE:
+            n_parts = n_threads
+        else:
+            size = min(size, -(-len(queries) // n_threads))
+        bounds = [n_items * part // n_parts for part in range(n_parts + 1)]
+        longest = -(-n_items // n_parts)
+        select = _Selection(self, width, excluded, -(-longest // -(-longest // _MOST_COLUMNS)))
 
         starts, seen_ids = np.empty(0, np.int64), np.empty(0, np.int32)
         if seen is not None:
             starts = seen.indptr.astype(np.int64, copy=False)
             seen_ids = seen.indices.astype(np.int32, copy=False)
+        parts = [empty(len(queries), k, self.table.dtype) for _ in range(n_parts)]
 
         @np.errstate(over="ignore", invalid="ignore")
-        def work(low: int) -> None:
-            at = slice(low, min(low + size, len(queries)))
-            part = Seen(read_only(starts[low : at.stop + 1]), read_only(seen_ids))
-            select(queries[at], part, ids[at], scores[at])
+        def work(job: tuple[int, int]) -> None:
+            low, part = job
+            at, (ids, scores) = slice(low, min(low + size, len(queries))), parts[part]
+            hidden = Seen(read_only(starts[low : at.stop + 1]), read_only(seen_ids))
+            select(queries[at], range(*bounds[part : part + 2]), hidden, ids[at], scores[at])
 
         with single_blas_thread():
-            threads(work, range(0, len(queries), size), n_threads)
-        return ids, scores
+            jobs = itertools.product(range(0, len(queries), size), range(n_parts))
+            threads(work, list(jobs), n_threads)
+        return parts[0] if n_parts == 1 else _best_of_parts(parts, k)
 
 
 class _Selection:
@@ -193,19 +205,22 @@ class _Selection:
         self._width = next(width for width in self._loops.WIDTHS if width <= most)
 
     def __call__(
-        self, queries: np.ndarray, seen: Seen, ids: np.ndarray, scores: np.ndarray
+        self, queries: np.ndarray, items: range, seen: Seen, ids: np.ndarray, scores: np.ndarray
     ) -> None:
-        """Write ids and scores to the first k columns of (B, n), as `keep` does, best first."""
+        """Write the best of some items to the first k columns of (B, n), as `keep` does.
+
+        The best is first. There are at least k items.
+        """
         catalog, k, loops = self._catalog, self._k, self._loops
-        n_queries, n_items, dtype = len(queries), len(catalog.table), catalog.dtype
-        shape = n_queries, min(2 * k + 32, n_items + 1)
+        n_queries, dtype = len(queries), catalog.dtype
+        shape = n_queries, min(2 * k + 32, len(items) + 1)
         candidates = loops.Candidates(
             np.empty(shape, dtype), np.empty(shape, np.int32),
             np.zeros(n_queries, np.int64), np.full(n_queries, -np.inf, dtype),
         )  # fmt: skip
         scratch = self._memory(n_queries * self._n_columns)
-        for low in range(0, n_items, self._n_columns):
-            rows = catalog.table[low : low + self._n_columns]
+        for low in items[:: self._n_columns]:
+            rows = catalog.table[low : min(low + self._n_columns, items.stop)]
             products = scratch[: n_queries * len(rows)].reshape(n_queries, len(rows))
             np.matmul(queries, rows.T, out=products)
             between = np.searchsorted(self._excluded, (low, low + len(rows)))
@@ -228,6 +243,17 @@ class _Selection:
         except IndexError:
             scratch = np.empty(0, self._catalog.dtype)
         return scratch if len(scratch) >= size else np.empty(size, self._catalog.dtype)
+
+
+def _best_of_parts(
+    parts: list[tuple[np.ndarray, np.ndarray]], k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of the ids and scores (B, k) of consecutive parts of a table."""
+    ids, scores = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+    # NaN comes first, as in each part. Places without a result come last.
+    keys = np.where(np.isnan(scores), -np.inf, np.where(ids < 0, np.inf, -scores))
+    order = np.argsort(keys, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
 
 
 class Seen(NamedTuple):
