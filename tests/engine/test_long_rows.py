@@ -136,6 +136,28 @@ def test_a_long_row_of_very_many_blocks(solver: str, monkeypatch: pytest.MonkeyP
     _check(problem, data)
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("solver", ["cg", "cholesky"])
+def test_all_long_rows_are_solved_if_every_weight_vanishes(
+    solver: str, devices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then rows are solved by division, but their batches have the size for the other solver."""
+    planned = placing.make_plan
+    short = lambda *args: dataclasses.replace(planned(*args), lengths=(8,))  # noqa: E731
+    monkeypatch.setattr(placing, "make_plan", short)
+    matrix = sparse.csr_matrix(np.ones((80, 300), np.float32))
+    data = backend.place(matrix, AlsParams(4, "float32", solver), device_mesh(devices))
+    assert len(data.users.rows.long) == 80
+    rng = np.random.default_rng(0)
+    users, items = (rng.normal(size=(n, 4)).astype(np.float32) for n in matrix.shape)
+    state = als.start(data, users, items)
+    objective = Objective.of("implicit", 1.0, 1.0)
+    solved = als.half_epoch(state.users, state.items, data, objective, target="users")
+    found = als.user_factors(als.AlsState(solved, state.items), data)
+    expected = np.linalg.solve(items.T @ items + np.eye(4), items.sum(axis=0))
+    np.testing.assert_allclose(found, np.broadcast_to(expected, found.shape), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_a_fold_in_of_a_million_entries(problem: Problem) -> None:
     params = AlsParams(K, linear_solver="cholesky")

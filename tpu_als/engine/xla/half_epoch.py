@@ -264,10 +264,12 @@ def _long_pass(
     shared: SharedInputs,
 ) -> ShardPass:
     """The program of the long rows, with its inputs."""
-    block, batch_rows = long_shape(data.plan, data.params, data.mesh)
+    assert side.long is not None
+    block = long_shape(data.plan, data.params, data.mesh).block
     static = static_of(data.params, data.plan.rows(block), block)
     static = static._replace(collectives=data.mesh.collectives, device_products=data.products)
-    n_batches = -(-len(side.rows.long) // batch_rows)
+    # As placed: the solver may have changed since to "diagonal", which has batches of another size.
+    n_batches = jax.tree.leaves(side.long.starts)[0].shape[-1] - 1
     span = Span(*np.array([0, 0, 0, n_batches], np.int32))
     program = data.mesh.per_shard_program(sweep_long, static)
     return ShardPass(program, sharded, shared._replace(spans=(span,)))
