@@ -1,9 +1,10 @@
 """Cycles of a program for TPUs, as its compiler estimates them.
 
 The compiled text has `"estimated_cycles"` for each fusion, which the compiler uses to choose tiles
-and layouts. They include the time to read operands that are in HBM. Gathers, collectives, copies in
-the background and custom calls have none: they are counted by kind, with their bytes. The bodies of
-loops are kept apart, because their trip counts are often known at run time only.
+and layouts. They include the time to read operands that are in HBM. Gathers, collectives, sorts and
+custom calls have no estimate: they are counted by kind, with their bytes. Background copies, and
+custom calls that do nothing at run time, are ignored. The bodies of loops are kept apart, because
+their trip counts are often known at run time only.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"(pred|[a-z]+)(\d*)\[([\d,]*)\]")
 # Instructions whose time is not estimated and matters.
+_FREE = ("ConcatBitcast", "AssumeGatherIndicesInBound")  # targets of custom calls
 _KINDS = ("gather", "scatter", "all-to-all", "all-reduce", "custom-call", "sort")
 
 
@@ -94,6 +96,8 @@ def _sum(computations: dict[str, list[str]], name: str) -> Cycles:
 def _kind(instruction: str) -> str | None:
     """Kind of an instruction without an estimate, or None if its time does not matter."""
     called = _split(instruction)[1].removesuffix("-start")
+    if called == "custom-call" and any(f'"{target}"' in instruction for target in _FREE):
+        return None
     if called in _KINDS:
         return called
     named = _OP_NAME.search(instruction)

@@ -4,8 +4,9 @@ gather : the gather that a fit uses.
 sorted : the same with ids that are declared to be sorted.
 one-hot N : products with one-hot rows, for entries whose rows are among N popular ones.
 
-A gather has no estimate; it reads and writes each row once, and the cycles of that at HBM's
-bandwidth are its model. Those of one-hot products are the compiler's.
+The compiler does not estimate gathers. Their cycles are those to read and write each row once at
+HBM's bandwidth. For one-hot products the larger of this bound and the compiler's estimate is
+printed.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ from tpu_als.engine.xla.mesh import DeviceMesh
 from tpu_als.engine.xla.sweep_long import LongInputs
 from tpu_als.parameters import LINEAR_SOLVERS
 
-_ALL_TO_ALL = re.compile(r"= (\w+\[[\d,]+\])\S* all-to-all\(")
+_ALL_TO_ALL = re.compile(r"= (?:\(\()?(\w+\[[\d,]+\])[^=]* all-to-all(?:-start)?\(")
 OBJECTIVE = Objective.of("ials", 1e-3, 1.0, 1e-3)
 
 

@@ -1,10 +1,11 @@
 """Time of an epoch from the cycles of its compiled programs, and a model of what has no estimate.
 
 A phase takes the compiler's cycles at the chip's clock, plus the modelled time of its gathers:
-their rows are read and written once at the bandwidth of HBM. If the roofline (`tpu_roofline`) is
-higher, because collectives or bytes take longer, it is the prediction. Phases are added; only an
+their rows are read and written once at the bandwidth of HBM. If the lower bound (`tpu_roofline`) is
+higher, it is the prediction. Phases are added; only an
 exchange overlaps with the solve, if the compiler can run it in the background. Not known: the
-latency of steps of loops and of collectives, and gathers at less than the full bandwidth.
+latency of steps of loops and of collectives, gathers at less than the full bandwidth, and the
+eigendecomposition of the gramian.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def report(data: Data, where: Slice, programs: dict[str, Cycles]) -> dict[str, A
                 "bound_s": bound,
                 "predicted_s": max(bound, cycles / where.chip.clock + gathers),
             }
-        if data.mesh.exchanges_in_background:  # only the gathers of the messages are not
+        if data.mesh.exchanges_in_background:  # the gathers of the rows to send do not overlap
             solve, exchange = found[name]["solve"], found[name]["exchange"]
             busy = exchange["cycles_s"] + exchange["gathers_s"]
             exchange["predicted_s"] = max(exchange["predicted_s"] - solve["predicted_s"], busy)
@@ -65,12 +66,11 @@ def _phases(
     rotate = programs[f"{name}: rotate"]
     exchange = [0.0, 0.0]
     solve = [0.0, 0.0]
-    loops = [
-        loop
-        for key, program in programs.items()
-        if key.startswith(f"{name}: solve")
-        for loop in program.loops
-    ]
+    solvers = [program for key, program in programs.items() if key.startswith(f"{name}: solve")]
+    loops = [loop for program in solvers for loop in program.loops]
+    for program in solvers:  # an exchange before the loops
+        exchange[0] += program.cycles
+        exchange[1] += gathers(program)
     assert side.routes is not None
     for rung, route, group in zip(side.rows.rungs, side.routes, loops, strict=True):
         [chunk] = group.loops

@@ -26,8 +26,8 @@ ONE_THREAD = CpuBackend(1)
 class FactorTable:
     """One factor table, on the host or on the devices, with the values derived from it.
 
-    As in implicit, derived values are computed once, and again after the table is fitted or
-    assigned or the value is set to None, but not after someone has written into the array. The CPU
+    Derived values are cached, as in implicit. They are computed again after a fit, after an
+    assignment of the table, or if set to None. Writing into the array does not update them. The CPU
     backend ranks and solves with the array itself. The XLA backend uses a copy on JAX's devices,
     which is a derived value.
 
@@ -43,7 +43,7 @@ class FactorTable:
     is_frozen : bool, default=False
         Whether the arrays are read-only, so that derived values cannot be out of date.
     carried : Carried, optional
-        The gramian in float64, from that of an earlier table; kept if nobody can write into it.
+        The gramian in float64, updated from that of an earlier table; used if arrays are read-only.
     """
 
     def __init__(

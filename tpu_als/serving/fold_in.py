@@ -59,7 +59,7 @@ def folded_in(
 
 
 def prepare(estimator: Any, side: str, rows: sparse.csr_matrix) -> None:
-    """Do what the first exact solve for rows of a side has to do once, if this CPU solves them.
+    """On a CPU, compute once what exact solves of a side's rows need.
 
     That is the gramian of the other side's table, and loading compiled loops. Other backends
     compile for the shapes of the rows, so they have nothing to prepare.

@@ -185,7 +185,7 @@ class _Selection:
     k : int
         Items wanted, at most N.
     excluded : int array or None
-        Items to leave out, ascending.
+        Items to leave out, in any order.
     n_columns : int
         Items to score at a time.
     """
@@ -197,7 +197,7 @@ class _Selection:
         self._catalog, self._k, self._n_columns = catalog, k, n_columns
         lengths = np.empty(0, dtype) if catalog.lengths is None else catalog.lengths
         self._lengths = read_only(np.ascontiguousarray(lengths, dtype))
-        self._excluded = np.asarray(() if excluded is None else excluded, np.int32)
+        self._excluded = np.sort(np.asarray(() if excluded is None else excluded, np.int32))
         # The cost is about that of finding the k-th of the blocks' maxima, and of reading k blocks.
         best = math.isqrt(4 * n_columns // k)
         self._loops = compiled.selection()

@@ -13,7 +13,7 @@ from tpu_als.engine.xla.exchange import Route
 from tpu_als.engine.xla.mesh import DeviceMesh
 from tpu_als.engine.xla.sweep import DeviceProducts, ShardCells, Static
 
-_SHORTEST_BLOCK = 128  # cells of a block of a long row, of which each shard has a share
+_SHORTEST_BLOCK = 128  # least cells of a block if long rows are divided over shards
 _MOST_LONG_ROWS = 1 << 10  # of a batch
 
 NO_CELLS = ShardCells(None, None, None, None)
@@ -99,9 +99,9 @@ def static_of(params: AlsParams, rows: int, length: int) -> Static:
 def long_shape(plan: Plan, params: AlsParams, mesh: DeviceMesh) -> LongShape:
     """Cells of a block of long rows, and rows of a batch.
 
-    A block has about a shard's part of the shortest possible long row. A batch has so many rows
-    that a step of several blocks takes longer than adding their sums, and so few that their K x K
-    systems are small.
+    A block holds about one shard's entries of the shortest long row, at least 128. A batch has
+    enough rows to fill a step with blocks; with "cholesky" it has few, because each row needs a
+    K x K system.
     """
     block = plan.lengths[-1]
     if mesh.jax_mesh is not None:

@@ -21,12 +21,12 @@ from jax import Array, lax
 from tpu_als.engine import layout
 from tpu_als.engine.layout import Rung
 
-# Cells of a group: enough that cells share rows. With many devices there are at least so many cells
-# per device, because all messages have the length of the longest, and short messages vary more.
+# Limits of a group's cells: enough that cells share rows. With many devices the limit is at least
+# `_MESSAGE_CELLS` per device: messages are padded to the longest, and short ones vary more.
 GROUP_CELLS = 1 << 17
 _MESSAGE_CELLS = 1 << 13
 _RUNGS_PER_PROGRAM = 4
-_GROUP_CHUNKS = 8  # at least; accelerators have large chunks, and memory for the rows of several
+_GROUP_CHUNKS = 8  # the limit of a group is at least so many chunks
 
 
 _Item = TypeVar("_Item")
@@ -104,9 +104,9 @@ def plan(
 
 
 def in_programs(rungs: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
-    """Divide a side's rungs, or one thing of each, by the programs that process them.
+    """Divide a list with one element per rung into the parts that one program processes.
 
-    A few programs need fewer dispatches in a half-epoch; more can be compiled in parallel.
+    Fewer programs need fewer dispatches in a half-epoch; more programs compile in parallel.
     """
     for low in range(0, len(rungs), _RUNGS_PER_PROGRAM):
         yield rungs[low : low + _RUNGS_PER_PROGRAM]
@@ -170,7 +170,7 @@ def group_chunks(rung: Rung, n_devices: int) -> int:
     chunk = rung.rows * rung.length
     most = max(GROUP_CELLS, n_devices * _MESSAGE_CELLS, _GROUP_CHUNKS * chunk) // chunk
     n_groups = -(-rung.n_chunks // most)
-    return -(-rung.n_chunks // max(n_groups, 1))  # groups of equal size, because messages are
+    return -(-rung.n_chunks // max(n_groups, 1))  # messages are padded to one size
 
 
 def message_rows(most: int) -> int:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 # Bytes of a gathered chunk; on a CPU, those of a core's own cache.
 _SCRATCH = {"cpu": 1 << 20, "other": 1 << 26}
+_LANES = 128  # of a TPU's registers
 _SYSTEMS = {"cpu": 1 << 22, "other": 1 << 28}  # bytes of the K x K systems of a chunk
 # Cells of the longest rung; longer rows are solved by all shards together.
 _LONGEST = {"cpu": layout.LONGEST, "other": 1 << 16}
@@ -92,7 +93,10 @@ def backend_kind(mesh: DeviceMesh) -> str:
 def chunk_sizes(params: AlsParams, mesh: DeviceMesh) -> tuple[int, int]:
     """Cells of a chunk, a power of two, and the maximum number of its rows."""
     kind, size = backend_kind(mesh), np.dtype(params.compute_dtype).itemsize
-    chunk = max(_SCRATCH[kind] // (params.factors * size), 256)
+    # A TPU pads rows to its lanes. A chunk that does not fit into on-chip memory is much slower.
+    lanes = _LANES if mesh.platform == "tpu" else 1
+    width = -(-params.factors // lanes) * lanes
+    chunk = max(_SCRATCH[kind] // (width * size), 256)
     system = {"cg": 0, "cholesky": params.factors}
     system_bytes = system[params.linear_solver] ** 2 * size
     most_rows = max(_SYSTEMS[kind] // system_bytes, 1) if system_bytes else 1 << 30

@@ -272,7 +272,11 @@ def _with_axis(parts: _Tree) -> _Tree:
 
 
 def _compiler_options(platform: str, mesh: Mesh | None) -> dict[str, int | bool] | None:
-    """Options for loops over chunks: on CPU, LLVM's level 2 gives faster code than level 3."""
+    """Options for loops over chunks.
+
+    On CPU, LLVM's level 2 gives faster code than level 3. On TPU, all-to-alls run in the background
+    where that compiles.
+    """
     if platform == "cpu":
         return {"xla_backend_optimization_level": 2}
     return _IN_BACKGROUND if exchanges_in_background(mesh) else None
@@ -282,7 +286,8 @@ def _compiler_options(platform: str, mesh: Mesh | None) -> dict[str, int | bool]
 def exchanges_in_background(mesh: Mesh | None) -> bool:
     """Whether the compiler can run an all-to-all in a loop while a device computes.
 
-    It can for TPUs, except for slices of v5e with many chips. So a small program is compiled.
+    TPUs support this, except slices of v5e with more than 16 chips. A small program is compiled to
+    find out.
     """
     if mesh is None or mesh.devices.flat[0].platform != "tpu":
         return False

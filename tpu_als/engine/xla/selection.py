@@ -15,10 +15,10 @@ _BLOCKS = (32, 8)  # columns of a block; see `engine.cpu.ranking`
 
 
 def without(scores: Array, query: Array | np.ndarray, slot: Array, lanes: int) -> Array:
-    """Scores (B, S) with -inf for pairs of a query and a slot; other slots than 0..S are ignored.
+    """Set scores (B, S) to -inf for pairs of a query and a slot. Slots of S or more are ignored.
 
-    A TPU sets single numbers in an array without tiles, which it copies to and from. So whole rows
-    of lanes are lowered by the minimum with a row that is -inf in one lane.
+    To set single numbers, a TPU copies the array to an untiled layout and back. So a whole row of
+    lanes is updated, by the minimum with a row that is -inf in one lane and inf elsewhere.
     """
     n_queries, n_slots = scores.shape
     lanes = math.gcd(lanes, n_slots)

@@ -48,7 +48,7 @@ class LongBlocks(NamedTuple):
     rows : int32 array (R,)
         Row of each block, counted within the batch.
     n_entries : int32 array (R,)
-        Entries of each block; 0 if it is not one of the batch, or in the previous blocks.
+        Entries of each block; 0 if the block is of another batch or was already added.
     """
 
     block: Any
@@ -65,9 +65,9 @@ def sum_over_blocks(
 ) -> _Sums:
     """Sum function(blocks) over the blocks of each row of a batch, and the shards.
 
-    Only `static.rows` blocks are in memory at a time. The function's result has a leading axis of
-    blocks, `zero` and the result of rows. Sums over steps are compensated (Knuth's two-sum), so
-    that their error does not grow with their length.
+    Only `static.rows` blocks are in memory at a time. function(blocks) returns arrays with a
+    leading axis of blocks; `zero` and the returned sums have a leading axis of rows. Sums over
+    steps are compensated (Knuth's two-sum), so that their error does not grow with their length.
     """
     dtype, long = jnp.dtype(static.dtype), batch.long
     size = min(static.rows, long.ids.shape[0])

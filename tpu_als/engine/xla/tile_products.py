@@ -27,7 +27,7 @@ from tpu_als.engine.xla import solve
 from tpu_als.engine.xla.mesh import DeviceMesh
 from tpu_als.engine.xla.solve import Cells, Dtype, Operator
 
-# Rows of a tile: the sublanes of a float32 register, so that no operand is laid out again.
+# Rows of a tile: as many as a float32 register has sublanes, so reshaping to tiles does not copy.
 TILE_ROWS = layout.ROWS_MULTIPLE
 _SOLVERS = ("cg", "diagonal")
 
@@ -109,7 +109,7 @@ class TileProducts:
 def row_sums(values: Array) -> Array:
     """Sum of each row of float32 `values` (R, K): (R, K), the same number K times.
 
-    A product with ones takes a third of the time of a sum over lanes.
+    The compiler estimates a third of the cycles of a sum over lanes.
     """
     ones = jnp.ones((values.shape[1],) * 2, values.dtype)
     return jnp.einsum("rk,kj->rj", values, ones, precision=solve.PRECISION)
@@ -147,10 +147,10 @@ def _project(block: TiledBlock, t: Array) -> Array:
 
 
 def _product(subscripts: str, block: TiledBlock, vectors: Array) -> Array:
-    """Product of float32 vectors with the tiles' entries, without parts below float32's rounding.
+    """Product of float32 vectors with the tiles' entries.
 
-    The entries of bfloat16 tables are exact; two parts of the vectors have 16 bits, 8 more than
-    the table's rows keep.
+    Products of parts below float32's rounding error are left out. bfloat16 tables are exact, so two
+    parts of the vectors (16 bits) are enough.
     """
     count = max(len(block.parts), 2)
     total = None
