@@ -97,12 +97,16 @@ def sum_over_blocks(
 def _add_to_rows(total: Array, more: Array, rows: Array) -> Array:
     """Add values (R, ...) to rows of a sum total[0]; total[1] has the sum of rounding errors."""
     old, lost = total
+    values = more.reshape(len(rows), -1)
     is_row = (rows[None, :] == jnp.arange(len(old), dtype=jnp.int32)[:, None]).astype(more.dtype)
-    more = jnp.matmul(is_row, more.reshape(len(rows), -1), precision=solve.PRECISION)
-    more = more.reshape(old.shape)
+    # In a product, a value that is not finite would make the sums of all rows NaN.
+    is_finite = jnp.isfinite(values)
+    added = jnp.matmul(is_row, jnp.where(is_finite, values, 0), precision=solve.PRECISION)
+    fails = is_row @ jnp.any(~is_finite, axis=1, keepdims=True).astype(more.dtype) > 0
+    more = jnp.where(fails, jnp.nan, added).reshape(old.shape)
     new = old + more
-    added = new - old
-    return jnp.stack([new, lost + ((old - (new - added)) + (more - added))])
+    rounded = new - old
+    return jnp.stack([new, lost + ((old - (new - rounded)) + (more - rounded))])
 
 
 def batch_rows(
