@@ -322,7 +322,15 @@ def numba_anew() -> Iterator[None]:
     compiled.is_available.cache_clear()
 
 
-@pytest.mark.parametrize("text", [None, "raise ImportError('numba needs another NumPy')"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "raise ImportError('numba needs another NumPy')",
+        "raise SystemError('numba needs another NumPy')",
+        "raise AttributeError('numba needs another NumPy')",
+    ],
+)
 def test_works_without_numba(
     text: str | None, numba_anew: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -31,7 +31,7 @@ def is_available() -> bool:
     """Whether numba loads and compiles; if it does not, warn once."""
     try:
         import numba
-    except (ImportError, OSError) as error:
+    except Exception as error:  # noqa: BLE001  (also SystemError and AttributeError, of other NumPys)
         warnings.warn(
             f"numba does not load, so fits on this CPU run by XLA and take about twice as long: "
             f"{error}",
