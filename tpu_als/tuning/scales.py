@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from tpu_als.engine.objective import Objective, ridge
 from tpu_als.tuning.space import Settings
 from tpu_als.weighting import LogWeighting, TfidfWeighting
 
@@ -118,9 +119,9 @@ def largest_ridge(
         Parameters of the objective.
     """
     n_users, n_items = weighted.shape
-    users = (np.diff(weighted.indptr) + unobserved * n_items) ** exponent
-    counts = np.bincount(weighted.indices, minlength=n_items)
-    items = (counts + unobserved * n_users) ** exponent
+    unit = Objective.of("ials", 1.0, alpha, unobserved, exponent)
+    users = ridge(unit, np.diff(weighted.indptr), n_items)
+    items = ridge(unit, np.bincount(weighted.indices, minlength=n_items), n_users)
     matrix = sparse.csr_matrix(
         (np.maximum(weighted.data, 0).astype(np.float32), weighted.indices, weighted.indptr),
         shape=weighted.shape,
