@@ -6,3 +6,7 @@ from tpu_als.shards.sharded_matrix import ShardedMatrix, open_shards
 from tpu_als.shards.writing import write_features, write_shards
 
 __all__ = ["ShardedMatrix", "open_shards", "write_features", "write_shards"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
