@@ -291,8 +291,8 @@ class TPUAlternatingLeastSquares(
         user_features, item_features : matrix, DataFrame or FeatureTable, optional
             Numbers that describe the users, (n_users, n_user_features), and the items, (n_items,
             n_item_features). The ridge then draws the factors of a row to a linear function of its
-            features, which is fitted too. Rows without entries are what that function says, so that
-            new items can be recommended. docs/math.md has the equations.
+            features, which is fitted too. Rows without entries get the value of that function, so
+            that new items can be recommended. docs/math.md has the equations.
 
         Returns
         -------

@@ -43,7 +43,7 @@ class Entries(Protocol):
         """Whether any stored value is other than 1."""
 
     def lengths(self, side: str, part: int = 0, parts: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Row ids, and the number of stored entries of each; rows that are missing have none."""
+        """Row ids, and the number of entries of each. Rows without entries may be missing."""
 
     def blocks(self, side: str, part: int = 0, parts: int = 1) -> Blocks:
         """Yield row ids (m,) and a canonical CSR matrix (m, n_columns) for each block."""

@@ -125,7 +125,7 @@ class Source:
         return self._kept.get("gramian")
 
     def knowing(self, gram: np.ndarray) -> Source:
-        """The same source with its gramian (K, K), float64, which is not computed then."""
+        """The same source with a known gramian (K, K), float64, so that none is computed."""
         self._kept["gramian"] = gram
         return self
 
@@ -263,8 +263,8 @@ class Eigenbasis:
     def __init__(self, table: np.ndarray, gram: np.ndarray, n_source: int | None = None) -> None:
         self._n_source = len(table) if n_source is None else n_source
         rotation, spectrum = half_epoch.eigenbasis_of(gram, table.dtype)
-        # In float64, as small components, those in the directions of small eigenvalues, decide the
-        # solution where the ridge is small.
+        # In float64: if the ridge is small, the solution depends on the small components in the
+        # directions of small eigenvalues.
         self._tiles = read_only(_tiles(rotation))
         self._tiles_back = read_only(_tiles(rotation.T.astype(table.dtype)))
         self._table, self._spectrum = table, spectrum

@@ -26,7 +26,7 @@ from tpu_als.engine.layout import Rung
 GROUP_CELLS = 1 << 17
 _MESSAGE_CELLS = 1 << 13
 _RUNGS_PER_PROGRAM = 4
-_GROUP_CHUNKS = 8  # the limit of a group is at least so many chunks
+_GROUP_CHUNKS = 8  # a group's limit is at least this many chunks
 
 
 _Item = TypeVar("_Item")
@@ -40,7 +40,7 @@ class Route(NamedTuple):
     chunks : int
         Chunks of a group.
     rows : int
-        Rows P that each device sends to each other device for a group, with unused ones.
+        Rows P that each device sends to each other device for a group, including unused rows.
     """
 
     chunks: int
@@ -214,7 +214,7 @@ def receive(table: Array, sends: Array, first: Array, rows: int, axis: str) -> A
 
 
 def received_rows(routes: Sequence[Route], rungs: Sequence[Rung], n_devices: int) -> int:
-    """Rows that each device receives from others in a half-epoch, with unused ones."""
+    """Rows that each device receives from others in a half-epoch, including unused rows."""
     pairs = zip(routes, rungs, strict=True)
     rows = sum(route.groups(rung.n_chunks) * route.rows for route, rung in pairs)
     return (n_devices - 1) * rows

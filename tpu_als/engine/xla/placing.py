@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 # Bytes of a gathered chunk; on a CPU, those of a core's own cache.
 _SCRATCH = {"cpu": 1 << 20, "other": 1 << 26}
-_LANES = 128  # of a TPU's registers
+_LANES = 128  # numbers in a row of a TPU's registers
 _SYSTEMS = {"cpu": 1 << 22, "other": 1 << 28}  # bytes of the K x K systems of a chunk
 # Cells of the longest rung; longer rows are solved by all shards together.
 _LONGEST = {"cpu": layout.LONGEST, "other": 1 << 16}

@@ -39,7 +39,7 @@ compilation_cache.apply_to_jax()
 
 @dataclass(frozen=True)
 class Collectives:
-    """Operations of a compiled program across shards; on a single device it has all shards.
+    """Operations of a compiled program across shards. A single device has all shards.
 
     Attributes
     ----------

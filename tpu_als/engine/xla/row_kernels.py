@@ -211,7 +211,7 @@ class _Parts(NamedTuple):
 
     @classmethod
     def of(cls, n_rows: int, length: int) -> _Parts:
-        """Parts of R rows, so short that enough programs run."""
+        """Parts of R rows, short enough that programs keep all processors busy."""
         wanted = max(n_rows * length // _PROGRAMS, _SHORTEST_PART)
         size = min(1 << (wanted.bit_length() - 1), _PART)
         return cls(length, size, -(-length // size))
