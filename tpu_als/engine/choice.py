@@ -6,13 +6,16 @@ may have an accelerator or other processes. JAX then reports its devices.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import glob
 import importlib.metadata
 import importlib.util
 import logging
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from tpu_als.engine.backends import Backend
 from tpu_als.engine.cpu import compiled
@@ -21,6 +24,10 @@ from tpu_als.host import thread_count
 from tpu_als.parameters import LAYOUTS
 
 log = logging.getLogger("tpu_als")
+
+_PCI_VENDORS = "/sys/bus/pci/devices/*/vendor"
+_GOOGLE = "0x1ae0"
+_TPUS = ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")  # v2 to tpu7x
 
 
 @dataclass(frozen=True)
@@ -86,19 +93,36 @@ def may_have_accelerator() -> bool:
     if platforms:
         return platforms.split(",")[0].strip() != "cpu"
     if not _has_plugin():
-        _tell_of_gpu()
+        _tell_of_accelerator()
         return False
     return True
 
 
 @functools.cache
-def _tell_of_gpu() -> None:
-    """Log once that an NVIDIA GPU is not used because JAX has no plugin for it."""
-    if os.path.exists("/dev/nvidiactl"):
-        log.warning(
-            "this machine has an NVIDIA GPU, but JAX's plugin for it is not installed, so that the "
-            "CPU is used: pip install 'jax[cuda13]', or set JAX_PLATFORMS=cpu to hide this"
-        )
+def _tell_of_accelerator() -> None:
+    """Log once that an accelerator is not used because JAX has no plugin for it."""
+    for name, package, is_there in (
+        ("an NVIDIA GPU", "pip install 'jax[cuda13]'", os.path.exists("/dev/nvidiactl")),
+        ("an AMD GPU", "install JAX for ROCm", os.path.exists("/dev/kfd")),
+        ("a TPU", "pip install 'jax[tpu]'", _has_tpu()),
+    ):
+        if is_there:
+            log.warning(
+                "this machine has %s, but JAX's plugin for it is not installed, so that the CPU is "
+                "used: %s, or set JAX_PLATFORMS=cpu to hide this",
+                name,
+                package,
+            )
+
+
+def _has_tpu() -> bool:
+    """Whether a PCI device is a TPU. Other devices of its vendor are not, such as network cards."""
+    for vendor in glob.glob(_PCI_VENDORS):
+        with contextlib.suppress(OSError):
+            device = Path(vendor).with_name("device")
+            if Path(vendor).read_text().strip() == _GOOGLE and device.read_text().strip() in _TPUS:
+                return True
+    return False
 
 
 @functools.cache
