@@ -7,6 +7,7 @@ import pickle
 import threading
 import warnings
 from datetime import date
+from decimal import Decimal
 from uuid import UUID
 
 import duckdb
@@ -438,6 +439,7 @@ def test_ids_in_csv_files(tmp_path):
         pd.to_datetime(["2026-01-03", "2026-01-01", "2026-01-02"]),
         pd.to_datetime(["2026-01-03", "2026-01-01", "2026-01-02"]).tz_localize("Europe/Berlin"),
         [date(2026, 1, 3), date(2026, 1, 1), date(1, 1, 1)], [b"\xff", b"", b"a\0"],
+        [Decimal(10) ** 25, Decimal(3), Decimal("-2.50")],
         [UUID(int=1 << 127), UUID(int=3), UUID(int=2)],
         ["ä\0ö", "b", "c"], ["z", "", "x"], pd.Categorical(["b", "a", "b"]),
     ],
@@ -460,6 +462,8 @@ def test_kinds_of_ids(ids, tmp_path):
     ("ids", "form", "wrong"),
     [
         ([UUID(int=1), UUID(int=2)], "uuids", '["1", "2"]'),
+        ([Decimal(1), Decimal(2)], "decimals", '["1", "x"]'),
+        ([Decimal(1), Decimal(2)], "decimals", '["1", "sNaN"]'),
         ([date(2026, 1, 1), date(2026, 1, 2)], "dates", '["2026-01-01", "2026-13-01"]'),
         ([b"a", b"b"], "bytes", '["a", "\u0100"]'),
     ],

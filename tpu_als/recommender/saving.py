@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable
 from datetime import date
+from decimal import Decimal, InvalidOperation
 from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,9 +40,22 @@ _MODELS: dict[str, Any] = {
     "TPUAlternatingLeastSquares": TPUAlternatingLeastSquares,
     "AlternatingLeastSquares": compat.AlternatingLeastSquares,
 }
+
+
+def _decimal(text: str) -> Decimal:
+    try:
+        value = Decimal(text)
+    except InvalidOperation:
+        raise ValueError(f"{text!r:.60} is not a decimal") from None
+    if value.is_nan():
+        raise ValueError("a decimal that is not a number")
+    return value
+
+
 # Ids that are objects: how they are called in files, their type, and their text and back.
 _OBJECTS: dict[str, tuple[type, Callable[[Any], str], Callable[[str], Any]]] = {
     "uuids": (UUID, str, UUID),
+    "decimals": (Decimal, str, _decimal),
     "dates": (date, date.isoformat, date.fromisoformat),
     "bytes": (bytes, lambda value: value.decode("latin-1"), lambda text: text.encode("latin-1")),
 }
