@@ -27,10 +27,19 @@ class Clock(NamedTuple):
         The type of the times, in words.
     latest : int or float
         The latest time of the data of `fit`, whose events have their full value.
+    newest : int or float
+        The latest time of all events, also of updates.
     """
 
     kind: str
     latest: Any
+    newest: Any
+
+    def after(self, events: Events) -> Clock:
+        """The clock after an update by some events."""
+        if events.latest is None:
+            return self
+        return self._replace(newest=max(self.newest, events.latest))
 
 
 class Events(NamedTuple):
@@ -135,6 +144,14 @@ def decayed(events: Events, schema: Schema, clock: Clock | None) -> np.ndarray:
     age = (clock.latest - events.times) / schema.half_life
     with np.errstate(over="ignore"):
         return events.values * np.exp2(np.maximum(-age, _FAINTEST))
+
+
+def now(values: np.ndarray, schema: Schema, clock: Clock | None) -> np.ndarray:
+    """Values (n,) of events without a time, which count as at the newest time of all events."""
+    if schema.half_life is None or clock is None:
+        return values
+    with np.errstate(over="ignore"):
+        return values * np.exp2((clock.newest - clock.latest) / schema.half_life)
 
 
 def cells_of(

@@ -201,6 +201,8 @@ def row_of_history(state: State, history: Any) -> sparse.csr_matrix:
     times = None if events.times is None else events.times[is_known]
     events = counting.Events(events.frame[is_known], events.values[is_known], times, events.kind)
     values = counting.decayed(events, own, state.clock)
+    if not have[schema.timestamp]:
+        values = counting.now(values, schema, state.clock)
     at = np.zeros(len(values), np.int64), items[is_known]
     shape = 1, len(state.items)
     cells = counting.cells_of(events, values, at, shape, schema.repeated)

@@ -80,6 +80,7 @@ def save(path: str | os.PathLike[str], recommender: Any, state: State) -> None:
         "clock": None
         if state.clock is None
         else [state.clock.kind, np.asarray(state.clock.latest).item()],
+        "newest": None if state.clock is None else np.asarray(state.clock.newest).item(),
         "users": _ids(state.users, "user_ids", arrays),
         "items": _ids(state.items, "item_ids", arrays),
     }
@@ -155,7 +156,7 @@ def _loaded(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], State]:
         popularity=liked(cells, len(items)),
         pending=arrays["pending"].astype(np.int64),
         has_events=with_events(cells, len(items)),
-        clock=None if clock is None else Clock(*clock),
+        clock=None if clock is None else Clock(clock[0], clock[1], about.get("newest", clock[1])),
         library=str(about["library"]),
         encoders=_read_encoders(about.get("encoders", {}), arrays, model),
     )

@@ -142,7 +142,7 @@ def fitted(recommender: Any, schema: Schema, events: Events, library: str, fit: 
     n_with_events = len(users), len(items)
     users, items = sides["user"].ids, sides["item"].ids
     step.done("features")
-    clock = None if events.times is None else Clock(events.kind, events.latest)
+    clock = None if events.times is None else Clock(events.kind, events.latest, events.latest)
     values = counting.decayed(events, schema, clock)
     shape = len(users), len(items)
     cells = counting.cells_of(events, values, (user_at, item_at), shape, schema.repeated)
@@ -287,6 +287,7 @@ def updated(state: State, events: Events, given: dict[str, Any], solve: Any) -> 
     return replace(
         state, users=users, items=items, history=history, model=model,
         popularity=popularity, pending=pending, has_events=has_events, lock=state.lock,
+        clock=None if state.clock is None else state.clock.after(events),
     )  # fmt: skip
 
 
