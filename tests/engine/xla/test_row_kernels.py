@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import sparse
+from small_fits import assert_same, small_fit
 
-from tpu_als.engine import als, layout
 from tpu_als.engine.data import AlsParams
-from tpu_als.engine.features import Features
 from tpu_als.engine.objective import Objective, typed
-from tpu_als.engine.xla import backend, placing, row_kernels, solve
-from tpu_als.engine.xla.data import XlaData
-from tpu_als.engine.xla.mesh import DeviceMesh, device_mesh
+from tpu_als.engine.xla import row_kernels, solve
+from tpu_als.engine.xla.mesh import device_mesh
 from tpu_als.engine.xla.row_kernels import RowKernels
 from tpu_als.engine.xla.solve import Block, Cells, IndexedBlock
 
@@ -87,34 +82,6 @@ def test_cg_takes_the_same_steps(n_factors: int, length: int) -> None:
     np.testing.assert_allclose(KERNELS.cg(positive[1], z, d, STEPS), expected, rtol=1e-4, atol=1e-5)
 
 
-def _fit(
-    matrix: sparse.csr_matrix,
-    params: AlsParams,
-    mesh: DeviceMesh,
-    objective: Objective,
-    with_features: bool = False,
-) -> tuple[XlaData, list[np.ndarray]]:
-    """Tables after two iterations, and the loss."""
-    planned = placing.make_plan
-
-    def small(*args: object, **options: object) -> layout.Plan:
-        return dataclasses.replace(planned(*args, **options), lengths=(8, 16), chunk=64)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placing, "make_plan", small)
-        data = backend.place(matrix, params, mesh)
-    if with_features:
-        given = sparse.random_array((matrix.shape[1], 4), density=0.5, rng=np.random.default_rng(1))
-        features = Features(sparse.csr_matrix(given, dtype=np.float32), 1.0, 2.0)
-        data = als.with_features(data, item_features=features)
-    state = als.draw(data, 0, 0.1, normal=True)
-    for _ in range(2):
-        state, failed = als.epoch(state, data, objective, 1.0)
-        assert failed == (0, 0)
-    tables = [als.user_factors(state, data), als.item_factors(state, data)]
-    return data, [*tables, np.array(als.loss(state, data, objective))]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_devices", "dtype", "kind"),
@@ -129,27 +96,16 @@ def _fit(
 def test_fits_equal_those_without_kernels(
     monkeypatch: pytest.MonkeyPatch, n_devices: int, dtype: str, kind: str
 ) -> None:
-    chances = np.random.default_rng(0).random((24, 30))
-    matrix = sparse.csr_matrix(
-        np.where(chances < np.linspace(0.1, 0.9, 24)[:, None], chances, 0).astype(np.float32)
-    )
     params = AlsParams(6, dtype, "cg")
     mesh = device_mesh(n_devices, num_threads=2, table_layout="replicated")
-    objective = Objective.of("ials" if kind == "ials" else "implicit", 3.0, 2.0)
-    if kind == "zero weights":
-        objective, matrix = Objective.of("implicit", 3.0, 1.0), matrix.sign()
-    without, expected = _fit(matrix, params, mesh, objective, kind == "features")
+    without, expected = small_fit((24, 30), 64, params, mesh, kind)
     monkeypatch.setattr(row_kernels, "kernels_for", lambda params, mesh: KERNELS)
-    data, found = _fit(matrix, params, mesh, objective, kind == "features")
+    data, found = small_fit((24, 30), 64, params, mesh, kind)
     assert without.products is None
     assert data.products is KERNELS
     assert len(data.users.rows.rungs) == 2
     assert len(data.users.rows.long)
-    tolerance = 2e-2 if dtype == "bfloat16" else 2e-4
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(
-            one.astype(np.float32), other.astype(np.float32), rtol=tolerance, atol=tolerance
-        )
+    assert_same(found, expected, dtype)
 
 
 def test_kernels_are_for_gpus_only() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,14 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from scipy import sparse
+from small_fits import assert_same, small_fit
 
-from tpu_als.engine import als, layout
 from tpu_als.engine.data import AlsParams
-from tpu_als.engine.features import Features
 from tpu_als.engine.objective import Objective, typed
-from tpu_als.engine.xla import backend, placing, solve, tile_products
-from tpu_als.engine.xla.data import XlaData
+from tpu_als.engine.xla import placing, solve, tile_products
 from tpu_als.engine.xla.mesh import DeviceMesh, device_mesh
 from tpu_als.engine.xla.solve import Block, Cells
 from tpu_als.engine.xla.tile_products import TiledBlock, TileProducts
@@ -115,45 +110,13 @@ def test_fits_equal_those_of_other_products(
 ) -> None:
     mesh, params = device_mesh(devices, table_layout=table_layout), AlsParams(6, dtype, "cg")
     monkeypatch.setattr(tile_products, "tiles_for", lambda params, mesh: None)
-    without, expected = _fit(params, mesh, kind)
+    without, expected = small_fit((40, 50), 256, params, mesh, kind)
     monkeypatch.setattr(tile_products, "tiles_for", lambda params, mesh: TILES)
     monkeypatch.setattr(DeviceMesh, "exchanges_in_background", True)
-    data, found = _fit(params, mesh, kind)
+    data, found = small_fit((40, 50), 256, params, mesh, kind)
     assert without.products is None and data.products is TILES
     assert len(data.users.rows.rungs) == 2 and len(data.users.rows.long) > 1
-    tolerance = 2e-2 if dtype == "bfloat16" else 2e-4
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(
-            one.astype(np.float32), other.astype(np.float32), rtol=tolerance, atol=tolerance
-        )
-
-
-def _fit(params: AlsParams, mesh: DeviceMesh, kind: str) -> tuple[XlaData, list[np.ndarray]]:
-    """Tables after two iterations, and the loss; some rows are long."""
-    chances = np.random.default_rng(0).random((40, 50))
-    dense = np.where(chances < np.linspace(0.1, 0.9, 40)[:, None], chances, 0)
-    matrix = sparse.csr_matrix(dense.astype(np.float32))
-    objective = Objective.of("ials" if kind == "ials" else "implicit", 3.0, 2.0)
-    if kind == "zero weights":
-        objective, matrix = Objective.of("implicit", 3.0, 1.0), matrix.sign()
-    planned = placing.make_plan
-
-    def small(*args: object) -> layout.Plan:
-        return dataclasses.replace(planned(*args), lengths=(8, 16), chunk=256)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(placing, "make_plan", small)
-        data = backend.place(matrix, params, mesh)
-    if kind == "features":
-        given = sparse.random_array((50, 4), density=0.5, rng=np.random.default_rng(1))
-        features = Features(sparse.csr_matrix(given, dtype=np.float32), 1.0, 2.0)
-        data = als.with_features(data, item_features=features)
-    state = als.draw(data, 0, 0.1, normal=True)
-    for _ in range(2):
-        state, failed = als.epoch(state, data, objective, 1.0)
-        assert failed == (0, 0)
-    tables = [als.user_factors(state, data), als.item_factors(state, data)]
-    return data, [*tables, np.array(als.loss(state, data, objective))]
+    assert_same(found, expected, dtype)
 
 
 @pytest.mark.parametrize("factors", [16, 128, 1024, 4096])
