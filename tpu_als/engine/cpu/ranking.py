@@ -66,6 +66,11 @@ class Catalog:
     unused: deque[np.ndarray] = field(
         default_factory=lambda: deque(maxlen=16), repr=False, compare=False
     )
+    # A view of the table for the loops.
+    _rows: np.ndarray = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_rows", read_only(self.table))
 
     @property
     def dtype(self) -> np.dtype:
@@ -110,7 +115,6 @@ class Catalog:
             return _of_few(self, queries, k, seen, excluded)
         return self._of_many(queries, k, seen, excluded)
 
-    @np.errstate(over="ignore", invalid="ignore")  # then a score is not finite
     def best_of_one(
         self, query: np.ndarray, k: int, seen: sparse.csr_matrix | None = None
     ) -> tuple[np.ndarray, np.ndarray] | None:
@@ -119,19 +123,26 @@ class Catalog:
         Returns None where `top_k` does more: if numba is not loaded, if k is large, if a place of
         the result stays empty, or if a score is not finite.
         """
-        table, lengths, (n_items, width) = self.table, self.lengths, self.table.shape
-        loops = _loaded_selection() if 0 < k <= min(_MOST_INSERTED, n_items) else None
-        if loops is None or len(query) != width or query.dtype != table.dtype:
+        if len(query) != self.table.shape[1] or query.dtype != self.table.dtype:
             return None
-        hidden = _NONE if seen is None else _plain(seen.indices, np.int32)
-        given = _NO_LENGTHS[table.dtype] if lengths is None else lengths
-        if lengths is not None and _plain(lengths, table.dtype) is not lengths:
+        loops = _loaded_selection(self, k)
+        if loops is None or not k:
             return None
-        ids, scores = np.empty((1, k), np.int32), np.empty((1, k), table.dtype)
-        products = _scratch(n_items, table.dtype)
-        np.dot(table, query, out=products)
-        is_complete = loops.best_of_row(products, given, hidden, _NONE, ids[0], scores[0])
-        return (ids, scores) if is_complete else None
+        ids, scores = self._best(loops, query, k, _NONE if seen is None else seen.indices)
+        is_complete = scores.item(0) < math.inf and scores.item(k - 1) > -math.inf
+        return (ids[None], scores[None]) if is_complete else None
+
+    def _best(
+        self, loops: ModuleType, query: np.ndarray, k: int, hidden: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and scores (k,) of a query, as `selection.best_of_query` gives them."""
+        dtype = self.table.dtype
+        lengths = _NO_LENGTHS[dtype] if self.lengths is None else self.lengths
+        found: tuple[np.ndarray, np.ndarray] = loops.best_of_query(
+            self._rows, _plain(query, dtype), lengths, _plain(hidden, np.int32),
+            _scratch(len(self.table), dtype), k,
+        )  # fmt: skip
+        return found
 
     def _of_many(
         self,
@@ -305,36 +316,39 @@ def _of_few(
     """`Catalog.top_k` of a few queries."""
     # Every call of NumPy counts here: its code is not in a cache after a product with the table.
     table, lengths, n_items = catalog.table, catalog.lengths, len(catalog.table)
-    dtype, width, products = table.dtype, min(k, n_items), _scratch(n_items, table.dtype)
-    loops = _loaded_selection() if width <= _MOST_INSERTED else None
-    # The loops are compiled for lengths of the table's dtype. Others lead to scores of other bits.
-    divides = lengths is not None and (loops is None or _plain(lengths, dtype) is not lengths)
-    given = _NO_LENGTHS[dtype] if lengths is None or divides else lengths
-    hidden, excluded = _NONE, _NONE if excluded is None else _plain(excluded, np.int32)
-    ids, scores = np.empty((len(queries), k), np.int32), np.empty((len(queries), k), dtype)
+    width, loops = min(k, n_items), _loaded_selection(catalog, min(k, n_items))
+    ids, scores = empty(len(queries), k, table.dtype)
     for row in range(len(queries)):
-        # One product per query: a thin matrix product is much slower than products with vectors.
-        np.dot(table, queries[row], out=products)
-        if divides:
-            products /= lengths
+        hidden = _NONE if excluded is None else excluded
         if seen is not None:
-            hidden = _plain(seen.indices[seen.indptr[row] : seen.indptr[row + 1]], np.int32)
+            own = seen.indices[seen.indptr[row] : seen.indptr[row + 1]]
+            hidden = own if excluded is None else np.concatenate([own, excluded])
         if loops is None:
-            products[hidden] = products[excluded] = -np.inf
+            # A product with each query: one with a thin matrix is much slower.
+            products = np.dot(table, queries[row], out=_scratch(n_items, table.dtype))
+            if lengths is not None:
+                products /= lengths
+            products[hidden] = -np.inf
             best, found = largest(products, width)
         else:
-            found, best = ids[row, :width], scores[row, :width]
-            if loops.best_of_row(products, given, hidden, excluded, found, best) and width == k:
-                continue
-            found, best = found.copy(), best.copy()
-        ids[row], scores[row] = -1, NO_SCORE
+            found, best = catalog._best(loops, queries[row], width, hidden)
         keep(ids[row, :width], scores[row, :width], found, best)
     return ids, scores
 
 
-def _loaded_selection() -> ModuleType | None:
-    """The compiled loops if numba is loaded already, which takes a second; else None."""
-    return compiled.selection() if "numba" in sys.modules and compiled.is_available() else None
+def _loaded_selection(catalog: Catalog, k: int) -> ModuleType | None:
+    """The compiled loops for single queries, if they apply.
+
+    They do if numba is loaded already, which takes a second, if k is small, and if the arrays of
+    the catalog are of the types that the loops are compiled for.
+    """
+    table, lengths = catalog.table, catalog.lengths
+    if "numba" not in sys.modules or not (k <= _MOST_INSERTED and k <= len(table)):
+        return None
+    if lengths is not None and _plain(lengths, table.dtype) is not lengths:
+        return None
+    is_plain = table.flags.c_contiguous and compiled.is_available()
+    return compiled.selection() if is_plain else None
 
 
 def _plain(array: np.ndarray, dtype: DTypeLike) -> np.ndarray:

@@ -92,6 +92,10 @@ class _Emitter:
         """The sum total + a b."""
         return self.add(total, self.builder.fmul(a, b, flags=_FAST))
 
+    def add_to(self, total: ir.Value, a: ir.Value, b: ir.Value) -> None:
+        """Add a b to a variable."""
+        self.builder.store(self.multiply_add(self.builder.load(total), a, b), total)
+
     def zeros(self, count: int) -> list[ir.Value]:
         """Variables for sums, which the compiler keeps in registers."""
         zero = ir.Constant(self.vector, None)
@@ -121,6 +125,14 @@ class _Emitter:
             step *= 2
         return vectors
 
+    def store_sums(self, variables: list[ir.Value], data: ir.Value, at: ir.Value) -> None:
+        """Store the sums of the elements of each of G vectors, one after the other."""
+        found = self.collected(variables)
+        for number, value in enumerate(found):
+            place = self.builder.add(at, at.type(number * (GROUP // len(found))))
+            pointer = self.builder.bitcast(self.builder.gep(data, [place]), value.type.as_pointer())
+            self.builder.store(value, pointer, align=_size(self.kind))
+
     def prefetch(self, data: ir.Value, at: ir.Value) -> None:
         """Prefetch an element's cache line."""
         address = self.builder.gep(data, [at])
@@ -147,19 +159,46 @@ def _dots_intrinsic(
         with cgutils.for_range_slice(builder, *steps, inc=True) as (k, _):
             value, place = emitter.load(given, k), builder.add(first, k)
             for total in sums:
-                found = emitter.multiply_add(builder.load(total), emitter.load(data, place), value)
-                builder.store(found, total)
+                emitter.add_to(total, emitter.load(data, place), value)
                 place = builder.add(place, width)
-        target, _ = emitter.array(out, args[3])
-        found = emitter.collected(sums)
-        for number, value in enumerate(found):
-            place = width.type(number * (GROUP // len(found)))
-            element = builder.gep(target, [place])
-            pointer = builder.bitcast(element, value.type.as_pointer())
-            builder.store(value, pointer, align=_size(emitter.kind))
+        emitter.store_sums(sums, emitter.array(out, args[3])[0], width.type(0))
         return context.get_dummy_value()
 
     return types.void(rows, at, p, out), emit
+
+
+def _dots_of_table_intrinsic(
+    _: Context, table: types.Array, at: types.Type, p: types.Array, out: types.Array
+) -> Intrinsic:
+    """Write the products of rows at, ..., at + G - 1 of a table (N, K) to these places of `out`.
+
+    K is any number of at least a register's. A register may hold the last numbers of a row twice:
+    `p` has the first numbers of the other factor, as many as fill registers, and then its last ones
+    in a further register, with zeros in place of those that it repeats. The G rows after these are
+    prefetched.
+    """
+
+    def emit(
+        context: Context, builder: ir.IRBuilder, _: Signature, args: list[ir.Value]
+    ) -> ir.Value:
+        emitter = _Emitter(context, builder, p.dtype)
+        data, width = emitter.array(table, args[0])
+        given, size = emitter.array(p, args[2])
+        first, sums = builder.mul(args[1], width), emitter.zeros(GROUP)
+        soon, lanes = builder.mul(width, width.type(GROUP)), width.type(emitter.lanes)
+        most = builder.sub(width, lanes)
+        with cgutils.for_range_slice(builder, width.type(0), size, lanes, inc=True) as (k, _):
+            is_last = builder.icmp_signed(">", k, most)
+            column = builder.select(is_last, most, k)
+            value, place = emitter.load(given, k), builder.add(first, column)
+            for total in sums:
+                emitter.prefetch(data, builder.add(place, soon))
+                emitter.add_to(total, emitter.load(data, place), value)
+                place = builder.add(place, width)
+        emitter.store_sums(sums, emitter.array(out, args[3])[0], args[1])
+        return context.get_dummy_value()
+
+    return types.void(table, at, p, out), emit
 
 
 def _add_rows_intrinsic(
@@ -225,7 +264,7 @@ def _add_tile_intrinsic(
             value, at = emitter.load(data, at), builder.mul(loop.index, pitch_given)
             for j, total in enumerate(sums):
                 factor = emitter.spread(given, builder.add(at, builder.add(row, width.type(j))))
-                builder.store(emitter.multiply_add(builder.load(total), value, factor), total)
+                emitter.add_to(total, value, factor)
         first = builder.insert_element(
             ir.Constant(emitter.vector, ir.Undefined), args[3], _INDEX(0)
         )
@@ -266,7 +305,7 @@ def _multiply_intrinsic(
                 scalar = builder.mul(loop.index, line.type(GROUP))
                 for j, total in enumerate(sums):
                     factor = emitter.spread(given, builder.add(scalar, line.type(j)))
-                    builder.store(emitter.multiply_add(builder.load(total), value, factor), total)
+                    emitter.add_to(total, value, factor)
             for j, total in enumerate(sums):
                 at = builder.add(builder.mul(width, width.type(j)), place)
                 emitter.store(builder.load(total), target, builder.add(at, width.type(part)))
@@ -277,5 +316,6 @@ def _multiply_intrinsic(
 
 multiply: Any = intrinsic(_multiply_intrinsic)
 dots: Any = intrinsic(_dots_intrinsic)
+dots_of_table: Any = intrinsic(_dots_of_table_intrinsic)
 add_rows: Any = intrinsic(_add_rows_intrinsic)
 add_tile: Any = intrinsic(_add_tile_intrinsic)
