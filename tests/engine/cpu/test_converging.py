@@ -11,7 +11,7 @@ from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.engine import als
-from tpu_als.engine.cpu import compiled, exact, half_epoch
+from tpu_als.engine.cpu import compiled, eigenbasis, exact, half_epoch
 from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective, confidence, ridge
@@ -96,7 +96,9 @@ def test_solutions_are_accurate(name: str, factors: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_the_bits_of_a_row_depend_on_no_other_row(dtype: str) -> None:
+def test_the_bits_of_a_row_depend_on_no_other_row(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     objective, rows = OBJECTIVES["implicit"], _rows()
     source = _source(_table(50, dtype))
     rows.data[rows.indptr[5] : rows.indptr[6]] *= 1e3  # changes the bound on the weights
@@ -106,6 +108,31 @@ def test_the_bits_of_a_row_depend_on_no_other_row(dtype: str) -> None:
             found = source.on(n_threads).solve(rows[at], objective)
             np.testing.assert_array_equal(found, everything[at])
     np.testing.assert_array_equal(_source(source.table, 1).solve(rows, objective), everything)
+    monkeypatch.setattr(eigenbasis, "_KEPT_BYTES", 0)  # rows are rotated in each call
+    source = _source(source.table)
+    for at in ([7], [7], list(range(N_ROWS)), [20, 7, 7]):
+        np.testing.assert_array_equal(source.solve(rows[at], objective), everything[at])
+
+
+def test_rotated_rows_of_a_small_table_are_kept_until_they_change() -> None:
+    objective, table, rows = OBJECTIVES["implicit"], _table(16, "float32"), _rows()
+    source = _source(table)
+    rotated = source._eigenbasis()._source
+    row = rows[int((np.abs(np.diff(rows.indptr) - 40)).argmin())]
+    source.solve(row, objective)
+    assert rotated._kept is None  # one row needs few of them
+    for _ in range(N_SOURCE):
+        source.solve(row, objective)
+    kept = rotated._kept
+    assert kept is not None
+    changed = row.indices[0]
+    table[changed] *= -1  # the same gramian
+    other = sparse.csr_matrix(np.delete(np.eye(N_SOURCE, dtype=np.float32), changed, axis=0)[:1])
+    source.solve(other, objective)
+    assert rotated._kept is kept
+    found = source.solve(row, objective)
+    assert rotated._kept is None
+    assert _errors(found, _solved(table, row, objective)).max() < 1e-5
 
 
 HARD = {
@@ -157,12 +184,13 @@ def test_gramians_do_not_depend_on_the_order_of_memory(dtype: str) -> None:
 
 
 def test_memory_for_rotated_rows_has_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact, "_SMALL", 0)
+    monkeypatch.setattr(eigenbasis, "_SMALL", 0)
+    monkeypatch.setattr(eigenbasis, "_KEPT_BYTES", 0)
     objective, rows = OBJECTIVES["implicit"], _rows()
     source = _source(_table(16, "float32"))
     for row in range(1, N_ROWS):
         source.solve(rows[row], objective)
-    blocks = source._eigenbasis()._memory._free
+    blocks = source._eigenbasis()._source._memory._free
     assert 0 < sum(map(len, blocks.values())) <= N_SOURCE.bit_length()
 
 
@@ -204,6 +232,7 @@ def test_a_table_is_read_in_each_call() -> None:
     table[:] = table[::-1].copy()  # the same gramian
     found = source.solve(rows, objective)
     assert not np.allclose(found, before)
+    np.testing.assert_array_equal(source.solve(rows, objective), found)
     assert _errors(found, _solved(table, rows, objective)).max() < 1e-5
 
 

@@ -20,8 +20,8 @@ from tpu_als.engine.objective import Objective
 from tpu_als.exceptions import DataWarning
 
 _SOURCES = (
-    "jit.py", "kept_code.py", "intrinsics.py", "loops.py", "loss.py", "converging.py", "direct.py",
-    "selection.py", "vectors.py",
+    "jit.py", "kept_code.py", "intrinsics.py", "loops.py", "loss.py", "converging.py",
+    "rotation.py", "direct.py", "selection.py", "vectors.py",
 )  # fmt: skip
 _loading, _importing = threading.RLock(), threading.RLock()
 
@@ -65,6 +65,12 @@ def selection() -> ModuleType:
 def converging() -> ModuleType:
     """The module `engine.cpu.converging`, whose functions numba compiles when they are called."""
     return _load("converging")
+
+
+@functools.cache
+def rotation() -> ModuleType:
+    """The module `engine.cpu.rotation`, whose functions numba compiles when they are called."""
+    return _load("rotation")
 
 
 @functools.cache

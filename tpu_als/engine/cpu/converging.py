@@ -4,9 +4,6 @@
 dtype until they have reduced the residual by as much as the dtype allows. Then the residual is
 computed in float64, and they run again on what is left (iterative refinement).
 
-Rows are rotated here and not by BLAS, whose last bits depend on the number of rows. So the bits of
-a solution do not depend on the other rows.
-
 Axis letters: R rows, E entries, N source rows, K factors, P of them and pads to whole cache lines.
 """
 
@@ -21,7 +18,7 @@ from tpu_als.engine.cpu.intrinsics import prefetch
 from tpu_als.engine.cpu.jit import compiled, inner
 from tpu_als.engine.cpu.loops import BLOCK, Diagonal, Entries, Starts, confidence, scaled
 from tpu_als.engine.cpu.memory import LINE
-from tpu_als.engine.cpu.vectors import GROUP, add_rows, dots, multiply
+from tpu_als.engine.cpu.vectors import GROUP, add_rows, dots
 from tpu_als.engine.objective import Objective
 
 _ROUNDS = 8  # computations of the residual in float64; two are usual
@@ -46,30 +43,6 @@ class Limits(NamedTuple):
     tolerance: float
     steps: int
     relaxation: float
-
-
-@compiled
-def rotate(table: np.ndarray, ids: np.ndarray, tiles: np.ndarray, out: np.ndarray) -> None:
-    """Write the products of n rows of a table (N, K) and a matrix (K, P) to `out`.
-
-    If `out` (n, O) has fewer columns than the matrix, the last ones are left out. Sums have the
-    dtype of `tiles`, which hold the matrix in the form for `vectors.multiply`. Products of a row do
-    not depend on the other rows. The id N stands for a row of zeros.
-    """
-    n_rows, n_factors = table.shape
-    columns = np.empty((n_factors, GROUP), tiles.dtype)
-    sums = np.empty((GROUP, len(tiles) * tiles.shape[2]), tiles.dtype)
-    for at in range(0, len(ids), GROUP):
-        count = min(len(ids) - at, GROUP)
-        for j in range(GROUP):
-            row = ids[at + j] if j < count else n_rows
-            for k in range(n_factors):
-                columns[k, j] = table[row, k] if row < n_rows else 0
-        for tile in range(len(tiles)):
-            multiply(columns, tiles, tile, sums)
-        for j in range(count):
-            for k in range(out.shape[1]):
-                out[at + j, k] = sums[j, k]
 
 
 class Block(NamedTuple):

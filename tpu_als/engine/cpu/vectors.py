@@ -36,6 +36,8 @@ def _register_bytes() -> int:
 
 
 REGISTER_BYTES = _register_bytes()
+# Columns of a product that are computed together, in cache lines: as many as fill registers.
+TILES = 2 if REGISTER_BYTES == LINE else 1
 
 
 class _Emitter:
@@ -281,9 +283,10 @@ def _add_tile_intrinsic(
 def _multiply_intrinsic(
     _: Context, columns: types.Array, tiles: types.Array, tile: types.Type, out: types.Array
 ) -> Intrinsic:
-    """Write products of G rows, given as `columns` (K, G), and a tile (K, L) to `out` (G, P).
+    """Write products of G rows, given as `columns` (K, G), and tiles (K, L) to `out` (G, P).
 
-    `tiles` (P / L, K, L) are all columns of a matrix (K, P). L numbers fill a cache line.
+    `tiles` (P / L, K, L) are all columns of a matrix (K, P). L numbers fill a cache line. The tiles
+    are those at `tile` and after it, `TILES` of them.
     """
 
     def emit(
@@ -295,20 +298,26 @@ def _multiply_intrinsic(
         target, width = emitter.array(out, args[3])
         shape = context.make_array(tiles)(context, builder, args[1]).shape
         count = cgutils.unpack_tuple(builder, shape)[1]
-        first = builder.mul(args[2], builder.mul(count, line))
-        place = builder.mul(args[2], line)
+        pitch = builder.mul(count, line)
+        first, place = builder.mul(args[2], pitch), builder.mul(args[2], line)
         for part in range(0, LINE // _size(emitter.kind), emitter.lanes):
-            sums = emitter.zeros(GROUP)
+            sums = [emitter.zeros(GROUP) for _ in range(TILES)]
             with cgutils.for_range(builder, count) as loop:
                 at = builder.add(first, builder.mul(loop.index, line))
-                value = emitter.load(data, builder.add(at, line.type(part)))
+                values = []
+                for _tile in sums:
+                    values.append(emitter.load(data, builder.add(at, line.type(part))))
+                    at = builder.add(at, pitch)
                 scalar = builder.mul(loop.index, line.type(GROUP))
-                for j, total in enumerate(sums):
+                for j in range(GROUP):
                     factor = emitter.spread(given, builder.add(scalar, line.type(j)))
-                    emitter.add_to(total, value, factor)
-            for j, total in enumerate(sums):
-                at = builder.add(builder.mul(width, width.type(j)), place)
-                emitter.store(builder.load(total), target, builder.add(at, width.type(part)))
+                    for value, totals in zip(values, sums, strict=True):
+                        emitter.add_to(totals[j], value, factor)
+            for number, of_tile in enumerate(sums):
+                low = builder.add(place, builder.mul(line, line.type(number)))
+                for j, total in enumerate(of_tile):
+                    at = builder.add(builder.mul(width, width.type(j)), low)
+                    emitter.store(builder.load(total), target, builder.add(at, width.type(part)))
         return context.get_dummy_value()
 
     return types.void(columns, tiles, tile, out), emit
