@@ -14,8 +14,8 @@ from scipy import sparse
 from tpu_als import FeatureTable, TPUAlternatingLeastSquares
 from tpu_als.tuning import budget, plan, scales, split
 from tpu_als.tuning.halving import Found, Halving
-from tpu_als.tuning.space import BALANCE, EPSILON, RIDGE, STARTS, Settings, Space
-from tpu_als.tuning.trials import Size, Trial
+from tpu_als.tuning.space import BALANCE, EPSILON, RIDGE, STARTS, Settings, Size, Space
+from tpu_als.tuning.trials import Trial
 
 
 @pytest.mark.parametrize(
