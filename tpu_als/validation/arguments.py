@@ -18,6 +18,7 @@ from tpu_als.validation.matrices import warn_if_converted as warn_if_converted
 
 GROWTH = 1_000_000  # rows that a partial fit may add to a table, in addition to doubling it
 _MOST_PADDING = 1 << 26  # bytes of results that are mostly padding
+_LARGEST_ID = 1 << 63
 _FEW = 1 << 13  # results that need no check of the memory
 
 
@@ -86,7 +87,8 @@ def ids_of(
         For ids that are not integers, are negative or are beyond the table. NumPy would count
         negative ids from the end, and JAX would clamp ids beyond the table.
     """
-    if type(ids) is int and count is not None and 0 <= ids < count:  # a server's usual call
+    # A server's usual call.
+    if type(ids) is int and 0 <= ids < (_LARGEST_ID if count is None else count):
         return np.array([ids]), True, None
     array, is_scalar, mask = _integers(ids, name, count)
     if count is not None and array.size and (array.min() < 0 or array.max() >= count):

@@ -29,6 +29,7 @@ _SMALL = 1 << 15  # numbers of rotated rows that take no memory of the pool
 _LEAST_ROTATION = 1 << 21  # multiplications for which a thread pays
 _MANY = 4  # entries for each source row from which all source rows are rotated
 _KEPT_BYTES = 1 << 25  # of a table whose rotated rows are kept
+_FIRST = read_only(np.arange(1))
 
 
 class Eigenbasis:
@@ -56,6 +57,7 @@ class Eigenbasis:
         self._tiles_back = read_only(tiles_of(rotation.T.astype(table.dtype)))
         self._dtype, self._factors, self._spectrum = table.dtype, table.shape[1], spectrum
         self._source = _RotatedRows(table, self._tiles, len(spectrum))
+        self._no_priors = read_only(np.empty((0, len(spectrum)), table.dtype))
         # The latest call's objective and largest value, and its settings and diagonal part.
         self._latest: tuple[tuple[Objective, float], Settings, Diagonal] | None = None
 
@@ -75,10 +77,9 @@ class Eigenbasis:
         least, most = (values.min(), values.max()) if len(values) else (1, 1)
         settings, diagonal = self._settings(max(float(most), -float(least)), objective)
         source, ids = self._source.of(rows, n_threads)
-        given = Rows(
-            rows.indptr[:-1].astype(np.int64), np.diff(rows.indptr).astype(np.int64), ids,
-            None if least == 1 == most else values, prior,
-        )  # fmt: skip
+        cells = rows.indptr.astype(np.int64)
+        known = None if least == 1 == most else values
+        given = Rows(cells[:-1], cells[1:] - cells[:-1], ids, known, prior)
         out = np.empty((n_rows, self._factors), self._dtype)
 
         def work(at: slice) -> None:
@@ -100,24 +101,24 @@ class Eigenbasis:
         rotated = np.zeros((len(out), source.shape[1]), self._dtype)
         loops.solve_rows(
             rotated,
-            compiled.loops().Starts(part.cells, part.lengths, read_only(self._priors(part))),
+            compiled.loops().Starts(part.cells, part.lengths, self._priors(part)),
             loops.Entries(source, part.ids, part.values, half_epoch.prefetched(source)),
             settings.objective, diagonal,
             loops.Limits(settings.tolerance, settings.steps, settings.relaxation),
         )  # fmt: skip
-        ids = read_only(np.arange(len(rotated)))
+        ids = _FIRST if len(rotated) == 1 else read_only(np.arange(len(rotated)))
         compiled.rotation().rotate(read_only(rotated), ids, self._tiles_back, out)
 
     def _priors(self, part: Rows) -> np.ndarray:
         """The rotated priors (R, P) of some rows, or an empty array."""
         dtype, width = self._dtype, len(self._spectrum)
         if part.priors is None:
-            return np.empty((0, width), dtype)
+            return self._no_priors
         out, ids = np.zeros((len(part.priors), width), dtype), np.arange(len(part.priors))
         compiled.rotation().rotate(
             read_only(part.priors.astype(dtype, copy=False)), read_only(ids), self._tiles, out
         )
-        return out
+        return read_only(out)
 
     def _settings(self, largest: float, objective: Objective) -> tuple[Settings, Diagonal]:
         """How to solve rows with values up to this one, and the diagonal part of the equations."""
