@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import pytest
 
-from tpu_als.engine.cpu import vectors
+from tpu_als.engine.cpu import emitter, vectors
 from tpu_als.engine.cpu.vectors import GROUP
 
 WIDTH = 48
@@ -18,7 +18,7 @@ DTYPES = [("float32", "float32"), ("float32", "float64"), ("float64", "float64")
 @pytest.fixture(params=[16, 32, 64])
 def register_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """The size of registers for which functions are compiled; LLVM splits those it has not."""
-    monkeypatch.setattr(vectors, "REGISTER_BYTES", request.param)
+    monkeypatch.setattr(emitter, "REGISTER_BYTES", request.param)
     return int(request.param)
 
 

@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tpu_als.engine.cpu.emitter import REGISTER_BYTES
 from tpu_als.engine.cpu.jit import compiled, inner
 from tpu_als.engine.cpu.loops import BLOCK, Diagonal, Entries, Starts, confidence, scaled
 from tpu_als.engine.cpu.memory import LINE
-from tpu_als.engine.cpu.vectors import GROUP, REGISTER_BYTES, add_tile
+from tpu_als.engine.cpu.vectors import GROUP, add_tile
 from tpu_als.engine.objective import Objective
 
 _CHUNK = 32  # entries whose products are summed in registers

@@ -51,3 +51,52 @@ def _widen_intrinsic(_: Context, number: types.Type) -> Intrinsic:
 
 
 widen: Any = intrinsic(_widen_intrinsic)
+
+
+def _bits_of(number: types.Type) -> tuple[ir.Type, ir.Type]:
+    """LLVM's types of a float and of its bits."""
+    if number == types.float32:
+        return ir.FloatType(), ir.IntType(32)
+    return ir.DoubleType(), ir.IntType(64)
+
+
+def _mirrored(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    """Bits of a float with those of negative numbers inverted, except the sign; its own inverse."""
+    width = bits.type.width
+    sign = builder.ashr(bits, bits.type(width - 1))
+    return builder.xor(bits, builder.and_(sign, bits.type((1 << (width - 1)) - 1)))
+
+
+def _order_of_intrinsic(_: Context, number: types.Type) -> Intrinsic:
+    """Return an integer for a float, in the same order: that of -0.0 is below that of 0.0."""
+
+    def emit(_: Context, builder: ir.IRBuilder, __: Signature, args: list[ir.Value]) -> ir.Value:
+        bits = builder.bitcast(args[0], _bits_of(number)[1])
+        return builder.sext(_mirrored(builder, bits), ir.IntType(64))
+
+    return types.int64(number), emit
+
+
+def _float_at_intrinsic(_: Context, __: types.Type, like: types.Type) -> Intrinsic:
+    """Return the float of the type of `like` with this value of `order_of`."""
+
+    def emit(_: Context, builder: ir.IRBuilder, _s: Signature, args: list[ir.Value]) -> ir.Value:
+        kind, integer = _bits_of(like)
+        bits = args[0] if integer.width == 64 else builder.trunc(args[0], integer)
+        return builder.bitcast(_mirrored(builder, bits), kind)
+
+    return like(types.int64, like), emit
+
+
+def _lowest_bit_intrinsic(_: Context, bits: types.Type) -> Intrinsic:
+    """Return the place of the lowest 1 of an integer that is not 0."""
+
+    def emit(_: Context, builder: ir.IRBuilder, __: Signature, args: list[ir.Value]) -> ir.Value:
+        return builder.cttz(args[0], ir.IntType(1)(1))
+
+    return bits(bits), emit
+
+
+order_of: Any = intrinsic(_order_of_intrinsic)
+float_at: Any = intrinsic(_float_at_intrinsic)
+lowest_bit: Any = intrinsic(_lowest_bit_intrinsic)

@@ -204,16 +204,13 @@ class _Selection:
     def __init__(
         self, catalog: Catalog, k: int, excluded: np.ndarray | None, n_columns: int
     ) -> None:
-        dtype = catalog.dtype
         self._catalog, self._k, self._n_columns = catalog, k, n_columns
+        self._loops, dtype = compiled.selection(), catalog.dtype
         lengths = np.empty(0, dtype) if catalog.lengths is None else catalog.lengths
-        self._lengths = read_only(np.ascontiguousarray(lengths, dtype))
+        lengths = np.ascontiguousarray(lengths, dtype)
+        with np.errstate(divide="ignore", over="ignore"):
+            self._lengths = self._loops.Lengths(read_only(lengths), read_only(1 / lengths))
         self._excluded = np.sort(np.asarray(() if excluded is None else excluded, np.int32))
-        # The cost is about that of finding the k-th of the blocks' maxima, and of reading k blocks.
-        best = math.isqrt(4 * n_columns // k)
-        self._loops = compiled.selection()
-        most = max(min(best, n_columns // (4 * k)), 1)
-        self._width = next(width for width in self._loops.WIDTHS if width <= most)
 
     def __call__(
         self, queries: np.ndarray, items: range, seen: Seen, ids: np.ndarray, scores: np.ndarray
@@ -237,14 +234,14 @@ class _Selection:
             between = np.searchsorted(self._excluded, (low, low + len(rows)))
             excluded = read_only(self._excluded[slice(*between)])
             hidden = loops.Hidden(self._lengths, *seen, excluded)
-            loops.select(products, low, hidden, k, self._width, candidates)
+            loops.select(products, low, hidden, k, candidates)
         catalog.unused.append(scratch)
         if k <= _MOST_INSERTED:
             loops.finish(candidates, k, ids, scores)
             return
-        best = candidates.scores[:, :k]
-        order = np.argsort(-best, axis=1, kind="stable")
-        found, best = (np.take_along_axis(a, order, 1) for a in (candidates.ids, best))
+        best, found = candidates.scores[:, :k], candidates.ids[:, :k]
+        order = np.lexsort((found, -best), axis=1)
+        found, best = (np.take_along_axis(a, order, 1) for a in (found, best))
         keep(ids[:, :k], scores[:, :k], found, best)
 
     def _memory(self, size: int) -> np.ndarray:

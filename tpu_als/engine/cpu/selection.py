@@ -1,7 +1,7 @@
 """Loops that select the k largest scores of each row, compiled by numba.
 
 `compiled.selection` imports this module when it is needed. A row is read twice: once for the
-maximum of each block of columns, and once more in the blocks whose maximum is large enough.
+maximum of each block of scores, and once more in the blocks whose maximum is large enough.
 Arrays are accessed by index and never sliced: numba would count the references to a slice, in
 memory that all threads share.
 
@@ -10,17 +10,15 @@ Axis letters: B rows of scores, n columns, C capacity of the lists of candidates
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from tpu_als.engine.cpu.jit import compiled, inner, inner_without_nan
-from tpu_als.engine.cpu.vectors import GROUP, REGISTER_BYTES, dots_of_table
-
-WIDTHS = 32, 16, 8, 4, 1  # columns of a block
-_WIDTH = 16  # of a single row
-_FEW = 16  # up to this many numbers are kept in order
+from tpu_als.engine.cpu.comparisons import at_least, maxima
+from tpu_als.engine.cpu.emitter import REGISTER_BYTES
+from tpu_als.engine.cpu.intrinsics import float_at, lowest_bit, order_of
+from tpu_als.engine.cpu.jit import compiled, inner
+from tpu_als.engine.cpu.vectors import GROUP, dots_of_table
 
 
 class Candidates(NamedTuple):
@@ -44,13 +42,26 @@ class Candidates(NamedTuple):
     bounds: np.ndarray
 
 
+class Lengths(NamedTuple):
+    """What scores are divided by; both are empty for 1.
+
+    Attributes
+    ----------
+    values, inverses : (n,)
+        The lengths and their inverses. Products with these are within two roundings of the scores.
+    """
+
+    values: np.ndarray
+    inverses: np.ndarray
+
+
 class Hidden(NamedTuple):
     """What becomes of the scores before the selection.
 
     Attributes
     ----------
-    lengths : (n,)
-        What they are divided by; empty for 1.
+    lengths : Lengths
+        What they are divided by.
     starts, seen : int (B + 1,), int32
         Columns to hide in each row, as in the `indptr` and `indices` of CSR; empty for none.
         Columns outside the block of scores are ignored.
@@ -58,45 +69,43 @@ class Hidden(NamedTuple):
         Columns to hide in all rows.
     """
 
-    lengths: np.ndarray
+    lengths: Lengths
     starts: np.ndarray
     seen: np.ndarray
     excluded: np.ndarray
 
 
 @inner
-def _kth(numbers: np.ndarray, n: int, k: int) -> float:
-    """The k-th largest of n numbers, which are reordered (Hoare's quickselect)."""
-    low, high, wanted = 0, n - 1, k - 1
-    while low < high:
-        a, b, c = numbers[low], numbers[(low + high) // 2], numbers[high]
-        pivot = max(min(a, b), min(max(a, b), c))
-        i, j = low, high
-        while i <= j:
-            while numbers[i] > pivot:
-                i += 1
-            while numbers[j] < pivot:
-                j -= 1
-            if i <= j:
-                numbers[i], numbers[j] = numbers[j], numbers[i]
-                i += 1
-                j -= 1
-        if wanted <= j:
-            high = j
-        elif wanted >= i:
-            low = i
+def _kth(numbers: np.ndarray, row: int, n: int, places: tuple[int, int], keys: np.ndarray) -> float:
+    """A number that at least places[0] of the first n in a row are not below, by bisection.
+
+    It is the largest such number, or one that at most places[1] are not below.
+    """
+    (least, most), low, high = places, np.int64(1) << 62, -(np.int64(1) << 62)
+    low, high = low + (low - 1), high + high
+    for at in range(n):
+        keys[at] = order_of(numbers[row, at])
+        low, high = min(low, keys[at]), max(high, keys[at])
+    high += 1
+    while low + 1 < high:
+        middle, count = (low >> 1) + (high >> 1) + (low & high & 1), 0
+        for at in range(n):
+            count += keys[at] >= middle
+        if count < least:
+            high = middle
         else:
-            break
-    return numbers[wanted]
+            low = middle
+            if count <= most:
+                break
+    return float_at(low, numbers[row, 0])
 
 
 @inner
-def _keep_k(candidates: Candidates, row: int, n: int, k: int, scratch: np.ndarray) -> float:
+def _keep_k(
+    scores: np.ndarray, ids: np.ndarray, row: int, n: int, k: int, keys: np.ndarray
+) -> float:
     """Keep the k largest of n candidates of a row, the first ones of equals; return the least."""
-    scores, ids, _, _ = candidates
-    for at in range(n):
-        scratch[at] = scores[row, at]
-    least, larger, kept = _kth(scratch, n, k), 0, 0
+    least, larger, kept = _kth(scores, row, n, (k, 0), keys), 0, 0
     for at in range(n):
         larger += scores[row, at] > least
     equals = k - larger
@@ -110,91 +119,118 @@ def _keep_k(candidates: Candidates, row: int, n: int, k: int, scratch: np.ndarra
 
 
 @inner
-def _divide(products: np.ndarray, row: int, lengths: np.ndarray, first: int) -> np.int32:
-    """Divide the scores of a row by lengths, if any; return how many are NaN or infinite."""
-    n_bad, top = np.int32(0), products.dtype.type(np.inf)
-    if len(lengths):
-        for column in range(products.shape[1]):
-            score = products[row, column] / lengths[first + column]
-            products[row, column] = score
-            n_bad += np.int32(not score < top)
-    else:
-        for column in range(products.shape[1]):
-            n_bad += np.int32(not products[row, column] < top)
-    return n_bad
+def _depth(n: int, k: int) -> int:
+    """Numbers of a column whose maximum is computed, for k of n scores."""
+    # With 4k columns, few of the k largest scores are in the same one.
+    return max(n // (4 * k), 1)
 
 
-def _maxima_by(width: int) -> Callable[..., None]:
-    """Compile a function that writes the maximum of each block of `width` columns of a row."""
+@inner
+def _write_maxima(
+    products: np.ndarray, row: int, depth: int, inverses: np.ndarray, first: int, out: np.ndarray
+) -> tuple[int, bool]:
+    """Write maxima of a row's scores to `out` (1, m).
 
-    @inner_without_nan
-    def maxima(products: np.ndarray, row: int, out: np.ndarray) -> None:
-        n = products.shape[1]
-        n_full = n // width
-        for block in range(n_full):
-            low = block * width
-            top = products[row, low]
-            for column in range(low, low + width):
+    Products are multiplied by the inverses of lengths from the first on, unless that is negative.
+    Returns the number of maxima, and whether a score is NaN or infinite.
+    """
+    n, lanes = products.shape[1], REGISTER_BYTES // products.itemsize
+    n_wide, place, is_wrong = n - n % lanes, 0, False
+    for low in range(0, n_wide, depth * lanes):
+        count, factor = min(depth, (n_wide - low) // lanes), first + low if first >= 0 else -1
+        is_wrong |= maxima(products, inverses, (row * n + low, count, factor, place), out)
+        place += lanes
+    for column in range(n_wide, n):
+        score = products[row, column]
+        if first >= 0:
+            score *= inverses[first + column]
+        is_wrong |= not score < np.inf
+        out[0, place] = score
+        place += 1
+    return place, is_wrong
+
+
+@inner
+def _clean(products: np.ndarray, row: int, lengths: np.ndarray, first: int) -> None:
+    """Divide the scores of a row by lengths, if any; infinity replaces NaN."""
+    highest = products.dtype.type(np.inf)
+    for column in range(products.shape[1]):
+        score = products[row, column]
+        if len(lengths):
+            score /= lengths[first + column]
+        products[row, column] = score if score < highest else highest
+
+
+@inner
+def _slack(bound: float) -> float:
+    """How far a product with an inverse may be from a score of about this size."""
+    info = np.finfo(type(bound))
+    return type(bound)(8 * info.eps * abs(bound) + 4 * info.tiny)
+
+
+@inner
+def _select(
+    products: np.ndarray, first: int, hidden: Hidden, k: int, candidates: Candidates
+) -> None:
+    """`select`, in other compiled functions."""
+    # Arrays are taken from tuples here, and not for each row: numba counts the references.
+    (values, inverses), starts, seen, excluded = hidden
+    scores, ids, sizes, bounds = candidates
+    kind, (n_rows, n), capacity = products.dtype.type, products.shape, scores.shape[1]
+    lanes, depth = REGISTER_BYTES // products.itemsize, _depth(n, k)
+    room, n_wide = n // depth + 2 * lanes, n - n % lanes
+    tops, keys = np.empty((1, room), kind), np.empty(max(room, capacity), np.int64)
+    for row in range(n_rows):
+        if len(starts):
+            for at in range(starts[row], starts[row + 1]):
+                column = seen[at] - first
+                if 0 <= column < n:
+                    products[row, column] = -np.inf
+        for at in range(len(excluded)):
+            products[row, excluded[at] - first] = -np.inf
+        is_scaled, factor = len(values) > 0, first if len(values) else -1
+        n_tops, is_wrong = _write_maxima(products, row, depth, inverses, factor, tops)
+        if is_wrong:
+            _clean(products, row, values, first)
+            is_scaled, factor = False, -1
+            n_tops, _ = _write_maxima(products, row, depth, inverses, factor, tops)
+        size, bound = sizes[row], bounds[row]
+        is_full = size >= k
+        if not is_full and n_tops >= k:
+            top = _kth(tops, 0, n_tops, (k, k + k // 4 + 2), keys)
+            bound = max(bound, top - _slack(top) if is_scaled else top)
+        least = bound - _slack(bound) if is_scaled else bound
+        for low in range(0, n, lanes):
+            bits = (1 << (n - low)) - 1
+            if low < n_wide:
+                place = row * n + low, factor + low if is_scaled else -1
+                bits = at_least(products, inverses, place, least)
+            while bits:
+                column = low + lowest_bit(bits)
+                bits &= bits - 1
                 score = products[row, column]
-                top = score if score > top else top
-            out[block] = top
-        if n_full * width < n:
-            top = products[row, n_full * width]
-            for column in range(n_full * width, n):
-                score = products[row, column]
-                top = score if score > top else top
-            out[n_full] = top
-
-    return maxima
-
-
-# With a width that the compiler knows, this takes a third of the time.
-_maxima_by_32, _maxima_by_16, _maxima_by_8, _maxima_by_4, _maxima_by_1 = map(_maxima_by, WIDTHS)
+                if is_scaled:
+                    score /= values[first + column]
+                # Of equal scores the first columns are kept.
+                if score > bound or (score == bound and not is_full):
+                    scores[row, size], ids[row, size] = score, first + column
+                    size += 1
+                    if size == capacity:
+                        bound, size, is_full = _keep_k(scores, ids, row, size, k, keys), k, True
+                        least = bound - _slack(bound) if is_scaled else bound
+        if size > k:
+            bound, size = _keep_k(scores, ids, row, size, k, keys), k
+        sizes[row], bounds[row] = size, bound if size == k else kind(-np.inf)
 
 
 @inner
-def _maxima(products: np.ndarray, row: int, width: int, out: np.ndarray) -> None:
-    """Write the maximum of each block of columns of a row; the width is one of `WIDTHS`."""
-    if width == 32:
-        _maxima_by_32(products, row, out)
-    elif width == 16:
-        _maxima_by_16(products, row, out)
-    elif width == 8:
-        _maxima_by_8(products, row, out)
-    elif width == 4:
-        _maxima_by_4(products, row, out)
-    else:
-        _maxima_by_1(products, row, out)
-
-
-@inner
-def _kth_kept(numbers: np.ndarray, n: int, k: int, scratch: np.ndarray) -> float:
-    """The k-th largest of n numbers, which stay as they are."""
-    if k > _FEW:
-        for at in range(n):
-            scratch[at] = numbers[at]
-        return _kth(scratch, n, k)
-    for at in range(k):  # the k largest so far, in order
-        scratch[at] = -np.inf
-    for number in range(n):
-        value = numbers[number]
-        if value > scratch[k - 1]:
-            at = k - 1
-            while at > 0 and scratch[at - 1] < value:
-                scratch[at] = scratch[at - 1]
-                at -= 1
-            scratch[at] = value
-    return scratch[k - 1]
-
-
-@inner
-def _insert(scores: np.ndarray, ids: np.ndarray, size: int, score: float, column: int) -> None:
-    """Insert a score into a list in order, behind its equals; the last one of the list is lost."""
-    at = size - 1
-    while at > 0 and scores[at - 1] < score:
-        scores[at], ids[at] = scores[at - 1], ids[at - 1]
-        at -= 1
-    scores[at], ids[at] = score, column
+def _place(scores: np.ndarray, ids: np.ndarray, row: int, k: int, at: int) -> int:
+    """The place of a candidate among the first k of a row, best first; equals by their columns."""
+    score, column, place = scores[row, at], ids[row, at], 0
+    for other in range(k):
+        is_before = (scores[row, other] == score) & (ids[row, other] < column)
+        place += (scores[row, other] > score) | is_before
+    return place
 
 
 @inner
@@ -234,7 +270,7 @@ def best_of_query(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Select the rows of a table with the largest products, in order; of equals, the first rows.
 
-    It is for few places, as each new score is inserted among the larger ones.
+    It is for few places, as each result is compared with all others.
 
     Parameters
     ----------
@@ -258,41 +294,27 @@ def best_of_query(
         infinity.
     """
     n, kind = len(products), products.dtype.type
-    ids, scores = np.zeros(k, np.int32), np.empty(k, kind)
-    lowest, highest, row = kind(-np.inf), kind(np.inf), products.reshape((1, n))
     _score(table, query, products)
-    n_bad = _divide(row, 0, lengths, 0)
-    for at in range(len(hidden)):
-        products[hidden[at]] = lowest
-    if n_bad:
-        for column in range(n):
-            if not products[column] < highest:
-                products[column] = highest
-    n_blocks = (n + _WIDTH - 1) // _WIDTH
-    maxima = np.empty(n_blocks, kind)
-    _maxima(row, 0, _WIDTH, maxima)
+    inverses, none = np.empty(len(lengths), kind), np.empty(0, np.int32)
+    for at in range(len(lengths)):
+        inverses[at] = kind(1) / lengths[at]
+    shape = 1, min(2 * k + 32, n + 1)
+    candidates = Candidates(
+        np.empty(shape, kind), np.empty(shape, np.int32),
+        np.zeros(1, np.int64), np.full(1, -np.inf, kind),
+    )  # fmt: skip
+    limits = Hidden(Lengths(lengths, inverses), none, none, hidden)
+    _select(products.reshape((1, n)), 0, limits, k, candidates)
+    ids, scores = np.empty(k, np.int32), np.empty(k, kind)
     for at in range(k):
-        scores[at] = lowest
-    if n_blocks >= k:
-        for block in range(n_blocks):
-            if maxima[block] > scores[k - 1]:
-                _insert(scores, ids, k, maxima[block], 0)
-    # At least k scores are as large as the k-th of the maxima.
-    bound, size = scores[k - 1], 0
-    for block in range(n_blocks):
-        if maxima[block] < bound:
-            continue
-        for column in range(block * _WIDTH, min(block * _WIDTH + _WIDTH, n)):
-            score = products[column]
-            if score >= bound and (size < k or score > scores[k - 1]):
-                size += size < k
-                _insert(scores, ids, size, score, column)
+        place = _place(candidates.scores, candidates.ids, 0, k, at)
+        ids[place], scores[place] = candidates.ids[0, at], candidates.scores[0, at]
     return ids, scores
 
 
 @compiled
 def select(
-    products: np.ndarray, first: int, hidden: Hidden, k: int, width: int, candidates: Candidates
+    products: np.ndarray, first: int, hidden: Hidden, k: int, candidates: Candidates
 ) -> None:
     """Add the scores of a block of columns to the candidates of each row.
 
@@ -306,49 +328,10 @@ def select(
         Columns to hide, which count from the first of the whole table.
     k : int
         Number of candidates to keep, at least 1.
-    width : int
-        Columns of a block for which a maximum is computed; one of `WIDTHS`.
     candidates : Candidates
         Those of the columns before; overwritten. At most k are left of each row.
     """
-    scores, ids, sizes, bounds = candidates
-    lengths, starts, seen, excluded = hidden
-    n, capacity, kind = products.shape[1], scores.shape[1], products.dtype.type
-    n_blocks, lowest, highest = (n + width - 1) // width, kind(-np.inf), kind(np.inf)
-    maxima, scratch = np.empty(n_blocks, kind), np.empty(max(capacity, n_blocks), kind)
-    for row in range(len(products)):
-        if len(starts):
-            for at in range(starts[row], starts[row + 1]):
-                column = seen[at] - first
-                if 0 <= column < n:
-                    products[row, column] = lowest
-        for at in range(len(excluded)):
-            products[row, excluded[at] - first] = lowest
-        if _divide(products, row, lengths, first):
-            for column in range(n):
-                if not products[row, column] < highest:
-                    products[row, column] = highest
-        _maxima(products, row, width, maxima)
-        size, bound = sizes[row], bounds[row]
-        is_full = size >= k
-        if not is_full and n_blocks >= k:
-            bound = max(bound, _kth_kept(maxima, n_blocks, k, scratch))
-        for block in range(n_blocks):
-            if maxima[block] < bound:
-                continue
-            for column in range(block * width, min(block * width + width, n)):
-                score = products[row, column]
-                # Of equal scores the first columns are kept.
-                if score > bound or (score == bound and not is_full):
-                    scores[row, size], ids[row, size] = score, first + column
-                    size += 1
-                    if size == capacity:
-                        bound, size, is_full = _keep_k(candidates, row, size, k, scratch), k, True
-        if size > k:
-            bound, size, is_full = _keep_k(candidates, row, size, k, scratch), k, True
-        elif size < k:
-            bound = lowest
-        sizes[row], bounds[row] = size, bound
+    _select(products, first, hidden, k, candidates)
 
 
 @compiled
@@ -358,28 +341,18 @@ def finish(candidates: Candidates, k: int, ids: np.ndarray, scores: np.ndarray) 
     Parameters
     ----------
     candidates : Candidates
-        Those of all columns, at least k of each row. They are reordered.
+        Those of all columns, at least k of each row.
     k : int
-        Number of places of a row; for a few, as each candidate is inserted among the larger ones.
+        Number of places of a row; for a few, as each candidate is compared with all others.
     ids, scores : int32 (B, n), (B, n)
         The results, n at least k. Places of hidden columns are left as they are. Scores that are
         NaN or infinite become NaN, and leave the id as it is.
     """
-    best, columns, _, _ = candidates
-    kind = scores.dtype.type
+    (best, columns, _, _), kind = candidates, scores.dtype.type
     for row in range(len(ids)):
-        for at in range(1, k):
-            score, column, place = best[row, at], columns[row, at], at
-            while place > 0 and best[row, place - 1] < score:
-                best[row, place], columns[row, place] = (
-                    best[row, place - 1],
-                    columns[row, place - 1],
-                )
-                place -= 1
-            best[row, place], columns[row, place] = score, column
         for at in range(k):
-            score = best[row, at]
+            score, place = best[row, at], _place(best, columns, row, k, at)
             if not score < kind(np.inf):
-                scores[row, at] = kind(np.nan)
+                scores[row, place] = kind(np.nan)
             elif score > kind(-np.inf):
-                scores[row, at], ids[row, at] = score, columns[row, at]
+                scores[row, place], ids[row, place] = score, columns[row, at]

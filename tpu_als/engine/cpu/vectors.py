@@ -13,136 +13,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
-from tpu_als.engine.cpu.intrinsics import emit_prefetch
+from tpu_als.engine.cpu.emitter import REGISTER_BYTES, Emitter, size_of
 from tpu_als.engine.cpu.jit import Context, Intrinsic
 from tpu_als.engine.cpu.memory import LINE
 
 GROUP = 8  # rows that are processed together
-_FAST = "reassoc", "contract", "arcp", "nsz"
-_INDEX = ir.IntType(32)
-
-
-def _register_bytes() -> int:
-    """Size of a vector register of this CPU."""
-    features = llvmlite.binding.get_host_cpu_features()
-    return 64 if features.get("avx512f") else 32 if features.get("avx2") else 16
-
-
-REGISTER_BYTES = _register_bytes()
 # Columns of a product that are computed together, in cache lines: as many as fill registers.
 TILES = 2 if REGISTER_BYTES == LINE else 1
-
-
-class _Emitter:
-    """Writes the instructions that the intrinsics share."""
-
-    def __init__(self, context: Context, builder: ir.IRBuilder, dtype: types.Type) -> None:
-        self.context, self.builder = context, builder
-        self.kind = context.get_value_type(dtype)
-        self.lanes = REGISTER_BYTES // _size(self.kind)
-        self.vector = ir.VectorType(self.kind, self.lanes)
-
-    def array(self, kind: types.Array, value: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Address and number of columns of an array."""
-        found = self.context.make_array(kind)(self.context, self.builder, value)
-        return found.data, cgutils.unpack_tuple(self.builder, found.shape)[-1]
-
-    def pointer(self, data: ir.Value, at: ir.Value) -> ir.Value:
-        """Address of a vector of elements."""
-        element = self.builder.gep(data, [at])
-        kind = ir.VectorType(element.type.pointee, self.lanes)
-        return self.builder.bitcast(element, kind.as_pointer())
-
-    def load(self, data: ir.Value, at: ir.Value) -> ir.Value:
-        """A vector of elements, in the dtype of the sums."""
-        pointer = self.pointer(data, at)
-        found = self.builder.load(pointer, align=_size(pointer.type.pointee.element))
-        return found if found.type == self.vector else self.builder.fpext(found, self.vector)
-
-    def store(self, value: ir.Value, data: ir.Value, at: ir.Value) -> None:
-        """Store a vector of sums, rounded to the dtype of the array."""
-        pointer = self.pointer(data, at)
-        if pointer.type.pointee != value.type:
-            value = self.builder.fptrunc(value, pointer.type.pointee)
-        self.builder.store(value, pointer, align=_size(pointer.type.pointee.element))
-
-    def spread(self, data: ir.Value, at: ir.Value) -> ir.Value:
-        """A vector of copies of one element."""
-        value = self.builder.load(self.builder.gep(data, [at]))
-        first = self.builder.insert_element(
-            ir.Constant(self.vector, ir.Undefined), value, _INDEX(0)
-        )
-        return self.shuffled(first, first, [0] * self.lanes)
-
-    def shuffled(self, a: ir.Value, b: ir.Value, order: list[int]) -> ir.Value:
-        """The elements of two vectors in this order."""
-        mask = ir.Constant(ir.VectorType(_INDEX, len(order)), order)
-        return self.builder.shuffle_vector(a, b, mask)
-
-    def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        """The sum a + b."""
-        return self.builder.fadd(a, b, flags=_FAST)
-
-    def multiply_add(self, total: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
-        """The sum total + a b."""
-        return self.add(total, self.builder.fmul(a, b, flags=_FAST))
-
-    def add_to(self, total: ir.Value, a: ir.Value, b: ir.Value) -> None:
-        """Add a b to a variable."""
-        self.builder.store(self.multiply_add(self.builder.load(total), a, b), total)
-
-    def zeros(self, count: int) -> list[ir.Value]:
-        """Variables for sums, which the compiler keeps in registers."""
-        zero = ir.Constant(self.vector, None)
-        variables = [cgutils.alloca_once_value(self.builder, zero) for _ in range(count)]
-        for variable in variables:
-            self.builder.store(zero, variable)
-        return variables
-
-    def collected(self, variables: list[ir.Value]) -> list[ir.Value]:
-        """The sums of the elements of each of G vectors, as few vectors in this order."""
-        vectors, lanes = [self.builder.load(variable) for variable in variables], self.lanes
-        while lanes > len(vectors):
-            low, high = list(range(lanes // 2)), list(range(lanes // 2, lanes))
-            vectors = [
-                self.add(self.shuffled(v, v, low), self.shuffled(v, v, high)) for v in vectors
-            ]
-            lanes //= 2
-        step = 1  # elements of one vector that lie together
-        while step < lanes:
-            starts = range(0, lanes, 2 * step)
-            low = [at + i for s in starts for at in (s, lanes + s) for i in range(step)]
-            high = [at + step for at in low]
-            vectors = [
-                self.add(self.shuffled(a, b, low), self.shuffled(a, b, high))
-                for a, b in zip(vectors[::2], vectors[1::2], strict=True)
-            ]
-            step *= 2
-        return vectors
-
-    def store_sums(self, variables: list[ir.Value], data: ir.Value, at: ir.Value) -> None:
-        """Store the sums of the elements of each of G vectors, one after the other."""
-        found = self.collected(variables)
-        for number, value in enumerate(found):
-            place = self.builder.add(at, at.type(number * (GROUP // len(found))))
-            pointer = self.builder.bitcast(self.builder.gep(data, [place]), value.type.as_pointer())
-            self.builder.store(value, pointer, align=_size(self.kind))
-
-    def prefetch(self, data: ir.Value, at: ir.Value) -> None:
-        """Prefetch an element's cache line."""
-        address = self.builder.gep(data, [at])
-        emit_prefetch(self.builder, self.builder.bitcast(address, ir.IntType(8).as_pointer()))
-
-
-def _size(kind: ir.Type) -> int:
-    return 8 if isinstance(kind, ir.DoubleType) else 4
+_INDEX = ir.IntType(32)
 
 
 def _dots_intrinsic(
@@ -153,7 +37,7 @@ def _dots_intrinsic(
     def emit(
         context: Context, builder: ir.IRBuilder, _: Signature, args: list[ir.Value]
     ) -> ir.Value:
-        emitter = _Emitter(context, builder, p.dtype)
+        emitter = Emitter(context, builder, p.dtype)
         data, width = emitter.array(rows, args[0])
         given, _ = emitter.array(p, args[2])
         first, sums = builder.mul(args[1], width), emitter.zeros(GROUP)
@@ -183,7 +67,7 @@ def _dots_of_table_intrinsic(
     def emit(
         context: Context, builder: ir.IRBuilder, _: Signature, args: list[ir.Value]
     ) -> ir.Value:
-        emitter = _Emitter(context, builder, p.dtype)
+        emitter = Emitter(context, builder, p.dtype)
         data, width = emitter.array(table, args[0])
         given, size = emitter.array(p, args[2])
         first, sums = builder.mul(args[1], width), emitter.zeros(GROUP)
@@ -214,14 +98,14 @@ def _add_rows_intrinsic(
     def emit(
         context: Context, builder: ir.IRBuilder, _: Signature, args: list[ir.Value]
     ) -> ir.Value:
-        emitter = _Emitter(context, builder, out.dtype)
+        emitter = Emitter(context, builder, out.dtype)
         data, width = emitter.array(rows, args[0])
         given, _ = emitter.array(factors, args[2])
         target, _ = emitter.array(out, args[3])
         spread = [emitter.spread(given, width.type(j)) for j in range(GROUP)]
         first = builder.mul(args[1], width)
         soon = builder.add(first, builder.mul(width, width.type(GROUP)))
-        line = LINE // _size(context.get_value_type(rows.dtype))
+        line = LINE // size_of(context.get_value_type(rows.dtype))
         steps = width.type(0), width, width.type(emitter.lanes)
         with cgutils.for_range_slice(builder, *steps, inc=True) as (k, _):
             total, place = emitter.load(target, k), builder.add(first, k)
@@ -254,7 +138,7 @@ def _add_tile_intrinsic(
     def emit(
         context: Context, builder: ir.IRBuilder, _: Signature, args: list[ir.Value]
     ) -> ir.Value:
-        emitter = _Emitter(context, builder, out.dtype)
+        emitter = Emitter(context, builder, out.dtype)
         (data, pitch), (given, pitch_given) = (
             emitter.array(rows, args[0]), emitter.array(factors, args[1]),
         )  # fmt: skip
@@ -267,10 +151,7 @@ def _add_tile_intrinsic(
             for j, total in enumerate(sums):
                 factor = emitter.spread(given, builder.add(at, builder.add(row, width.type(j))))
                 emitter.add_to(total, value, factor)
-        first = builder.insert_element(
-            ir.Constant(emitter.vector, ir.Undefined), args[3], _INDEX(0)
-        )
-        signs = emitter.shuffled(first, first, [0] * emitter.lanes)
+        signs = emitter.copies(args[3])
         for j, total in enumerate(sums):
             at = builder.add(builder.mul(builder.add(row, width.type(j)), width), column)
             before = emitter.load(target, at)
@@ -292,7 +173,7 @@ def _multiply_intrinsic(
     def emit(
         context: Context, builder: ir.IRBuilder, _: Signature, args: list[ir.Value]
     ) -> ir.Value:
-        emitter = _Emitter(context, builder, tiles.dtype)
+        emitter = Emitter(context, builder, tiles.dtype)
         given, _ = emitter.array(columns, args[0])
         data, line = emitter.array(tiles, args[1])
         target, width = emitter.array(out, args[3])
@@ -300,7 +181,7 @@ def _multiply_intrinsic(
         count = cgutils.unpack_tuple(builder, shape)[1]
         pitch = builder.mul(count, line)
         first, place = builder.mul(args[2], pitch), builder.mul(args[2], line)
-        for part in range(0, LINE // _size(emitter.kind), emitter.lanes):
+        for part in range(0, LINE // size_of(emitter.kind), emitter.lanes):
             sums = [emitter.zeros(GROUP) for _ in range(TILES)]
             with cgutils.for_range(builder, count) as loop:
                 at = builder.add(first, builder.mul(loop.index, line))
