@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import sparse
 
 from tpu_als.engine.cpu import compiled, ranking
@@ -125,6 +127,41 @@ def test_rows_of_any_width_are_scored(width: int, n_items: int, dtype: type) -> 
     rounding = 64 * np.finfo(dtype).eps
     np.testing.assert_allclose(found[1][0], expected[found[0][0]], rounding, rounding * width)
     assert set(found[0][0]) == set(np.argsort(-expected)[:k]) and (np.diff(found[1][0]) <= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("k", [1, 10, 100])
+def test_quotients_that_are_equal_are_ordered_by_id(k: int, dtype: type) -> None:
+    """Products with the inverses of lengths differ where the quotients are equal."""
+    rng = np.random.default_rng(k)
+    numerators = rng.integers(1, 1000, 700).astype(dtype)
+    quotients = rng.integers(3, 9, 700).astype(dtype)  # 1 / 3 to 1 / 8
+    catalog = Catalog(numerators[:, None], numerators * quotients, 2)
+    expected = np.lexsort((np.arange(700), quotients))[:k]
+    for n_queries in (1, 30):
+        ids, scores = catalog.top_k(np.ones((n_queries, 1), dtype), k)
+        np.testing.assert_array_equal(ids, np.tile(expected, (n_queries, 1)))
+        np.testing.assert_array_equal(scores[0], 1 / quotients[expected])
+
+
+@given(st.integers(0, 10**6))
+def test_random_catalogues_are_ranked_as_by_sorting(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n_items, n_queries = int(rng.integers(1, 300)), int(rng.integers(1, 40))
+    k, width = int(rng.integers(1, n_items + 1)), int(rng.integers(1, 4))
+    # Sums of few small numbers are exact, and many of them are equal.
+    table = rng.integers(-3, 4, (n_items, width)).astype(np.float32)
+    queries = rng.integers(-3, 4, (n_queries, width)).astype(np.float32)
+    lengths = None if rng.random() < 0.5 else 2.0 ** rng.integers(-99, 99, n_items)
+    seen = sparse.random(n_queries, n_items, rng.random(), "csr", np.float32, rng=rng)
+    lengths = None if lengths is None else lengths.astype(np.float32)
+    ids, scores = Catalog(table, lengths, 2).top_k(queries, k, seen=seen)
+    expected = queries @ table.T / (1 if lengths is None else lengths)
+    for row in range(n_queries):
+        visible = np.setdiff1d(np.arange(n_items), seen[row].indices)
+        order = visible[np.argsort(-expected[row, visible], kind="stable")][:k]
+        assert ids[row].tolist() == order.tolist() + [-1] * (k - len(order))
+        np.testing.assert_array_equal(scores[row, : len(order)], expected[row, order])
 
 
 @pytest.mark.parametrize("k", [1, 7, 64, 65, 300])

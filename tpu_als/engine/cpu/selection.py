@@ -1,9 +1,9 @@
 """Loops that select the k largest scores of each row, compiled by numba.
 
 `compiled.selection` imports this module when it is needed. A row is read twice: once for the
-maximum of each block of scores, and once more in the blocks whose maximum is large enough.
-Arrays are accessed by index and never sliced: numba would count the references to a slice, in
-memory that all threads share.
+maxima of columns of scores, of which the k-th largest is a lower bound, and once more for the
+scores that are at least as large. Arrays are accessed by index and never sliced: numba would count
+the references to a slice, in memory that all threads share.
 
 Axis letters: B rows of scores, n columns, C capacity of the lists of candidates.
 """
@@ -81,8 +81,7 @@ def _kth(numbers: np.ndarray, row: int, n: int, places: tuple[int, int], keys: n
 
     It is the largest such number, or one that at most places[1] are not below.
     """
-    (least, most), low, high = places, np.int64(1) << 62, -(np.int64(1) << 62)
-    low, high = low + (low - 1), high + high
+    (least, most), low, high = places, np.iinfo(np.int64).max, np.iinfo(np.int64).min
     for at in range(n):
         keys[at] = order_of(numbers[row, at])
         low, high = min(low, keys[at]), max(high, keys[at])
@@ -201,10 +200,11 @@ def _select(
             bound = max(bound, top - _slack(top) if is_scaled else top)
         least = bound - _slack(bound) if is_scaled else bound
         for low in range(0, n, lanes):
-            bits = (1 << (n - low)) - 1
             if low < n_wide:
                 place = row * n + low, factor + low if is_scaled else -1
                 bits = at_least(products, inverses, place, least)
+            else:
+                bits = (1 << (n - low)) - 1
             while bits:
                 column = low + lowest_bit(bits)
                 bits &= bits - 1
