@@ -27,7 +27,7 @@ import tpu_plan
 import tpu_sizes
 from jax.sharding import SingleDeviceSharding
 
-from tpu_als.engine.data import DTYPES, AlsParams
+from tpu_als.engine.data import AlsParams, dtype_named
 from tpu_als.engine.objective import typed
 from tpu_als.engine.xla import placing, sweep
 from tpu_als.engine.xla.data import device_products, static_of
@@ -86,7 +86,7 @@ def chunk_cycles(params: AlsParams, mesh: DeviceMesh, length: int, products: str
     def scalars(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: array((), np.asarray(leaf).dtype), tree)
 
-    factors, table = params.factors, DTYPES[params.dtype]
+    factors, table = params.factors, dtype_named(params.dtype)
     basis = Basis(
         array((factors, factors), jnp.float32), array((factors,), jnp.float32),
         array((), jnp.float32),

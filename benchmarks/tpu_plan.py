@@ -37,7 +37,7 @@ import tpu_sizes
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tpu_als.engine.data import DTYPES, AlsParams
+from tpu_als.engine.data import AlsParams, dtype_named
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import half_epoch, placing, ranking
 from tpu_als.engine.xla.data import XlaData as Data
@@ -67,7 +67,7 @@ def programs(data: Data) -> list[tuple[str, Any, tuple[Any, ...]]]:
     assert data.mesh.jax_mesh is not None
     everywhere = NamedSharding(data.mesh.jax_mesh, PartitionSpec())
     tables = [
-        make((side.rows.n_slots, data.params.factors), DTYPES[data.params.dtype])
+        make((side.rows.n_slots, data.params.factors), dtype_named(data.params.dtype))
         for side in (data.users, data.items)
     ]
     found: list[tuple[str, Any, tuple[Any, ...]]] = []
@@ -102,7 +102,7 @@ def ranking_program(
 ) -> tuple[dict[str, Any], tuple[str, Any, tuple[Any, ...]]]:
     """The program that ranks queries against the sharded item table, and its work."""
     make, mesh, rows = tpu_sizes.sharded(data.mesh), data.mesh, data.items.rows
-    dtype = np.dtype(DTYPES[data.params.dtype])
+    dtype = dtype_named(data.params.dtype)
     slots = (mesh.n_shards, rows.n_slots)
     catalog = ranking.Catalog(
         make((rows.n_slots, data.params.factors), dtype), None, make((rows.n_slots,), bool),
@@ -155,7 +155,7 @@ def resident(data: Data) -> dict[str, int]:
             int(np.prod(leaf.shape[1:])) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
         )
 
-    row = data.params.factors * np.dtype(DTYPES[data.params.dtype]).itemsize
+    row = data.params.factors * dtype_named(data.params.dtype).itemsize
     slots = data.users.rows.n_slots + data.items.rows.n_slots
     sides: tuple[Side, ...] = (data.users, data.items)
     return {
@@ -265,7 +265,7 @@ def main() -> None:
         AlsParams(
             args.factors, args.dtype, args.linear_solver, positive=args.linear_solver != "cholesky"
         ),
-        None if args.values is None else np.dtype(DTYPES[args.values]),
+        None if args.values is None else dtype_named(args.values),
     )
     mesh = device_mesh(args.topology, args.slices)
     data = tpu_sizes.data(problem, mesh)

@@ -16,7 +16,7 @@ from scipy import sparse
 
 from tpu_als.engine import als, layout, reading
 from tpu_als.engine.als import AlsState
-from tpu_als.engine.data import DTYPES, AlsParams
+from tpu_als.engine.data import AlsParams, dtype_named
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import backend, placing
 from tpu_als.engine.xla.data import XlaData
@@ -138,7 +138,7 @@ def test_half_epochs_epochs_and_losses_equal_the_oracles(
 ) -> None:
     params = dataclasses.replace(EXACT[solver], dtype=dtype)
     data = _data(MIXED, params, _mesh(*mesh))
-    tables = _tables(MIXED, params.factors, DTYPES[dtype])
+    tables = _tables(MIXED, params.factors, dtype_named(dtype))
     state = als.start(data, *tables)
     for given_objective in OBJECTIVES:
         objective = Objective.of(*given_objective)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from tpu_als.engine.data import DTYPES, Data, Side
+from tpu_als.engine.data import Data, Side, dtype_named
 from tpu_als.engine.features import Features
 from tpu_als.engine.objective import Objective, ridge
 
@@ -56,7 +56,7 @@ def start(data: Data, user_factors: np.ndarray, item_factors: np.ndarray) -> Als
         expected = (side.n_rows, data.params.factors)
         if table.shape != expected:
             raise ValueError(f"an initial table has shape {table.shape}, expected {expected}")
-        tables.append(data.backend.put(table.astype(DTYPES[data.params.dtype]), side, data))
+        tables.append(data.backend.put(table.astype(dtype_named(data.params.dtype)), side, data))
     return AlsState(*tables)
 
 

@@ -8,13 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 if TYPE_CHECKING:
     from tpu_als.engine.features import Features
 
-DTYPES = {"float32": np.float32, "float64": np.float64, "bfloat16": ml_dtypes.bfloat16}
+BFLOAT16 = "bfloat16"
+
+
+def dtype_named(name: str) -> np.dtype:
+    """The dtype "float32", "float64" or "bfloat16" of tables."""
+    if name != BFLOAT16:
+        return np.dtype(name)
+    import ml_dtypes  # late: a service with float32 tables does not need it
+
+    return np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclass(frozen=True)

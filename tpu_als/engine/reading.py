@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import ml_dtypes
 import numpy as np
 from scipy import sparse
 
 from tpu_als.engine import cells
 from tpu_als.engine.cells import Entries, InMemory
-from tpu_als.engine.data import DTYPES, AlsParams
+from tpu_als.engine.data import BFLOAT16, AlsParams, dtype_named
 from tpu_als.host import require_memory
 from tpu_als.validation import structure
 
@@ -33,7 +32,7 @@ def require_tables(shape: tuple[int, int], params: AlsParams, n_processes: int =
 
     On a CPU a half-epoch needs at least both tables and a copy of the larger one.
     """
-    factors, size = int(params.factors), np.dtype(DTYPES[params.dtype]).itemsize
+    factors, size = int(params.factors), dtype_named(params.dtype).itemsize
     users, items = (int(n) * factors * size // n_processes for n in shape)
     square = factors**2 * np.dtype(params.compute_dtype).itemsize
     parts = {
@@ -53,7 +52,7 @@ def kept_as(entries: Entries, params: AlsParams) -> np.dtype | None:
     """
     if not entries.has_values:
         return None
-    narrow = np.dtype(ml_dtypes.bfloat16)
+    narrow = dtype_named(BFLOAT16)
     if isinstance(entries, InMemory):
         data = entries.user_items.data
         parts = (data[low : low + _CHECKED] for low in range(0, len(data), _CHECKED))

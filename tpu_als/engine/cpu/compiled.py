@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tpu_als.engine import compilation_cache
-from tpu_als.engine.data import DTYPES
+from tpu_als.engine.data import BFLOAT16, dtype_named
 from tpu_als.exceptions import DataWarning
 
 _SOURCES = (
@@ -150,7 +150,7 @@ def _ready(dtype: str) -> ModuleType:
     found, kind = loops(), np.dtype(compute).type
     number, table = np.zeros(1, np.int64), np.zeros((1, 1), compute)
     entries = found.Entries(
-        numbers_of(table.astype(DTYPES[dtype])),
+        numbers_of(table.astype(dtype_named(dtype))),
         read_only(number.astype(np.uint32)),
         read_only(np.empty(0, compute)),
         0,
@@ -164,7 +164,7 @@ def _ready(dtype: str) -> ModuleType:
 
 def numbers_of(table: np.ndarray) -> np.ndarray:
     """A read-only view of a table as the loops read it: the bits of bfloat16 numbers as uint16."""
-    return read_only(table.view(np.uint16) if table.dtype == DTYPES["bfloat16"] else table)
+    return read_only(table.view(np.uint16) if table.dtype.name == BFLOAT16 else table)
 
 
 def read_only(array: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from scipy import linalg, sparse
 from tpu_als.engine.cpu import compiled
 from tpu_als.engine.cpu.compiled import numbers_of, read_only
 from tpu_als.engine.cpu.memory import LINE, Memory
-from tpu_als.engine.data import DTYPES
+from tpu_als.engine.data import BFLOAT16
 from tpu_als.engine.objective import DOMINANT, Objective
 from tpu_als.host import threads
 
@@ -255,7 +255,7 @@ def measure_side(
 
 def compute_dtype(table: np.ndarray) -> np.dtype:
     """Dtype of sums and solves for a table: its own, or float32 for bfloat16."""
-    return np.dtype(np.float32) if table.dtype == DTYPES["bfloat16"] else table.dtype
+    return np.dtype(np.float32) if table.dtype.name == BFLOAT16 else table.dtype
 
 
 def eigenbasis_of(
@@ -304,7 +304,7 @@ def rotate(table: np.ndarray, rotation: np.ndarray, n_threads: int, out: np.ndar
         for low in range(at.start, at.stop, _GRAMIAN_ROWS):
             rows = slice(low, min(low + _GRAMIAN_ROWS, at.stop))
             wide = table[rows].astype(rotation.dtype, copy=False)
-            if out.dtype == DTYPES["bfloat16"]:
+            if out.dtype.name == BFLOAT16:
                 out[rows] = wide @ rotation
             else:
                 np.matmul(wide, rotation, out=out[rows], casting="same_kind")

@@ -19,7 +19,7 @@ from jax import Array
 from scipy import sparse
 
 from tpu_als.engine import cells, layout
-from tpu_als.engine.data import DTYPES, AlsParams
+from tpu_als.engine.data import AlsParams, dtype_named
 from tpu_als.engine.layout import Plan, Rung
 from tpu_als.engine.objective import Objective, typed
 from tpu_als.engine.xla import solve, sweep
@@ -78,7 +78,7 @@ class Source:
 def source(table: np.ndarray, params: AlsParams, mesh: DeviceMesh) -> Source:
     """Place a fixed table (N, K), in the caller's order, to solve rows against."""
     n_rows, factors = table.shape
-    padded = np.zeros((layout.round_up(n_rows + 1), factors), DTYPES[params.dtype])
+    padded = np.zeros((layout.round_up(n_rows + 1), factors), dtype_named(params.dtype))
     padded[:n_rows] = table
     with precision(params.dtype):
         placed = jax.device_put(padded, mesh.devices[0])

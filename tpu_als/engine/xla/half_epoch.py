@@ -22,7 +22,7 @@ from jax import Array, lax
 
 from tpu_als.engine import layout
 from tpu_als.engine.als import AlsState, Step
-from tpu_als.engine.data import DTYPES, LossParts
+from tpu_als.engine.data import LossParts, dtype_named
 from tpu_als.engine.objective import Objective, largest_weight, typed, weights_vanish
 from tpu_als.engine.xla import exchange, solve, sweep, sweep_long, sweep_loss
 from tpu_als.engine.xla.data import XlaData, XlaSide, long_shape, static_of
@@ -81,7 +81,7 @@ def _draw(
     def draw_row(number: Array) -> Array:
         row_key = jax.random.fold_in(key, number)
         values = (jax.random.normal if normal else jax.random.uniform)(row_key, (factors,), kind)
-        return jnp.where(number < 0, 0, values * inputs.scale).astype(DTYPES[dtype])
+        return jnp.where(number < 0, 0, values * inputs.scale).astype(dtype_named(dtype))
 
     return jax.tree.map(lambda part: lax.map(draw_row, part, batch_size=_DRAWN_ROWS), row_numbers)
 
@@ -109,7 +109,7 @@ def half_epoch(
 def _give_back_copies(data: XlaData) -> None:
     """Return the host memory of copies of large tables that XLA's half-epoch made."""
     n_slots = max(side.rows.n_slots * side.rows.n_shards for side in (data.users, data.items))
-    row_bytes = data.params.factors * np.dtype(DTYPES[data.params.dtype]).itemsize
+    row_bytes = data.params.factors * dtype_named(data.params.dtype).itemsize
     if data.mesh.platform == "cpu" and n_slots * row_bytes > _LARGE:
         give_back_memory()
 

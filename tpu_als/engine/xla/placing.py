@@ -17,7 +17,7 @@ from scipy import sparse
 
 from tpu_als.engine import cells, layout
 from tpu_als.engine.cells import Entries, InMemory, LongCells, LongRows
-from tpu_als.engine.data import DTYPES, AlsParams
+from tpu_als.engine.data import AlsParams, dtype_named
 from tpu_als.engine.digests import EntriesDigest
 from tpu_als.engine.layout import Plan, RowMap
 from tpu_als.engine.reading import (
@@ -147,7 +147,7 @@ def lay_out(
     if params.linear_solver == "auto":
         solver = cheapest_solver(lengths, params, backend_kind(mesh))
         params = replace(params, linear_solver=solver)
-    row_bytes = params.factors * np.dtype(DTYPES[params.dtype]).itemsize
+    row_bytes = params.factors * dtype_named(params.dtype).itemsize
     mesh = mesh.with_layout(max(entries.shape) * row_bytes)
     plan = make_plan(np.concatenate(lengths), params, mesh)
     pairs = zip(lengths, owners, strict=True)

@@ -16,7 +16,7 @@ from scipy import sparse
 
 from tpu_als.engine import layout
 from tpu_als.engine.als import Step
-from tpu_als.engine.data import DTYPES, AlsParams
+from tpu_als.engine.data import AlsParams, dtype_named
 from tpu_als.engine.layout import RowMap
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import half_epoch, placing, ranking
@@ -104,7 +104,9 @@ class Table:
         params = replace(self.params, linear_solver="cholesky")
         data = placing.place_rows(rows, self.rows, params, self.mesh)
         with precision(params.dtype):
-            zero = self.mesh.zeros((data.users.rows.n_slots, params.factors), DTYPES[params.dtype])
+            zero = self.mesh.zeros(
+                (data.users.rows.n_slots, params.factors), dtype_named(params.dtype)
+            )
         priors = None
         if prior is not None:
             wide = prior.astype(params.compute_dtype, copy=False)
