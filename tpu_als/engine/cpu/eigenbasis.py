@@ -28,7 +28,7 @@ _LEAST_ROWS = 4  # rows for which there is memory
 _SMALL = 1 << 15  # numbers of rotated rows that take no memory of the pool
 _LEAST_ROTATION = 1 << 21  # multiplications for which a thread pays
 _MANY = 4  # entries for each source row from which all source rows are rotated
-_KEPT_BYTES = 1 << 25  # of a table whose rotated rows are kept
+_KEPT_BYTES = 1 << 25  # of a table whose rows are kept, in two copies
 _FIRST = read_only(np.arange(1))
 
 
@@ -154,8 +154,8 @@ class _Kept(NamedTuple):
 class _RotatedRows:
     """Rows of a table (N, K) times a matrix (K, P).
 
-    The rows of a small table are kept, once so many were rotated as the table has. Rows that
-    someone has written to since then are rotated anew, so the result is that of the table as it is.
+    The rows of a small table are kept, once as many were rotated as the table has. If someone has
+    written to them since then, they are rotated anew, so the result is that of the table as it is.
 
     Parameters
     ----------
@@ -175,11 +175,11 @@ class _RotatedRows:
 
     def of(self, rows: sparse.csr_matrix, n_threads: int) -> tuple[np.ndarray, np.ndarray]:
         """The rotated source rows (n, P) of the entries of a matrix, and the one of each entry."""
-        ids, n_source = rows.indices, len(self._table)
-        if self._kept is not None:
+        ids, n_source, kept = rows.indices, len(self._table), self._kept
+        if kept is not None:
             positions = read_only(ids.astype(np.uint32))
-            if not compiled.rotation().differ(self._table, self._kept.raw, positions):
-                return self._kept.rotated, positions
+            if not compiled.rotation().differ(self._table, kept.raw, positions):
+                return kept.rotated, positions
             self._kept, self._n_rotated = None, 0  # someone wrote into the table
         if rows.shape[0] == 1:
             needed, positions = ids, np.arange(len(ids), dtype=np.uint32)
@@ -196,8 +196,9 @@ class _RotatedRows:
         is_small = n_source * self._width * self._table.itemsize <= _KEPT_BYTES
         if is_small and self._n_rotated >= n_source:
             raw = read_only(self._table.copy())
-            self._kept = _Kept(raw, self._rotated(raw, np.arange(n_source + 1), n_threads))
-            return self._kept.rotated, read_only(ids.astype(np.uint32))
+            kept = _Kept(raw, self._rotated(raw, np.arange(n_source + 1), n_threads))
+            self._kept = kept
+            return kept.rotated, read_only(ids.astype(np.uint32))
         return self._rotated(self._table, needed.astype(np.int64), n_threads), positions
 
     def _rotated(self, table: np.ndarray, ids: np.ndarray, n_threads: int) -> np.ndarray:
