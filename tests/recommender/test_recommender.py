@@ -773,7 +773,7 @@ def test_directories_without_hidden_files(tmp_path):
     EVENTS.to_csv(tmp_path / "_temporary" / "b.csv", index=False)
     EVENTS.to_csv(tmp_path / ".c.csv", index=False)
     rec = make().fit(tmp_path)
-    assert rec._state.history.base.values.sum() == EVENTS["quantity"][:300].sum()
+    assert rec._state.history.whole().values.sum() == EVENTS["quantity"][:300].sum()
 
 
 def test_integers_stay_exact():
