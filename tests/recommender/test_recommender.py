@@ -479,7 +479,7 @@ def test_files_with_ids_that_are_objects(ids, form, wrong, tmp_path):
     changed = (
         {"user_ids": wrong.encode()},
         {"recommender": about.replace(form.encode(), b"x" * len(form))},
-        {"recommender": about.replace(b'"format": 3', b'"format": 4')},
+        {"recommender": about.replace(b'"format": 3', b'"format": 9')},
     )
     for parts in changed:
         given = {name: np.frombuffer(part, np.uint8) for name, part in parts.items()}
@@ -525,9 +525,6 @@ def test_what_a_file_cannot_hold(tmp_path):
     rec = make(weighting=Halving()).fit(EVENTS)
     with pytest.raises(ValueError, match="transformers of tpu_als.weighting, got Halving"):
         rec.save(tmp_path / "shop")
-    frame = pd.DataFrame({"user": [frozenset({1}), frozenset({2})], "item": ["a", "b"]})
-    with pytest.raises(ValueError, match="ids of user_ids must be text, numbers, times"):
-        Recommender(model=model()).fit(frame).save(tmp_path / "shop")
     assert not list(tmp_path.iterdir())
 
 

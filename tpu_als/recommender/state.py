@@ -6,6 +6,7 @@ import functools
 import logging
 import threading
 import time
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +16,8 @@ from scipy import sparse
 from sklearn.base import clone
 
 from tpu_als.estimator import TPUAlternatingLeastSquares
-from tpu_als.recommender import counting, features
+from tpu_als.exceptions import DataWarning
+from tpu_als.recommender import counting, features, stored_ids
 from tpu_als.recommender.counting import Clock, Events
 from tpu_als.recommender.encoders import Encoder
 from tpu_als.recommender.features import Rows
@@ -142,6 +144,8 @@ def fitted(recommender: Any, schema: Schema, events: Events, library: str, fit: 
     n_with_events = len(users), len(items)
     users, items = sides["user"].ids, sides["item"].ids
     step.done("features")
+    for column, ids in ((schema.user, users), (schema.item, items)):
+        _warn_if_unstorable(column, ids)
     clock = None if events.times is None else Clock(events.kind, events.latest, events.latest)
     values = counting.decayed(events, schema, clock)
     shape = len(users), len(items)
@@ -232,6 +236,17 @@ def weighted(weighting: Any, cells: Cells, n_items: int) -> Cells:
             f"{made.nnz} of {given.nnz}: give an entry a small weight rather than remove it"
         )
     return cells._replace(weights=made.data.astype(np.float32))
+
+
+def _warn_if_unstorable(column: str, ids: IdMap) -> None:
+    """Warn before the fit, which may take long, of ids that `save` refuses."""
+    reason = stored_ids.unstorable(ids)
+    if reason is not None:
+        warnings.warn(
+            f"save cannot write the ids of column {column!r}, because they hold {reason}",
+            DataWarning,
+            stacklevel=5,
+        )
 
 
 def _column(name: str) -> str:
