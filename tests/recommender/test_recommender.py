@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 import threading
 import warnings
@@ -152,6 +153,19 @@ def test_candidates_by_user_equal_the_whole_ranking(rec):
     pd.testing.assert_frame_equal(got.drop(columns="score"), expected.drop(columns="score"))
     np.testing.assert_allclose(got["score"], expected["score"], rtol=1e-5)
     assert len(rec.recommend(["c03"], n=1, candidates=pairs)) == 1
+
+
+def test_unknown_candidates_are_reported_once(rec, tmp_path, caplog):
+    """By a warning at the line of the call, and not in the log too."""
+    for call in (
+        lambda: rec.recommend(["c03", "c04"], candidates=["sku19", "other"]),
+        lambda: rec.recommend_to_parquet(tmp_path / "x", ["c03"], candidates=["sku19", "other"]),
+        lambda: rec.recommend_for_history(["sku01"], candidates=["sku19", "other"]),
+    ):
+        with caplog.at_level(logging.DEBUG, "tpu_als"), pytest.warns(DataWarning) as found:
+            call()
+        assert len(found) == 1 and found[0].filename == __file__
+    assert not caplog.records
 
 
 def test_unknown_candidates_are_counted(rec):
