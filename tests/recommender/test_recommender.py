@@ -653,6 +653,24 @@ def test_time_series_search_is_quiet_and_sees_no_later_event():
         GridSearchCV(make(), {"model__alpha": [1, 10]}, cv=folds, error_score="raise").fit(frame)
 
 
+@pytest.mark.parametrize("cv", [2, TimeSeriesSplit(2)])
+def test_a_search_over_a_path_says_that_it_needs_a_frame(cv, tmp_path):
+    """scikit-learn passes the characters of the path to fit; with `error_score` it wraps errors."""
+    path = tmp_path / "events.csv"
+    EVENTS.to_csv(path, index=False)
+    search = GridSearchCV(make(), {"unknown": ["drop"]}, cv=cv, error_score="raise")
+    with pytest.raises(TypeError, match=r"divide a path into its characters. Pass them a frame"):
+        search.fit(str(path))
+    with pytest.raises(ValueError, match=r"divide a path into its characters. Pass them a frame"):
+        search.set_params(error_score=np.nan).fit(str(path))
+    with pytest.raises(TypeError, match="single characters"):
+        make().fit(EVENTS).score(list("/no/such"))
+    assert search.fit(pd.read_csv(path)).best_score_ > 0
+    for one in (["x"], ["x", "no such.csv"]):
+        with pytest.raises(FileNotFoundError, match="no CSV or Parquet files at 'x'"):
+            make().fit(one)
+
+
 def test_nested_parameters_without_a_model():
     rec = Recommender().set_params(model__alpha=3, item="sku")
     assert rec.model.alpha == 3 and rec.item == "sku"

@@ -78,10 +78,22 @@ def _paths_of(given: Any) -> list[Path]:
             files = [path]
         else:
             files = [Path(name) for name in sorted(glob.glob(os.fspath(one), recursive=True))]
+        if not files and _is_text_in_parts(given):
+            raise TypeError(
+                f"events are the single characters {given!r:.40}: scikit-learn's searches and "
+                "splits divide a path into its characters. Pass them a frame, such as "
+                "pandas.read_csv(path) or pandas.read_parquet(path)"
+            )
         if not files:
             raise FileNotFoundError(f"no CSV or Parquet files at {os.fspath(one)!r}")
         found += files
     return found
+
+
+def _is_text_in_parts(given: Any) -> bool:
+    """Whether a list holds characters, as scikit-learn takes them from a path for a fold."""
+    are_many = not isinstance(given, (str, os.PathLike)) and len(given) > 1
+    return are_many and all(isinstance(one, str) and len(one) == 1 for one in given)
 
 
 def _is_data(path: Path) -> bool:
