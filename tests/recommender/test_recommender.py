@@ -734,16 +734,6 @@ def test_weighting_must_keep_entries():
         make(weighting=Dropping()).fit(EVENTS)
 
 
-def test_new_items_and_bm25():
-    rec = make(weighting=BM25Weighting()).fit(EVENTS)
-    state = rec._state
-    new = pd.DataFrame({"customer": ["c01"], "sku": ["brand new"], "quantity": [1]})
-    with pytest.raises(ValueError, match="fit again"):
-        rec.update(new)
-    assert rec._state is state
-    rec.update(EVENTS[:10])
-
-
 @pytest.mark.parametrize(
     "search",
     [
