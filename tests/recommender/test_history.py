@@ -6,10 +6,14 @@ import copy
 import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
+from shop import many_users, model
 
-from tpu_als.recommender import history
+from tpu_als import Recommender
+from tpu_als.recommender import history, state
 from tpu_als.recommender.history import Cells, History
+from tpu_als.serving import changed
 
 N_ITEMS = 12
 Row = dict[int, tuple[float, float, int]]  # value, weight and time by item
@@ -120,3 +124,40 @@ def test_new_users_get_pieces_of_their_own(monkeypatch: pytest.MonkeyPatch) -> N
         )
     assert max(len(piece.cells.items) for piece in made.pieces) < 8 * 400 / 8
     np.testing.assert_array_equal(made.lengths(), np.full(400, 8))
+
+
+def test_a_recommender_that_copies_in_parts_equals_one_that_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Over 60 updates with failed ones, copies and readers of the whole table between them."""
+    start, parts = many_users(), []
+    for step in range(60):
+        part = start.sample(6, random_state=step).assign(quantity=1 + step % 3)
+        if step % 4 == 0:
+            part.iloc[0, :2] = f"new{step}"
+        parts.append(part)
+    made = [Recommender("customer", "sku", "quantity", model=model()).fit(start) for _ in range(2)]
+    monkeypatch.setattr(history, "_LEAST", 64)
+    monkeypatch.setattr(changed, "_MOST", 40)
+    n_pieces, n_copies = set(), 0
+    for step, part in enumerate(parts):
+        for at, large in enumerate((1, 1 << 30)):
+            monkeypatch.setattr(changed, "_LARGE", large)
+            if step % 5 == 4:  # fails after rows of users were changed
+                with monkeypatch.context() as patch:
+                    patch.setattr(state, "replace", None)
+                    with pytest.raises(TypeError, match="not callable"):
+                        made[at].update(part)
+            made[at].update(part)
+        n_pieces.add(len(made[0]._state.history.pieces))
+        n_copies += bool(getattr(made[0].model_._fitted.user._unread, "copies", None))
+        if step in (25, 45):
+            made[0] = copy.deepcopy(made[0]) if step == 25 else pickle.loads(pickle.dumps(made[0]))
+        if step % 20 == 10:
+            pd.testing.assert_frame_equal(made[0].recommend(), made[1].recommend())
+    assert min(n_pieces) >= 32 and n_copies > 10
+    for name in ("user_factors", "item_factors"):
+        one, other = (getattr(rec.model_, name) for rec in made)
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    assert_equal(made[0]._state.history.whole(), made[1]._state.history.whole())
+    pd.testing.assert_frame_equal(made[0].recommend(n=5), made[1].recommend(n=5))
