@@ -13,6 +13,7 @@ from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.serving import changed
+from tpu_als.serving.carried import Carried, after_change
 from tpu_als.serving.changed import ChangedTable
 from tpu_als.serving.factor_table import FactorTable
 
@@ -236,3 +237,25 @@ def test_a_table_that_others_may_write_into_is_not_copied_early() -> None:
     assert not table.copies
     table = changed.with_rows(table, np.arange(19, 30), np.ones((11, 2)))
     assert table[99].tolist() == [5, 5]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 1e-11), (np.float64, 1e-13)])
+def test_a_carried_gramian_is_exact_after_many_changes(dtype: Any, bound: float) -> None:
+    """In float32 it is carried over more changes; its error stays below that of the table."""
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(200, 4)).astype(dtype)
+    known, n_anew = Carried(_exact_gramian(table), np.zeros(4)), 0
+    for _ in range(20_000):
+        ids = rng.choice(200, 5, replace=False)
+        rows = rng.normal(size=(5, 4)).astype(dtype)
+        made = after_change(known, 200, table[ids], rows)
+        table[ids] = rows
+        n_anew += made is None
+        known = made or Carried(_exact_gramian(table), np.zeros(4))
+    exact = _exact_gramian(table)
+    assert np.abs(known.gram - exact).max() < bound * np.abs(exact).max()
+    assert n_anew == 0 if dtype == np.float32 else n_anew > 10
+
+
+def _exact_gramian(table: np.ndarray) -> np.ndarray:
+    return table.T.astype(np.float64) @ table.astype(np.float64)

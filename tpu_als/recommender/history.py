@@ -19,7 +19,7 @@ import numpy as np
 from scipy import sparse
 
 _BLOCK = 1 << 18  # cells that are searched at a time
-_SHARE = 8  # updates keep changed rows apart until they have 1/8 of all cells
+_SHARE = 8  # the groups have at most 1/8 of all cells
 _PIECES, _LEAST = 32, 1 << 16  # most pieces of a fit's cells, and cells of a piece
 
 
@@ -246,13 +246,13 @@ class History:
 
     def _in_pieces(self) -> History:
         """The cells of a fit in several pieces, if they are many."""
-        n_cells = len(self.pieces[0].cells.items)
-        n_pieces = min(n_cells // _LEAST, _PIECES)
+        indptr = self.pieces[0].cells.indptr
+        n_pieces = min(int(indptr[-1]) // _LEAST, _PIECES)
         if len(self.pieces) > 1 or n_pieces < 2 or len(self.groups[0].users):
             return self
         part, row = self.part.copy(), self.row.copy()
-        wanted = np.linspace(0, n_cells, n_pieces + 1)[1:-1]
-        rows = np.searchsorted(self.pieces[0].cells.indptr, wanted)
+        costs = indptr + np.arange(len(indptr))  # of copying the rows before: cells and rows
+        rows = np.searchsorted(costs, np.linspace(0, costs[-1], n_pieces + 1)[1:-1])
         pieces = self.pieces[0].cut(rows)
         for number, piece in enumerate(pieces):
             part[piece.users], row[piece.users] = number, np.arange(len(piece.users))
@@ -262,7 +262,8 @@ class History:
         """The history after the turns that are due. Its `part` and `row` are written to."""
         made, n_pieces = self, len(self.pieces)
         total = self._n_cells()
-        if len(self.groups[self.turn].cells.items) * _SHARE * n_pieces >= total:
+        # Full is half of its share, because the update that fills it may bring more than that.
+        if len(self.groups[self.turn].cells.items) * _SHARE * n_pieces * 2 >= total:
             made = made._turned()
         for _ in range(n_pieces):
             if sum(len(group.cells.items) for group in made.groups) * _SHARE <= total:
