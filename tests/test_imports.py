@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import tpu_als
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tpu_als"
@@ -145,9 +148,21 @@ print(len(model.similar_items(0, 3)[0]), "implicit.cpu" in sys.modules)
     assert run(code).split("\n")[0] == "3 False"
 
 
-def test_public_names() -> None:
-    import tpu_als
+# What users import: the submodules of `tpu_als.__all__`, and the modules of its other names.
+PUBLIC = sorted(
+    {"tpu_als", *(f"tpu_als.{name}" for name in tpu_als._SUBMODULES)}
+    | {name for name in tpu_als._HOME.values() if name.count(".") == 1}
+)
 
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_tab_completion_shows_public_names_only(name: str) -> None:
+    module = importlib.import_module(name)
+    assert dir(module) == sorted(module.__all__)
+    assert all(hasattr(module, public) for public in module.__all__)
+
+
+def test_public_names() -> None:
     assert tpu_als.__version__
     assert "TPUAlternatingLeastSquares" in tpu_als.__all__
     assert (PACKAGE / "py.typed").exists()

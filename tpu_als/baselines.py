@@ -18,6 +18,7 @@ from tpu_als.validation import arguments, fractions
 from tpu_als.validation.estimators import checked_rows
 from tpu_als.validation.structure import SparseMatrix
 
+__all__ = ["PopularityRecommender"]
 _NO_ID = -1
 _NO_SCORE = np.finfo(np.float32).min
 _RESULTS_AT_ONCE = 1 << 16
@@ -291,3 +292,7 @@ def _unseen(places: np.ndarray, n_candidates: int, seen: sparse.csr_matrix, n: i
     cells = row[is_near] * n + before[is_near]
     skipped = np.bincount(cells, minlength=n_rows * n).reshape(n_rows, n).cumsum(axis=1)
     return np.arange(n) + skipped
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -100,3 +100,7 @@ class AlternatingLeastSquares(TPUAlternatingLeastSquares):
             checkpoint_every=checkpoint_every,
             verbose=verbose,
         )
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -27,6 +27,8 @@ from tpu_als.transforming import Transforming
 from tpu_als.validation import arguments
 from tpu_als.validation.estimators import checked_rows
 
+__all__ = ["TPUAlternatingLeastSquares"]
+
 
 @parameters.with_defaults
 class TPUAlternatingLeastSquares(
@@ -370,3 +372,7 @@ with contextlib.suppress(ImportError):
     from implicit.cpu.als import AlternatingLeastSquares as _Implicit
 
     _Implicit.register(TPUAlternatingLeastSquares)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+__all__ = ["DataWarning", "ModelFileError", "ModelFitError", "ParameterWarning"]
+
 try:  # Code that catches implicit's classes must also catch ours.
     from implicit.recommender_base import ModelFitError as _ModelFitErrorBase
     from implicit.utils import ParameterWarning as _ParameterWarningBase
@@ -29,3 +31,7 @@ class DataWarning(UserWarning):
 
     The message gives the number of entries, ids or attributes.
     """
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -16,6 +16,8 @@ from sklearn.utils.metaestimators import available_if
 from tpu_als.validation import arguments, structure
 from tpu_als.validation.structure import SparseMatrix
 
+__all__ = ["RecommenderPipeline"]
+
 
 def _if_model_has(name: str) -> Callable[[Any], bool]:
     return lambda pipeline: callable(getattr(pipeline.steps[-1][1], name, None))
@@ -288,3 +290,7 @@ def _other_columns(n_given: int, n_items: int) -> ValueError:
         "the steps of a RecommenderPipeline must keep the columns, so that ids are those of items: "
         f"they make {n_items} columns of {n_given}. Select items before fit"
     )
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -13,6 +13,7 @@ from tpu_als.implicit_api.saving import fitted_model
 from tpu_als.implicit_api.side_features import SideFeatures
 from tpu_als.storage import model_file
 
+__all__ = ["ServedModel"]
 # The estimator's defaults, for parameters that a file of implicit may lack.
 _DEFAULTS: dict[str, Any] = {
     "regularization": 0.01,
@@ -80,3 +81,7 @@ class ServedModel(Ranking, NewRows, SideFeatures, Attributes):
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(vars(self))
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -17,6 +17,8 @@ from tpu_als.validation import structure
 from tpu_als.validation.refusals import refuse_misplaced, require_finite
 from tpu_als.validation.structure import SparseMatrix
 
+__all__ = ["BM25Weighting", "LogWeighting", "TfidfWeighting"]
+
 
 class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """Base class: a weight depends on a value, its row, and what `fit` learnt of its column."""
@@ -381,3 +383,7 @@ def _check(name: str, value: Any, low: float, high: float, *, is_open: bool = Fa
         span = f"a finite number above {low}" if is_open else f"a finite number of at least {low}"
         bound = f" and at most {high}" if np.isfinite(high) else ""
         raise ValueError(f"{name} must be {span}{bound}, got {value!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -12,7 +12,7 @@ from shop import many_users, model
 
 from tpu_als import Recommender
 from tpu_als.engine.cpu import exact
-from tpu_als.recommender import state
+from tpu_als.recommender import first_update
 from tpu_als.serving import changed
 from tpu_als.serving.changed import ChangedTable
 
@@ -20,7 +20,7 @@ from tpu_als.serving.changed import ChangedTable
 @pytest.fixture(autouse=True)
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models and tables count as large."""
-    monkeypatch.setattr(state, "_LARGE", 1)
+    monkeypatch.setattr(first_update, "_LARGE", 1)
     monkeypatch.setattr(changed, "_LARGE", 1)
 
 
@@ -71,7 +71,7 @@ def test_the_answers_are_those_without_preparation(
     params: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = shop("fit", tmp_path, **params).update(some_events())
-    monkeypatch.setattr(state, "_LARGE", np.inf)
+    monkeypatch.setattr(first_update, "_LARGE", np.inf)
     plain = shop("fit", tmp_path, **params).update(some_events())
     for side in ("user_factors", "item_factors"):
         given, expected = (getattr(rec.model_, side) for rec in (prepared, plain))

@@ -423,9 +423,10 @@ def test_formats_of_files(rec, tmp_path):
         (lambda about: about.pop("encoders"), "features of users in the model or the encoders"),
         (lambda about: about["encoders"]["item"][1]["group"].pop(), "2 features of items, but 3"),
         (lambda about: about["encoders"]["item"][0].pop(), "damaged"),
+        (lambda about: about.update(weighting=["Real", {}, []]), "weighting 'Real'"),
     ],
 )  # fmt: skip
-def test_damaged_encoders(rec, tmp_path, change, message):
+def test_changed_files(rec, tmp_path, change, message):
     rec.save(tmp_path / "shop")
     with np.load(tmp_path / "shop") as file:
         arrays = dict(file)

@@ -7,15 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from matrices import random_counts
 from scipy import sparse
 
-from tpu_als import FeatureTable, TPUAlternatingLeastSquares
-from tpu_als.tuning import budget, plan, scales, split
+from tpu_als import FeatureTable, Recommender, TPUAlternatingLeastSquares, evaluation
+from tpu_als.datasets import split_by_time
+from tpu_als.tuning import budget, events, plan, scales, split
 from tpu_als.tuning.halving import Found, Halving
-from tpu_als.tuning.space import BALANCE, EPSILON, RIDGE, STARTS, Settings, Space
-from tpu_als.tuning.trials import Size, Trial
+from tpu_als.tuning.space import BALANCE, EPSILON, RIDGE, STARTS, Settings, Size, Space
+from tpu_als.tuning.trials import Trial
 
 
 @pytest.mark.parametrize(
@@ -133,6 +135,27 @@ def test_times_split_earlier_from_later(monkeypatch: pytest.MonkeyPatch) -> None
     assert problem.shrinkage == pytest.approx(np.sqrt(0.75), abs=0.01)
     monkeypatch.setattr(split, "_MOST_USERS", 5)
     assert len(split.split(rows, times, 0.25, np.random.default_rng(0)).users) == 5
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])
+def test_all_splits_by_time_agree(fraction: float) -> None:
+    """Matrices and frames, in `evaluation`, `datasets` and `tune`; many times are equal."""
+    rows = random_counts(12, 10, density=0.8)
+    days = np.random.default_rng(0).integers(1, 9, rows.nnz)
+    times = sparse.csr_matrix((days, rows.indices, rows.indptr), shape=rows.shape)
+    users = np.repeat(np.arange(12), np.diff(rows.indptr))
+    columns = {"user": users, "item": rows.indices, "value": rows.data, "day": days}
+    frame = pd.DataFrame(columns).sample(frac=1, random_state=0)
+    train, test = evaluation.time_split(rows, times, fraction)
+    for part, same in zip(split_by_time(frame, "day", fraction), (train, test), strict=True):
+        cells = sparse.csr_matrix((part["value"], (part["user"], part["item"])), shape=rows.shape)
+        assert (cells != same).nnz == 0
+    rng = np.random.default_rng(0)
+    of_matrix = split.split(rows, times, fraction, rng)
+    shop = Recommender("user", "item", "value", "day")
+    of_events, _ = events.problem_of(frame, shop, fraction, rng)
+    for problem in (of_matrix, of_events):
+        assert (problem.train != train).nnz == 0 and (problem.hidden != test).nnz == 0
 
 
 def test_a_part_of_the_rows_holds_the_scored_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,3 +5,7 @@ from __future__ import annotations
 from tpu_als.recommender.recommender import Recommender
 
 __all__ = ["Recommender"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

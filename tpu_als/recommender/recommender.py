@@ -15,7 +15,16 @@ from sklearn.utils import metadata_routing
 
 from tpu_als.estimator import TPUAlternatingLeastSquares
 from tpu_als.evaluation import holdout
-from tpu_als.recommender import counting, features, frames, ranking, saving, sources, state
+from tpu_als.recommender import (
+    counting,
+    features,
+    first_update,
+    frames,
+    ranking,
+    saving,
+    sources,
+    state,
+)
 from tpu_als.recommender.answering import Answering
 from tpu_als.recommender.ids import whole_numbers
 from tpu_als.recommender.schema import Schema, schema_of
@@ -225,7 +234,7 @@ class Recommender(Answering, BaseEstimator):
                 "them with one"
             )
         self._publish(state.fitted(self, schema, checked, library, fit))
-        state.prepare(self._state)
+        first_update.prepare(self._state)
         return self
 
     def update(
@@ -353,7 +362,7 @@ class Recommender(Answering, BaseEstimator):
         parameters, found = saving.load(path)
         made = cls(**parameters)
         made._publish(found)
-        state.prepare(made._state)
+        first_update.prepare(made._state)
         return made
 
     @property

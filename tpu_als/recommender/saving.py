@@ -199,10 +199,9 @@ def _read_weighting(about: Any, arrays: dict[str, np.ndarray]) -> Any:
     if about is None:
         return None
     name, parameters, learnt = about
-    kind = getattr(weighting, name)
-    if name.startswith("_") or not isinstance(kind, type):
+    if name not in weighting.__all__:
         raise ValueError(f"weighting {name!r}")
-    made = kind(**parameters)
+    made = getattr(weighting, name)(**parameters)
     for key in learnt:
         value = arrays[f"weighting.{key}"]
         setattr(made, key, value.item() if value.ndim == 0 else value)

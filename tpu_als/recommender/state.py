@@ -15,7 +15,6 @@ import pandas as pd
 from scipy import sparse
 from sklearn.base import clone
 
-from tpu_als.estimator import TPUAlternatingLeastSquares
 from tpu_als.exceptions import DataWarning
 from tpu_als.recommender import counting, features, stored_ids
 from tpu_als.recommender.counting import Clock, Events
@@ -24,11 +23,8 @@ from tpu_als.recommender.features import Rows
 from tpu_als.recommender.history import Cells, History
 from tpu_als.recommender.ids import IdMap
 from tpu_als.recommender.schema import Schema
-from tpu_als.serving import fold_in
 
 log = logging.getLogger("tpu_als")
-_LARGE = 1 << 24  # numbers in both tables
-_SOME = 64  # rows solved to load the loops: more than those that one thread solves
 
 
 class Steps:
@@ -175,25 +171,6 @@ def fitted(recommender: Any, schema: Schema, events: Events, library: str, fit: 
         library=library,
         encoders={name: s.encoder for name, s in sides.items() if s.encoder is not None},
     )
-
-
-def prepare(state: State) -> None:
-    """Do what the first update of a large model has to do once, as a part of `fit` and `load`.
-
-    Nothing of it is in the State. A smaller model does it in the first update. Loading the compiled
-    loops takes 0.1 s, but some 8 s once on each machine, which would be long beside a short fit.
-    """
-    n_rows, model = len(state.users) + len(state.items), state.model
-    is_large = isinstance(model, TPUAlternatingLeastSquares) and n_rows * model.factors >= _LARGE
-    if not is_large:
-        return
-    step = Steps()
-    state.users.prepare()
-    state.items.prepare()
-    users, items = (np.arange(min(_SOME, len(ids))) for ids in (state.users, state.items))
-    fold_in.prepare(model, "user", state.rows(users))
-    fold_in.prepare(model, "item", state.history.columns(items))
-    step.done("prepare updates")
 
 
 def with_events(cells: Cells, n_items: int) -> np.ndarray:

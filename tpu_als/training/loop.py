@@ -24,7 +24,6 @@ from tpu_als.serving.features import FittedFeatures
 from tpu_als.serving.fitted import SIDES, FittedModel, tables_of
 from tpu_als.training import progress
 from tpu_als.training.early_stopping import EarlyStopping, Factors
-from tpu_als.training.initial import Identity
 from tpu_als.validation.features import FeatureTable
 from tpu_als.validation.tables import finite_counts
 
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from tpu_als.engine.xla.data import XlaData
     from tpu_als.estimator import TPUAlternatingLeastSquares
     from tpu_als.training.checkpoint import Checkpoints
+    from tpu_als.training.initial import Identity
 
 log = logging.getLogger("tpu_als")
 

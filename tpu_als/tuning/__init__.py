@@ -6,3 +6,7 @@ from tpu_als.tuning.api import tune
 from tpu_als.tuning.result import TuneResult
 
 __all__ = ["TuneResult", "tune"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

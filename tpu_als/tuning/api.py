@@ -14,6 +14,7 @@ from tpu_als import parameters
 from tpu_als.estimator import TPUAlternatingLeastSquares
 from tpu_als.evaluation import inputs
 from tpu_als.recommender import Recommender
+from tpu_als.recommender.schema import schema_of
 from tpu_als.tuning import events, result, scales
 from tpu_als.tuning.budget import Budget, seconds_of
 from tpu_als.tuning.halving import Found
@@ -144,7 +145,7 @@ def tune(
     limit = Budget(seconds_of(budget))
     _check(metric, validation_fraction, k=k, max_factors=max_factors, n_candidates=n_candidates)
     if recommender is not None:
-        events.require_recommender(recommender, timestamps=timestamps, model=model)
+        _require_recommender(recommender, timestamps=timestamps, model=model)
         model = recommender.model
     template, seed = _template(model, random_state)
     rng = np.random.default_rng(seed)
@@ -188,6 +189,27 @@ def _check(metric: Any, validation_fraction: Any, **counts: Any) -> None:
     fractions.require("validation_fraction", validation_fraction)
     for name, value in counts.items():
         inputs.integer(name, value)
+
+
+def _require_recommender(recommender: object, **others: object) -> None:
+    """Check the argument `recommender`, and that arguments are None which it replaces."""
+    if not isinstance(recommender, Recommender):
+        raise TypeError(
+            "recommender must be a Recommender, whose columns say what data hold, got "
+            f"{type(recommender).__name__}"
+        )
+    if recommender.weighting is not None:
+        raise ValueError(
+            "recommender must have weighting=None, because the weighting is tuned, got "
+            f"{recommender.weighting!r:.200}"
+        )
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} must be None with recommender=, got {type(value).__name__}: use the "
+                f"recommender's parameter {name.removesuffix('s')!r}"
+            )
+    schema_of(recommender)
 
 
 def _template(

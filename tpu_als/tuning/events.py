@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -12,39 +12,13 @@ from scipy import sparse
 from sklearn.base import clone
 
 from tpu_als.datasets import split_by_time
-from tpu_als.recommender import Recommender, sources
+from tpu_als.recommender import sources
 from tpu_als.recommender.schema import schema_of
 from tpu_als.tuning.split import Problem, of_parts, split
 from tpu_als.validation.features import FeatureTable
 
-
-def require_recommender(recommender: object, **others: object) -> None:
-    """Check the argument `recommender`.
-
-    Raises
-    ------
-    TypeError
-        For another class.
-    ValueError
-        For a recommender that has a weighting, and for arguments that it replaces.
-    """
-    if not isinstance(recommender, Recommender):
-        raise TypeError(
-            "recommender must be a Recommender, whose columns say what data hold, got "
-            f"{type(recommender).__name__}"
-        )
-    if recommender.weighting is not None:
-        raise ValueError(
-            "recommender must have weighting=None, because the weighting is tuned, got "
-            f"{recommender.weighting!r:.200}"
-        )
-    for name, value in others.items():
-        if value is not None:
-            raise ValueError(
-                f"{name} must be None with recommender=, got {type(value).__name__}: use the "
-                f"recommender's parameter {name.removesuffix('s')!r}"
-            )
-    schema_of(recommender)
+if TYPE_CHECKING:
+    from tpu_als.recommender import Recommender
 
 
 def problem_of(

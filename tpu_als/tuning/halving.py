@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 from tpu_als.tuning import budget
 from tpu_als.tuning.plan import Rung
-from tpu_als.tuning.space import Settings, Space
-from tpu_als.tuning.trials import Runner, Size, Tables, Trial
+from tpu_als.tuning.space import Settings, Size, Space
+from tpu_als.tuning.trials import Runner, Tables, Trial
 
 log = logging.getLogger("tpu_als")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from scipy import sparse
 
 from tpu_als.tuning.budget import Budget, Costs
-from tpu_als.tuning.trials import Size
+from tpu_als.tuning.space import Size
 
 _ITERATIONS = (6, 8, 12, 16)  # of the rungs; the last are those of the last rung
 _LEAST_FACTORS = 16

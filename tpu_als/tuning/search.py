@@ -17,9 +17,9 @@ from tpu_als.exceptions import ModelFitError
 from tpu_als.tuning import plan
 from tpu_als.tuning.budget import Budget, Costs
 from tpu_als.tuning.halving import Found, Halving
-from tpu_als.tuning.space import STARTS, Space
+from tpu_als.tuning.space import STARTS, Size, Space
 from tpu_als.tuning.split import Problem
-from tpu_als.tuning.trials import Ranking, Runner, Size, Trial
+from tpu_als.tuning.trials import Ranking, Runner, Trial
 
 log = logging.getLogger("tpu_als")
 

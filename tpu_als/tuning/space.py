@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -71,6 +72,13 @@ class Settings:
             See `split.Problem`.
         """
         return replace(self, ridge=self.ridge * shrinkage)
+
+
+class Size(NamedTuple):
+    """Factors and iterations of a fit."""
+
+    factors: int
+    iterations: int
 
 
 # Evaluated first, in this order: settings that were among the best on several data sets.

@@ -17,7 +17,7 @@ from tpu_als.estimator import TPUAlternatingLeastSquares
 from tpu_als.evaluation.metrics import metrics_of_rankings
 from tpu_als.exceptions import ModelFitError
 from tpu_als.tuning import budget, scales
-from tpu_als.tuning.space import Settings
+from tpu_als.tuning.space import Settings, Size
 from tpu_als.tuning.split import Problem
 from tpu_als.validation.features import FeatureTable
 
@@ -30,13 +30,6 @@ class Ranking(NamedTuple):
 
     metric: str
     k: int
-
-
-class Size(NamedTuple):
-    """Factors and iterations of a fit."""
-
-    factors: int
-    iterations: int
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from small_fits import assert_same, small_fit
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective, typed
 from tpu_als.engine.xla import row_kernels, solve
+from tpu_als.engine.xla.data import device_products
 from tpu_als.engine.xla.mesh import device_mesh
 from tpu_als.engine.xla.row_kernels import RowKernels
 from tpu_als.engine.xla.solve import Block, Cells, IndexedBlock
@@ -99,7 +100,7 @@ def test_fits_equal_those_without_kernels(
     params = AlsParams(6, dtype, "cg")
     mesh = device_mesh(n_devices, num_threads=2, table_layout="replicated")
     without, expected = small_fit((24, 30), 64, params, mesh, kind)
-    monkeypatch.setattr(row_kernels, "kernels_for", lambda params, mesh: KERNELS)
+    monkeypatch.setattr(row_kernels, "kernels_for", lambda mesh: KERNELS)
     data, found = small_fit((24, 30), 64, params, mesh, kind)
     assert without.products is None
     assert data.products is KERNELS
@@ -109,7 +110,23 @@ def test_fits_equal_those_without_kernels(
 
 
 def test_kernels_are_for_gpus_only() -> None:
-    assert row_kernels.kernels_for(AlsParams(8), device_mesh(1)) is None
+    assert row_kernels.kernels_for(device_mesh(1)) is None
+
+
+@pytest.mark.parametrize(
+    ("solver", "dtype", "expected"),
+    [
+        ("cg", "float32", KERNELS),
+        ("diagonal", "bfloat16", KERNELS),
+        ("cholesky", "float32", None),
+        ("cg", "float64", None),
+    ],
+)
+def test_solvers_with_products(
+    monkeypatch: pytest.MonkeyPatch, solver: str, dtype: str, expected: RowKernels | None
+) -> None:
+    monkeypatch.setattr(row_kernels, "kernels_for", lambda mesh: KERNELS)
+    assert device_products(AlsParams(8, dtype, solver), device_mesh(1)) is expected
 
 
 def test_kernels_that_work_are_found_to() -> None:

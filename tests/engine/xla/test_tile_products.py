@@ -109,9 +109,9 @@ def test_fits_equal_those_of_other_products(
     monkeypatch: pytest.MonkeyPatch, devices: int, table_layout: str, dtype: str, kind: str
 ) -> None:
     mesh, params = device_mesh(devices, table_layout=table_layout), AlsParams(6, dtype, "cg")
-    monkeypatch.setattr(tile_products, "tiles_for", lambda params, mesh: None)
+    monkeypatch.setattr(tile_products, "tiles_for", lambda mesh: None)
     without, expected = small_fit((40, 50), 256, params, mesh, kind)
-    monkeypatch.setattr(tile_products, "tiles_for", lambda params, mesh: TILES)
+    monkeypatch.setattr(tile_products, "tiles_for", lambda mesh: TILES)
     monkeypatch.setattr(DeviceMesh, "exchanges_in_background", True)
     data, found = small_fit((40, 50), 256, params, mesh, kind)
     assert without.products is None and data.products is TILES
@@ -121,7 +121,7 @@ def test_fits_equal_those_of_other_products(
 
 @pytest.mark.parametrize("factors", [16, 128, 1024, 4096])
 def test_chunks_have_whole_tiles(monkeypatch: pytest.MonkeyPatch, factors: int) -> None:
-    monkeypatch.setattr(tile_products, "tiles_for", lambda params, mesh: TILES)
+    monkeypatch.setattr(tile_products, "tiles_for", lambda mesh: TILES)
     monkeypatch.setattr(placing, "backend_kind", lambda mesh: "other")
     params, lengths = AlsParams(factors, "bfloat16", "cg"), np.geomspace(1, 1e6, 2000).astype(int)
     plan = placing.make_plan(lengths, params, device_mesh(1))
@@ -129,4 +129,4 @@ def test_chunks_have_whole_tiles(monkeypatch: pytest.MonkeyPatch, factors: int) 
 
 
 def test_tiles_are_for_tpus_only() -> None:
-    assert tile_products.tiles_for(AlsParams(8), device_mesh(1)) is None
+    assert tile_products.tiles_for(device_mesh(1)) is None

@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from tpu_als.engine import compilation_cache, objective
+from tpu_als.engine import compilation_cache
 from tpu_als.engine.data import DTYPES
-from tpu_als.engine.objective import Objective
 from tpu_als.exceptions import DataWarning
 
 _SOURCES = (
     "jit.py", "kept_code.py", "intrinsics.py", "loops.py", "loss.py", "converging.py", "direct.py",
-    "selection.py", "vectors.py",
+    "selection.py", "vectors.py", "../objective.py",
 )  # fmt: skip
 _loading, _importing = threading.RLock(), threading.RLock()
 
@@ -97,11 +96,11 @@ def _load(name: str) -> ModuleType:
 def _cache_folder(given: str) -> str:
     """The directory for compiled code; empty if numba is to choose."""
     here = Path(__file__).parent
-    sources = *(here / name for name in _SOURCES), Path(objective.__file__)
     try:
-        name = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+        content = b"".join((here / name).read_bytes() for name in _SOURCES)
     except OSError:  # the package is in an archive
         return ""
+    name = hashlib.sha256(content).hexdigest()[:16]
     base = Path(given) if given else here / "__pycache__"
     if not given and not os.access(base if base.is_dir() else here, os.W_OK):
         return ""
@@ -149,7 +148,7 @@ def _ready(dtype: str) -> ModuleType:
         read_only(np.empty(0, compute)),
         0,
     )
-    objective = Objective(*map(kind, (1, 1, 1, 1, 1)))
+    objective = found.Objective(*map(kind, (1, 1, 1, 1, 1)))
     diagonal = found.Diagonal(read_only(table[0]), *map(kind, (1,) * 6))
     starts = found.Starts(read_only(number), read_only(number), read_only(table[:0]))
     found.solve_rows(table, starts, entries, objective, diagonal, found.Solver(kind(1), 1))

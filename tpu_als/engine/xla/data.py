@@ -15,6 +15,7 @@ from tpu_als.engine.xla.sweep import DeviceProducts, ShardCells, Static
 
 _SHORTEST_BLOCK = 128  # least cells of a block if long rows are divided over shards
 _MOST_LONG_ROWS = 1 << 10  # of a batch
+_WITH_PRODUCTS = ("cg", "diagonal")  # solvers that devices may have products for
 
 NO_CELLS = ShardCells(None, None, None, None)
 
@@ -79,8 +80,13 @@ class XlaData(Data):
 
 
 def device_products(params: AlsParams, mesh: DeviceMesh) -> DeviceProducts | None:
-    """Products for the kind of device, or None for those of `solve`."""
-    return row_kernels.kernels_for(params, mesh) or tile_products.tiles_for(params, mesh)
+    """Products for the kind of device, or None for those of `solve`.
+
+    There are such products for "cg" and "diagonal" with float32 sums.
+    """
+    if params.linear_solver not in _WITH_PRODUCTS or params.compute_dtype != "float32":
+        return None
+    return row_kernels.kernels_for(mesh) or tile_products.tiles_for(mesh)
 
 
 def static_of(params: AlsParams, rows: int, length: int) -> Static:

@@ -23,7 +23,6 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import solve
 from tpu_als.engine.xla.mesh import DeviceMesh
@@ -35,7 +34,6 @@ except ImportError:  # an experimental module; XLA's own programs are used witho
     triton = None  # type: ignore[assignment]
 
 Ref: TypeAlias = Any  # Pallas's reference to an array; its type does not allow indexing
-_SOLVERS = ("cg", "diagonal")
 _TILE = 1 << 12  # numbers of a tile of source rows, which are in the registers of a program
 _MOST_ENTRIES = 64  # of a tile
 _WARPS = 4
@@ -47,14 +45,8 @@ _MOST_ROWS = 1 << 14  # of a chunk
 _PROGRAMS = 1 << 10  # programs that keep all processors busy
 
 
-def kernels_for(params: AlsParams, mesh: DeviceMesh) -> RowKernels | None:
-    """The kernels of a fit, or None if XLA's own programs solve the rows.
-
-    They are used on NVIDIA GPUs that have the whole source table, for "cg" and "diagonal" with
-    float32 sums.
-    """
-    if params.linear_solver not in _SOLVERS or params.compute_dtype != "float32":
-        return None
+def kernels_for(mesh: DeviceMesh) -> RowKernels | None:
+    """The kernels, or None: they are used on NVIDIA GPUs that have the whole source table."""
     if mesh.platform != "gpu" or mesh.collectives.is_sharded or triton is None:
         return None
     if "cuda" not in mesh.devices[0].client.platform_version.lower():

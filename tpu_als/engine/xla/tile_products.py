@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from tpu_als.engine import layout
-from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import solve
 from tpu_als.engine.xla.mesh import DeviceMesh
@@ -29,14 +28,11 @@ from tpu_als.engine.xla.solve import Cells, Dtype, Operator
 
 # Rows of a tile: as many as a float32 register has sublanes, so reshaping to tiles does not copy.
 TILE_ROWS = layout.ROWS_MULTIPLE
-_SOLVERS = ("cg", "diagonal")
 
 
-def tiles_for(params: AlsParams, mesh: DeviceMesh) -> TileProducts | None:
-    """The products of a fit on TPUs, or None: for "cg" and "diagonal" with float32 sums."""
-    if mesh.platform != "tpu" or params.compute_dtype != "float32":
-        return None
-    return TileProducts() if params.linear_solver in _SOLVERS else None
+def tiles_for(mesh: DeviceMesh) -> TileProducts | None:
+    """The products for TPUs, or None on other devices."""
+    return TileProducts() if mesh.platform == "tpu" else None
 
 
 def bfloat16_parts(values: Array, count: int) -> list[Array]:

@@ -10,7 +10,7 @@ import pytest
 
 import tpu_als
 from tpu_als.engine import compilation_cache
-from tpu_als.storage.private import private_directory
+from tpu_als.engine.compilation_cache import private_directory
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes and owners are of POSIX")
 
