@@ -305,3 +305,10 @@ class TestWithItems:
             fitted.with_items(counts[:, :width], items)
         with pytest.raises(NotFittedError):
             BM25Weighting().with_items(counts, [])
+
+    def test_of_an_earlier_version(self, counts: sparse.csr_matrix) -> None:
+        fitted = BM25Weighting().fit(counts[:, :15])
+        del fitted.mean_
+        assert fitted.with_items(counts[:, :15], []) is fitted
+        with pytest.raises(ValueError, match="mean_ is missing.* fit again"):
+            fitted.with_items(counts, [15])

@@ -348,6 +348,8 @@ class BM25Weighting(_Weighting):
         at, n_known, n_items = np.asarray(items, np.int64), len(self.length_), rows.shape[1]
         if not at.size and n_items == n_known:
             return self
+        if not hasattr(self, "mean_"):
+            raise ValueError("mean_ is missing, as in a file of an earlier version: fit again")
         if n_items < n_known or (at.size and not self.n_features_in_ <= at.min()):
             raise ValueError(
                 f"X must have at least the {n_known} known items, and items must be from "
