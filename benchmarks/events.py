@@ -8,7 +8,7 @@ Then, on a year of real grocery purchases in order of time, 100 updates of 1,000
 with a fit on the same events: NDCG@10 of later purchases among the products that a household had
 not bought.
 
-    python benchmarks/events.py [--quick] [--users N]
+    python benchmarks/events.py [--quick] [--users N] [--updates N]
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def write(folder: Path, sizes: tuple[int, int, int], n_updates: int) -> None:
         part = frame.sample(1000, random_state=at)
         part.iloc[:20, part.columns.get_loc("customer")] = [f"new-{at}-{n}" for n in range(20)]
         part.iloc[15:25, part.columns.get_loc("sku")] = [f"new-{at}-{n}" for n in range(10)]
-        part.to_parquet(folder / "updates" / f"{at:02d}.parquet", index=False)
+        part.to_parquet(folder / "updates" / f"{at:04d}.parquet", index=False)
 
 
 def phases(sizes: tuple[int, int, int], n_ranked: int | None, repeats: int) -> None:
@@ -129,7 +129,8 @@ def updates(rec: Recommender, some: list[pd.DataFrame], what: str) -> None:
     """Seconds of the first update and of later ones."""
     times = [common.seconds(functools.partial(rec.update, part)) for part in some]
     common.emit(
-        what=what, first=times[0], median=statistics.median(times[1:]), most=max(times[1:]),
+        what=what, first=times[0], median=statistics.median(times[1:]),
+        p99=float(np.quantile(times[1:], 0.99)), most=max(times[1:]), updates=len(times),
         peak_gigabytes=common.peak_gigabytes(),
     )  # fmt: skip
 
@@ -172,9 +173,11 @@ def main() -> None:
     """Phases and quality."""
     parser = common.parser(__doc__)
     parser.add_argument("--users", type=int, help="recommend to so many users, not to everybody")
+    parser.add_argument("--updates", type=int, help="updates after fit, and again after load")
     args = parser.parse_args()
     common.emit(**common.machine())
-    phases(QUICK_SIZES if args.quick else SIZES, args.users, 3 if args.quick else 20)
+    n_updates = args.updates or (3 if args.quick else 20)
+    phases(QUICK_SIZES if args.quick else SIZES, args.users, n_updates)
     quality(*((5, 200) if args.quick else (100, 1000)))
 
 

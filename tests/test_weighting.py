@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import pickle
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from matrices import random_counts
 from scipy import sparse
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -254,3 +256,59 @@ def test_in_a_search(kind: Any) -> None:
     search = GridSearchCV(pipeline, grid, cv=2, error_score="raise")
     search.fit(counts, als__show_progress=False)
     assert np.all(search.cv_results_["mean_test_score"] > 0)
+
+
+class TestWithItems:
+    """BM25 for a growing catalogue."""
+
+    def test_lengths_are_those_of_the_formula(self, counts: sparse.csr_matrix) -> None:
+        fitted = BM25Weighting(B=0.6).fit(counts[:, :15])
+        rest = counts.copy()
+        made = fitted.with_items(rest, [15, 17])
+        sums = np.asarray(counts.sum(axis=0)).ravel()
+        mean = sums[:15].mean()
+        expected = 0.4 + 0.6 * sums / mean
+        expected[[16, 18, 19]] = 0.4  # nothing is learnt of them yet
+        np.testing.assert_allclose(made.length_, expected)
+        np.testing.assert_array_equal(made.length_[:15], fitted.length_)
+        assert len(fitted.length_) == 15 and made.n_features_in_ == 15 and made.mean_ == mean
+        later = made.with_items(rest, [16])
+        expected[16] = 0.4 + 0.6 * sums[16] / mean
+        np.testing.assert_allclose(later.length_, expected)
+        assert made.with_items(rest, []) is made
+
+    def test_weights_of_known_items_stay(self, counts: sparse.csr_matrix) -> None:
+        fitted = BM25Weighting().fit(counts[:, :15])
+        made = fitted.with_items(counts, [15, 16, 17, 18, 19])
+        np.testing.assert_array_equal(
+            made.transform(counts[:, :15]).toarray(), fitted.transform(counts[:, :15]).toarray()
+        )
+        assert made.transform(counts).shape == counts.shape
+        with pytest.raises(ValueError, match="X has 21 features, .* expecting 20"):
+            made.transform(sparse.csr_matrix((1, 21)))
+        again = pickle.loads(pickle.dumps(made))
+        np.testing.assert_array_equal(again.transform(counts).data, made.transform(counts).data)
+
+    @pytest.mark.parametrize(
+        ("items", "width", "message"),
+        [
+            ([3], 20, "items must be from 15 on"),
+            ([20], 20, "items must be below 20, got 20"),
+            ([], 14, "at least the 15 known items"),
+        ],
+    )
+    def test_refused(
+        self, items: list[int], width: int, message: str, counts: sparse.csr_matrix
+    ) -> None:
+        fitted = BM25Weighting().fit(counts[:, :15])
+        with pytest.raises(ValueError, match=message):
+            fitted.with_items(counts[:, :width], items)
+        with pytest.raises(NotFittedError):
+            BM25Weighting().with_items(counts, [])
+
+    def test_of_an_earlier_version(self, counts: sparse.csr_matrix) -> None:
+        fitted = BM25Weighting().fit(counts[:, :15])
+        del fitted.mean_
+        assert fitted.with_items(counts[:, :15], []) is fitted
+        with pytest.raises(ValueError, match="mean_ is missing.* fit again"):
+            fitted.with_items(counts, [15])

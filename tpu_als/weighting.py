@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from numbers import Real
 from typing import Any, Self
 
@@ -23,7 +24,7 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """Base class: a weight depends on a value, its row, and what `fit` learnt of its column."""
 
     _takes_negatives = False
-    _learns_columns = False
+    _n_known: int | None = None  # columns of which something is learnt; None if nothing is
     _scales = ""  # parameters that may cause weights beyond the range of the dtype
 
     def fit(self, X: Any, y: object = None) -> Self:
@@ -106,11 +107,12 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """Validate the input of `transform`."""
         accepted = check_array(X, input_name="X", estimator=self, **_ACCEPTED)
         n_fitted, n = getattr(self, "n_features_in_", accepted.shape[1]), accepted.shape[1]
-        if n > n_fitted and self._learns_columns and not hasattr(X, "columns"):
+        n_known = self._n_known
+        if n_known is not None and n > n_known and not hasattr(X, "columns"):
             raise ValueError(
-                f"X has {n} features, but {type(self).__name__} is expecting {n_fitted} features "
+                f"X has {n} features, but {type(self).__name__} is expecting {n_known} features "
                 "as input, because it learns the popularity of each item: fit again on a matrix "
-                f"with the new items, or pass X[:, :{n_fitted}]"
+                f"with the new items, call with_items, or pass X[:, :{n_known}]"
             )
         # Check the names and number of columns; scikit-learn checks the number with ensure_2d only.
         validate_data(self, X, reset=False, skip_check_array=True, ensure_2d=n <= n_fitted)
@@ -163,6 +165,7 @@ class _Weighting(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 _ACCEPTED: dict[str, Any] = dict(
     accept_sparse="csr", dtype=[np.float32, np.float64], ensure_all_finite=False
 )
+_EMPTY = {"ensure_min_samples": 0}
 
 
 class LogWeighting(_Weighting):
@@ -254,7 +257,7 @@ class BM25Weighting(_Weighting):
     ``implicit.nearest_neighbours.bm25_weight``, in which items are documents and users are terms:
     for the X of `fit` the result equals ``bm25_weight(X.T, K1, B).T``. It is negative for a user
     with all items. The length of each item is learnt, so a later matrix with more columns is an
-    error: fit again.
+    error, unless `with_items` has added the lengths of new items. `n_items` stays that of `fit`.
 
     Parameters
     ----------
@@ -266,9 +269,12 @@ class BM25Weighting(_Weighting):
     Attributes
     ----------
     length_ : ndarray of shape (n_items,)
-        float64; length of each item, 1 for an item whose sum is the mean.
+        float64; length of each item, 1 for an item whose sum is the mean. Longer after
+        `with_items`.
+    mean_ : float
+        Mean of the sums of the columns in `fit`; 1 if all are 0.
     n_features_in_ : int
-        Number of items.
+        Number of items in `fit`.
     feature_names_in_ : ndarray of str and shape (n_items,)
         Column names, if `fit` was given a DataFrame with string names.
 
@@ -284,7 +290,6 @@ class BM25Weighting(_Weighting):
     [0.92, 0.18, 0.32]
     """
 
-    _learns_columns = True
     _scales = "K1 B"
 
     def __init__(self, K1: float = 100, B: float = 0.8) -> None:
@@ -302,8 +307,62 @@ class BM25Weighting(_Weighting):
             "number the items from 0 on, without gaps",
         )
         sums = np.bincount(rows.indices, weights=rows.data, minlength=n_items)
-        mean = sums.mean()
-        self.length_ = (1.0 - self.B) + self.B * sums / (mean if mean else 1.0)
+        self.mean_ = float(sums.mean()) or 1.0
+        self.length_ = self._lengths(sums)
+
+    def _lengths(self, sums: np.ndarray) -> np.ndarray:
+        return (1.0 - self.B) + self.B * sums / self.mean_
+
+    @property
+    def _n_known(self) -> int | None:  # type: ignore[override]
+        return len(self.length_)
+
+    def with_items(self, X: Any, items: Any) -> Self:
+        """A copy that also knows new items; those that are known keep their lengths.
+
+        Parameters
+        ----------
+        X : csr_matrix, csr_array or array-like of shape (n_rows, n_all_items)
+            Counts of all users who have some of the new items, with at least as many columns as
+            are known.
+        items : array-like of int and shape (m,)
+            New items: their lengths are computed from their sums in X, with the mean of `fit`.
+            Other new columns of X get the length of an item without counts. Items of `fit` are an
+            error.
+
+        Returns
+        -------
+        BM25Weighting
+            The copy, or this transformer if there is nothing new. It does not change.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `fit`; a ValueError also for items out of range, and for too few columns.
+        """
+        check_is_fitted(self)
+        self._check_parameters()
+        refuse_misplaced(X)
+        X = structure.checked(X, "X", widen=True)
+        rows = self._csr(check_array(X, input_name="X", estimator=self, **_ACCEPTED, **_EMPTY))
+        at, n_known, n_items = np.asarray(items, np.int64), len(self.length_), rows.shape[1]
+        if not at.size and n_items == n_known:
+            return self
+        if not hasattr(self, "mean_"):
+            raise ValueError("mean_ is missing, as in a file of an earlier version: fit again")
+        if n_items < n_known or (at.size and not self.n_features_in_ <= at.min()):
+            raise ValueError(
+                f"X must have at least the {n_known} known items, and items must be from "
+                f"{self.n_features_in_} on, got {n_items} columns and items {at.tolist()!r:.60}"
+            )
+        if at.size and at.max() >= n_items:
+            raise ValueError(f"items must be below {n_items}, got {at.max()}")
+        sums = np.bincount(rows.indices, weights=rows.data, minlength=n_items)
+        made = copy.copy(self)
+        lengths = self._lengths(np.zeros(n_items))
+        lengths[:n_known], lengths[at] = self.length_, self._lengths(sums[at])
+        made.length_ = lengths
+        return made
 
     def _weigh(self, rows: SparseMatrix) -> np.ndarray:
         limit = self.K1 * self.length_[rows.indices] + rows.data

@@ -36,6 +36,18 @@ def events(n: int = 400, seed: int = 0) -> pd.DataFrame:
     )
 
 
+def many_users() -> pd.DataFrame:
+    """Events of 300 users and 200 items: an update of a few changes few of them."""
+    parts = [
+        events(seed=seed).assign(
+            customer=lambda frame, seed=seed: frame["customer"] + str(seed),
+            sku=lambda frame, seed=seed: frame["sku"] + str(seed),
+        )
+        for seed in range(10)
+    ]
+    return pd.concat(parts)
+
+
 class Reference:
     """What a `Recommender` does, one event at a time; rows are solved by the dense oracle.
 

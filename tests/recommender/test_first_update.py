@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from shop import events, model
+from shop import many_users, model
 
 from tpu_als import Recommender
 from tpu_als.engine.cpu import exact
@@ -31,18 +31,6 @@ def shop(source: str, folder: Path, **params: Any) -> Recommender:
         rec.save(folder / "shop.tpuals")
         rec = Recommender.load(folder / "shop.tpuals")
     return rec
-
-
-def many_users() -> pd.DataFrame:
-    """Events of 300 users and 200 items: an update of a few changes few of them."""
-    parts = [
-        events(seed=seed).assign(
-            customer=lambda frame, seed=seed: frame["customer"] + str(seed),
-            sku=lambda frame, seed=seed: frame["sku"] + str(seed),
-        )
-        for seed in range(10)
-    ]
-    return pd.concat(parts)
 
 
 def some_events() -> pd.DataFrame:

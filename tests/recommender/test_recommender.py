@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 import threading
 import warnings
@@ -152,6 +153,19 @@ def test_candidates_by_user_equal_the_whole_ranking(rec):
     pd.testing.assert_frame_equal(got.drop(columns="score"), expected.drop(columns="score"))
     np.testing.assert_allclose(got["score"], expected["score"], rtol=1e-5)
     assert len(rec.recommend(["c03"], n=1, candidates=pairs)) == 1
+
+
+def test_unknown_candidates_are_reported_once(rec, tmp_path, caplog):
+    """By a warning at the line of the call, and not in the log too."""
+    for call in (
+        lambda: rec.recommend(["c03", "c04"], candidates=["sku19", "other"]),
+        lambda: rec.recommend_to_parquet(tmp_path / "x", ["c03"], candidates=["sku19", "other"]),
+        lambda: rec.recommend_for_history(["sku01"], candidates=["sku19", "other"]),
+    ):
+        with caplog.at_level(logging.DEBUG, "tpu_als"), pytest.warns(DataWarning) as found:
+            call()
+        assert len(found) == 1 and found[0].filename == __file__
+    assert not caplog.records
 
 
 def test_unknown_candidates_are_counted(rec):
@@ -479,7 +493,7 @@ def test_files_with_ids_that_are_objects(ids, form, wrong, tmp_path):
     changed = (
         {"user_ids": wrong.encode()},
         {"recommender": about.replace(form.encode(), b"x" * len(form))},
-        {"recommender": about.replace(b'"format": 3', b'"format": 4')},
+        {"recommender": about.replace(b'"format": 3', b'"format": 9')},
     )
     for parts in changed:
         given = {name: np.frombuffer(part, np.uint8) for name, part in parts.items()}
@@ -525,9 +539,6 @@ def test_what_a_file_cannot_hold(tmp_path):
     rec = make(weighting=Halving()).fit(EVENTS)
     with pytest.raises(ValueError, match="transformers of tpu_als.weighting, got Halving"):
         rec.save(tmp_path / "shop")
-    frame = pd.DataFrame({"user": [frozenset({1}), frozenset({2})], "item": ["a", "b"]})
-    with pytest.raises(ValueError, match="ids of user_ids must be text, numbers, times"):
-        Recommender(model=model()).fit(frame).save(tmp_path / "shop")
     assert not list(tmp_path.iterdir())
 
 
@@ -642,6 +653,24 @@ def test_time_series_search_is_quiet_and_sees_no_later_event():
         GridSearchCV(make(), {"model__alpha": [1, 10]}, cv=folds, error_score="raise").fit(frame)
 
 
+@pytest.mark.parametrize("cv", [2, TimeSeriesSplit(2)])
+def test_a_search_over_a_path_says_that_it_needs_a_frame(cv, tmp_path):
+    """scikit-learn passes the characters of the path to fit; with `error_score` it wraps errors."""
+    path = tmp_path / "events.csv"
+    EVENTS.to_csv(path, index=False)
+    search = GridSearchCV(make(), {"unknown": ["drop"]}, cv=cv, error_score="raise")
+    with pytest.raises(TypeError, match=r"divide a path into its characters. Pass them a frame"):
+        search.fit(str(path))
+    with pytest.raises(ValueError, match=r"divide a path into its characters. Pass them a frame"):
+        search.set_params(error_score=np.nan).fit(str(path))
+    with pytest.raises(TypeError, match="single characters"):
+        make().fit(EVENTS).score(list("/no/such"))
+    assert search.fit(pd.read_csv(path)).best_score_ > 0
+    for one in (["x"], ["x", "no such.csv"]):
+        with pytest.raises(FileNotFoundError, match="no CSV or Parquet files at 'x'"):
+            make().fit(one)
+
+
 def test_nested_parameters_without_a_model():
     rec = Recommender().set_params(model__alpha=3, item="sku")
     assert rec.model.alpha == 3 and rec.item == "sku"
@@ -705,16 +734,6 @@ def test_weighting_must_keep_entries():
         make(weighting=Dropping()).fit(EVENTS)
 
 
-def test_new_items_and_bm25():
-    rec = make(weighting=BM25Weighting()).fit(EVENTS)
-    state = rec._state
-    new = pd.DataFrame({"customer": ["c01"], "sku": ["brand new"], "quantity": [1]})
-    with pytest.raises(ValueError, match="fit again"):
-        rec.update(new)
-    assert rec._state is state
-    rec.update(EVENTS[:10])
-
-
 @pytest.mark.parametrize(
     "search",
     [
@@ -773,7 +792,7 @@ def test_directories_without_hidden_files(tmp_path):
     EVENTS.to_csv(tmp_path / "_temporary" / "b.csv", index=False)
     EVENTS.to_csv(tmp_path / ".c.csv", index=False)
     rec = make().fit(tmp_path)
-    assert rec._state.history.base.values.sum() == EVENTS["quantity"][:300].sum()
+    assert rec._state.history.whole().values.sum() == EVENTS["quantity"][:300].sum()
 
 
 def test_integers_stay_exact():

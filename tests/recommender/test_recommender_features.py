@@ -182,8 +182,11 @@ def test_an_id_without_a_row_has_zeros(caplog):
     assert not rec.model_.item_features_[at].nnz
     assert rec.model_.item_factors[at].any()
     others = ITEMS.assign(sku="other " + ITEMS["sku"])
-    with pytest.warns(DataWarning, match="20 of 20 items with events have no row in item_features"):
+    caplog.clear()
+    message = "20 of 20 items with events have no row in item_features"
+    with caplog.at_level(logging.INFO, "tpu_als"), pytest.warns(DataWarning, match=message):
         make(item_features=others).fit(EVENTS)
+    assert message not in caplog.text  # reported once
 
 
 def test_what_is_missing_says_nothing():

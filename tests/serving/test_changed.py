@@ -13,6 +13,7 @@ from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.serving import changed
+from tpu_als.serving.carried import Carried, after_change
 from tpu_als.serving.changed import ChangedTable
 from tpu_als.serving.factor_table import FactorTable
 
@@ -171,3 +172,90 @@ def test_rows_are_solved_against_the_rows_they_need(objective: str) -> None:
     unknown = sparse.csr_matrix((np.ones(1, np.float32), ([0], [500])), shape=(1, 501))
     model.partial_fit_items([0], unknown + sparse.csr_matrix(few[0], shape=(1, 501)))
     assert np.isfinite(model.item_factors).all()
+
+
+def frozen(n_rows: int) -> np.ndarray:
+    """A read-only table of zeros."""
+    table = np.zeros((n_rows, 2), np.float32)
+    table.flags.writeable = False
+    return table
+
+
+def test_read_only_tables_are_copied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No change copies much of the table, and no old state sees a newer one."""
+    monkeypatch.setattr(changed, "_SHARE", 0.25)
+    rng = np.random.default_rng(0)
+    table: Any = frozen(400)
+    expected, states, parts = np.zeros((400, 2), np.float32), [], []
+    n_base, copied, n_copies = 400, 0, 0
+    for step in range(120):
+        ids = np.unique(rng.integers(0, len(expected), 5))
+        ids = np.append(ids, len(expected)) if step % 5 == 0 else ids
+        rows = rng.normal(size=(len(ids), 2))
+        expected = np.pad(expected, ((0, max(0, ids[-1] + 1 - len(expected))), (0, 0)))
+        expected[ids] = rows
+        table = changed.with_rows(table, ids, rows)
+        if isinstance(table, np.ndarray):
+            table.flags.writeable = False
+            parts.append(n_base - copied)
+            n_base, copied, n_copies = len(table), 0, n_copies + 1
+            continue
+        done = table.copies[0].n_copied if table.copies else 0
+        parts.append(done - copied)
+        copied = done
+        np.testing.assert_array_equal(table.take(np.arange(len(expected))), expected)
+        states.append((table, expected.copy()))
+    assert n_copies > 3 and max(parts) < 400 / 4
+    for state, rows in states:
+        np.testing.assert_array_equal(state.take(np.arange(len(rows))), rows)
+        np.testing.assert_array_equal(state.fetch(), rows)
+        np.testing.assert_array_equal(state.fetch(), rows)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_two_changes_of_one_table_share_no_copy(reads: bool) -> None:
+    """As after an update that failed, or of two copies of an estimator."""
+    table = changed.with_rows(frozen(100), np.arange(15), np.ones((15, 2)))
+    assert isinstance(table, ChangedTable) and table.copies
+    if reads:
+        assert table.fetch().sum() == 30
+    ones = [changed.with_rows(table, np.array([number]), np.full((1, 2), 7)) for number in (1, 99)]
+    for at, number in enumerate((1, 99)):
+        made = ones[at]
+        for more in range(20, 40):
+            made = changed.with_rows(made, np.array([more]), np.full((1, 2), number))
+        whole = made if isinstance(made, np.ndarray) else made.fetch()
+        expected = np.zeros((100, 2))
+        expected[:15], expected[number], expected[20:40] = 1, 7, number
+        np.testing.assert_array_equal(whole, expected)
+
+
+def test_a_table_that_others_may_write_into_is_not_copied_early() -> None:
+    base = np.zeros((100, 2), np.float32)
+    table: Any = changed.with_rows(base, np.arange(19), np.ones((19, 2)))
+    base[99] = 5
+    assert not table.copies
+    table = changed.with_rows(table, np.arange(19, 30), np.ones((11, 2)))
+    assert table[99].tolist() == [5, 5]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 1e-11), (np.float64, 1e-13)])
+def test_a_carried_gramian_is_exact_after_many_changes(dtype: Any, bound: float) -> None:
+    """In float32 it is carried over more changes; its error stays below that of the table."""
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(200, 4)).astype(dtype)
+    known, n_anew = Carried(_exact_gramian(table), np.zeros(4)), 0
+    for _ in range(20_000):
+        ids = rng.choice(200, 5, replace=False)
+        rows = rng.normal(size=(5, 4)).astype(dtype)
+        made = after_change(known, 200, table[ids], rows)
+        table[ids] = rows
+        n_anew += made is None
+        known = made or Carried(_exact_gramian(table), np.zeros(4))
+    exact = _exact_gramian(table)
+    assert np.abs(known.gram - exact).max() < bound * np.abs(exact).max()
+    assert n_anew == 0 if dtype == np.float32 else n_anew > 10
+
+
+def _exact_gramian(table: np.ndarray) -> np.ndarray:
+    return table.T.astype(np.float64) @ table.astype(np.float64)

@@ -55,13 +55,36 @@ def columns_of(frame: object, names: list[str]) -> list[pd.Series]:
                 f"the frame has {frame[name].shape[1]} columns named {name!r}, expected one: "
                 "rename or drop the others"
             )
-        missing = np.flatnonzero(frame[name].isna())
-        if len(missing):
+        rows = np.flatnonzero(missing(frame[name]))
+        if len(rows):
             raise ValueError(
-                f"column {name!r} must have no missing values, got {len(missing)}, the first in "
-                f"row {missing[0]} (counted from 0): drop those rows first"
+                f"column {name!r} must have no missing values, got {len(rows)}, the first in row "
+                f"{rows[0]} (counted from 0), {shown(frame[name].iloc[rows[0]])}: drop those rows "
+                "first"
             )
     return [frame[name] for name in names]
+
+
+def missing(values: pd.Series | pd.Index) -> np.ndarray:
+    """Whether values (n,) are missing, or are tuples or frozensets that hold missing values."""
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        codes = values.cat.codes if isinstance(values, pd.Series) else values.codes
+        # The code of missing values is -1.
+        return np.append(missing(values.dtype.categories), True)[np.asarray(codes)]
+    found = np.array(values.isna(), bool)
+    if values.dtype == object and pd.api.types.infer_dtype(values, skipna=True) == "mixed":
+        found |= [_holds_missing(value) for value in values]
+    return found
+
+
+def _holds_missing(value: object) -> bool:
+    if isinstance(value, (tuple, frozenset)):
+        return any(_is_missing(inner) or _holds_missing(inner) for inner in value)
+    return False
+
+
+def _is_missing(value: object) -> bool:
+    return not isinstance(value, (str, int)) and pd.isna(value) is True
 
 
 def ids_and_positions(column: pd.Series, given: object, name: str) -> tuple[pd.Index, np.ndarray]:
@@ -168,9 +191,11 @@ def _given_ids(given: Any, name: str) -> pd.Index:
     elif given.dtype == np.float16:  # pandas cannot index float16
         given = given.astype(np.float32)
     ids = given if isinstance(given, pd.Index) else pd.Index(given, tupleize_cols=False)
-    if ids.isna().any():
+    is_missing = missing(ids)
+    if is_missing.any():
         raise ValueError(
-            f"{name}= must have no missing values, got {ids.isna().sum()}: drop them first"
+            f"{name}= must have no missing values, got {is_missing.sum()}, the first of them "
+            f"{shown(ids[is_missing][0])}: drop them first"
         )
     if not ids.is_unique:
         again = ids[ids.duplicated()]

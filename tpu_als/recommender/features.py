@@ -92,7 +92,8 @@ def at_fit(recommender: Any, side: str, column: str, ids: IdMap) -> Side:
         message = f"{total - n_known} of {total} {side}s with events have no row in {name}"
         if not n_known:
             warnings.warn(f"{message}, so features have no effect", DataWarning, stacklevel=5)
-        log.info("%s: their features are 0", message)
+        else:
+            log.info("%s: their features are 0", message)
     spread = _spread(Rows(at, table.matrix), len(grown))
     return Side(IdMap(grown.index, kind=grown.kind), encoder, FeatureTable(spread, table.names))
 

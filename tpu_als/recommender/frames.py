@@ -206,7 +206,7 @@ def row_of_history(state: State, history: Any) -> sparse.csr_matrix:
     at = np.zeros(len(values), np.int64), items[is_known]
     shape = 1, len(state.items)
     cells = counting.cells_of(events, values, at, shape, schema.repeated)
-    return state.weighted(cells, len(state.items)).matrix(len(state.items))
+    return state.weighted(cells).matrix(len(state.items))
 
 
 def _history_frame(schema: Schema, history: Any) -> pd.DataFrame:

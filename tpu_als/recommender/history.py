@@ -1,10 +1,17 @@
 """The history of all users: one cell for a user and an item, with its value and its weight.
 
 Axis letters: M users, N items, E cells.
+
+An update must not copy all cells. So those of the fit are divided into pieces, each of some
+consecutive users, and updates write rows into groups beside them. There are as many groups as
+pieces. When the group in use is full, the next piece is copied with the newest rows of its users,
+and the next group is emptied and used. This happens in turn. A group is emptied after each piece
+has been copied since it was full, so then all of its rows are in the pieces.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -12,7 +19,8 @@ import numpy as np
 from scipy import sparse
 
 _BLOCK = 1 << 18  # cells that are searched at a time
-_SHARE = 16  # changed rows are merged when they are more than 1/16 of all rows, and 1,024
+_SHARE = 8  # the groups have at most 1/8 of all cells
+_PIECES, _LEAST = 32, 1 << 16  # most pieces of a fit's cells, and cells of a piece
 
 
 class Cells(NamedTuple):
@@ -75,18 +83,53 @@ def _positions(is_wanted: np.ndarray, items: np.ndarray) -> np.ndarray:
     return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
-def joined(first: Cells, second: Cells) -> Cells:
-    """The rows of both, one after the other."""
-    times = None
-    if first.times is not None and second.times is not None:
-        times = np.append(first.times, second.times)
+def joined(parts: list[Cells]) -> Cells:
+    """The rows of several, one after the other; at least one."""
+    if len(parts) == 1:
+        return parts[0]
+    lengths = [part.lengths for part in parts]
+    times = [part.times for part in parts if part.times is not None]
     return Cells(
-        np.append(first.indptr, first.indptr[-1] + second.indptr[1:]),
-        np.append(first.items, second.items),
-        np.append(first.values, second.values),
-        np.append(first.weights, second.weights),
-        times,
+        np.append(0, np.cumsum(np.concatenate(lengths))),
+        np.concatenate([part.items for part in parts]),
+        np.concatenate([part.values for part in parts]),
+        np.concatenate([part.weights for part in parts]),
+        np.concatenate(times) if len(times) == len(parts) else None,
     )
+
+
+class Part(NamedTuple):
+    """Rows of some users.
+
+    Attributes
+    ----------
+    users : int32 array (m,)
+        The user of each row.
+    cells : Cells
+        The rows. One counts only if the history says that the user's row is here.
+    """
+
+    users: np.ndarray
+    cells: Cells
+
+    def cut(self, rows: np.ndarray) -> tuple[Part, ...]:
+        """Parts that begin at row 0 and at these rows, without copies."""
+        users, (indptr, items, values, weights, times) = self
+        bounds = np.unique(np.concatenate([[0], rows, [len(users)]])).tolist()
+        parts = []
+        for low, high in itertools.pairwise(bounds):
+            some = slice(indptr[low], indptr[high])
+            own = None if times is None else times[some]
+            cells = Cells(
+                indptr[low : high + 1] - indptr[low], items[some], values[some], weights[some], own
+            )
+            parts.append(Part(users[low:high], cells))
+        return tuple(parts)
+
+
+def _no_rows(cells: Cells) -> Part:
+    """No rows, of the types of some cells."""
+    return Part(np.empty(0, np.int32), cells.rows(np.empty(0, np.int64)))
 
 
 @dataclass(frozen=True)
@@ -95,56 +138,81 @@ class History:
 
     Attributes
     ----------
-    base : Cells
-        Rows of the users of `fit`.
-    changed : Cells
-        Rows that updates have changed or added.
-    place : int32 array (M,)
-        For each user the row of `changed`, or -1.
+    pieces : tuple of Part
+        Rows of consecutive users, as in `fit` or copied since.
+    groups : tuple of Part
+        As many, with rows that updates have changed or added.
+    part : int16 array (M,)
+        Where the row of each user is: p for a piece, ~p for a group.
+    row : int32 array (M,)
+        The user's row there.
+    turn : int
+        The group in use.
     n_items : int
         Number N of items.
     """
 
-    base: Cells
-    changed: Cells
-    place: np.ndarray = field(repr=False)
+    pieces: tuple[Part, ...]
+    groups: tuple[Part, ...]
+    part: np.ndarray = field(repr=False)
+    row: np.ndarray = field(repr=False)
+    turn: int
     n_items: int
 
     @classmethod
-    def of(cls, base: Cells, n_items: int) -> History:
-        """The history of a fit."""
-        no_cells = base.rows(np.empty(0, np.int64))
-        return cls(base, no_cells, np.full(len(base.indptr) - 1, -1, np.int32), n_items)
+    def of(cls, cells: Cells, n_items: int) -> History:
+        """The history of a fit, in one piece."""
+        users = np.arange(len(cells.indptr) - 1, dtype=np.int32)
+        pieces = (Part(users, cells),)
+        return cls(pieces, (_no_rows(cells),), np.zeros(len(users), np.int16), users, 0, n_items)
 
     @property
     def n_users(self) -> int:
         """Number M of users."""
-        return len(self.place)
+        return len(self.part)
 
     def rows(self, users: np.ndarray) -> Cells:
         """Rows of some users, which must be in range."""
-        if not len(self.changed.items):
-            return self.base.rows(users)
-        place = self.place[users]
-        is_changed, base = place >= 0, self.base
-        counts = np.where(is_changed, 0, base.indptr[users + 1] - base.indptr[users])
-        before = base.at(_span(base.indptr[users], counts), counts)
-        after = self.changed.rows(place[is_changed])
-        starts = before.indptr[:-1].copy()
-        starts[is_changed] = len(before.items) + after.indptr[:-1]
-        counts[is_changed] = after.lengths
-        return joined(before, after).at(_span(starts, counts), counts)
+        part, row = self.part[users], self.row[users]
+        order = np.argsort(part, kind="stable")
+        present, counts = np.unique(part, return_counts=True)
+        if len(present) < 2:
+            return self._cells(present[0] if len(present) else 0).rows(row)
+        ends = np.cumsum(counts)
+        found = [
+            self._cells(one).rows(row[order[end - count : end]])
+            for one, count, end in zip(present, counts, ends, strict=True)
+        ]
+        place = np.empty(len(order), np.int64)
+        place[order] = np.arange(len(order))
+        return joined(found).rows(place)
+
+    def _n_cells(self) -> int:
+        """Number of cells in the pieces."""
+        return sum(len(piece.cells.items) for piece in self.pieces)
+
+    def _cells(self, part: int) -> Cells:
+        return (self.pieces[part] if part >= 0 else self.groups[~part]).cells
 
     def lengths(self) -> np.ndarray:
         """Number of cells (M,) of each user."""
-        lengths = self.base.lengths
-        is_changed = self.place >= 0
-        lengths[is_changed] = self.changed.lengths[self.place[is_changed]]
-        return lengths
+        lengths = [part.cells.lengths for part in (*self.pieces, *self.groups)]
+        starts = np.cumsum([0, *map(len, lengths)])
+        part = np.where(self.part >= 0, self.part, len(self.pieces) - 1 - self.part)
+        return np.concatenate(lengths)[starts[part] + self.row]
 
     def whole(self) -> Cells:
         """All rows."""
-        return self.base if not len(self.changed.items) else self.rows(np.arange(self.n_users))
+        if len(self.pieces) == 1 and not len(self.groups[0].users):
+            return self.pieces[0].cells
+        return joined([self.rows(self._users_of(piece)) for piece in range(len(self.pieces))])
+
+    def _users_of(self, piece: int) -> np.ndarray:
+        """Users of a piece; the last one gets the users that updates have added."""
+        users = self.pieces[piece].users
+        if piece < len(self.pieces) - 1 or not len(users):
+            return users
+        return np.arange(users[0], self.n_users, dtype=np.int32)
 
     def changed_to(self, users: np.ndarray, rows: Cells, n_users: int, n_items: int) -> History:
         """Replace or add rows.
@@ -158,36 +226,80 @@ class History:
         n_users, n_items : int
             The new numbers of users and items. New users without a row get an empty one.
         """
-        place = np.full(n_users, -1, np.int32)
-        place[: self.n_users] = self.place
-        stays = np.setdiff1d(np.flatnonzero(place >= 0), users, assume_unique=True)
-        kept = self.changed.rows(place[stays])
-        place[stays] = np.arange(len(stays))
-        place[users] = len(stays) + np.arange(len(users))
-        changed = joined(kept, rows)
-        base = self.base
-        missing = n_users - (len(base.indptr) - 1)
-        if missing:
-            base = base._replace(indptr=np.append(base.indptr, np.repeat(base.indptr[-1], missing)))
-        made = replace(self, base=base, changed=changed, place=place, n_items=n_items)
-        if len(changed.indptr) - 1 > max(n_users // _SHARE, 1024):
-            return History.of(made.whole(), n_items)
+        without = np.setdiff1d(np.arange(self.n_users, n_users), users, assume_unique=True)
+        users = np.append(users, without).astype(np.int32)
+        indptr = np.append(rows.indptr, np.repeat(rows.indptr[-1], len(without)))
+        rows = rows._replace(indptr=indptr)
+        before = self._in_pieces()
+        turn, group = before.turn, before.groups[before.turn]
+        part, row = np.empty(n_users, np.int16), np.empty(n_users, np.int32)
+        part[: self.n_users], row[: self.n_users] = before.part, before.row
+        part[users], row[users] = ~turn, -1
+        is_newest = (part[group.users] == ~turn) & (row[group.users] == np.arange(len(group.users)))
+        kept = np.flatnonzero(is_newest)
+        owners = np.append(group.users[kept], users)
+        row[owners] = np.arange(len(owners))
+        groups = list(before.groups)
+        groups[turn] = Part(owners, joined([group.cells.rows(kept), rows]))
+        made = History(before.pieces, tuple(groups), part, row, turn, n_items)
+        return made._after_turns()
+
+    def _in_pieces(self) -> History:
+        """The cells of a fit in several pieces, if they are many."""
+        indptr = self.pieces[0].cells.indptr
+        n_pieces = min(int(indptr[-1]) // _LEAST, _PIECES)
+        if len(self.pieces) > 1 or n_pieces < 2 or len(self.groups[0].users):
+            return self
+        part, row = self.part.copy(), self.row.copy()
+        costs = indptr + np.arange(len(indptr))  # of copying the rows before: cells and rows
+        rows = np.searchsorted(costs, np.linspace(0, costs[-1], n_pieces + 1)[1:-1])
+        pieces = self.pieces[0].cut(rows)
+        for number, piece in enumerate(pieces):
+            part[piece.users], row[piece.users] = number, np.arange(len(piece.users))
+        return replace(self, pieces=pieces, groups=self.groups * len(pieces), part=part, row=row)
+
+    def _after_turns(self) -> History:
+        """The history after the turns that are due. Its `part` and `row` are written to."""
+        made, n_pieces = self, len(self.pieces)
+        total = self._n_cells()
+        # Full is half of its share, because the update that fills it may bring more than that.
+        if len(self.groups[self.turn].cells.items) * _SHARE * n_pieces * 2 >= total:
+            made = made._turned()
+        for _ in range(n_pieces):
+            if sum(len(group.cells.items) for group in made.groups) * _SHARE <= total:
+                break
+            made = made._turned()
         return made
+
+    def _turned(self) -> History:
+        """Copy the next piece with the newest rows of its users, and empty the next group."""
+        turn = (self.turn + 1) % len(self.pieces)
+        users, groups = self._users_of(turn), list(self.groups)
+        piece = Part(users, self.rows(users))
+        groups[turn] = _no_rows(piece.cells)
+        made: tuple[Part, ...] = (piece,)
+        n_cells, is_last = len(piece.cells.items), turn + 1 == len(self.pieces)
+        if is_last and n_cells >= 2 * max(_LEAST, self._n_cells() // len(self.pieces)):
+            made = piece.cut(np.searchsorted(piece.cells.indptr, [n_cells // 2]))
+        for number, one in enumerate(made, turn):
+            self.part[one.users], self.row[one.users] = number, np.arange(len(one.users))
+        groups += [groups[turn]] * (len(made) - 1)
+        pieces = self.pieces[:turn] + made + self.pieces[turn + 1 :]
+        return replace(self, pieces=pieces, groups=tuple(groups), turn=turn)
 
     def columns(self, items: np.ndarray) -> sparse.csr_matrix:
         """Weights (m, M) of some items, in ascending order and each once."""
         wanted, is_wanted = np.zeros(self.n_items, np.int32), np.zeros(self.n_items, bool)
         wanted[items], is_wanted[items] = np.arange(len(items)), True
         found = []
-        for cells, users in ((self.base, None), (self.changed, np.flatnonzero(self.place >= 0))):
+        groups = ((~number, group) for number, group in enumerate(self.groups))
+        for number, (users, cells) in (*enumerate(self.pieces), *groups):
             at = _positions(is_wanted, cells.items)
             rows = np.searchsorted(cells.indptr, at, side="right") - 1
-            if users is None:
-                is_current = self.place[rows] < 0
-                at, rows = at[is_current], rows[is_current]
-            else:
-                rows = users[np.argsort(self.place[users])][rows]
-            found.append((cells.weights[at], wanted[cells.items[at]], rows))
+            owners = users[rows]
+            is_current = (self.part[owners] == number) & (self.row[owners] == rows)
+            at, owners = at[is_current], owners[is_current]
+            found.append((cells.weights[at], wanted[cells.items[at]], owners))
         weights, at, users = (np.concatenate(parts) for parts in zip(*found, strict=True))
         matrix = sparse.csr_matrix((weights, (at, users)), shape=(len(items), self.n_users))
         matrix.sort_indices()

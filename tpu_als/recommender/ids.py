@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tpu_als.datasets.columns import index_of, occurring, shown
+from tpu_als.datasets.columns import index_of, missing, occurring, shown
 
 _INTEGER = r"-?(?:0|[1-9]\d{0,17})"  # text that stays the same as an int64
 _SHARE = 8  # ids added by updates are merged when they are more than 1/8 of all
@@ -165,7 +165,7 @@ def given_ids(ids: Any, name: str) -> tuple[pd.Series, bool]:
     Parameters
     ----------
     ids : one id, or a list, array, Index or Series of ids
-        A tuple is one id. Series of other frame libraries are accepted too.
+        A tuple or a frozenset is one id. Series of other frame libraries are accepted too.
     name : str
         The argument's name, for messages.
 
@@ -176,10 +176,10 @@ def given_ids(ids: Any, name: str) -> tuple[pd.Series, bool]:
     TypeError
         For a set, a mapping or a frame.
     """
-    is_single = isinstance(ids, (str, bytes, tuple)) or not hasattr(ids, "__len__")
+    is_single = isinstance(ids, (str, bytes, tuple, frozenset)) or not hasattr(ids, "__len__")
     if is_single:
         ids = [ids]
-    elif isinstance(ids, (set, frozenset, dict)) or getattr(ids, "ndim", 1) != 1:
+    elif isinstance(ids, (set, dict)) or getattr(ids, "ndim", 1) != 1:
         raise TypeError(
             f"{name} must be an id or a list of ids, got {type(ids).__name__}: pass a list"
         )
@@ -190,7 +190,10 @@ def given_ids(ids: Any, name: str) -> tuple[pd.Series, bool]:
     if isinstance(ids, list):
         ids = pd.Index(ids, tupleize_cols=False) if ids else pd.Index([], dtype=object)
     series = pd.Series(ids).reset_index(drop=True)
-    if series.isna().any():
-        at = int(np.flatnonzero(series.isna())[0])
-        raise ValueError(f"{name} must have no missing ids, got one at position {at}")
+    is_missing = missing(series)
+    if is_missing.any():
+        at = int(np.argmax(is_missing))
+        raise ValueError(
+            f"{name} must have no missing ids, got {shown(series.iloc[at])} at position {at}"
+        )
     return series.rename(name), is_single

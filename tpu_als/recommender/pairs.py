@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from numbers import Real
 
@@ -16,8 +15,6 @@ from tpu_als.recommender import features, sources
 from tpu_als.recommender.ids import given_ids
 from tpu_als.recommender.ranking import Limits
 from tpu_als.recommender.state import State
-
-log = logging.getLogger("tpu_als")
 
 
 def limits_of(
@@ -104,9 +101,9 @@ def _pairs(state: State, queries: pd.Series, given: object, name: str) -> sparse
 
 def _warn_of_unknown(unknown: pd.Series, total: int, what: str) -> None:
     if len(unknown):
-        message = (
+        warnings.warn(
             f"{len(unknown)} of {total} candidate {what} have ids that are not in the data, such "
-            f"as {unknown.iloc[0]!r:.60}, and were left out"
+            f"as {unknown.iloc[0]!r:.60}, and were left out",
+            DataWarning,
+            stacklevel=5,
         )
-        log.warning(message)
-        warnings.warn(message, DataWarning, stacklevel=5)

@@ -42,7 +42,8 @@ class Recommender(Answering, BaseEstimator):
     Parameters
     ----------
     user, item : str, default="user" and "item"
-        Columns of ids. Each must have one type: text, numbers, times or tuples.
+        Columns of ids. Each must have one type: text, numbers, times, tuples or other types whose
+        values can be hashed. `save` has a list of types.
     value : str, default=None
         Column of numbers, such as quantities. None counts each event as 1.
     timestamp : str, default=None
@@ -62,7 +63,8 @@ class Recommender(Answering, BaseEstimator):
     weighting : transformer, default=None
         Turns combined values into the weights that the model is trained on, such as
         `tpu_als.weighting.LogWeighting`. Any transformer that keeps the stored entries of a sparse
-        matrix. None trains on the values.
+        matrix. One that learns something of each item needs the method `with_items` of
+        `tpu_als.weighting.BM25Weighting` for updates with new items. None trains on the values.
     model : estimator, default=None
         None is ``TPUAlternatingLeastSquares()``. It is cloned.
     unknown : {"popular", "drop", "error"}, default="popular"
@@ -171,17 +173,20 @@ class Recommender(Answering, BaseEstimator):
         Raises
         ------
         TypeError
-            For anything else.
+            For anything else. For a list of characters also: scikit-learn's searches make it from
+            a path, so they need a frame.
         ValueError
-            For parameters out of range, a missing column, a missing value, ids of several types, or
-            no events. The message has column, row and value. For features also: ids of another type
-            than those of the events, repeated ids, and columns that the encoder does not take.
+            For parameters out of range, a missing column, a missing value (also in an id that is a
+            tuple), ids of several types, or no events. The message has column, row and value. For
+            features also: ids of another type than those of the events, repeated ids, and columns
+            that the encoder does not take.
 
         Warns
         -----
         DataWarning
-            If none of the items (users) of the events has a row in the frame of features; if a
-            loaded recommender was fitted with features, and has no frame now.
+            If a file cannot hold ids of their type, so that `save` will refuse them. If none of the
+            items (users) of the events has a row in the frame of features; if a loaded recommender
+            was fitted with features, and has no frame now.
         """
         if not (self.model is None or isinstance(self.model, TPUAlternatingLeastSquares)):
             raise TypeError(
@@ -321,9 +326,11 @@ class Recommender(Answering, BaseEstimator):
         Raises
         ------
         ValueError
-            If the ids are not text, numbers, times, dates, UUIDs, bytes, or tuples of text and
-            numbers, if event types are not text or numbers, or if the model or the weighting is not
-            of this package.
+            If event types are not text or numbers, if the model or the weighting is not of this
+            package, or if a file cannot hold the ids. It can hold text, numbers (also Decimal,
+            Fraction and complex), bytes, UUIDs, dates, times, times of day, time spans, pandas
+            Periods and Intervals, IP addresses and networks, paths, and tuples and frozensets of
+            them.
 
         Warns
         -----

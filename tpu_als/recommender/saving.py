@@ -9,14 +9,10 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable
-from datetime import date
-from decimal import Decimal, InvalidOperation
 from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from uuid import UUID
 
 import numpy as np
 import pandas as pd
@@ -25,40 +21,22 @@ from sklearn.base import clone
 from tpu_als import compat, weighting
 from tpu_als.estimator import TPUAlternatingLeastSquares
 from tpu_als.exceptions import DataWarning, ModelFileError
-from tpu_als.recommender import encoders, features
+from tpu_als.recommender import encoders, features, stored_ids
 from tpu_als.recommender.counting import Clock
 from tpu_als.recommender.encoders import Column, Encoder
 from tpu_als.recommender.history import Cells, History
-from tpu_als.recommender.ids import IdMap
 from tpu_als.recommender.schema import schema_of
 from tpu_als.recommender.state import State, liked, with_events
 from tpu_als.storage.atomic import replacing
 from tpu_als.storage.npz import NpzFile, write_npz
 
-FORMAT = 3  # 2 for files without ids of _OBJECTS, 1 for those without features too
+FORMAT = 4  # files get the first format that can hold what they hold, so 1 for most
 _MODELS: dict[str, Any] = {
     "TPUAlternatingLeastSquares": TPUAlternatingLeastSquares,
     "AlternatingLeastSquares": compat.AlternatingLeastSquares,
 }
 
 
-def _decimal(text: str) -> Decimal:
-    try:
-        value = Decimal(text)
-    except InvalidOperation:
-        raise ValueError(f"{text!r:.60} is not a decimal") from None
-    if value.is_nan():
-        raise ValueError("a decimal that is not a number")
-    return value
-
-
-# Ids that are objects: how they are called in files, their type, and their text and back.
-_OBJECTS: dict[str, tuple[type, Callable[[Any], str], Callable[[str], Any]]] = {
-    "uuids": (UUID, str, UUID),
-    "decimals": (Decimal, str, _decimal),
-    "dates": (date, date.isoformat, date.fromisoformat),
-    "bytes": (bytes, lambda value: value.decode("latin-1"), lambda text: text.encode("latin-1")),
-}
 _CELLS = ("indptr", "items", "values", "weights")
 _DTYPES = {"indptr": "<i8", "items": "<i4", "values": "<f8", "weights": "<f4", "pending": "<i8"}
 
@@ -81,11 +59,11 @@ def save(path: str | os.PathLike[str], recommender: Any, state: State) -> None:
         if state.clock is None
         else [state.clock.kind, np.asarray(state.clock.latest).item()],
         "newest": None if state.clock is None else np.asarray(state.clock.newest).item(),
-        "users": _ids(state.users, "user_ids", arrays),
-        "items": _ids(state.items, "item_ids", arrays),
+        "users": stored_ids.write(state.users, "user_ids", arrays),
+        "items": stored_ids.write(state.items, "item_ids", arrays),
     }
-    has_objects = any(about[side][2] in _OBJECTS for side in ("users", "items"))
-    about["format"] = 3 if has_objects else 2 if state.encoders else 1
+    of_ids = max(stored_ids.format_of(about[side]) for side in ("users", "items"))
+    about["format"] = max(of_ids, 2 if state.encoders else 1)
     if state.encoders:
         about["encoders"] = {}
         for side, encoder in state.encoders.items():
@@ -130,7 +108,7 @@ def _loaded(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], State]:
             f"format {about['format']} is later than {FORMAT}: upgrade tpu_als to read it"
         )
     model = _MODELS[about["model"]].load(io.BytesIO(arrays["model"].tobytes()))
-    users, items = _read_ids(about["users"], arrays), _read_ids(about["items"], arrays)
+    users, items = (stored_ids.read(about[side], arrays) for side in ("users", "items"))
     cells = _checked(arrays, len(users), len(items))
     tables = model.user_factors, model.item_factors
     if tables[0].shape[0] != len(users) or tables[1].shape[0] != len(items):
@@ -268,69 +246,6 @@ def _read_encoders(about: Any, arrays: dict[str, np.ndarray], model: Any) -> dic
             )
         found[side] = made
     return found
-
-
-def _ids(ids: IdMap, name: str, arrays: dict[str, Any]) -> list[Any]:
-    """Write ids; return how they are written."""
-    index, kind = ids.index, ids.kind
-    if kind == "text":
-        text = "\0".join(index)
-        if text.count("\0") == len(index) - 1:
-            arrays[name] = _bytes(text)
-            return [name, kind, "text", len(index), str(index.dtype)]
-        arrays[name] = _bytes(json.dumps(list(index)))
-        return [name, kind, "json", len(index), str(index.dtype)]
-    if kind.startswith("times") and index.dtype.kind == "M":
-        zone = str(index.tz) if getattr(index, "tz", None) is not None else None
-        arrays[name] = index.asi8
-        return [name, kind, "times", zone, index.unit]
-    if index.dtype.kind in "biuf" and isinstance(index.dtype, np.dtype):
-        arrays[name] = index.to_numpy()
-        return [name, kind, "numbers", None, str(index.dtype)]
-    types = set(map(type, index))
-    for form, (of_type, text_of, _) in _OBJECTS.items():
-        if types == {of_type}:
-            arrays[name] = _bytes(json.dumps([text_of(value) for value in index]))
-            return [name, kind, form, len(index), "object"]
-    values = [list(v) if isinstance(v, tuple) else v for v in index]
-    try:
-        text = json.dumps(values)
-        is_same = json.loads(text) == values
-    except (TypeError, ValueError):
-        is_same = False
-    if not is_same:
-        raise ValueError(
-            f"ids of {name} must be text, numbers, times, dates, UUIDs, bytes, or tuples of text "
-            f"and numbers to be saved, got {kind} such as {index[0]!r:.60}"
-        )
-    arrays[name] = _bytes(text)
-    is_tuples = bool(values) and isinstance(values[0], list)
-    return [name, kind, "tuples" if is_tuples else "json", len(index), "object"]
-
-
-def _read_ids(about: Any, arrays: dict[str, np.ndarray]) -> IdMap:
-    name, kind, form, detail, dtype = about
-    array = arrays[name]
-    if form == "numbers":
-        index = pd.Index(array, dtype=dtype)
-    elif form == "times":
-        times = pd.DatetimeIndex(array.view(f"datetime64[{dtype}]"))
-        index = times if detail is None else times.tz_localize("UTC").tz_convert(detail)
-    else:
-        text = array.tobytes().decode()
-        values = text.split("\0") if form == "text" else json.loads(text)
-        if form == "tuples":
-            values = [tuple(value) for value in values]
-        elif form in _OBJECTS:
-            values = [_OBJECTS[form][2](str(value)) for value in values]
-        elif form not in ("text", "json"):
-            raise ValueError(f"ids of {name} in the form {form!r:.60}")
-        index = pd.Index(values, dtype=dtype, tupleize_cols=False)
-        if len(index) != detail:
-            raise ValueError(f"{len(index)} ids of {name}, expected {detail}")
-    if not index.is_unique or index.isna().any():
-        raise ValueError(f"ids of {name} that are missing or repeated")
-    return IdMap(index, kind=str(kind))
 
 
 def _bytes(text: str) -> np.ndarray:

@@ -69,6 +69,12 @@ def _are_paths(events: object) -> bool:
 
 def _paths_of(given: Any) -> list[Path]:
     """The files that paths, directories and globs name, in order of their names."""
+    if _is_text_in_parts(given):
+        raise TypeError(
+            f"events are the single characters {given!r:.40}: scikit-learn's searches and splits "
+            "divide a path into its characters. Pass them a frame, such as pandas.read_csv(path) "
+            "or pandas.read_parquet(path)"
+        )
     found: list[Path] = []
     for one in [given] if isinstance(given, (str, os.PathLike)) else given:
         path = Path(os.fspath(one))
@@ -82,6 +88,14 @@ def _paths_of(given: Any) -> list[Path]:
             raise FileNotFoundError(f"no CSV or Parquet files at {os.fspath(one)!r}")
         found += files
     return found
+
+
+def _is_text_in_parts(given: Any) -> bool:
+    """Whether a list holds characters, as scikit-learn takes them from a path for a fold."""
+    if isinstance(given, (str, os.PathLike)) or len(given) < 2:
+        return False
+    are_characters = all(isinstance(one, str) and len(one) == 1 for one in given)
+    return are_characters and not all(map(os.path.isfile, given))
 
 
 def _is_data(path: Path) -> bool:

@@ -6,6 +6,7 @@ import functools
 import logging
 import threading
 import time
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +15,8 @@ import pandas as pd
 from scipy import sparse
 from sklearn.base import clone
 
-from tpu_als.recommender import counting, features
+from tpu_als.exceptions import DataWarning
+from tpu_als.recommender import counting, features, stored_ids
 from tpu_als.recommender.counting import Clock, Events
 from tpu_als.recommender.encoders import Encoder
 from tpu_als.recommender.features import Rows
@@ -106,9 +108,9 @@ class State:
         """Weights (m, N) of some users."""
         return self.history.rows(users).matrix(len(self.items))
 
-    def weighted(self, cells: Cells, n_items: int) -> Cells:
+    def weighted(self, cells: Cells) -> Cells:
         """Compute the weights of rows of cells from their values."""
-        return weighted(self.weighting, cells, n_items)
+        return weighted(self.weighting, cells, len(self.items))
 
 
 def fitted(recommender: Any, schema: Schema, events: Events, library: str, fit: Any) -> State:
@@ -138,6 +140,8 @@ def fitted(recommender: Any, schema: Schema, events: Events, library: str, fit: 
     n_with_events = len(users), len(items)
     users, items = sides["user"].ids, sides["item"].ids
     step.done("features")
+    for column, ids in ((schema.user, users), (schema.item, items)):
+        _warn_if_unstorable(column, ids)
     clock = None if events.times is None else Clock(events.kind, events.latest, events.latest)
     values = counting.decayed(events, schema, clock)
     shape = len(users), len(items)
@@ -147,6 +151,7 @@ def fitted(recommender: Any, schema: Schema, events: Events, library: str, fit: 
         # Without users and items that have features only, which would change sizes and means.
         counts = cells.matrix(n_with_events[1], of="values")[: n_with_events[0]]
         weighting = clone(recommender.weighting).fit(counts)
+        weighting = with_items(weighting, cells, with_events(cells, len(items)))
     cells = weighted(weighting, cells, len(items))
     step.done("values and weights")
     tables = {f"{name}_features": s.table for name, s in sides.items() if s.table is not None}
@@ -211,6 +216,35 @@ def weighted(weighting: Any, cells: Cells, n_items: int) -> Cells:
     return cells._replace(weights=made.data.astype(np.float32))
 
 
+def with_items(weighting: Any, cells: Cells, has_events: np.ndarray) -> Any:
+    """The weighting with what it learns of new items, if it has a method for that.
+
+    Parameters
+    ----------
+    weighting : transformer or None
+        It stays as it is.
+    cells : Cells
+        All cells of the items that have no events yet.
+    has_events : bool array (N,)
+        Which items have had events before, of which nothing is learnt again.
+    """
+    if not hasattr(weighting, "with_items"):
+        return weighting
+    new = np.unique(cells.items)
+    return weighting.with_items(cells.matrix(len(has_events), of="values"), new[~has_events[new]])
+
+
+def _warn_if_unstorable(column: str, ids: IdMap) -> None:
+    """Warn before the fit, which may take long, of ids that `save` refuses."""
+    reason = stored_ids.unstorable(ids)
+    if reason is not None:
+        warnings.warn(
+            f"save cannot write the ids of column {column!r}, because they hold {reason}",
+            DataWarning,
+            stacklevel=5,
+        )
+
+
 def _column(name: str) -> str:
     return f"column {name!r}"
 
@@ -243,12 +277,15 @@ def updated(state: State, events: Events, given: dict[str, Any], solve: Any) -> 
     old = state.history.rows(touched[is_known])
     missing = np.full(len(touched) - is_known.sum(), old.indptr[-1])
     old = old._replace(indptr=np.append(old.indptr, missing))  # new users come last
-    rows = state.weighted(counting.combined(old, new, schema.repeated), len(items))
+    rows = counting.combined(old, new, schema.repeated)
+    had_events = _padded(state.has_events, len(items))
+    weighting = with_items(state.weighting, rows, had_events)
+    rows = weighted(weighting, rows, len(items))
     history = state.history.changed_to(touched, rows, len(users), len(items))
     popularity = _padded(state.popularity, len(items))
     popularity += liked(rows, len(items)) - liked(old, len(items))
     pending = _padded(state.pending, len(items)) + np.bincount(new.items, minlength=len(items))
-    has_events = _padded(state.has_events, len(items)) | with_events(new, len(items))
+    has_events = had_events | with_events(new, len(items))
     model = features.carried(state.model, "user", len(users), of_users)
     model = features.carried(model, "item", len(items), of_items)
     model = solve(model, "user", touched, rows.matrix(len(items)))
@@ -262,7 +299,7 @@ def updated(state: State, events: Events, given: dict[str, Any], solve: Any) -> 
         model = solve(model, "user", touched, rows.matrix(len(items)))
         pending[due] = 0
     return replace(
-        state, users=users, items=items, history=history, model=model,
+        state, users=users, items=items, history=history, model=model, weighting=weighting,
         popularity=popularity, pending=pending, has_events=has_events, lock=state.lock,
         clock=None if state.clock is None else state.clock.after(events),
     )  # fmt: skip

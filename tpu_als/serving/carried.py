@@ -8,7 +8,9 @@ import numpy as np
 
 from tpu_als.host import single_blas_thread
 
-_MOST_MOVED = 16  # times a column's sum of squares; above it the gramian is computed anew
+# Times a column's sum of squares; above it the gramian is computed anew. The rounding of a table in
+# float32 changes its gramian more than the sums in float64 do, so it may be carried for longer.
+_MOST_MOVED, _MOST_MOVED_FLOAT32 = 16, 4096
 _SHARE = 8  # the gramian is computed anew too if more than 1/8 of the rows have changed
 
 
@@ -16,7 +18,8 @@ class Carried(NamedTuple):
     """A gramian (K, K) in float64, and the squares (K,) of all numbers added and removed since.
 
     Rounding errors are relative to the largest sums so far. In each column they stay within
-    `_MOST_MOVED` times those of a gramian that is computed from the table.
+    `_MOST_MOVED` times those of a gramian that is computed from the table, and within
+    `_MOST_MOVED_FLOAT32` times if the table is not in float64.
     """
 
     gram: np.ndarray
@@ -44,5 +47,6 @@ def after_change(
     with single_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
         gram = known.gram + (new.T @ new - old.T @ old)
         moved = known.moved + np.sum(old**2, axis=0) + np.sum(new**2, axis=0)
-        is_exact = (moved <= _MOST_MOVED * np.diagonal(gram)).all()  # False for NaN
+        most = _MOST_MOVED if after.dtype == np.float64 else _MOST_MOVED_FLOAT32
+        is_exact = (moved <= most * np.diagonal(gram)).all()  # False for NaN
     return Carried(gram, moved) if is_exact else None

@@ -1,8 +1,13 @@
-"""A table with a few changed rows, which is not copied until the whole table is read."""
+"""A table with a few changed rows, which is not copied until the whole table is read.
+
+Many changed rows are written into a new table. For a read-only table this copy is made in parts:
+each change beyond half of the most changed rows copies some more of it, so that no change is slow.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -12,6 +17,21 @@ FEW = 64  # rows to read without a copy of the table
 _MOST, _SHARE = 1024, 1 / 16
 _NEEDED = 4  # rows are solved against a copy of the rows they need, if these are fewer than 1 / 4
 _LARGE = 1 << 18  # numbers of a table; the copy of a smaller one takes no time that matters
+
+
+class Copy(NamedTuple):
+    """A copy under way of a changed table.
+
+    Attributes
+    ----------
+    table : array (capacity, K)
+        Rows below `n_copied` are done, and so are the rows that were added to the base.
+    n_copied : int
+        Number of rows of the base that are done.
+    """
+
+    table: np.ndarray
+    n_copied: int
 
 
 @dataclass(frozen=True)
@@ -26,11 +46,15 @@ class ChangedTable:
         Changed rows. Added rows that are not in it are zero.
     n_rows : int
         Number n of rows.
+    copies : list of Copy
+        At most one. Who takes it from the list owns it and may write into it: a reader of the whole
+        table, or the next changed table. So two tables that are made from this one share no memory.
     """
 
     base: np.ndarray
     rows: dict[int, np.ndarray]
     n_rows: int
+    copies: list[Copy] = field(default_factory=list, repr=False, compare=False)
     is_resident = False
 
     @property
@@ -48,12 +72,51 @@ class ChangedTable:
 
     def fetch(self) -> np.ndarray:
         """The whole table, in new memory."""
-        table = np.empty(self.shape, self.dtype)
-        table[: len(self.base)] = self.base
-        table[len(self.base) :] = 0
+        copy = self._taken() or self._started(0)
+        return self._continued(copy, len(self.base)).table[: self.n_rows]
+
+    def copied_from(
+        self, before: ChangedTable, changes: dict[int, np.ndarray], n_copied: int, n_spare: int
+    ) -> Copy:
+        """Take the copy of the table before these changes, or start one, and continue it.
+
+        `n_copied` is how many rows of the base are copied then. A new copy has memory for
+        `n_spare` rows more than this table.
+        """
+        copy, n_base = before._taken(), len(self.base)
+        if copy is None or len(copy.table) < self.n_rows:
+            copy = self._started(n_spare)
+        else:
+            copy.table[before.n_rows : self.n_rows] = 0
+            for number, row in changes.items():
+                if number < copy.n_copied or number >= n_base:
+                    copy.table[number] = row
+        return self._continued(copy, max(n_copied, copy.n_copied))
+
+    def _taken(self) -> Copy | None:
+        try:
+            return self.copies.pop()  # another thread may be first
+        except IndexError:
+            return None
+
+    def _started(self, n_spare: int) -> Copy:
+        """A copy with the added rows only."""
+        n_base = len(self.base)
+        table = np.empty((self.n_rows + n_spare, self.base.shape[1]), self.dtype)
+        table[n_base : self.n_rows] = 0
         for number, row in self.rows.items():
-            table[number] = row
-        return table
+            if number >= n_base:
+                table[number] = row
+        return Copy(table, 0)
+
+    def _continued(self, copy: Copy, end: int) -> Copy:
+        """The copy with the rows of the base up to `end`."""
+        table, start = copy
+        table[start:end] = self.base[start:end]
+        for number, row in self.rows.items():
+            if start <= number < end:
+                table[number] = row
+        return Copy(table, end)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
         """Copies of a few rows; the ids must be in range."""
@@ -108,7 +171,16 @@ def with_rows(
     changes = dict(zip(ids.tolist(), rows.astype(base.dtype), strict=True))
     n_rows = max(table.n_rows, 1 + max(changes, default=-1))
     changed = ChangedTable(base, {**table.rows, **changes}, n_rows)
-    is_small = base.size < _LARGE or n_rows > 2 * len(base)
-    if is_small or len(changed.rows) > max(_MOST, _SHARE * len(base)):
+    if base.size < _LARGE or n_rows > 2 * len(base):
         return changed.fetch()
-    return changed
+    most = max(_MOST, int(_SHARE * len(base)))
+    is_full = len(changed.rows) > most
+    share = min(2 * len(changed.rows) / most - 1, 1.0)
+    # The caller may still write into a table that is not read-only, so it is copied at once.
+    if share > 0 and not base.flags.writeable:
+        copy = changed.copied_from(table, changes, int(share * len(base)), most)
+        if not is_full:
+            changed.copies.append(copy)
+            return changed
+        return copy.table[:n_rows]
+    return changed.fetch() if is_full else changed

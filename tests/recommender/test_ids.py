@@ -1,0 +1,201 @@
+"""Ids of unusual types, in frames, queries and files; and ids that hold missing values."""
+
+from __future__ import annotations
+
+import enum
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from fractions import Fraction
+from ipaddress import ip_address, ip_network
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+import numpy as np
+import pandas as pd
+import pytest
+from shop import model
+
+from tpu_als import Recommender
+from tpu_als.datasets import interactions_from_frame
+from tpu_als.exceptions import DataWarning, ModelFileError
+from tpu_als.storage.npz import NpzFile, write_npz
+
+
+class Colour(enum.Enum):
+    """Ids that a file cannot hold."""
+
+    RED = 1
+    BLUE = 2
+
+
+class Pair(NamedTuple):
+    """Ids that are tuples."""
+
+    shop: str
+    number: int
+
+
+# Its offset depends on `fold`, so it equals no time with a fixed offset.
+AMBIGUOUS = datetime(2020, 10, 25, 2, 30, tzinfo=ZoneInfo("Europe/Berlin"))
+
+
+def fitted(ids: Any) -> tuple[Recommender, pd.DataFrame]:
+    """A recommender of three users with these ids, and its events."""
+    frame = pd.DataFrame({"user": pd.Series(ids), "item": ["x", "y", "z"]})
+    return Recommender(model=model()).fit(frame), frame
+
+
+MANY = [
+    [frozenset({1}), frozenset({2, "a"}), frozenset()],
+    [time(1), time(2, 30, 0, 7), time(3, tzinfo=timezone(timedelta(hours=2)))],
+    [timedelta(1), timedelta(microseconds=-5), timedelta(3)],
+    [pd.Timedelta(1, "ns"), pd.Timedelta(-1, "ns"), pd.Timedelta(3, "D")],
+    list(pd.period_range("2020-01", periods=3, freq="M")),
+    list(pd.period_range("1900-01-01 13:00", periods=3, freq="15min")),
+    list(pd.interval_range(0, 3)),
+    list(pd.interval_range(pd.Timestamp("2020-01-01"), periods=3, closed="left")),
+    [Fraction(1, 3), Fraction(1, 2), Fraction(3)],
+    [Fraction(1, 3), 2, Decimal(3)],
+    [1j, 2.5 - 1j, -3 + 0j],
+    [ip_address("10.0.0.1"), ip_address("10.0.0.2"), ip_address("9.0.0.3")],
+    [ip_address("::1"), ip_address("::2"), ip_address("fe80::1%eth0")],
+    [ip_network("10.0.0.0/8"), ip_network("10.0.0.0/9"), ip_network("9.0.0.0/8")],
+    [Path("a"), Path("a/b"), Path("ä")],
+    [PurePosixPath("a"), PurePosixPath("b"), PurePosixPath("c")],
+    [PureWindowsPath("a\\b"), PureWindowsPath("b"), PureWindowsPath("c")],
+    [("a", (1, 2)), ("b", (1, 3)), ("c", ())],
+    [("a", date(2020, 1, 1)), ("b", UUID(int=1)), ("c", b"\xff")],
+    [(datetime(2020, 1, 1),), (datetime(2021, 1, 1, 2, 3, 4, 5),), (pd.Timestamp(1),)],
+    [(np.int64(1), np.float32(0.1)), (np.int64(2), np.str_("x")), (np.bool_(True),)],
+    [(pd.Period("2020", "Y"), frozenset({(1, 2)})), (pd.Interval(0.5, 1),), (Decimal("1.50"),)],
+    [Pair("a", 1), Pair("a", 2), Pair("b", 1)],
+    [10**30, 10**31, 3],
+]
+
+
+@pytest.mark.parametrize("ids", MANY, ids=lambda ids: str(ids[0])[:30])
+def test_ids_of_many_types(ids: list[Any], tmp_path: Path) -> None:
+    """Queries, updates and files; each id is the same after `load`."""
+    rec, frame = fitted(ids)
+    rec.save(tmp_path / "shop")
+    again = Recommender.load(tmp_path / "shop")
+    assert again.users_.dtype == rec.users_.dtype
+    assert again.users_.tolist() == rec.users_.tolist()
+    if not isinstance(ids[0], Pair):  # they become tuples
+        for one, other in zip(again.users_, rec.users_, strict=True):
+            assert (
+                type(one) is type(other)
+                and repr(one).replace("np.", "")
+                and hash(one) == hash(other)
+            )
+    for query in (ids[0], [ids[0]], pd.Series(ids[:1])):
+        got = again.recommend(query, n=3)
+        pd.testing.assert_frame_equal(got, rec.recommend(query, n=3))
+        assert set(got["user"]) == {ids[0]}
+    assert len(again.similar_users(ids[0])) == 2
+    again.update(frame[::-1])
+    assert again.users_.tolist() == rec.users_.tolist()
+
+
+def test_items_of_unusual_types(tmp_path: Path) -> None:
+    sets = [frozenset({"tea"}), frozenset({"tea", "milk"}), frozenset({"jam"})]
+    rec = Recommender(model=model()).fit(pd.DataFrame({"user": [1, 1, 2], "item": sets}))
+    assert rec.recommend(2, candidates=sets[:1])["item"].tolist() == sets[:1]
+    assert set(rec.recommend_for_history(sets[:1])["item"]) == set(sets[1:])
+    assert rec.explain(1, sets[0])["item"].tolist()
+    assert len(rec.similar_items(sets[0], n=1)) == 1
+    with pytest.raises(TypeError, match="candidates must be a list of items"):
+        rec.recommend(2, candidates=sets[0])
+
+
+@pytest.mark.parametrize(
+    ("ids", "what"),
+    [
+        ([Colour.RED, Colour.BLUE, Colour.RED], "Colour objects"),
+        ([(1, Colour.RED), (1, 2), (1, 3)], "Colour objects"),
+        ([("a", (frozenset({Colour.RED}),)), ("b",), ("c",)], "Colour objects"),
+        ([("a", np.datetime64(1, "ns")), ("b",), ("c",)], "datetime64 objects"),
+        ([(AMBIGUOUS,), ("b",), ("c",)], "written exactly"),
+    ],
+)
+def test_ids_that_save_refuses_are_told_before_the_fit(
+    ids: list[Any], what: str, tmp_path: Path
+) -> None:
+    with pytest.warns(DataWarning, match=rf"ids of column 'user'.*{what}.*astype\(str\)") as found:
+        rec, _ = fitted(ids)
+    assert len(found) == 1 and found[0].filename == __file__
+    assert len(rec.recommend([ids[0]], n=1)) == 1
+    with pytest.raises(ValueError, match=f"ids of user_ids cannot be saved.*{what}"):
+        rec.save(tmp_path / "shop")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("ids", "form", "wrong"),
+    [
+        ([time(1), time(2), time(3)], "times of day", '["01:00:00", "02:00:00", "x"]'),
+        ([1j, 2j, 3j], "complex numbers", '["1j", "2j", "nan"]'),
+        ([("a", (1,)), ("b",), ("c",)], "nested", '[["tuple", 1], ["tuple", 2], ["other", 3]]'),
+        ([("a", (1,)), ("b",), ("c",)], "nested", '[["tuple", 1], ["tuple", 2], []]'),
+        ([("a", (1,)), ("b",), ("c",)], "nested", '[["tuple", 1], ["tuple", 2], ["tuple", null]]'),
+        ([("a", (1,)), ("b",), ("c",)], "nested", '[["tuple", 1], ["tuple", 2], ["tuple", {}]]'),
+        (list(pd.period_range("2020", periods=3, freq="D")), "periods", '["1 D", "2 D", "3 Q9"]'),
+        (list(pd.interval_range(0, 3)), "intervals", '["[0,1]", "[1,2]", "[2,3]"]'),
+    ],
+)
+def test_damaged_ids(ids: list[Any], form: str, wrong: str, tmp_path: Path) -> None:
+    """Format 4, which earlier versions refuse; nothing else than ModelFileError is raised."""
+    rec, _ = fitted(ids)
+    rec.save(tmp_path / "shop")
+    with open(tmp_path / "shop", "rb") as file, NpzFile(file, "shop", lambda _: True) as found:
+        arrays = {key: found.read(key) for key in found.headers}
+    about = arrays["recommender"].tobytes()
+    assert b'"format": 4' in about and form.encode() in about
+    with open(tmp_path / "shop", "wb") as file:
+        write_npz(file, {**arrays, "user_ids": np.frombuffer(wrong.encode(), np.uint8)})
+    with pytest.raises(ModelFileError, match="damaged"):
+        Recommender.load(tmp_path / "shop")
+
+
+@pytest.mark.filterwarnings("ignore:Constructing a DataFrame from a list of sequences")
+@pytest.mark.parametrize(
+    "null",
+    [
+        ("a", None), ("a", float("nan")), (pd.NaT, 1), ("a", pd.NA), ("a", np.datetime64("NaT")),
+        ("a", ("b", (None,))), ("a", Decimal("NaN")), frozenset({None}), ("a", frozenset({None})),
+        (np.float32("nan"),), (complex("nan"),),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_ids_that_hold_missing_values_are_missing(null: Any) -> None:
+    good = [("a", "b"), ("a", ("b", 1))] if isinstance(null, tuple) else [frozenset("a")] * 2
+    frame = pd.DataFrame({"user": pd.Series([*good, null], dtype=object), "item": ["x", "y", "z"]})
+    message = r"column 'user' must have no missing values, got 1, the first in row 2 \(counted"
+    for given in (frame, frame.astype({"user": "category"})):
+        with pytest.raises(ValueError, match=message) as error:
+            Recommender(model=model()).fit(given)
+        assert repr(null)[:20] in str(error.value)
+        with pytest.raises(ValueError, match=message):
+            interactions_from_frame(given, "user", "item")
+    rec = Recommender(model=model()).fit(frame[:2])
+    with pytest.raises(ValueError, match=message):
+        rec.update(frame)
+    with pytest.raises(ValueError, match=r"users must have no missing ids, got .* at position 1"):
+        rec.recommend([good[0], null])
+    with pytest.raises(ValueError, match="users must have no missing ids"):
+        rec.similar_users(null)
+    with pytest.raises(ValueError, match="users= must have no missing values, got 1"):
+        interactions_from_frame(frame[:2], "user", "item", users=[*good[:1], null])
+    features = pd.DataFrame({"user": pd.Series([good[0], null], dtype=object), "age": [1, 2]})
+    with pytest.raises(ValueError, match="must have no missing values"):
+        Recommender(model=model(), user_features=features).fit(frame[:2])
+
+
+def test_a_missing_id_is_shown() -> None:
+    frame = pd.DataFrame({"user": ["a", None], "item": ["x", "y"]})
+    with pytest.raises(
+        ValueError, match=r"the first in row 1 \(counted from 0\), (nan|None): drop"
+    ):
+        Recommender(model=model()).fit(frame)
