@@ -41,7 +41,7 @@ class Catalog(Protocol):
     def best_of_one(
         self, query: np.ndarray, k: int, seen: sparse.csr_matrix | None = None
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """`top_k` of a single query (K,), or None if only `top_k` can rank it."""
+        """Ids and scores (k,) of a single query (K,), or None if only `top_k` can rank it."""
 
 
 class Source(Protocol):

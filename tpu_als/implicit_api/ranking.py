@@ -14,7 +14,7 @@ from tpu_als.serving.factor_table import FactorTable
 from tpu_als.serving.features import prior_for
 from tpu_als.serving.fitted import ModelHolder
 from tpu_als.serving.fold_in import folded_in, recalculated
-from tpu_als.serving.ranking import How, Limits, rank
+from tpu_als.serving.ranking import How, Limits, best_of_one, rank
 from tpu_als.validation import arguments, tables
 from tpu_als.validation.refusals import require_matrix
 from tpu_als.validation.structure import SparseMatrix
@@ -92,14 +92,19 @@ class Ranking(ModelHolder):
         if filter_already_liked_items or recalculate_user:
             rows = arguments.rows_for(user_items, len(ids), n_items, mask=mask)
         names = ("items", "filter_items")
-        chosen, excluded = arguments.selection(items, filter_items, n_items, names)
+        selection = arguments.selection(items, filter_items, n_items, names)
         if recalculate_user:
             prior = prior_for(fitted.features("user"), "user", user_features, len(ids))
             queries = folded_in(self, fitted.item, rows, prior)
         else:
             queries = fitted.user.rows(ids)
-        limits = Limits(rows if filter_already_liked_items else None, chosen, excluded)
-        found = rank(fitted.item, queries, n, limits, self._how())
+        liked = rows if filter_already_liked_items else None
+        self._check_recall()
+        if is_scalar:
+            best = best_of_one(fitted.item, queries[0], n, selection, seen=liked)
+            if best is not None:
+                return best
+        found = rank(fitted.item, queries, n, Limits(liked, *selection), self._how())
         return _unwrapped(found, is_scalar)
 
     def similar_items(
@@ -268,8 +273,11 @@ class Ranking(ModelHolder):
             user_features=user_features,
         )
 
+    def _check_recall(self) -> None:
+        if self.approximate_recall is not None:
+            parameters.check(self, ("approximate_recall",))
+
     def _how(self, cosine: bool = False) -> How:
-        parameters.check(self, ("approximate_recall",))
         return How(lambda: engine_options.backend_of(self).alone, self.approximate_recall, cosine)
 
     # implicit's approximate-neighbour wrappers call these methods. They normalise the result in
@@ -306,6 +314,7 @@ class Ranking(ModelHolder):
         selection: tuple[np.ndarray | None, np.ndarray | None],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Neighbours of some rows of a table, or of `factors` if given."""
+        self._check_recall()
         lengths = table.norms()
         if factors is None:
             at, is_scalar, _ = arguments.ids_of(ids, len(lengths), name)
@@ -315,8 +324,11 @@ class Ranking(ModelHolder):
         else:
             is_scalar = factors.ndim == 1
             queries = np.atleast_2d(factors / norms(factors)[..., None])
-        limits = Limits(None, *selection)
-        found = rank(table, queries, n, limits, self._how(cosine=True))
+        if is_scalar:
+            best = best_of_one(table, queries[0], n, selection, cosine=True)
+            if best is not None:
+                return best
+        found = rank(table, queries, n, Limits(None, *selection), self._how(cosine=True))
         return _unwrapped(found, is_scalar)
 
 

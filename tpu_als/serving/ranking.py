@@ -54,6 +54,25 @@ class How(NamedTuple):
     cosine: bool = False
 
 
+def best_of_one(
+    table: FactorTable,
+    query: np.ndarray,
+    n: int,
+    limits: tuple[np.ndarray | None, np.ndarray | None],
+    *,
+    seen: sparse.csr_matrix | None = None,
+    cosine: bool = False,
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Ids and scores (n,) for one query (K,), the usual call of a service.
+
+    `limits` are the rows to rank and those to exclude, and `seen` is as in `Limits`. Returns None
+    where `rank` does more: if there are limits, and as in the catalog's `best_of_one`.
+    """
+    if limits[0] is not None or limits[1] is not None:
+        return None
+    return table.catalog(ONE_THREAD, cosine=cosine).best_of_one(query, n, seen)
+
+
 def rank(
     table: FactorTable, queries: np.ndarray, n: int, limits: Limits, how: How
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -69,10 +88,6 @@ def rank(
         If the result would not fit into the free memory; raised before any work.
     """
     seen, chosen, excluded = limits
-    if len(queries) == 1 and chosen is None and excluded is None:  # the usual call of a service
-        best = table.catalog(ONE_THREAD, cosine=how.cosine).best_of_one(queries[0], n, seen)
-        if best is not None:
-            return best
     n_rows, width = table.shape
     tables.same_width(queries.shape[-1], width)
     if chosen is not None:

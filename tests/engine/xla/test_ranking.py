@@ -17,7 +17,7 @@ from scipy import sparse
 
 from tpu_als.engine import layout
 from tpu_als.engine.cpu import ranking as cpu_ranking
-from tpu_als.engine.data import DTYPES
+from tpu_als.engine.data import dtype_named
 from tpu_als.engine.layout import RowMap
 from tpu_als.engine.xla import ranking
 from tpu_als.engine.xla.mesh import DeviceMesh, Shards, device_mesh
@@ -206,7 +206,7 @@ def _in_slots(table: np.ndarray, mesh: DeviceMesh, dtype: str) -> tuple[Shards, 
     """A table in slot order on the devices, its map, and the rows in float64 as they are stored."""
     lengths = np.random.default_rng(1).integers(0, 40, len(table))
     rows = layout.map_rows(lengths, layout.Plan((8, 16, 32), 64, 16, mesh.n_shards))
-    stored = table.astype(DTYPES[dtype])
+    stored = table.astype(dtype_named(dtype))
     with ranking.precision(dtype):
         shards = mesh.put(layout.to_slots(stored, rows, mesh.local_shards))
     return shards, rows, stored.astype(np.float64)

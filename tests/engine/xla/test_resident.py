@@ -8,7 +8,7 @@ import pytest
 from matrices import random_counts
 
 from tpu_als.engine import als
-from tpu_als.engine.data import DTYPES, AlsParams
+from tpu_als.engine.data import AlsParams, dtype_named
 from tpu_als.engine.objective import Objective
 from tpu_als.engine.xla import backend
 from tpu_als.engine.xla.mesh import device_mesh
@@ -33,7 +33,7 @@ def _tables(
         "user": data.backend.table(state.users, data.users, data),
         "item": data.backend.table(state.items, data.items, data),
     }
-    return found, {side: t.astype(DTYPES[dtype]).astype("f8") for side, t in given.items()}
+    return found, {side: t.astype(dtype_named(dtype)).astype("f8") for side, t in given.items()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])

@@ -120,8 +120,8 @@ class Catalog:
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """`top_k` of the usual single query (K,), with fewer calls around the product.
 
-        Returns None where `top_k` does more: if numba is not loaded, if k is large, if a place of
-        the result stays empty, or if a score is not finite.
+        Returns ids and scores (k,), or None where `top_k` does more: if numba is not loaded, if k
+        is large, if a place of the result stays empty, or if a score is not finite.
         """
         if len(query) != self.table.shape[1] or query.dtype != self.table.dtype:
             return None
@@ -130,7 +130,7 @@ class Catalog:
             return None
         ids, scores = self._best(loops, query, k, _NONE if seen is None else seen.indices)
         is_complete = scores.item(0) < math.inf and scores.item(k - 1) > -math.inf
-        return (ids[None], scores[None]) if is_complete else None
+        return (ids, scores) if is_complete else None
 
     def _best(
         self, loops: ModuleType, query: np.ndarray, k: int, hidden: np.ndarray
@@ -162,7 +162,9 @@ class Catalog:
         if len(queries) <= size and n_items >= n_threads * width * _LEAST_CHOICE:
             n_parts = n_threads
         else:
-            size = min(size, -(-len(queries) // n_threads))
+            n_jobs = -(-len(queries) // size)
+            n_jobs += -n_jobs % n_threads  # so that threads end together
+            size = -(-len(queries) // n_jobs)
         bounds = [n_items * part // n_parts for part in range(n_parts + 1)]
         longest = -(-n_items // n_parts)
         select = _Selection(self, width, excluded, -(-longest // -(-longest // _MOST_COLUMNS)))
