@@ -169,7 +169,7 @@ class _RotatedRows:
 
     def __init__(self, table: np.ndarray, tiles: np.ndarray, width: int) -> None:
         self._table, self._tiles, self._width = read_only(table), tiles, width
-        self._memory = Memory()
+        self._memory, self._all = Memory(), read_only(np.arange(len(table), dtype=np.uint32))
         self._kept: _Kept | None = None
         self._n_rotated = 0
 
@@ -178,7 +178,9 @@ class _RotatedRows:
         ids, n_source, kept = rows.indices, len(self._table), self._kept
         if kept is not None:
             positions = read_only(ids.astype(np.uint32))
-            if not compiled.rotation().differ(self._table, kept.raw, positions):
+            # Each row once: a batch has many more entries than the table has rows.
+            used = positions if len(ids) < n_source else self._all
+            if not compiled.rotation().differ(self._table, kept.raw, used):
                 return kept.rotated, positions
             self._kept, self._n_rotated = None, 0  # someone wrote into the table
         if rows.shape[0] == 1:
