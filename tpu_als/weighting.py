@@ -318,7 +318,7 @@ class BM25Weighting(_Weighting):
         return len(self.length_)
 
     def with_items(self, X: Any, items: Any) -> Self:
-        """A copy that also knows new items; those that are known keep their lengths.
+        """A copy that also knows new items. Those of `fit` keep their lengths.
 
         Parameters
         ----------
@@ -326,9 +326,9 @@ class BM25Weighting(_Weighting):
             Counts of all users who have some of the new items, with at least as many columns as
             are known.
         items : array-like of int and shape (m,)
-            New items: their lengths are computed from their sums in X, with the mean of `fit`.
-            Other new columns of X get the length of an item without counts. Items of `fit` are an
-            error.
+            New items: their lengths are computed from their sums in X, with the mean of `fit`; also
+            those of items that an earlier call has added. Other new columns of X get the length of
+            an item without counts. Items of `fit` are an error.
 
         Returns
         -------

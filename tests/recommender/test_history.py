@@ -48,7 +48,7 @@ def check(made: History, rows: list[Row], has_times: bool, rng: np.random.Genera
     """All that a history answers."""
     expected = cells_of(rows, has_times)
     assert made.n_users == len(rows)
-    assert_equal(made.whole(), expected)
+    assert_equal(made.all_cells(), expected)
     assert made.lengths().tolist() == [len(row) for row in rows]
     some = rng.integers(0, len(rows), rng.integers(0, 8))
     assert_equal(made.rows(some), cells_of([rows[user] for user in some], has_times))
@@ -159,5 +159,5 @@ def test_a_recommender_that_copies_in_parts_equals_one_that_does_not(
     for name in ("user_factors", "item_factors"):
         one, other = (getattr(rec.model_, name) for rec in made)
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
-    assert_equal(made[0]._state.history.whole(), made[1]._state.history.whole())
+    assert_equal(made[0]._state.history.all_cells(), made[1]._state.history.all_cells())
     pd.testing.assert_frame_equal(made[0].recommend(n=5), made[1].recommend(n=5))

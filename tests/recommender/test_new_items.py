@@ -76,7 +76,7 @@ class Slow:
 
 def check(rec: Recommender, slow: Slow, changed: set[str]) -> None:
     """Weights, explanations, strangers and the factors of changed users."""
-    cells, users, items = rec._state.history.whole(), rec.users_, rec.items_
+    cells, users, items = rec._state.history.all_cells(), rec.users_, rec.items_
     owners = np.repeat(np.arange(len(users)), cells.lengths)
     got = {
         (users[user], items[item]): weight

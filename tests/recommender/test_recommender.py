@@ -49,7 +49,7 @@ def rec():
 
 def test_matrix_is_that_of_a_groupby(rec):
     sums = EVENTS.groupby(["customer", "sku"])["quantity"].sum()
-    cells = rec._state.history.whole()
+    cells = rec._state.history.all_cells()
     users = rec.users_[np.repeat(np.arange(len(rec.users_)), cells.lengths)]
     got = pd.Series(cells.values, pd.MultiIndex.from_arrays([users, rec.items_[cells.items]]))
     assert got.sort_index().tolist() == sums.sort_index().tolist()
@@ -266,12 +266,12 @@ def test_event_weights_half_life_and_repeated():
     for (repeated, half_life), values in expected.items():
         rec = Recommender(repeated=repeated, half_life=half_life, **params).fit(frame)
         assert rec.users_.tolist() == ["a"]  # an ignored event makes no user
-        assert rec._state.history.whole().values.tolist() == values
+        assert rec._state.history.all_cells().values.tolist() == values
         later = pd.DataFrame({"user": ["a"], "item": ["x"], "kind": ["view"], "day": [30]})
         rec.update(later)
         value = {"sum": values[0] + (2 if half_life else 1), "last": 2 if half_life else 1}
         value["max"] = max(values[0], 2 if half_life else 1)
-        assert rec._state.history.whole().values[0] == value[repeated]
+        assert rec._state.history.all_cells().values[0] == value[repeated]
 
 
 def test_last_event_is_the_latest_not_the_last_row():
@@ -279,11 +279,11 @@ def test_last_event_is_the_latest_not_the_last_row():
         {"user": ["a", "a", "b"], "item": ["x", "x", "y"], "v": [1, 2, 3], "t": [5, 4, 1]}
     )
     rec = Recommender(value="v", timestamp="t", repeated="last", model=model()).fit(frame)
-    assert rec._state.history.whole().values.tolist() == [1, 3]
+    assert rec._state.history.all_cells().values.tolist() == [1, 3]
     rec.update(pd.DataFrame({"user": ["a"], "item": ["x"], "v": [9], "t": [3]}))
-    assert rec._state.history.whole().values.tolist() == [1, 3]
+    assert rec._state.history.all_cells().values.tolist() == [1, 3]
     untimed = Recommender(value="v", repeated="last", model=model()).fit(frame)
-    assert untimed._state.history.whole().values.tolist() == [2, 3]
+    assert untimed._state.history.all_cells().values.tolist() == [2, 3]
 
 
 @pytest.mark.parametrize("weighting", [None, LogWeighting(), TfidfWeighting()])
@@ -295,10 +295,10 @@ def test_update_equals_the_same_history(weighting):
     fresh = make(weighting=weighting).fit(EVENTS)
     assert sorted(rec.users_) == sorted(fresh.users_)
     order = rec.users_.get_indexer(fresh.users_), rec.items_.get_indexer(fresh.items_)
-    got = rec._state.history.whole()
+    got = rec._state.history.all_cells()
     for of in ("values", "weights"):
         mine = got.matrix(len(rec.items_), of=of).toarray()[np.ix_(*order)]
-        theirs = fresh._state.history.whole().matrix(len(fresh.items_), of=of).toarray()
+        theirs = fresh._state.history.all_cells().matrix(len(fresh.items_), of=of).toarray()
         if of == "values" or not isinstance(weighting, TfidfWeighting):  # its n_items is of fit
             np.testing.assert_allclose(mine, theirs, rtol=1e-6)
     # The users of the last events have exact factors.
@@ -792,7 +792,7 @@ def test_directories_without_hidden_files(tmp_path):
     EVENTS.to_csv(tmp_path / "_temporary" / "b.csv", index=False)
     EVENTS.to_csv(tmp_path / ".c.csv", index=False)
     rec = make().fit(tmp_path)
-    assert rec._state.history.whole().values.sum() == EVENTS["quantity"][:300].sum()
+    assert rec._state.history.all_cells().values.sum() == EVENTS["quantity"][:300].sum()
 
 
 def test_integers_stay_exact():
@@ -849,7 +849,7 @@ def test_times_of_all_years(tmp_path):
         t=np.array(["9999-12-31", "2026-01-01", "1200-01-01"], "datetime64[s]")
     )
     rec = Recommender(value="v", timestamp="t", repeated="last", model=model()).fit(frame)
-    assert rec._state.history.whole().values.tolist() == [1, 3]
+    assert rec._state.history.all_cells().values.tolist() == [1, 3]
     users = Recommender("t", "item", model=model()).fit(frame)
     users.save(tmp_path / "shop")
     assert Recommender.load(tmp_path / "shop").users_.equals(users.users_)

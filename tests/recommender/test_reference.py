@@ -110,7 +110,7 @@ def _frames(features):
 def _check(rec: Recommender, reference: Reference) -> None:
     assert rec.users_.tolist() == reference.users
     assert rec.items_.tolist() == reference.items
-    cells = rec._state.history.whole()
+    cells = rec._state.history.all_cells()
     rows = np.repeat(np.arange(len(reference.users)), cells.lengths)
     got = {
         (reference.users[user], reference.items[item]): value

@@ -16,7 +16,7 @@ import numpy as np
 
 from tpu_als.engine.data import Data, Side, dtype_named
 from tpu_als.engine.features import Features
-from tpu_als.engine.objective import Objective, ridge
+from tpu_als.engine.objective import Objective, ridge, total_weight
 
 _Table = TypeVar("_Table")  # a table in the backend's form
 
@@ -210,8 +210,8 @@ def loss(state: AlsState, data: Data, objective: Objective) -> float:
             sums, feature_weights = _regressed(table, data, objective, target)
             ridges -= float(np.sum(sums * feature_weights))
     total = parts.entries + objective.unobserved_weight * np.sum(user_gram * item_gram) + ridges
-    weights = objective.alpha * data.absolute_sum - objective.offset * data.n_entries
-    weights += objective.unobserved_weight * users.n_rows * items.n_rows
+    n_cells = users.n_rows * items.n_rows
+    weights = total_weight(objective, data.absolute_sum, data.n_entries, n_cells)
     return float(total / weights) if weights else float(total)  # no weights if there are no cells
 
 

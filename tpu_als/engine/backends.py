@@ -38,11 +38,6 @@ class Catalog(Protocol):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and scores (B, k) of the best rows for each query (B, K)."""
 
-    def best_of_one(
-        self, query: np.ndarray, k: int, seen: sparse.csr_matrix | None = None
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Ids and scores (k,) of a single query (K,), or None if only `top_k` can rank it."""
-
 
 class Source(Protocol):
     """A table that rows can be solved against.

@@ -173,13 +173,6 @@ def _cheapest_rungs(ordered: np.ndarray, grid: np.ndarray, rung_cells: float) ->
     return tuple(sorted(chosen))
 
 
-def padded_cells(lengths: np.ndarray, ladder: tuple[int, ...]) -> int:
-    """Padded cells of rows of these lengths; long rows take multiples of the last rung."""
-    rungs = np.array(ladder)
-    at = np.minimum(np.searchsorted(rungs, lengths), len(rungs) - 1)
-    return int((rungs[at] * np.maximum(-(-lengths // rungs[at]), 1)).sum())
-
-
 def round_up(count: int, small: int = 1 << 13) -> int:
     """Round a size up, so that nearby sizes have the same shape and programs.
 

@@ -91,6 +91,17 @@ def ridge(objective: Objective, n_entries: _Values, n_source: Any) -> _Values:
     return objective.regularization * scale**objective.exponent
 
 
+def without_offset(objective: Objective) -> Objective:
+    """The objective with weights w = |c|, of which the offset is subtracted later."""
+    return objective._replace(offset=objective.offset * 0)
+
+
+def total_weight(objective: Objective, absolute_sum: float, n_entries: int, n_cells: int) -> float:
+    """Sum of the weights of all cells, given the sum of |x| over the stored ones."""
+    stored = objective.alpha * absolute_sum - objective.offset * n_entries
+    return stored + objective.unobserved_weight * n_cells
+
+
 def typed(objective: Objective, dtype: DTypeLike) -> Objective:
     """The objective's numbers in the dtype that sums are done in."""
     kind = np.dtype(dtype).type

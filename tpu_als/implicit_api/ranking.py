@@ -14,7 +14,7 @@ from tpu_als.serving.factor_table import FactorTable
 from tpu_als.serving.features import prior_for
 from tpu_als.serving.fitted import ModelHolder
 from tpu_als.serving.fold_in import folded_in, recalculated
-from tpu_als.serving.ranking import How, Limits, best_of_one, rank
+from tpu_als.serving.ranking import How, Limits, rank, rank_one
 from tpu_als.validation import arguments, tables
 from tpu_als.validation.refusals import require_matrix
 from tpu_als.validation.structure import SparseMatrix
@@ -98,14 +98,10 @@ class Ranking(ModelHolder):
             queries = folded_in(self, fitted.item, rows, prior)
         else:
             queries = fitted.user.rows(ids)
-        liked = rows if filter_already_liked_items else None
-        self._check_recall()
+        limits, how = Limits(rows if filter_already_liked_items else None, *selection), self._how()
         if is_scalar:
-            best = best_of_one(fitted.item, queries[0], n, selection, seen=liked)
-            if best is not None:
-                return best
-        found = rank(fitted.item, queries, n, Limits(liked, *selection), self._how())
-        return _unwrapped(found, is_scalar)
+            return rank_one(fitted.item, queries[0], n, limits, how)
+        return rank(fitted.item, queries, n, limits, how)
 
     def similar_items(
         self,
@@ -273,11 +269,9 @@ class Ranking(ModelHolder):
             user_features=user_features,
         )
 
-    def _check_recall(self) -> None:
+    def _how(self, cosine: bool = False) -> How:
         if self.approximate_recall is not None:
             parameters.check(self, ("approximate_recall",))
-
-    def _how(self, cosine: bool = False) -> How:
         return How(lambda: engine_options.backend_of(self).alone, self.approximate_recall, cosine)
 
     # implicit's approximate-neighbour wrappers call these methods. They normalise the result in
@@ -314,7 +308,6 @@ class Ranking(ModelHolder):
         selection: tuple[np.ndarray | None, np.ndarray | None],
     ) -> tuple[np.ndarray, np.ndarray]:
         """Neighbours of some rows of a table, or of `factors` if given."""
-        self._check_recall()
         lengths = table.norms()
         if factors is None:
             at, is_scalar, _ = arguments.ids_of(ids, len(lengths), name)
@@ -324,12 +317,10 @@ class Ranking(ModelHolder):
         else:
             is_scalar = factors.ndim == 1
             queries = np.atleast_2d(factors / norms(factors)[..., None])
+        limits, how = Limits(None, *selection), self._how(cosine=True)
         if is_scalar:
-            best = best_of_one(table, queries[0], n, selection, cosine=True)
-            if best is not None:
-                return best
-        found = rank(table, queries, n, Limits(None, *selection), self._how(cosine=True))
-        return _unwrapped(found, is_scalar)
+            return rank_one(table, queries[0], n, limits, how)
+        return rank(table, queries, n, limits, how)
 
 
 def _require_recalculation(features: object, is_recalculated: bool, side: str) -> None:
@@ -339,10 +330,3 @@ def _require_recalculation(features: object, is_recalculated: bool, side: str) -
             f"{side}_features is used with recalculate_{side}=True only: the stored factors "
             f"include the features of {side}s already"
         )
-
-
-def _unwrapped(
-    found: tuple[np.ndarray, np.ndarray], is_scalar: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    ids, scores = found
-    return (ids[0], scores[0]) if is_scalar else (ids, scores)

@@ -5,8 +5,8 @@ Axis letters: M users, N items, E cells.
 An update must not copy all cells. So those of the fit are divided into pieces, each of some
 consecutive users, and updates write rows into groups beside them. There are as many groups as
 pieces. When the group in use is full, the next piece is copied with the newest rows of its users,
-and the next group is emptied and used. This happens in turn. A group is emptied after each piece
-has been copied since it was full, so then all of its rows are in the pieces.
+and the next group is emptied and used. This happens in turn. A group is emptied only after every
+piece has been copied since the group was full. All its rows are then in the pieces.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Part(NamedTuple):
     users : int32 array (m,)
         The user of each row.
     cells : Cells
-        The rows. One counts only if the history says that the user's row is here.
+        The rows. One is valid only if `part` and `row` of the history point to it.
     """
 
     users: np.ndarray
@@ -201,7 +201,7 @@ class History:
         part = np.where(self.part >= 0, self.part, len(self.pieces) - 1 - self.part)
         return np.concatenate(lengths)[starts[part] + self.row]
 
-    def whole(self) -> Cells:
+    def all_cells(self) -> Cells:
         """All rows."""
         if len(self.pieces) == 1 and not len(self.groups[0].users):
             return self.pieces[0].cells
@@ -262,16 +262,16 @@ class History:
         """The history after the turns that are due. Its `part` and `row` are written to."""
         made, n_pieces = self, len(self.pieces)
         total = self._n_cells()
-        # Full is half of its share, because the update that fills it may bring more than that.
+        # A group is full at half of its share, since one update may add more than the other half.
         if len(self.groups[self.turn].cells.items) * _SHARE * n_pieces * 2 >= total:
-            made = made._turned()
+            made = made._with_next_piece_copied()
         for _ in range(n_pieces):
             if sum(len(group.cells.items) for group in made.groups) * _SHARE <= total:
                 break
-            made = made._turned()
+            made = made._with_next_piece_copied()
         return made
 
-    def _turned(self) -> History:
+    def _with_next_piece_copied(self) -> History:
         """Copy the next piece with the newest rows of its users, and empty the next group."""
         turn = (self.turn + 1) % len(self.pieces)
         users, groups = self._users_of(turn), list(self.groups)

@@ -299,8 +299,8 @@ class Recommender(Answering, BaseEstimator):
             Between 0 and 1. NaN if there are no relevant items. If no event has a known user, an
             UndefinedMetricWarning says so. Events that have exactly the users' items of the
             history, as those of `fit`, are the train part of a search: then all items are ranked,
-            and those of the history with a positive value are relevant. That says how well the
-            model learnt what it was trained on, and not how good recommendations are.
+            and those of the history with a positive value are relevant. This measures the
+            fit to the training data, not the quality of recommendations.
         """
         now = self._state_
         checked = counting.checked(self._read(events, now.schema, now), now.schema)

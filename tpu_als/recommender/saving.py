@@ -68,7 +68,7 @@ def save(path: str | os.PathLike[str], recommender: Any, state: State) -> None:
         about["encoders"] = {}
         for side, encoder in state.encoders.items():
             about["encoders"][side] = _encoder(encoder, side, arrays)
-    cells = state.history.whole()
+    cells = state.history.all_cells()
     arrays |= {name: np.asarray(getattr(cells, name), _DTYPES[name]) for name in _CELLS}
     arrays["pending"] = np.asarray(state.pending, "<i8")
     if cells.times is not None:

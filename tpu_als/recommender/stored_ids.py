@@ -65,7 +65,7 @@ def _interval(text: str) -> pd.Interval:
     return pd.Interval(_value(left), _value(right), closed)
 
 
-# Ids that are objects: how they are called in files, their type, and their text and back.
+# Ids that are objects: name in the file, type, writer, reader.
 _OBJECTS: dict[str, tuple[Any, Callable[[Any], str], Callable[[str], Any]]] = {
     "uuids": (UUID, str, UUID),
     "decimals": (Decimal, str, _decimal),
@@ -154,7 +154,7 @@ def read(about: Any, arrays: dict[str, np.ndarray]) -> IdMap:
 
 
 def unstorable(ids: IdMap) -> str | None:
-    """What `write` refuses in ids, with an example and advice, or None.
+    """Reason why `write` would refuse these ids, with an example and advice; else None.
 
     The types of all ids are looked at, and some ids are written and read.
     """

@@ -17,9 +17,9 @@ _SHARE = 8  # the gramian is computed anew too if more than 1/8 of the rows have
 class Carried(NamedTuple):
     """A gramian (K, K) in float64, and the squares (K,) of all numbers added and removed since.
 
-    Rounding errors are relative to the largest sums so far. In each column they stay within
-    `_MOST_MOVED` times those of a gramian that is computed from the table, and within
-    `_MOST_MOVED_FLOAT32` times if the table is not in float64.
+    The rounding error grows with the sums added and removed. In each column it is limited to
+    `_MOST_MOVED` times that of a new gramian, and to `_MOST_MOVED_FLOAT32` times if the table is
+    not in float64.
     """
 
     gram: np.ndarray

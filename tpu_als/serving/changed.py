@@ -47,8 +47,8 @@ class ChangedTable:
     n_rows : int
         Number n of rows.
     copies : list of Copy
-        At most one. Who takes it from the list owns it and may write into it: a reader of the whole
-        table, or the next changed table. So two tables that are made from this one share no memory.
+        At most one. The caller that removes it may write into it: a reader of the whole table, or
+        the next changed table. So two tables that are made from this one share no memory.
     """
 
     base: np.ndarray
@@ -80,8 +80,8 @@ class ChangedTable:
     ) -> Copy:
         """Take the copy of the table before these changes, or start one, and continue it.
 
-        `n_copied` is how many rows of the base are copied then. A new copy has memory for
-        `n_spare` rows more than this table.
+        `n_copied` is the number of rows of the base that must be copied after this call. A new copy
+        has memory for `n_spare` rows more than this table.
         """
         copy, n_base = before._taken(), len(self.base)
         if copy is None or len(copy.table) < self.n_rows:

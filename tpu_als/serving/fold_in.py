@@ -121,9 +121,8 @@ def _in_float64(
         for row in np.flatnonzero(np.diff(rows.indptr)):
             ids, values, n_entries = matrices.known_entries(rows, row, n_source)
             lam = ridge(objective, float(n_entries), float(n_source))
-            source, at = table.rows(ids), np.arange(len(ids))
-            matrix, rhs = systems.system(source, at, values, gram, objective, lam)
-            if prior is not None:
-                rhs += lam * prior[row]
-            solved[row] = systems.solution(matrix, rhs)
+            entries, drawn_to = (np.arange(len(ids)), values), None if prior is None else prior[row]
+            solved[row] = systems.solved_row(
+                table.rows(ids), entries, gram, objective, lam, drawn_to
+            )
     return solved

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from scipy import sparse
@@ -54,23 +54,17 @@ class How(NamedTuple):
     cosine: bool = False
 
 
-def best_of_one(
-    table: FactorTable,
-    query: np.ndarray,
-    n: int,
-    limits: tuple[np.ndarray | None, np.ndarray | None],
-    *,
-    seen: sparse.csr_matrix | None = None,
-    cosine: bool = False,
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Ids and scores (n,) for one query (K,), the usual call of a service.
-
-    `limits` are the rows to rank and those to exclude, and `seen` is as in `Limits`. Returns None
-    where `rank` does more: if there are limits, and as in the catalog's `best_of_one`.
-    """
-    if limits[0] is not None or limits[1] is not None:
-        return None
-    return table.catalog(ONE_THREAD, cosine=cosine).best_of_one(query, n, seen)
+def rank_one(
+    table: FactorTable, query: np.ndarray, n: int, limits: Limits, how: How
+) -> tuple[np.ndarray, np.ndarray]:
+    """`rank` for one query (K,): ids and scores (n,). It is the usual call of a service."""
+    if limits.chosen is None and limits.excluded is None and table.resident is None:
+        catalog = cast(ranking.Catalog, table.catalog(ONE_THREAD, cosine=how.cosine))
+        best = catalog.best_of_one(query, n, limits.seen)
+        if best is not None:
+            return best
+    ids, scores = rank(table, query[None], n, limits, how)
+    return ids[0], scores[0]
 
 
 def rank(

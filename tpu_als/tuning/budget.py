@@ -60,11 +60,6 @@ class Budget:
         self.started = clock()
 
     @property
-    def is_limited(self) -> bool:
-        """Whether there is a limit."""
-        return math.isfinite(self.seconds)
-
-    @property
     def end(self) -> float:
         """Time of the clock at which the budget ends; infinity without a limit."""
         return self.started + self.seconds

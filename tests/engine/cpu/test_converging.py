@@ -114,27 +114,6 @@ def test_the_bits_of_a_row_depend_on_no_other_row(
         np.testing.assert_array_equal(source.solve(rows[at], objective), everything[at])
 
 
-def test_rotated_rows_of_a_small_table_are_kept_until_they_change() -> None:
-    objective, table, rows = OBJECTIVES["implicit"], _table(16, "float32"), _rows()
-    source = _source(table)
-    rotated = source._eigenbasis()._source
-    row = rows[int((np.abs(np.diff(rows.indptr) - 40)).argmin())]
-    source.solve(row, objective)
-    assert rotated._kept is None  # one row needs few of them
-    for _ in range(N_SOURCE):
-        source.solve(row, objective)
-    kept = rotated._kept
-    assert kept is not None
-    changed = row.indices[0]
-    table[changed] *= -1  # the same gramian
-    other = sparse.csr_matrix(np.delete(np.eye(N_SOURCE, dtype=np.float32), changed, axis=0)[:1])
-    source.solve(other, objective)
-    assert rotated._kept is kept
-    found = source.solve(row, objective)
-    assert rotated._kept is None
-    assert _errors(found, _solved(table, row, objective)).max() < 1e-5
-
-
 HARD = {
     "small weights": Objective.of("implicit", 0.1, 1e-2),
     "nearly no weight": Objective.of("implicit", 0.1, 1e-8),
@@ -181,17 +160,6 @@ def test_gramians_do_not_depend_on_the_order_of_memory(dtype: str) -> None:
     expected = half_epoch.gramian(table, 1, np.float64)
     for other in (wide[:, ::2], np.asfortranarray(table)):
         np.testing.assert_array_equal(half_epoch.gramian(other, 1, np.float64), expected)
-
-
-def test_memory_for_rotated_rows_has_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eigenbasis, "_SMALL", 0)
-    monkeypatch.setattr(eigenbasis, "_KEPT_BYTES", 0)
-    objective, rows = OBJECTIVES["implicit"], _rows()
-    source = _source(_table(16, "float32"))
-    for row in range(1, N_ROWS):
-        source.solve(rows[row], objective)
-    blocks = source._eigenbasis()._source._memory._free
-    assert 0 < sum(map(len, blocks.values())) <= N_SOURCE.bit_length()
 
 
 def test_rows_that_do_not_converge_are_solved_directly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import numba
 import pytest
 
-from tpu_als.engine.cpu import jit
+from tpu_als.engine.cpu import compiled, jit
 
 
 def _double(number: Any) -> Any:
@@ -142,3 +143,15 @@ def test_the_process_that_compiles_has_the_results_of_later_ones(tmp_path: Path)
     )  # fmt: skip
     assert list(tmp_path.rglob("*.nbc"))
     assert first == second
+
+
+def test_kept_code_depends_on_every_file_that_the_loops_import() -> None:
+    here = Path(compiled.__file__).parent
+    sources = {(here / name).resolve() for name in compiled._SOURCES}
+    for source in sources - {here.parent / "objective.py"}:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tpu_als."):
+                base = here.parents[2].joinpath(*(node.module or "").split("."))
+                modules = [base / f"{alias.name}.py" for alias in node.names]
+                found = [file for file in (*modules, base.with_suffix(".py")) if file.exists()]
+                assert set(found) <= sources, f"{source.name} imports {found}"

@@ -20,13 +20,13 @@ from tpu_als.engine.cpu.jit import Context, Intrinsic
 
 
 def _maxima_intrinsic(
-    _: Context, numbers: types.Array, factors: types.Array, places: types.Type, out: types.Array
+    _: Context, numbers: types.Array, factors: types.Array, offsets: types.Type, out: types.Array
 ) -> Intrinsic:
-    """Write the maxima of columns of numbers, as many as fill a register, to `out`.
+    """Write the maximum of each column to `out`; a register holds one row of the columns.
 
-    A column has `count` numbers, each a register after the one before. `places` are the first
-    number's place, `count`, the place of its factor and that of the first maximum. Numbers are
-    multiplied by `factors`, unless that place is negative. Returns whether a number is NaN or plus
+    A column has `count` numbers, each a register after the one before. `offsets` are the first
+    number's offset, `count`, the offset of its factor and that of the first maximum. Numbers are
+    multiplied by `factors`, unless that offset is negative. Returns whether a number is NaN or plus
     infinity; the maxima are undefined if one is NaN.
     """
 
@@ -37,7 +37,7 @@ def _maxima_intrinsic(
         data, scales = (
             emitter.array(*pair)[0] for pair in ((numbers, args[0]), (factors, args[1]))
         )
-        first, count, factor, place = cgutils.unpack_tuple(builder, args[2])
+        first, count, factor, offset = cgutils.unpack_tuple(builder, args[2])
         lowest, highest = (emitter.constant(sign * math.inf) for sign in (-1, 1))
         none_wrong = ir.Constant(ir.VectorType(ir.IntType(1), emitter.lanes), None)
         top, wrong = (cgutils.alloca_once_value(builder, start) for start in (lowest, none_wrong))
@@ -57,19 +57,19 @@ def _maxima_intrinsic(
                 builder.store(builder.select(is_larger, value, builder.load(top)), top)
 
         emitter.if_scaled(factor, compare)
-        emitter.store(builder.load(top), emitter.array(out, args[3])[0], place)
+        emitter.store(builder.load(top), emitter.array(out, args[3])[0], offset)
         mask = builder.bitcast(builder.load(wrong), ir.IntType(emitter.lanes))
         return builder.icmp_unsigned("!=", mask, mask.type(0))
 
-    return types.boolean(numbers, factors, places, out), emit
+    return types.boolean(numbers, factors, offsets, out), emit
 
 
 def _at_least_intrinsic(
-    _: Context, numbers: types.Array, factors: types.Array, places: types.Type, least: types.Type
+    _: Context, numbers: types.Array, factors: types.Array, offsets: types.Type, least: types.Type
 ) -> Intrinsic:
     """Return which of as many numbers as fill a register are at least `least`, as bits.
 
-    `places` are the first number's place, and that of its factor as in `maxima`.
+    `offsets` are the first number's offset, and that of its factor as in `maxima`.
     """
 
     def emit(
@@ -92,7 +92,7 @@ def _at_least_intrinsic(
         emitter.if_scaled(factor, compare)
         return builder.zext(builder.load(found), ir.IntType(64))
 
-    return types.int64(numbers, factors, places, least), emit
+    return types.int64(numbers, factors, offsets, least), emit
 
 
 maxima: Any = intrinsic(_maxima_intrinsic)

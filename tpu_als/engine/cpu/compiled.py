@@ -19,9 +19,9 @@ from tpu_als.engine.data import BFLOAT16, dtype_named
 from tpu_als.exceptions import DataWarning
 
 _SOURCES = (
-    "jit.py", "kept_code.py", "intrinsics.py", "emitter.py", "vectors.py", "comparisons.py",
-    "loops.py", "loss.py", "converging.py", "rotation.py", "direct.py", "selection.py",
-    "../objective.py",
+    "jit.py", "kept_code.py", "memory.py", "intrinsics.py", "emitter.py", "vectors.py",
+    "comparisons.py", "loops.py", "loss.py", "converging.py", "rotation.py", "direct.py",
+    "selection.py", "../objective.py",
 )  # fmt: skip
 _loading, _importing = threading.RLock(), threading.RLock()
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 _LEAST_ROWS = 4  # rows for which there is memory
 _SMALL = 1 << 15  # numbers of rotated rows that take no memory of the pool
 _LEAST_ROTATION = 1 << 21  # multiplications for which a thread pays
-_MANY = 4  # entries for each source row from which all source rows are rotated
-_KEPT_BYTES = 1 << 25  # of a table whose rows are kept, in two copies
+_MANY = 4  # all source rows are rotated if there are more entries than this for each of them
+_KEPT_BYTES = 1 << 25  # of each of the two copies of a table whose rotated rows are kept
 _FIRST = read_only(np.arange(1))
 
 

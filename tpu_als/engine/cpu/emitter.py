@@ -1,4 +1,4 @@
-"""Writes LLVM's vector instructions for the intrinsics of `vectors` and `comparisons`.
+"""Emits LLVM vector instructions for the intrinsics of `vectors` and `comparisons`.
 
 Axis letters: G vectors of a group.
 """
@@ -77,7 +77,7 @@ class Emitter:
         return ir.Constant(self.vector, [ir.Constant(self.kind, number)] * self.lanes)
 
     def if_scaled(self, factor: ir.Value, write: Callable[[bool], None]) -> None:
-        """Write instructions with factors, for a place of a factor, and without, if negative."""
+        """Write instructions with factors, for the offset of a factor, and without, if negative."""
         is_scaled = self.builder.icmp_signed(">=", factor, factor.type(0))
         with self.builder.if_else(is_scaled) as (scaled, plain):
             with scaled:
@@ -135,8 +135,10 @@ class Emitter:
         """Store the sums of the elements of each of G vectors, one after the other."""
         found = self.collected(variables)
         for number, value in enumerate(found):
-            place = self.builder.add(at, at.type(number * (len(variables) // len(found))))
-            pointer = self.builder.bitcast(self.builder.gep(data, [place]), value.type.as_pointer())
+            offset = self.builder.add(at, at.type(number * (len(variables) // len(found))))
+            pointer = self.builder.bitcast(
+                self.builder.gep(data, [offset]), value.type.as_pointer()
+            )
             self.builder.store(value, pointer, align=size_of(self.kind))
 
     def prefetch(self, data: ir.Value, at: ir.Value) -> None:

@@ -23,7 +23,7 @@ from tpu_als.engine.cpu import compiled
 from tpu_als.engine.cpu.eigenbasis import Eigenbasis
 from tpu_als.engine.cpu.half_epoch import Rows, Settings, gramian, solve_side
 from tpu_als.engine.cpu.memory import Memory
-from tpu_als.engine.cpu.systems import solution, system
+from tpu_als.engine.cpu.systems import solved_row
 from tpu_als.engine.data import AlsParams
 from tpu_als.engine.objective import Objective, largest_weight, ridge, typed
 from tpu_als.host import single_blas_thread, threads
@@ -198,10 +198,9 @@ class Source:
                     if ids[-1] == n_source:  # ids ascend
                         known = ids < n_source
                         ids, values = ids[known], values[known]
-                    matrix, rhs = system(self.table, ids, values, wide, objective, lam)
-                    if prior is not None:
-                        rhs += lam * prior[row]
-                    out[row] = solution(matrix, rhs)
+                    drawn_to = None if prior is None else prior[row]
+                    entries = ids, values
+                    out[row] = solved_row(self.table, entries, wide, objective, lam, drawn_to)
 
         ends = np.cumsum((np.diff(rows.indptr) + factors / 3) * factors**2)
         total = float(ends[-1]) if len(ends) else 0.0

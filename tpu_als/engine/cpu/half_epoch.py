@@ -22,7 +22,7 @@ from tpu_als.engine.cpu import compiled
 from tpu_als.engine.cpu.compiled import numbers_of, read_only
 from tpu_als.engine.cpu.memory import LINE, Memory
 from tpu_als.engine.data import BFLOAT16
-from tpu_als.engine.objective import DOMINANT, Objective
+from tpu_als.engine.objective import DOMINANT, Objective, without_offset
 from tpu_als.host import threads
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def measure_side(
     """Contribution of the rows' entries to the loss, as `xla.solve.cells_loss`, in float64."""
     dtype, out = compute_dtype(source), np.empty(len(rows.lengths))
     loops, fixed = compiled.ready(source.dtype.name), numbers_of(source)
-    offset, without_offset = objective.offset, objective._replace(offset=dtype.type(0))
+    offset, by_size = objective.offset, without_offset(objective)
     ahead, measure_rows = prefetched(source) if len(source) else 0, compiled.loss().measure_rows
 
     def work(at: slice) -> None:
@@ -247,7 +247,7 @@ def measure_side(
         entries = loops.Entries(fixed, part.ids, part.values, ahead)
         starts = part.cells, part.lengths
         measured = read_only(target[at].astype(dtype, copy=False))
-        measure_rows(measured, starts, entries, without_offset, offset, out[at])
+        measure_rows(measured, starts, entries, by_size, offset, out[at])
 
     threads(work, rows.parts(n_threads, target.shape[1]), n_threads)
     return float(out.sum())

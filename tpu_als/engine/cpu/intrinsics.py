@@ -1,4 +1,4 @@
-"""Instructions of LLVM that Python has no word for, as functions for compiled loops."""
+"""Instructions of LLVM that Python cannot express, as functions for compiled loops."""
 
 from __future__ import annotations
 

@@ -46,14 +46,5 @@ def inner(function: Callable[..., Any]) -> Any:
     optimised by itself, while later processes call the copy in the kept code: their results would
     differ in the last bits.
     """
-    return _inner(function, _OPTIONS)
-
-
-def inner_without_nan(function: Callable[..., Any]) -> Any:
-    """As `inner`, for numbers without NaN: LLVM can then vectorise a maximum."""
-    return _inner(function, {**_OPTIONS, "fastmath": {*_OPTIONS["fastmath"], "nnan"}})
-
-
-def _inner(function: Callable[..., Any], options: Any) -> Any:
     more: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
-    return numba.njit(**options, **more)(function)
+    return numba.njit(**_OPTIONS, **more)(function)

@@ -76,12 +76,12 @@ class Hidden(NamedTuple):
 
 
 @inner
-def _kth(numbers: np.ndarray, row: int, n: int, places: tuple[int, int], keys: np.ndarray) -> float:
-    """A number that at least places[0] of the first n in a row are not below, by bisection.
+def _kth(numbers: np.ndarray, row: int, n: int, counts: tuple[int, int], keys: np.ndarray) -> float:
+    """Find a number x such that at least counts[0] of the first n in a row are >= x, by bisection.
 
-    It is the largest such number, or one that at most places[1] are not below.
+    It is the largest such x, or one for which they are at most counts[1].
     """
-    (least, most), low, high = places, np.iinfo(np.int64).max, np.iinfo(np.int64).min
+    (least, most), low, high = counts, np.iinfo(np.int64).max, np.iinfo(np.int64).min
     for at in range(n):
         keys[at] = order_of(numbers[row, at])
         low, high = min(low, keys[at]), max(high, keys[at])
@@ -134,19 +134,19 @@ def _write_maxima(
     Returns the number of maxima, and whether a score is NaN or infinite.
     """
     n, lanes = products.shape[1], REGISTER_BYTES // products.itemsize
-    n_wide, place, is_wrong = n - n % lanes, 0, False
+    n_wide, offset, is_wrong = n - n % lanes, 0, False
     for low in range(0, n_wide, depth * lanes):
         count, factor = min(depth, (n_wide - low) // lanes), first + low if first >= 0 else -1
-        is_wrong |= maxima(products, inverses, (row * n + low, count, factor, place), out)
-        place += lanes
+        is_wrong |= maxima(products, inverses, (row * n + low, count, factor, offset), out)
+        offset += lanes
     for column in range(n_wide, n):
         score = products[row, column]
         if first >= 0:
             score *= inverses[first + column]
         is_wrong |= not score < np.inf
-        out[0, place] = score
-        place += 1
-    return place, is_wrong
+        out[0, offset] = score
+        offset += 1
+    return offset, is_wrong
 
 
 @inner
@@ -162,7 +162,7 @@ def _clean(products: np.ndarray, row: int, lengths: np.ndarray, first: int) -> N
 
 @inner
 def _slack(bound: float) -> float:
-    """How far a product with an inverse may be from a score of about this size."""
+    """Bound on the difference of a score of this size and its product with the inverse length."""
     info = np.finfo(type(bound))
     return type(bound)(8 * info.eps * abs(bound) + 4 * info.tiny)
 
@@ -201,8 +201,8 @@ def _select(
         least = bound - _slack(bound) if is_scaled else bound
         for low in range(0, n, lanes):
             if low < n_wide:
-                place = row * n + low, factor + low if is_scaled else -1
-                bits = at_least(products, inverses, place, least)
+                offset = row * n + low, factor + low if is_scaled else -1
+                bits = at_least(products, inverses, offset, least)
             else:
                 bits = (1 << (n - low)) - 1
             while bits:
@@ -224,13 +224,13 @@ def _select(
 
 
 @inner
-def _place(scores: np.ndarray, ids: np.ndarray, row: int, k: int, at: int) -> int:
-    """The place of a candidate among the first k of a row, best first; equals by their columns."""
-    score, column, place = scores[row, at], ids[row, at], 0
+def _position(scores: np.ndarray, ids: np.ndarray, row: int, k: int, at: int) -> int:
+    """Position of a candidate if the first k of a row are sorted: best first, equals by columns."""
+    score, column, position = scores[row, at], ids[row, at], 0
     for other in range(k):
         is_before = (scores[row, other] == score) & (ids[row, other] < column)
-        place += (scores[row, other] > score) | is_before
-    return place
+        position += (scores[row, other] > score) | is_before
+    return position
 
 
 @inner
@@ -270,7 +270,7 @@ def best_of_query(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Select the rows of a table with the largest products, in order; of equals, the first rows.
 
-    It is for few places, as each result is compared with all others.
+    Use it for small k: each result is compared with all others.
 
     Parameters
     ----------
@@ -285,7 +285,7 @@ def best_of_query(
     products : (n,)
         Memory for the scores.
     k : int
-        Number of places, at least 1 and at most n.
+        Number of results, at least 1 and at most n.
 
     Returns
     -------
@@ -307,8 +307,8 @@ def best_of_query(
     _select(products.reshape((1, n)), 0, limits, k, candidates)
     ids, scores = np.empty(k, np.int32), np.empty(k, kind)
     for at in range(k):
-        place = _place(candidates.scores, candidates.ids, 0, k, at)
-        ids[place], scores[place] = candidates.ids[0, at], candidates.scores[0, at]
+        position = _position(candidates.scores, candidates.ids, 0, k, at)
+        ids[position], scores[position] = candidates.ids[0, at], candidates.scores[0, at]
     return ids, scores
 
 
@@ -343,7 +343,7 @@ def finish(candidates: Candidates, k: int, ids: np.ndarray, scores: np.ndarray) 
     candidates : Candidates
         Those of all columns, at least k of each row.
     k : int
-        Number of places of a row; for a few, as each candidate is compared with all others.
+        Number of results of a row; a small one, as each candidate is compared with all others.
     ids, scores : int32 (B, n), (B, n)
         The results, n at least k. Places of hidden columns are left as they are. Scores that are
         NaN or infinite become NaN, and leave the id as it is.
@@ -351,8 +351,8 @@ def finish(candidates: Candidates, k: int, ids: np.ndarray, scores: np.ndarray) 
     (best, columns, _, _), kind = candidates, scores.dtype.type
     for row in range(len(ids)):
         for at in range(k):
-            score, place = best[row, at], _place(best, columns, row, k, at)
+            score, position = best[row, at], _position(best, columns, row, k, at)
             if not score < kind(np.inf):
-                scores[row, place] = kind(np.nan)
+                scores[row, position] = kind(np.nan)
             elif score > kind(-np.inf):
-                scores[row, place], ids[row, place] = score, columns[row, at]
+                scores[row, position], ids[row, position] = score, columns[row, at]

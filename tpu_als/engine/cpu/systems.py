@@ -58,6 +58,21 @@ def factorize(matrix: np.ndarray) -> tuple[np.ndarray, bool]:
         return linalg.cho_factor(matrix + jitter * np.eye(len(matrix)), check_finite=False)
 
 
+def solved_row(
+    table: np.ndarray,
+    entries: tuple[np.ndarray, np.ndarray],
+    gram: np.ndarray,
+    objective: Objective,
+    lam: float,
+    prior: np.ndarray | None = None,
+) -> np.ndarray:
+    """Solution (K,) of equation (1) for one row: `system` with ids and values, drawn to a prior."""
+    matrix, rhs = system(table, *entries, gram, objective, lam)
+    if prior is not None:
+        rhs += lam * prior
+    return solution(matrix, rhs)
+
+
 def solution(matrix: np.ndarray, rhs: np.ndarray) -> np.ndarray:
     """Solution (K,) of a system; NaN if it is not finite."""
     _, found, failed = linalg.lapack.dposv(matrix, rhs)

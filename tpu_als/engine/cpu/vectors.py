@@ -43,10 +43,10 @@ def _dots_intrinsic(
         first, sums = builder.mul(args[1], width), emitter.zeros(GROUP)
         steps = width.type(0), width, width.type(emitter.lanes)
         with cgutils.for_range_slice(builder, *steps, inc=True) as (k, _):
-            value, place = emitter.load(given, k), builder.add(first, k)
+            value, offset = emitter.load(given, k), builder.add(first, k)
             for total in sums:
-                emitter.add_to(total, emitter.load(data, place), value)
-                place = builder.add(place, width)
+                emitter.add_to(total, emitter.load(data, offset), value)
+                offset = builder.add(offset, width)
         emitter.store_sums(sums, emitter.array(out, args[3])[0], width.type(0))
         return context.get_dummy_value()
 
@@ -56,12 +56,11 @@ def _dots_intrinsic(
 def _dots_of_table_intrinsic(
     _: Context, table: types.Array, at: types.Type, p: types.Array, out: types.Array
 ) -> Intrinsic:
-    """Write the products of rows at, ..., at + G - 1 of a table (N, K) to these places of `out`.
+    """Write the products of rows at, ..., at + G - 1 of a table (N, K) to the same rows of `out`.
 
-    K is any number of at least a register's. A register may hold the last numbers of a row twice:
-    `p` has the first numbers of the other factor, as many as fill registers, and then its last ones
-    in a further register, with zeros in place of those that it repeats. The G rows after these are
-    prefetched.
+    K must be at least the numbers in a register. If K is not a multiple of them, the last register
+    of a row overlaps the one before, and `p`, which is as long as the registers, is zero where they
+    overlap. The G rows after these are prefetched.
     """
 
     def emit(
@@ -76,11 +75,11 @@ def _dots_of_table_intrinsic(
         with cgutils.for_range_slice(builder, width.type(0), size, lanes, inc=True) as (k, _):
             is_last = builder.icmp_signed(">", k, most)
             column = builder.select(is_last, most, k)
-            value, place = emitter.load(given, k), builder.add(first, column)
+            value, offset = emitter.load(given, k), builder.add(first, column)
             for total in sums:
-                emitter.prefetch(data, builder.add(place, soon))
-                emitter.add_to(total, emitter.load(data, place), value)
-                place = builder.add(place, width)
+                emitter.prefetch(data, builder.add(offset, soon))
+                emitter.add_to(total, emitter.load(data, offset), value)
+                offset = builder.add(offset, width)
         emitter.store_sums(sums, emitter.array(out, args[3])[0], args[1])
         return context.get_dummy_value()
 
@@ -108,10 +107,10 @@ def _add_rows_intrinsic(
         line = LINE // size_of(context.get_value_type(rows.dtype))
         steps = width.type(0), width, width.type(emitter.lanes)
         with cgutils.for_range_slice(builder, *steps, inc=True) as (k, _):
-            total, place = emitter.load(target, k), builder.add(first, k)
+            total, offset = emitter.load(target, k), builder.add(first, k)
             for factor in spread:
-                total = emitter.multiply_add(total, emitter.load(data, place), factor)
-                place = builder.add(place, width)
+                total = emitter.multiply_add(total, emitter.load(data, offset), factor)
+                offset = builder.add(offset, width)
             emitter.store(total, target, k)
             ahead = builder.add(soon, builder.mul(k, width.type(GROUP)))
             for element in range(0, GROUP * emitter.lanes, line):
@@ -125,14 +124,14 @@ def _add_tile_intrinsic(
     _: Context,
     rows: types.Array,
     factors: types.Array,
-    place: types.Type,
+    position: types.Type,
     sign: types.Type,
     out: types.Array,
 ) -> Intrinsic:
     """Add sign F^T E to G rows of `out` (P, P), in the columns of one register.
 
-    E and F are the first rows of `rows` and `factors`. `place` has their number, and the first row
-    and the first column of `out`. Sums stay in registers.
+    E and F are the first rows of `rows` and `factors`. `position` has their number, and the first
+    row and column of `out`. Sums stay in registers.
     """
 
     def emit(
@@ -158,7 +157,7 @@ def _add_tile_intrinsic(
             emitter.store(emitter.multiply_add(before, builder.load(total), signs), target, at)
         return context.get_dummy_value()
 
-    return types.void(rows, factors, place, sign, out), emit
+    return types.void(rows, factors, position, sign, out), emit
 
 
 def _multiply_intrinsic(
@@ -180,7 +179,7 @@ def _multiply_intrinsic(
         shape = context.make_array(tiles)(context, builder, args[1]).shape
         count = cgutils.unpack_tuple(builder, shape)[1]
         pitch = builder.mul(count, line)
-        first, place = builder.mul(args[2], pitch), builder.mul(args[2], line)
+        first, offset = builder.mul(args[2], pitch), builder.mul(args[2], line)
         for part in range(0, LINE // size_of(emitter.kind), emitter.lanes):
             sums = [emitter.zeros(GROUP) for _ in range(TILES)]
             with cgutils.for_range(builder, count) as loop:
@@ -195,7 +194,7 @@ def _multiply_intrinsic(
                     for value, totals in zip(values, sums, strict=True):
                         emitter.add_to(totals[j], value, factor)
             for number, of_tile in enumerate(sums):
-                low = builder.add(place, builder.mul(line, line.type(number)))
+                low = builder.add(offset, builder.mul(line, line.type(number)))
                 for j, total in enumerate(of_tile):
                     at = builder.add(builder.mul(width, width.type(j)), low)
                     emitter.store(builder.load(total), target, builder.add(at, width.type(part)))

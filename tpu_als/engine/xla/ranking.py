@@ -122,9 +122,6 @@ class Catalog:
     mesh: DeviceMesh
     dtype: str
 
-    def best_of_one(self, query: np.ndarray, k: int, seen: sparse.csr_matrix | None = None) -> None:
-        """Return None: a device ranks a single query by `top_k`."""
-
     def top_k(
         self,
         queries: np.ndarray,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from tpu_als.engine.cells import LongRows
-from tpu_als.engine.objective import Objective
+from tpu_als.engine.objective import without_offset
 from tpu_als.engine.xla import solve
 from tpu_als.engine.xla.sweep import (
     ShardCells,
@@ -38,11 +38,6 @@ class LongLossInputs(NamedTuple):
     table: Array
 
 
-def _without_offset(objective: Objective) -> tuple[Objective, Array]:
-    """The objective with weights w = abs(c), for `solve.cells_loss`, and its original offset."""
-    return objective._replace(offset=jnp.zeros_like(objective.offset)), objective.offset
-
-
 def loss_rungs(
     statics: tuple[Static, ...],
     out: Array,
@@ -51,7 +46,7 @@ def loss_rungs(
     shared: SharedInputs,
 ) -> Array:
     """Write the loss of the stored cells of each row of some rungs into `out` (S,)."""
-    objective, offset = _without_offset(shared.objective)
+    objective, offset = without_offset(shared.objective), shared.objective.offset
 
     def body(rung: tuple[Static, Span], step: int, source_rows: Array, out: Array) -> Array:
         static, span = rung
@@ -71,7 +66,7 @@ def loss_long(
     static: Static, out: Array, inputs: LongLossInputs, source_table: Array, shared: SharedInputs
 ) -> Array:
     """Write the loss of the stored cells of each long row into `out` (S,)."""
-    objective, offset = _without_offset(shared.objective)
+    objective, offset = without_offset(shared.objective), shared.objective.offset
 
     def body(number: int, out: Array) -> Array:
         batch = LongBatch(number, inputs.long, source_table)
