@@ -65,7 +65,8 @@ class Ranking(ModelHolder):
             Best first. If a user has fewer than N candidates, excluded items follow with score
             -3.4e38. If there are fewer than N items, the result is padded with -1 and the same
             score. Equal scores are ordered by id on a CPU without JAX; elsewhere their order is
-            unspecified.
+            unspecified. In a call for many users, scores of items with equal factors may differ
+            in the last digits.
         scores : ndarray of the factors' dtype and the same shape
 
         Raises

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import sparse
 
 from tpu_als import TPUAlternatingLeastSquares
@@ -136,6 +138,32 @@ def test_ill_conditioned_rows_are_nearly_as_accurate(name: str, rank: int, dtype
     errors = _errors(_source(table).solve(rows, objective), expected)
     own = 256 * np.finfo(np.float64).eps * np.array(conditions)
     assert (errors < np.maximum(2 * BOUNDS[dtype], own))[is_known].all()
+
+
+def test_weights_that_nearly_cancel_the_gramian_are_solved_accurately() -> None:
+    """With few source rows and small values, as the condition of the system is small."""
+    objective = Objective.of("implicit", 0.01, 1.0)
+    table = np.array([[1.973761796951294, 0.7091234922409058]], np.float32)
+    row = sparse.csr_matrix(np.array([[0.0029609515]], np.float32))
+    assert _errors(_source(table).solve(row, objective), _solved(table, row, objective)) < 1e-6
+
+
+@given(st.integers(0, 10**6))
+def test_small_tables_and_values_are_solved_accurately(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n_source, factors = int(rng.integers(1, 7)), int(rng.choice([1, 2, 3, 8, 32]))
+    objective = Objective.of("implicit", 10.0 ** rng.uniform(-3, 1), rng.choice([0.5, 1, 5]))
+    table = rng.standard_normal((n_source, factors)).astype(np.float32)
+    dense = (rng.random((4, n_source)) < 0.7) * 10.0 ** rng.uniform(-4, 1, (4, n_source))
+    rows = sparse.csr_matrix(dense.astype(np.float32))
+    found, lengths = _source(table).solve(rows, objective), np.linalg.norm(table, axis=1)
+    for row, matrix, rhs in _systems(table, rows, objective):
+        # Targets are rounded to float32, and their sum may be much smaller than they are.
+        sizes = objective.alpha * rows[row].data * lengths[rows[row].indices]
+        rounding = np.finfo(np.float32).eps * sizes.sum() * np.linalg.norm(np.linalg.inv(matrix), 2)
+        expected = np.linalg.solve(matrix, rhs)
+        error = np.linalg.norm(found[row] - expected)
+        assert error <= 1e-5 * np.linalg.norm(expected) + rounding
 
 
 def test_a_huge_value_in_another_row_changes_nothing() -> None:

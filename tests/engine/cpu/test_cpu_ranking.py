@@ -144,6 +144,15 @@ def test_quotients_that_are_equal_are_ordered_by_id(k: int, dtype: type) -> None
         np.testing.assert_array_equal(scores[0], 1 / quotients[expected])
 
 
+@pytest.mark.parametrize("n_queries", [1, 30])
+def test_lengths_whose_inverses_overflow(n_queries: int) -> None:
+    table, lengths = np.full((300, 1), -0.5, np.float32), np.ones(300, np.float32)
+    table[0], table[9], lengths[9] = 1, -1e-41, 1e-40
+    ids, scores = Catalog(table, lengths, 2).top_k(np.ones((n_queries, 1), np.float32), 3)
+    assert (ids == [0, 9, 1]).all()
+    np.testing.assert_allclose(scores, np.tile([1, -0.1, -0.5], (n_queries, 1)), 1e-3)
+
+
 @given(st.integers(0, 10**6))
 def test_random_catalogues_are_ranked_as_by_sorting(seed: int) -> None:
     rng = np.random.default_rng(seed)

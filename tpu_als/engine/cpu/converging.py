@@ -348,8 +348,11 @@ def solve_rows(
             # The error may be longer, for its energy, than the solution: D^-1 r is about the error.
             if error * energy > length * size * unit:
                 goal *= length * size * unit / (error * energy)
-            is_solved = size == 0 or (size <= goal and (turn > 0 or least_weight >= 0))
-            if is_solved or left == 0 or not share * tolerance > 4 * eps:
+            # Else rounding of the source rows may change the solution by more than the tolerance.
+            is_apart = share * tolerance > 8 * eps
+            is_reduced = size == 0 or (size <= goal and (turn > 0 or least_weight >= 0))
+            is_solved = is_apart and is_reduced
+            if is_solved or left == 0 or not is_apart:
                 break
             # CG runs on a residual of about 1, whose squares neither overflow nor underflow.
             raised = math.ldexp(1.0, -math.frexp(largest)[1])
@@ -369,7 +372,8 @@ def solve_rows(
             # In the first round, errors of rounding may exceed the goal; in later ones, which start
             # from a small residual, they cannot.
             is_accurate = turn > 0 and steps < left and eps * size <= goal / 4
-            is_solved = is_accurate and is_short and before <= 2 * share
+            is_apart = share * tolerance > 8 * eps
+            is_solved = is_accurate and is_short and is_apart and before <= 2 * share
             if is_solved:
                 break
             left -= steps

@@ -211,7 +211,9 @@ class _Selection:
         lengths = np.empty(0, dtype) if catalog.lengths is None else catalog.lengths
         lengths = np.ascontiguousarray(lengths, dtype)
         with np.errstate(divide="ignore", over="ignore"):
-            self._lengths = self._loops.Lengths(read_only(lengths), read_only(1 / lengths))
+            inverses = 1 / lengths
+        inverses[np.isinf(inverses)] = np.nan
+        self._lengths = self._loops.Lengths(read_only(lengths), read_only(inverses))
         self._excluded = np.sort(np.asarray(() if excluded is None else excluded, np.int32))
 
     def __call__(

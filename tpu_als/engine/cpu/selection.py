@@ -49,6 +49,7 @@ class Lengths(NamedTuple):
     ----------
     values, inverses : (n,)
         The lengths and their inverses. Products with these are within two roundings of the scores.
+        Inverses that overflow are NaN.
     """
 
     values: np.ndarray
@@ -297,7 +298,8 @@ def best_of_query(
     _score(table, query, products)
     inverses, none = np.empty(len(lengths), kind), np.empty(0, np.int32)
     for at in range(len(lengths)):
-        inverses[at] = kind(1) / lengths[at]
+        inverse = kind(1) / lengths[at]
+        inverses[at] = inverse if abs(inverse) < np.inf else kind(np.nan)
     shape = 1, min(2 * k + 32, n + 1)
     candidates = Candidates(
         np.empty(shape, kind), np.empty(shape, np.int32),
