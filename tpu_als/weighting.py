@@ -326,14 +326,14 @@ class BM25Weighting(_Weighting):
             Counts of all users who have some of the new items, with at least as many columns as
             are known.
         items : array-like of int and shape (m,)
-            New items: their lengths are computed from their sums in X, with the mean of `fit`; also
-            those of items that an earlier call has added. Other new columns of X get the length of
+            New columns. Their lengths are computed from their sums in X and the mean of `fit`, and
+            replace those of an earlier call. New columns of X that are not listed get the length of
             an item without counts. Items of `fit` are an error.
 
         Returns
         -------
         BM25Weighting
-            The copy, or this transformer if there is nothing new. It does not change.
+            The copy, or `self` if there is nothing new. `self` does not change.
 
         Raises
         ------

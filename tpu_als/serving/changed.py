@@ -1,7 +1,7 @@
 """A table with a few changed rows, which is not copied until the whole table is read.
 
 Many changed rows are written into a new table. For a read-only table this copy is made in parts:
-each change beyond half of the most changed rows copies some more of it, so that no change is slow.
+after half of the permitted changes, each change copies another part, so that no change is slow.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LARGE = 1 << 18  # numbers of a table; the copy of a smaller one takes no time 
 
 
 class Copy(NamedTuple):
-    """A copy under way of a changed table.
+    """Unfinished copy of a changed table.
 
     Attributes
     ----------
@@ -47,8 +47,8 @@ class ChangedTable:
     n_rows : int
         Number n of rows.
     copies : list of Copy
-        At most one. The caller that removes it may write into it: a reader of the whole table, or
-        the next changed table. So two tables that are made from this one share no memory.
+        At most one. `fetch` or the next changed table removes it from the list, and then may
+        write into it. So two tables that are made from this one share no memory.
     """
 
     base: np.ndarray

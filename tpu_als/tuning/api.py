@@ -192,10 +192,10 @@ def _check(metric: Any, validation_fraction: Any, **counts: Any) -> None:
 
 
 def _require_recommender(recommender: object, **others: object) -> None:
-    """Check the argument `recommender`, and that arguments are None which it replaces."""
+    """Check that `recommender` is one, and that the arguments it replaces are None."""
     if not isinstance(recommender, Recommender):
         raise TypeError(
-            "recommender must be a Recommender, whose columns say what data hold, got "
+            "recommender must be a Recommender, whose parameters name the columns of data, got "
             f"{type(recommender).__name__}"
         )
     if recommender.weighting is not None:

@@ -1,7 +1,7 @@
 """Comparisons of numbers that lie one after the other, written in LLVM's vector instructions.
 
-numba's own loops take several times as long: a maximum of few numbers that are side by side needs
-one instruction for each halving of the register.
+The loops that numba vectorizes take several times as long. For the maximum of a few adjacent
+numbers they need one instruction for each halving of the register.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def _maxima_intrinsic(
 ) -> Intrinsic:
     """Write the maximum of each column to `out`; a register holds one row of the columns.
 
-    A column has `count` numbers, each a register after the one before. `offsets` are the first
-    number's offset, `count`, the offset of its factor and that of the first maximum. Numbers are
-    multiplied by `factors`, unless that offset is negative. Returns whether a number is NaN or plus
-    infinity; the maxima are undefined if one is NaN.
+    A column has `count` numbers, one register apart. `offsets` is a tuple: offset of the first
+    number, `count`, offset of the first factor, offset of the first maximum in `out`. Numbers are
+    multiplied by `factors`, unless the factor's offset is negative. Returns whether a number is
+    NaN or plus infinity. If one is NaN, the maxima are undefined.
     """
 
     def emit(
@@ -67,7 +67,7 @@ def _maxima_intrinsic(
 def _at_least_intrinsic(
     _: Context, numbers: types.Array, factors: types.Array, offsets: types.Type, least: types.Type
 ) -> Intrinsic:
-    """Return which of as many numbers as fill a register are at least `least`, as bits.
+    """Compare one register of numbers with `least`; bit i of the result says if number i is >= it.
 
     `offsets` are the first number's offset, and that of its factor as in `maxima`.
     """

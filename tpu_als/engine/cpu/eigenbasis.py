@@ -154,8 +154,8 @@ class _Kept(NamedTuple):
 class _RotatedRows:
     """Rows of a table (N, K) times a matrix (K, P).
 
-    The rows of a small table are kept, once as many were rotated as the table has. If someone has
-    written to them since then, they are rotated anew, so the result is that of the table as it is.
+    For a small table, all rotated rows are kept once as many rows were rotated as the table has.
+    If someone writes into the table later, they are rotated again: results follow the table.
 
     Parameters
     ----------
@@ -174,11 +174,11 @@ class _RotatedRows:
         self._n_rotated = 0
 
     def of(self, rows: sparse.csr_matrix, n_threads: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rotated source rows (n, P) of the entries of a matrix, and the one of each entry."""
+        """The rotated rows (n, P) that a matrix needs, and the position of each entry's row."""
         ids, n_source, kept = rows.indices, len(self._table), self._kept
         if kept is not None:
             positions = read_only(ids.astype(np.uint32))
-            # Each row once: a batch has many more entries than the table has rows.
+            # Compare each row at most once: a batch may have more entries than the table has rows.
             used = positions if len(ids) < n_source else self._all
             if not compiled.rotation().differ(self._table, kept.raw, used):
                 return kept.rotated, positions

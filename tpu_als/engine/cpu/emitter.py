@@ -77,7 +77,7 @@ class Emitter:
         return ir.Constant(self.vector, [ir.Constant(self.kind, number)] * self.lanes)
 
     def if_scaled(self, factor: ir.Value, write: Callable[[bool], None]) -> None:
-        """Write instructions with factors, for the offset of a factor, and without, if negative."""
+        """Emit both branches: scaled if the offset `factor` is at least 0, else unscaled."""
         is_scaled = self.builder.icmp_signed(">=", factor, factor.type(0))
         with self.builder.if_else(is_scaled) as (scaled, plain):
             with scaled:

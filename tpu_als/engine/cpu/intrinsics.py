@@ -61,14 +61,14 @@ def _bits_of(number: types.Type) -> tuple[ir.Type, ir.Type]:
 
 
 def _mirrored(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
-    """Bits of a float with those of negative numbers inverted, except the sign; its own inverse."""
+    """Invert the bits of negative floats, except the sign, to sort them; it is its own inverse."""
     width = bits.type.width
     sign = builder.ashr(bits, bits.type(width - 1))
     return builder.xor(bits, builder.and_(sign, bits.type((1 << (width - 1)) - 1)))
 
 
 def _order_of_intrinsic(_: Context, number: types.Type) -> Intrinsic:
-    """Return an integer for a float, in the same order: that of -0.0 is below that of 0.0."""
+    """Map a float to an integer with the same order; -0.0 maps below 0.0."""
 
     def emit(_: Context, builder: ir.IRBuilder, __: Signature, args: list[ir.Value]) -> ir.Value:
         bits = builder.bitcast(args[0], _bits_of(number)[1])

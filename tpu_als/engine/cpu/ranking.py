@@ -120,8 +120,8 @@ class Catalog:
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """`top_k` of the usual single query (K,), with fewer calls around the product.
 
-        Returns ids and scores (k,), or None where `top_k` does more: if numba is not loaded, if k
-        is large, if a place of the result stays empty, or if a score is not finite.
+        Returns ids and scores (k,), or None if the caller must use `top_k`: numba is not loaded, k
+        is large, the result has fewer than k items, or a score is not finite.
         """
         if len(query) != self.table.shape[1] or query.dtype != self.table.dtype:
             return None
@@ -340,8 +340,8 @@ def _of_few(
 def _loaded_selection(catalog: Catalog, k: int) -> ModuleType | None:
     """The compiled loops for single queries, if they apply.
 
-    They do if numba is loaded already, which takes a second, if k is small, and if the arrays of
-    the catalog are of the types that the loops are compiled for.
+    They apply if numba is already loaded (loading takes a second), if k is small, and if the arrays
+    of the catalog have the types that the loops are compiled for.
     """
     table, lengths = catalog.table, catalog.lengths
     if "numba" not in sys.modules or not (k <= _MOST_INSERTED and k <= len(table)):

@@ -43,13 +43,13 @@ class Candidates(NamedTuple):
 
 
 class Lengths(NamedTuple):
-    """What scores are divided by; both are empty for 1.
+    """Divisors of the scores; both arrays are empty if scores are not divided.
 
     Attributes
     ----------
     values, inverses : (n,)
-        The lengths and their inverses. Products with these are within two roundings of the scores.
-        Inverses that overflow are NaN.
+        The lengths and their inverses. Multiplying by an inverse instead of dividing changes a
+        score by at most two roundings. Inverses that overflow are NaN.
     """
 
     values: np.ndarray
@@ -78,9 +78,9 @@ class Hidden(NamedTuple):
 
 @inner
 def _kth(numbers: np.ndarray, row: int, n: int, counts: tuple[int, int], keys: np.ndarray) -> float:
-    """Find a number x such that at least counts[0] of the first n in a row are >= x, by bisection.
+    """Find by bisection a number x such that at least counts[0] of a row's first n are >= x.
 
-    It is the largest such x, or one for which they are at most counts[1].
+    The result is the largest such x, or any such x for which at most counts[1] are >= x.
     """
     (least, most), low, high = counts, np.iinfo(np.int64).max, np.iinfo(np.int64).min
     for at in range(n):
@@ -131,7 +131,7 @@ def _write_maxima(
 ) -> tuple[int, bool]:
     """Write maxima of a row's scores to `out` (1, m).
 
-    Products are multiplied by the inverses of lengths from the first on, unless that is negative.
+    Products are multiplied by `inverses[first:]`, unless `first` is negative.
     Returns the number of maxima, and whether a score is NaN or infinite.
     """
     n, lanes = products.shape[1], REGISTER_BYTES // products.itemsize
@@ -173,7 +173,7 @@ def _select(
     products: np.ndarray, first: int, hidden: Hidden, k: int, candidates: Candidates
 ) -> None:
     """`select`, in other compiled functions."""
-    # Arrays are taken from tuples here, and not for each row: numba counts the references.
+    # Unpack the tuples once and not for each row: numba counts references at each access.
     (values, inverses), starts, seen, excluded = hidden
     scores, ids, sizes, bounds = candidates
     kind, (n_rows, n), capacity = products.dtype.type, products.shape, scores.shape[1]
