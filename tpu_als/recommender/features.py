@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from tpu_als.datasets.columns import columns_of, shown
+from tpu_als.datasets.columns import columns_of
+from tpu_als.datasets.kinds import shown
 from tpu_als.exceptions import DataWarning
 from tpu_als.recommender import encoders, sources
 from tpu_als.recommender.encoders import Encoder

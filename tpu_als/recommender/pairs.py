@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from tpu_als.datasets.columns import columns_of
+from tpu_als.datasets.columns import columns_of, plain
 from tpu_als.exceptions import DataWarning
 from tpu_als.recommender import features, sources
-from tpu_als.recommender.ids import given_ids
+from tpu_als.recommender.ids import as_held, as_ids, given_ids
 from tpu_als.recommender.ranking import Limits
 from tpu_als.recommender.state import State
 
@@ -85,10 +85,9 @@ def _pairs(state: State, queries: pd.Series, given: object, name: str) -> sparse
             )
         found.append(columns_of(frame, [column])[0])
     state.users.positions(found[0], f"{name}[{found[0].name!r}]")  # refuses ids of another type
-    places, distinct = pd.factorize(queries)
-    users = pd.Index(distinct, tupleize_cols=False).get_indexer(
-        pd.Index(found[0], tupleize_cols=False)
-    )
+    places, distinct = pd.factorize(as_ids(plain(queries)))
+    users = as_ids(plain(found[0]))
+    users = as_held(distinct).get_indexer(users)
     items = state.items.positions(found[1], f"{name}[{found[1].name!r}]")
     if name == "candidates":
         _warn_of_unknown(found[1][items < 0], len(frame), "pairs")
