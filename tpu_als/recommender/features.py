@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,10 +14,10 @@ from scipy import sparse
 
 from tpu_als.datasets.columns import columns_of
 from tpu_als.datasets.kinds import shown
-from tpu_als.exceptions import DataWarning
 from tpu_als.recommender import encoders, sources
 from tpu_als.recommender.encoders import Encoder
 from tpu_als.recommender.ids import IdMap
+from tpu_als.recommender.warn import warn
 from tpu_als.serving.features import FittedFeatures
 from tpu_als.validation.features import FeatureTable
 
@@ -92,7 +91,7 @@ def at_fit(recommender: Any, side: str, column: str, ids: IdMap) -> Side:
     if n_known < total:
         message = f"{total - n_known} of {total} {side}s with events have no row in {name}"
         if not n_known:
-            warnings.warn(f"{message}, so features have no effect", DataWarning, stacklevel=5)
+            warn(f"{message}, so features have no effect")
         else:
             log.info("%s: their features are 0", message)
     spread = _spread(Rows(at, table.matrix), len(grown))
@@ -204,18 +203,14 @@ def warn_if_absent(recommender: Any, before: Mapping[str, Encoder]) -> None:
     for side in before:
         name = f"{side}_features"
         if getattr(recommender, name) is None:
-            warnings.warn(
+            warn(
                 f"the last fit used {name}, but this parameter is None now, as load does not "
                 f"restore it: this fit uses no features. Call set_params({name}=frame) before fit",
-                DataWarning,
-                stacklevel=4,
             )
         elif before[side].transformer is None and getattr(recommender, f"{side}_encoder") is None:
-            warnings.warn(
+            warn(
                 f"the last fit used a {side}_encoder, which load does not restore: this fit uses "
                 f"the package's own encoding. Call set_params({side}_encoder=encoder) before fit",
-                DataWarning,
-                stacklevel=4,
             )
 
 

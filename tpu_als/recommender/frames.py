@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +13,13 @@ import pandas as pd
 from scipy import sparse
 from sklearn.exceptions import UndefinedMetricWarning
 
-from tpu_als.exceptions import DataWarning
 from tpu_als.implicit_api.side_features import Explanation
 from tpu_als.recommender import counting, features, ranking, sources
 from tpu_als.recommender.ids import IdMap, given_ids
 from tpu_als.recommender.ranking import Ranked
 from tpu_als.recommender.schema import Schema
 from tpu_als.recommender.state import State
+from tpu_als.recommender.warn import warn
 from tpu_als.storage.atomic import replacing
 
 _REASONS = np.array(ranking.REASONS, object)
@@ -192,11 +191,9 @@ def row_of_history(state: State, history: Any) -> sparse.csr_matrix:
     items = state.items.positions(events.frame[schema.item], "history")
     is_known = items >= 0
     if not is_known.all():
-        warnings.warn(
+        warn(
             f"{np.count_nonzero(~is_known)} of {len(items)} events of the history have items that "
             "are not in the data, and were left out",
-            DataWarning,
-            stacklevel=4,
         )
     times = None if events.times is None else events.times[is_known]
     events = counting.Events(events.frame[is_known], events.values[is_known], times, events.kind)
@@ -288,10 +285,9 @@ def relevant(state: State, events: counting.Events) -> Relevant:
     is_known = user_at >= 0
     is_known[is_known] = state.history.lengths()[user_at[is_known]] > 0
     if not is_known.any():
-        warnings.warn(
+        warn(
             f"the score is not defined: no user of the {len(user_at)} events has a history",
             UndefinedMetricWarning,
-            stacklevel=3,
         )
     items, item_at = state.items.grown(events.frame[schema.item], schema.item)
     # Only signs matter, so the events decay from their own latest time.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from numbers import Real
 
 import numpy as np
@@ -10,11 +9,11 @@ import pandas as pd
 from scipy import sparse
 
 from tpu_als.datasets.columns import columns_of, plain
-from tpu_als.exceptions import DataWarning
 from tpu_als.recommender import features, sources
 from tpu_als.recommender.ids import as_held, as_ids, given_ids
 from tpu_als.recommender.ranking import Limits
 from tpu_als.recommender.state import State
+from tpu_als.recommender.warn import warn
 
 
 def limits_of(
@@ -100,9 +99,7 @@ def _pairs(state: State, queries: pd.Series, given: object, name: str) -> sparse
 
 def _warn_of_unknown(unknown: pd.Series, total: int, what: str) -> None:
     if len(unknown):
-        warnings.warn(
+        warn(
             f"{len(unknown)} of {total} candidate {what} have ids that are not in the data, such "
             f"as {unknown.iloc[0]!r:.60}, and were left out",
-            DataWarning,
-            stacklevel=5,
         )
