@@ -321,3 +321,23 @@ def test_float16() -> None:
     for users in (ids, list(ids), [1, 2.5, 3]):
         got = rec.recommend(users, exclude=pairs)
         assert got.loc[got["user"] == 1, "item"].tolist() == ["z"]
+
+
+@pytest.mark.parametrize("library", ["polars", "pyarrow", "duckdb"])
+def test_dates_of_other_libraries_stay_dates(library: str, tmp_path: Path) -> None:
+    made, pa, pl = map(pytest.importorskip, (library, "pyarrow", "polars"))
+    dates = [date(2026, 1, day) for day in (1, 2, 3, 1, 2)]
+    table = pa.table({"user": dates, "item": dates[::-1]})
+    features = pl.DataFrame({"item": dates[:3], "price": [1.0, 2.0, 4.0]})
+    frame = table if library == "pyarrow" else made.from_arrow(table)
+    rec = Recommender(model=model(), item_features=features).fit(frame)
+    rec.update(frame, item_features=features)
+    assert rec.users_.tolist() == rec.items_.tolist() == dates[:3]
+    for users in (pl.from_arrow(table)["user"], table["user"], dates, pd.Series(dates)):
+        answer = rec.recommend(users, exclude_seen=False, candidates=frame)
+        answer = answer.pl() if library == "duckdb" else pl.DataFrame(answer)
+        assert answer.schema["user"] == answer.schema["item"] == pl.Date
+        assert set(answer["user"]) == set(dates)
+    rec.recommend_for_history(pl.DataFrame({"item": dates[:1]}))  # warns of no unknown item
+    rec.save(tmp_path / "shop")
+    assert Recommender.load(tmp_path / "shop").users_.tolist() == dates[:3]

@@ -156,7 +156,7 @@ def of_one(encoder: Encoder | None, given: Any, column: str) -> sparse.csr_matri
             )
         frame = pd.DataFrame({name: [given.get(name)] for name in names})
     else:
-        frame = _as_pandas(given, "user_features")
+        frame = _as_pandas(given, column, "user_features")
     if len(frame) != 1:
         raise ValueError(f"user_features must be the features of one user, got {len(frame)} rows")
     return encoder.encoded(frame.reset_index(drop=True), "user_features").matrix
@@ -224,7 +224,7 @@ def without_anything(model: Any, has_events: np.ndarray) -> np.ndarray:
 
 def _read(given: Any, column: str, name: str) -> tuple[pd.Series, pd.DataFrame]:
     """Ids and features of a frame, with a default index."""
-    frame = _as_pandas(given, name).reset_index(drop=True)
+    frame = _as_pandas(given, column, name).reset_index(drop=True)
     try:
         (ids,) = columns_of(frame, [column])
     except ValueError as error:
@@ -240,11 +240,11 @@ def _read(given: Any, column: str, name: str) -> tuple[pd.Series, pd.DataFrame]:
     return ids, features
 
 
-def _as_pandas(given: Any, name: str) -> pd.DataFrame:
+def _as_pandas(given: Any, column: str, name: str) -> pd.DataFrame:
     frame, library = given, "pandas"
     if not isinstance(given, pd.DataFrame):
         try:
-            frame, library, _ = sources.read(given, sources.names_of(given), [])
+            frame, library, _ = sources.read(given, sources.names_of(given), [column])
         except TypeError:
             library = ""
     if library in ("", "duckdb"):  # scikit-learn's clone cannot copy a relation

@@ -215,7 +215,8 @@ def _history_frame(schema: Schema, history: Any) -> pd.DataFrame:
     elif isinstance(history, (list, tuple, pd.Index, pd.Series, np.ndarray)):
         frame = pd.DataFrame({"item": given_ids(list(history), "history")[0]})
     elif isinstance(history, pd.DataFrame) or hasattr(history, "columns"):
-        frame = sources.read(history, sources.names_of(history), [])[0]
+        ids = [schema.item, "item"]
+        frame = sources.read(history, sources.names_of(history), ids)[0]
     else:
         raise TypeError(
             "history must be a list of events such as {'item': 'tea'}, a list of items, or a "

@@ -72,8 +72,9 @@ def _is_frame(given: object) -> bool:
 
 def _pairs(state: State, queries: pd.Series, given: object, name: str) -> sparse.csr_matrix:
     """The items of each query, as a matrix (m, N)."""
-    frame, *_ = sources.read(given, sources.names_of(given), [])
     schema = state.schema
+    ids = [schema.user, "user", schema.item, "item"]
+    frame, *_ = sources.read(given, sources.names_of(given), ids)
     found = []
     for own, usual in ((schema.user, "user"), (schema.item, "item")):
         column = own if own in frame.columns else usual
