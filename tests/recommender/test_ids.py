@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import warnings
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
@@ -20,6 +21,7 @@ from shop import model
 from tpu_als import Recommender
 from tpu_als.datasets import interactions_from_frame
 from tpu_als.exceptions import DataWarning, ModelFileError
+from tpu_als.recommender import ranking
 from tpu_als.storage.npz import NpzFile, write_npz
 
 
@@ -338,6 +340,66 @@ def test_dates_of_other_libraries_stay_dates(library: str, tmp_path: Path) -> No
         answer = answer.pl() if library == "duckdb" else pl.DataFrame(answer)
         assert answer.schema["user"] == answer.schema["item"] == pl.Date
         assert set(answer["user"]) == set(dates)
-    rec.recommend_for_history(pl.DataFrame({"item": dates[:1]}))  # warns of no unknown item
+    with warnings.catch_warnings():  # the item is known
+        warnings.simplefilter("error")
+        rec.recommend_for_history(pl.DataFrame({"item": dates[:1]}))
     rec.save(tmp_path / "shop")
     assert Recommender.load(tmp_path / "shop").users_.tolist() == dates[:3]
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [Decimal(1), Decimal(12345), Decimal("1.25")],
+        [UUID(int=1), UUID(int=2), UUID(int=3)],
+        [date(2026, 1, 1), date(2026, 1, 2), date(2026, 1, 3)],
+        [b"\xff", b"b", b""],
+        [time(1), time(2), time(3)],
+        [timedelta(1), timedelta(2), timedelta(days=200000)],
+        list(pd.date_range("2026", periods=3, tz="Europe/Berlin")),
+        [1.5, 2.0, 3.0],
+        ["a", "b", "c"],
+    ],
+    ids=lambda ids: str(ids[0]),
+)
+def test_parquet_has_one_type_for_all_ids(
+    ids: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the ids of the first block of users fit into a narrower type."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(ranking, "_BLOCK", 1)
+    frame = pd.DataFrame({"user": ids, "item": ids[::-1]})
+    rec = Recommender(model=model()).fit(frame)
+    expected = rec.recommend()
+    assert rec.recommend_to_parquet(tmp_path / "x", ids) == len(rec.recommend(ids))
+    assert rec.recommend_to_parquet(tmp_path / "x") == len(expected)
+    found = pq.read_table(tmp_path / "x").to_pydict()
+    for name in ("user", "item", "rank", "reason"):
+        assert found[name] == expected[name].tolist()
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [("a", 1), ("a", 2), ("b", 1)],
+        [frozenset({1}), frozenset({2}), frozenset({3})],
+        [Fraction(1, 3), Fraction(1, 2), Fraction(3)],
+        [1j, 2j, 3j],
+        [ip_address("10.0.0.1"), ip_address("10.0.0.2"), ip_address("9.0.0.3")],
+        [Path("a"), Path("b"), Path("c")],
+        [10**30, 10**31, 3],
+        [2.5, Decimal(3), 2],
+    ],
+    ids=lambda ids: str(ids[0]),
+)
+def test_ids_that_parquet_has_no_type_for(ids: list[Any], tmp_path: Path) -> None:
+    """An error before users are ranked, and an existing file stays."""
+    pytest.importorskip("pyarrow")
+    (tmp_path / "x").write_text("old")
+    frame = pd.DataFrame({"one": pd.Series(ids, dtype=object), "other": ["x", "y", "z"]})
+    for user, item, name in (("one", "other", "users"), ("other", "one", "items")):
+        rec = Recommender(user, item, model=model()).fit(frame)
+        with pytest.raises(ValueError, match=rf"cannot write the ids of {name}, .*astype\(str\)"):
+            rec.recommend_to_parquet(tmp_path / "x")
+        assert (tmp_path / "x").read_text() == "old"
+        assert len(rec.recommend())

@@ -97,6 +97,13 @@ class Answering:
         -------
         int
             Number of rows.
+
+        Raises
+        ------
+        ValueError
+            As in `recommend`, and before the first user is ranked for ids that Parquet has no type
+            for: tuples of several types, frozensets, fractions, complex numbers, IP addresses,
+            paths, integers beyond 64 bits, and other objects.
         """
         now = self._state_
         at, names = self._users(now, users)
