@@ -58,6 +58,8 @@ MANY = [
     list(pd.period_range("1900-01-01 13:00", periods=3, freq="15min")),
     list(pd.interval_range(0, 3)),
     list(pd.interval_range(pd.Timestamp("2020-01-01"), periods=3, closed="left")),
+    list(pd.interval_range(pd.Timestamp("2020-03-28", tz="Europe/Berlin"), periods=3)),
+    list(pd.interval_range(pd.Timedelta(0), periods=3, freq="h")),
     [Fraction(1, 3), Fraction(1, 2), Fraction(3)],
     [Fraction(1, 3), 2, Decimal(3)],
     [1j, 2.5 - 1j, -3 + 0j],
@@ -144,6 +146,7 @@ def test_ids_that_save_refuses_are_told_before_the_fit(
         ([("a", (1,)), ("b",), ("c",)], "nested", '[["tuple", 1], ["tuple", 2], ["tuple", null]]'),
         ([("a", (1,)), ("b",), ("c",)], "nested", '[["tuple", 1], ["tuple", 2], ["tuple", {}]]'),
         (list(pd.period_range("2020", periods=3, freq="D")), "periods", '["1 D", "2 D", "3 Q9"]'),
+        ([timedelta(1), timedelta(2), timedelta(3)], "spans", "x"),
         (list(pd.interval_range(0, 3)), "intervals", '["[0,1]", "[1,2]", "[2,3]"]'),
     ],
 )

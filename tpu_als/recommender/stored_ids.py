@@ -16,7 +16,7 @@ from uuid import UUID
 import numpy as np
 import pandas as pd
 
-from tpu_als.datasets.columns import missing
+from tpu_als.datasets.columns import index_of, missing
 from tpu_als.datasets.kinds import kind_of_values, shown
 from tpu_als.recommender.ids import IdMap, as_held
 
@@ -63,7 +63,10 @@ def _interval_text(value: pd.Interval) -> str:
 
 def _interval(text: str) -> pd.Interval:
     left, right, closed = json.loads(text)
-    return pd.Interval(_value(left), _value(right), closed)
+    ends = [_value(left), _value(right)]
+    if all(isinstance(end, pd.Timestamp) and end.tz is not None for end in ends):
+        ends = [end.tz_convert("UTC") for end in ends]  # both need the same offset
+    return pd.Interval(*ends, closed)
 
 
 # Ids that are objects: name in the file, type, writer, reader.
@@ -147,7 +150,7 @@ def _written(index: pd.Index, kind: str) -> tuple[np.ndarray, list[Any]]:
     """An array, and its form; ValueError for ids that are not the same when they are read."""
     array, about = _array_of(index, kind)
     try:
-        again = _index_of(array, *about)
+        again = as_held(_index_of(array, *about))
         is_same = again.dtype == index.dtype and again.equals(index)
     except (ValueError, TypeError, LookupError, OverflowError, OSError):
         is_same = False
@@ -178,6 +181,8 @@ def _array_of(index: pd.Index, kind: str) -> tuple[np.ndarray, list[Any]]:
     values = index.tolist()
     _require_types(values)
     form, text = _text_of(values)
+    if form == "intervals":  # the type of an array has the time zone and the unit
+        index = index_of(pd.Series(values, dtype=object))
     return _bytes(text), [form, len(index), str(index.dtype)]
 
 
