@@ -157,14 +157,19 @@ def test_candidates_by_user_equal_the_whole_ranking(rec):
 
 def test_unknown_candidates_are_reported_once(rec, tmp_path, caplog):
     """By a warning at the line of the call, and not in the log too."""
+    pairs = pd.DataFrame({"user": ["c03"], "item": ["other"]})
     for call in (
         lambda: rec.recommend(["c03", "c04"], candidates=["sku19", "other"]),
+        lambda: rec.recommend(["c03", "c04"], candidates=pairs),
         lambda: rec.recommend_to_parquet(tmp_path / "x", ["c03"], candidates=["sku19", "other"]),
+        lambda: rec.recommend_to_parquet(tmp_path / "x", ["c03"], candidates=pairs),
         lambda: rec.recommend_for_history(["sku01"], candidates=["sku19", "other"]),
+        lambda: rec.recommend_for_history(["other"]),
     ):
         with caplog.at_level(logging.DEBUG, "tpu_als"), pytest.warns(DataWarning) as found:
             call()
-        assert len(found) == 1 and found[0].filename == __file__
+        line = call.__code__.co_firstlineno
+        assert [(one.filename, one.lineno) for one in found] == [(__file__, line)]
     assert not caplog.records
 
 
@@ -178,6 +183,21 @@ def test_unknown_candidates_are_counted(rec):
         )
     with pytest.warns(DataWarning):
         assert not len(rec.recommend(["c03", "nobody"], candidates=["other"]))
+
+
+def test_parameters_set_after_fit_are_checked(tmp_path):
+    rec = make().fit(EVENTS)
+    rec.save(tmp_path / "shop")
+    before = (tmp_path / "shop").read_bytes()
+    rec.set_params(unknown="nonsense")
+    for call in (
+        lambda: rec.recommend(["zz"]),
+        lambda: rec.recommend_to_parquet(tmp_path / "x", ["c03"]),
+        lambda: rec.save(tmp_path / "shop"),
+    ):
+        with pytest.raises(ValueError, match=r"unknown must be one of .*, got 'nonsense'"):
+            call()
+    assert (tmp_path / "shop").read_bytes() == before and not (tmp_path / "x").exists()
 
 
 def test_min_score(rec):
@@ -802,10 +822,11 @@ def test_integers_stay_exact():
     rec.update(pd.DataFrame({"user": [5.0, 6.0], "item": ["a", "b"]}))
     assert rec.users_.tolist() == [*large.tolist(), 5, 6] and rec.users_.dtype == np.int64
     assert rec.recommend([5.0], exclude_seen=False)["user"].tolist() == [5.0] * 2
-    for bad in (np.array([5.5]), np.array([2**63], np.uint64)):
-        with pytest.raises(ValueError, match="which is not an id of the type of the data of fit"):
-            rec.update(pd.DataFrame({"user": bad, "item": ["a"]}))
+    with pytest.raises(ValueError, match="which is not an id of the type of the data of fit"):
+        rec.update(pd.DataFrame({"user": [5.5], "item": ["a"]}))
     assert len(rec.users_) == 22
+    rec.update(pd.DataFrame({"user": np.array([2**63], np.uint64), "item": ["a"]}))
+    assert rec.users_.tolist() == [*large.tolist(), 5, 6, 2**63]
 
 
 def test_times_of_another_zone_are_the_same_ids(tmp_path):

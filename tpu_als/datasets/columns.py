@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
-from datetime import datetime
 from decimal import Decimal
 from numbers import Real
 from typing import Any
@@ -11,17 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tpu_als.datasets.kinds import kind_of_values, row_of, shown, unboxed
+
 _LARGEST = float(np.finfo(np.float32).max)
 _WIDEST = {"b": np.bool_, "i": np.int64, "u": np.uint64, "f": np.float64}
-_KINDS = {
-    "b": "booleans", "i": "numbers", "u": "numbers", "f": "numbers", "c": "complex numbers",
-    "m": "time spans",
-}  # fmt: skip
-# Types of objects that pandas detects without a loop in Python.
-_INFERRED = {
-    "string": "text", "boolean": "booleans", "integer": "numbers", "floating": "numbers",
-    "mixed-integer-float": "numbers", "decimal": "numbers", "empty": "nothing",
-}  # fmt: skip
 
 
 def columns_of(frame: object, names: list[str]) -> list[pd.Series]:
@@ -137,7 +129,15 @@ def ids_and_positions(column: pd.Series, given: object, name: str) -> tuple[pd.I
 
 def index_of(values: pd.Series) -> pd.Index:
     """Distinct ids as an Index; an array of objects lets pandas find their type, such as text."""
-    return pd.Index(values.to_numpy() if values.dtype == object else values, tupleize_cols=False)
+    return index_from(values.to_numpy() if values.dtype == object else values)
+
+
+def index_from(values: Any) -> pd.Index:
+    """Values as an Index; objects where the type that pandas finds cannot hold them."""
+    try:
+        return pd.Index(values, tupleize_cols=False)
+    except (UnicodeEncodeError, NotImplementedError):  # halves of surrogate pairs, and float16
+        return pd.Index(values, dtype=object, tupleize_cols=False)
 
 
 def numbers_of(column: pd.Series) -> np.ndarray:
@@ -190,7 +190,7 @@ def _given_ids(given: Any, name: str) -> pd.Index:
         given = list(given)
     elif given.dtype == np.float16:  # pandas cannot index float16
         given = given.astype(np.float32)
-    ids = given if isinstance(given, pd.Index) else pd.Index(given, tupleize_cols=False)
+    ids = given if isinstance(given, pd.Index) else index_from(given)
     is_missing = missing(ids)
     if is_missing.any():
         raise ValueError(
@@ -251,7 +251,8 @@ def occurring(column: pd.Series, label: str) -> tuple[np.ndarray, pd.Series, str
     Raises
     ------
     ValueError
-        For ids of several types, and floating-point ids that are too large to be exact.
+        For ids of several types, floating-point ids that are too large to be exact, and text that
+        UTF-8 cannot hold.
     """
     dtype = column.dtype
     if isinstance(dtype, pd.CategoricalDtype):
@@ -264,72 +265,12 @@ def occurring(column: pd.Series, label: str) -> tuple[np.ndarray, pd.Series, str
         column = plain(column)
         kind = kind_of_values(column, label)
         codes, distinct = distinct_values(column)
-        values = pd.Series(distinct)
+        values = pd.Series(distinct, dtype=distinct.dtype)
     if kind == "numbers":
         _require_exact(values, dtype, label, codes)
+    if kind == "text":
+        _require_unicode(values, label, codes)
     return codes, values, kind
-
-
-def kind_of_values(
-    values: pd.Series | pd.Index, label: str, codes: np.ndarray | None = None
-) -> str:
-    """Return the type of these values in words; ValueError if they have different types.
-
-    `codes` are the positions of a column's rows among these values, if these are not the rows.
-    """
-    dtype = values.dtype
-    if isinstance(dtype, pd.StringDtype):
-        return "text"
-    if dtype.kind == "M":
-        return time_kind(getattr(dtype, "tz", None))
-    if not pd.api.types.is_object_dtype(dtype):
-        return _KINDS.get(dtype.kind, str(dtype))
-    inferred = _INFERRED.get(pd.api.types.infer_dtype(values, skipna=False))
-    if inferred is not None:
-        return inferred
-    first, row_of_first = None, 0
-    order = range(len(values)) if codes is None else pd.unique(codes)
-    for at, value in zip(order, values[order], strict=True):
-        kind = _kind_of(value)
-        if first is None:
-            first, row_of_first = kind, _row_of(at, codes)
-        try:
-            hash(value)
-        except TypeError:
-            raise ValueError(
-                f"{label} holds {shown(value)} in row {_row_of(at, codes)} (counted from 0), which "
-                "cannot be hashed: use numbers, text, times or tuples of them"
-            ) from None
-        if kind != first:
-            raise ValueError(
-                f"{label} holds values of different types, which cannot be compared: {first} "
-                f"({shown(values[order[0]])}) in row {row_of_first}, but {kind} ({shown(value)}) "
-                f"in row {_row_of(at, codes)} (counted from 0). Convert them to one type, for "
-                "example with astype(str)"
-            )
-    return first or "nothing"
-
-
-def _kind_of(value: object) -> str:
-    if isinstance(value, (bool, np.bool_)):
-        return "booleans"
-    if isinstance(value, (Real, Decimal)):
-        return "numbers"
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, datetime):
-        return time_kind(value.tzinfo)
-    return f"{type(value).__name__} objects"
-
-
-def time_kind(zone: object) -> str:
-    """The type of times, in words, by their time zone."""
-    return "times without a time zone" if zone is None else "times with a time zone"
-
-
-def _row_of(at: int, codes: np.ndarray | None) -> int:
-    """The first row that has the value at this position; `codes` are the positions of the rows."""
-    return at if codes is None else int(np.flatnonzero(codes == at)[0])
 
 
 def _require_exact(values: pd.Series, dtype: Any, label: str, codes: np.ndarray) -> None:
@@ -350,13 +291,28 @@ def _require_exact(values: pd.Series, dtype: Any, label: str, codes: np.ndarray)
     numbers = values.iloc[positions].to_numpy(np.float64)
     wrong = positions[~(np.abs(numbers) < limit)]
     if len(wrong):
-        row, at = min((_row_of(at, codes), at) for at in wrong)
+        row, at = min((row_of(at, codes), at) for at in wrong)
         value = values.iloc[at]
         raise ValueError(
-            f"{label} holds {shown(value)} ({type(_unboxed(value)).__name__}) in row {row} "
+            f"{label} holds {shown(value)} ({type(unboxed(value)).__name__}) in row {row} "
             f"(counted from 0), expected a finite id below {limit:.0f}, because {dtype} does "
             "not represent all larger integers: read the ids as integers or text"
         )
+
+
+def _require_unicode(values: pd.Series, label: str, codes: np.ndarray) -> None:
+    """Refuse text with halves of surrogate pairs, which neither PyArrow nor a file can hold."""
+    if getattr(values.dtype, "storage", "python") == "pyarrow":
+        return
+    for at, value in enumerate(values):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{label} holds {shown(value)} in row {row_of(at, codes)} (counted from 0), which "
+                f"is not valid Unicode ({error.reason}): decode the text again, or replace these "
+                "characters with value.encode(errors='replace').decode()"
+            ) from None
 
 
 def _as_float(value: Any) -> float:
@@ -369,15 +325,6 @@ def _as_float(value: Any) -> float:
 def refusal(name: object, row: int, value: object, expected: str, advice: str) -> ValueError:
     """An error about a value of a column, with what was expected and what to do."""
     return ValueError(
-        f"column {name!r} holds {shown(value)} ({type(_unboxed(value)).__name__}) in row {row} "
+        f"column {name!r} holds {shown(value)} ({type(unboxed(value)).__name__}) in row {row} "
         f"(counted from 0), expected {expected}: {advice}"
     )
-
-
-def shown(value: object) -> str:
-    """A value formatted for messages."""
-    return f"{_unboxed(value)!r:.60}"
-
-
-def _unboxed(value: object) -> object:
-    return value.item() if isinstance(value, np.generic) else value

@@ -10,13 +10,9 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from tpu_als.datasets.columns import (
-    columns_of,
-    ids_and_positions,
-    numbers_of,
-    shown,
-)
+from tpu_als.datasets.columns import columns_of, ids_and_positions, numbers_of
 from tpu_als.datasets.interactions import Interactions
+from tpu_als.datasets.kinds import shown
 from tpu_als.datasets.times import ranks_of_times
 from tpu_als.exceptions import DataWarning
 from tpu_als.validation import fractions

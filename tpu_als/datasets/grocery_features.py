@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from tpu_als.datasets.columns import shown
 from tpu_als.datasets.groceries import tables_of
+from tpu_als.datasets.kinds import shown
 
 _UNKNOWN = "unknown"
 # Units of package sizes, as multiples of an ounce (of weight or of volume) or as counts.

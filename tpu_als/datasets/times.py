@@ -5,13 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from tpu_als.datasets.columns import (
-    distinct_values,
-    kind_of_values,
-    plain,
-    refusal,
-    time_kind,
-)
+from tpu_als.datasets.columns import distinct_values, plain, refusal
+from tpu_als.datasets.kinds import kind_of_values, time_kind
 
 _ZONE = r"[T ].*(?:Z|[+-]\d\d:?(?:\d\d)?)$"  # the end of an ISO 8601 text with an offset
 

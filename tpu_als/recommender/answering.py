@@ -12,6 +12,7 @@ from sklearn.exceptions import NotFittedError
 from tpu_als.recommender import features, frames, ranking
 from tpu_als.recommender.ids import given_ids
 from tpu_als.recommender.pairs import limits_of
+from tpu_als.recommender.schema import choice
 from tpu_als.recommender.state import State
 from tpu_als.validation import arguments
 
@@ -63,7 +64,8 @@ class Answering:
         Raises
         ------
         ValueError
-            For ids of another type than in `fit`, and for unknown users if `unknown` is "error".
+            For ids of another type than in `fit`, for unknown users if `unknown` is "error", and if
+            `unknown` is none of its choices.
         """
         now = self._state_
         at, names = self._users(now, users)
@@ -95,6 +97,13 @@ class Answering:
         -------
         int
             Number of rows.
+
+        Raises
+        ------
+        ValueError
+            As in `recommend`, and before the first user is ranked for ids that Parquet has no type
+            for: tuples of several types, frozensets, fractions, complex numbers, IP addresses,
+            paths, integers beyond 64 bits, and other objects.
         """
         now = self._state_
         at, names = self._users(now, users)
@@ -231,16 +240,17 @@ class Answering:
         if users is None:
             at = np.flatnonzero(now.history.lengths())
             return at, now.users.take(at).to_series(index=range(len(at)))
+        unknown = choice(self, "unknown")
         series, _ = given_ids(users, "users")
         at = now.users.positions(series, "users")
         missing = np.flatnonzero(at < 0)
-        if len(missing) and self.unknown == "error":
+        if len(missing) and unknown == "error":
             raise ValueError(
                 f"{len(missing)} of {len(at)} users have no history, such as "
                 f"{series.iloc[missing[0]]!r:.60}: remove them, or set unknown to 'popular' or "
                 "'drop'"
             )
-        if len(missing) and self.unknown == "drop":
+        if len(missing) and unknown == "drop":
             return at[at >= 0], series[at >= 0].reset_index(drop=True)
         return at, series
 

@@ -9,7 +9,7 @@ import pandas as pd
 from scipy import sparse
 
 from tpu_als.datasets import columns as event_columns
-from tpu_als.datasets.columns import shown
+from tpu_als.datasets.kinds import shown
 from tpu_als.datasets.times import times_of
 from tpu_als.recommender.history import Cells
 from tpu_als.recommender.schema import Schema

@@ -17,7 +17,8 @@ from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from tpu_als.datasets.columns import distinct_values, kind_of_values, numbers_of, plain, shown
+from tpu_als.datasets.columns import distinct_values, numbers_of, plain
+from tpu_als.datasets.kinds import kind_of_values, shown
 from tpu_als.validation.features import FeatureTable, rows_for
 
 _KINDS = ("text", "booleans", "numbers")

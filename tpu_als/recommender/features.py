@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,11 +12,12 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from tpu_als.datasets.columns import columns_of, shown
-from tpu_als.exceptions import DataWarning
+from tpu_als.datasets.columns import columns_of
+from tpu_als.datasets.kinds import shown
 from tpu_als.recommender import encoders, sources
 from tpu_als.recommender.encoders import Encoder
 from tpu_als.recommender.ids import IdMap
+from tpu_als.recommender.warn import warn
 from tpu_als.serving.features import FittedFeatures
 from tpu_als.validation.features import FeatureTable
 
@@ -91,7 +91,7 @@ def at_fit(recommender: Any, side: str, column: str, ids: IdMap) -> Side:
     if n_known < total:
         message = f"{total - n_known} of {total} {side}s with events have no row in {name}"
         if not n_known:
-            warnings.warn(f"{message}, so features have no effect", DataWarning, stacklevel=5)
+            warn(f"{message}, so features have no effect")
         else:
             log.info("%s: their features are 0", message)
     spread = _spread(Rows(at, table.matrix), len(grown))
@@ -156,7 +156,7 @@ def of_one(encoder: Encoder | None, given: Any, column: str) -> sparse.csr_matri
             )
         frame = pd.DataFrame({name: [given.get(name)] for name in names})
     else:
-        frame = _as_pandas(given, "user_features")
+        frame = _as_pandas(given, column, "user_features")
     if len(frame) != 1:
         raise ValueError(f"user_features must be the features of one user, got {len(frame)} rows")
     return encoder.encoded(frame.reset_index(drop=True), "user_features").matrix
@@ -203,18 +203,14 @@ def warn_if_absent(recommender: Any, before: Mapping[str, Encoder]) -> None:
     for side in before:
         name = f"{side}_features"
         if getattr(recommender, name) is None:
-            warnings.warn(
+            warn(
                 f"the last fit used {name}, but this parameter is None now, as load does not "
                 f"restore it: this fit uses no features. Call set_params({name}=frame) before fit",
-                DataWarning,
-                stacklevel=4,
             )
         elif before[side].transformer is None and getattr(recommender, f"{side}_encoder") is None:
-            warnings.warn(
+            warn(
                 f"the last fit used a {side}_encoder, which load does not restore: this fit uses "
                 f"the package's own encoding. Call set_params({side}_encoder=encoder) before fit",
-                DataWarning,
-                stacklevel=4,
             )
 
 
@@ -228,7 +224,7 @@ def without_anything(model: Any, has_events: np.ndarray) -> np.ndarray:
 
 def _read(given: Any, column: str, name: str) -> tuple[pd.Series, pd.DataFrame]:
     """Ids and features of a frame, with a default index."""
-    frame = _as_pandas(given, name).reset_index(drop=True)
+    frame = _as_pandas(given, column, name).reset_index(drop=True)
     try:
         (ids,) = columns_of(frame, [column])
     except ValueError as error:
@@ -244,11 +240,11 @@ def _read(given: Any, column: str, name: str) -> tuple[pd.Series, pd.DataFrame]:
     return ids, features
 
 
-def _as_pandas(given: Any, name: str) -> pd.DataFrame:
+def _as_pandas(given: Any, column: str, name: str) -> pd.DataFrame:
     frame, library = given, "pandas"
     if not isinstance(given, pd.DataFrame):
         try:
-            frame, library, _ = sources.read(given, sources.names_of(given), [])
+            frame, library, _ = sources.read(given, sources.names_of(given), [column])
         except TypeError:
             library = ""
     if library in ("", "duckdb"):  # scikit-learn's clone cannot copy a relation

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +12,15 @@ import pandas as pd
 from scipy import sparse
 from sklearn.exceptions import UndefinedMetricWarning
 
-from tpu_als.exceptions import DataWarning
+from tpu_als.datasets.columns import index_of
+from tpu_als.datasets.kinds import shown
 from tpu_als.implicit_api.side_features import Explanation
 from tpu_als.recommender import counting, features, ranking, sources
 from tpu_als.recommender.ids import IdMap, given_ids
 from tpu_als.recommender.ranking import Ranked
 from tpu_als.recommender.schema import Schema
 from tpu_als.recommender.state import State
+from tpu_als.recommender.warn import warn
 from tpu_als.storage.atomic import replacing
 
 _REASONS = np.array(ranking.REASONS, object)
@@ -58,7 +58,7 @@ def _columns(state: State, found: Ranked, names: Any) -> dict[str, Any]:
 
 
 def to_parquet(
-    path: str | os.PathLike[str], state: State, parts: Iterable[Ranked], names: pd.Index
+    path: str | os.PathLike[str], state: State, parts: Iterable[Ranked], names: pd.Series
 ) -> int:
     """Write results to a Parquet file, a row group for each part; return the number of rows."""
     try:
@@ -68,20 +68,42 @@ def to_parquet(
         raise ImportError(
             "recommend_to_parquet needs pyarrow: pip install 'tpu-als[shards]'"
         ) from error
-    # The first part with rows decides the types of columns; an empty one has none for text.
-    filled = (part for part in parts if len(part.queries))
-    first = next(filled, ranking.nothing())
-    tables = (
-        pa.Table.from_pandas(pd.DataFrame(_columns(state, part, names)), preserve_index=False)
-        for part in itertools.chain([first], filled)
-    )
-    table, n_rows = next(tables), 0
-    schema = table.schema.remove_metadata()
+    # All ids decide the types, because those of one part may not fit the ids of another.
+    users, items = _as_arrow(names, "users"), _as_arrow(state.items.index, "items")
+    reasons = pa.array(ranking.REASONS, pa.large_string())
+    own = [("rank", pa.int64()), ("score", pa.float32()), ("reason", reasons.type)]
+    schema, n_rows = pa.schema([("user", users.type), ("item", items.type), *own]), 0
     with replacing(Path(path)) as file, pq.ParquetWriter(file, schema) as writer:
-        for one in itertools.chain([table], tables):
-            writer.write_table(one.cast(schema))
-            n_rows += one.num_rows
+        for part in parts:
+            columns = [
+                users.take(part.queries), items.take(part.items), part.ranks, part.scores,
+                reasons.take(part.reasons),
+            ]  # fmt: skip
+            if len(part.queries):
+                writer.write_table(pa.table(columns, schema=schema))
+            n_rows += len(part.queries)
     return n_rows
+
+
+def _as_arrow(ids: pd.Series | pd.Index, name: str) -> Any:
+    """Ids as an array of PyArrow; ValueError if a Parquet file has no type for them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    values = pd.Series(ids)
+    if values.dtype == object:  # such as intervals, which PyArrow reads from arrays of pandas only
+        values = pd.Series(index_of(values))
+    try:
+        array = pa.array(values, from_pandas=True)
+        pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([(name, array.type)])).close()
+    except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"recommend_to_parquet cannot write the ids of {name}, such as "
+            f"{shown(values.iloc[0])}, because Parquet has no type for all of them "
+            f"({error!s:.100}): use recommend, or fit with ids that are converted, for example "
+            "with astype(str)"
+        ) from error
+    return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
 
 
 def neighbours(state: State, side: str, given: object, n: int) -> Any:
@@ -192,11 +214,9 @@ def row_of_history(state: State, history: Any) -> sparse.csr_matrix:
     items = state.items.positions(events.frame[schema.item], "history")
     is_known = items >= 0
     if not is_known.all():
-        warnings.warn(
+        warn(
             f"{np.count_nonzero(~is_known)} of {len(items)} events of the history have items that "
             "are not in the data, and were left out",
-            DataWarning,
-            stacklevel=4,
         )
     times = None if events.times is None else events.times[is_known]
     events = counting.Events(events.frame[is_known], events.values[is_known], times, events.kind)
@@ -218,7 +238,8 @@ def _history_frame(schema: Schema, history: Any) -> pd.DataFrame:
     elif isinstance(history, (list, tuple, pd.Index, pd.Series, np.ndarray)):
         frame = pd.DataFrame({"item": given_ids(list(history), "history")[0]})
     elif isinstance(history, pd.DataFrame) or hasattr(history, "columns"):
-        frame = sources.read(history, sources.names_of(history), [])[0]
+        ids = [schema.item, "item"]
+        frame = sources.read(history, sources.names_of(history), ids)[0]
     else:
         raise TypeError(
             "history must be a list of events such as {'item': 'tea'}, a list of items, or a "
@@ -288,10 +309,9 @@ def relevant(state: State, events: counting.Events) -> Relevant:
     is_known = user_at >= 0
     is_known[is_known] = state.history.lengths()[user_at[is_known]] > 0
     if not is_known.any():
-        warnings.warn(
+        warn(
             f"the score is not defined: no user of the {len(user_at)} events has a history",
             UndefinedMetricWarning,
-            stacklevel=3,
         )
     items, item_at = state.items.grown(events.frame[schema.item], schema.item)
     # Only signs matter, so the events decay from their own latest time.

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tpu_als.datasets.columns import index_of, missing, occurring, shown
+from tpu_als.datasets.columns import index_from, index_of, missing, occurring
+from tpu_als.datasets.kinds import shown
 
 _INTEGER = r"-?(?:0|[1-9]\d{0,17})"  # text that stays the same as an int64
 _SHARE = 8  # ids added by updates are merged when they are more than 1/8 of all
@@ -38,7 +39,7 @@ class IdMap:
     @property
     def index(self) -> pd.Index:
         """All ids."""
-        return self.first.append(self.added) if len(self.added) else self.first
+        return _joined(self.first, self.added) if len(self.added) else self.first
 
     def take(self, positions: np.ndarray) -> pd.Index:
         """The ids at some positions."""
@@ -46,7 +47,7 @@ class IdMap:
         if not is_added.any():
             return self.first.take(positions)
         both = self.first.take(positions[~is_added])
-        both = both.append(self.added.take(positions[is_added] - len(self.first)))
+        both = _joined(both, self.added.take(positions[is_added] - len(self.first)))
         order = np.empty(len(positions), np.int64)
         order[np.argsort(is_added, kind="stable")] = np.arange(len(positions))
         return both.take(order)
@@ -87,10 +88,10 @@ class IdMap:
             return self, found[codes]
         new, _ = _ascending(distinct[is_new])
         if len(self.added) + len(new) <= len(self.first) // _SHARE:
-            added = self.added.append(new) if len(self.added) else new
+            added = _joined(self.added, new) if len(self.added) else new
             known = IdMap(self.first, added, self.kind)
         else:
-            known = IdMap(self.index.append(new), kind=self.kind)
+            known = IdMap(_joined(self.index, new), kind=self.kind)
         return known, known._find(distinct)[codes]
 
     def _distinct(self, column: pd.Series, label: str) -> tuple[np.ndarray, pd.Index]:
@@ -101,31 +102,51 @@ class IdMap:
                 f"of fit are {self.kind} (such as {shown(self.first[0])}), so no id can match: "
                 "convert one of them with astype"
             )
-        return codes, self._of_same_type(index_of(values), label)
+        return codes, self._of_same_type(as_ids(values), label)
 
     def _of_same_type(self, distinct: pd.Index, label: str) -> pd.Index:
         """Ids in the type of those of the map; ValueError for numbers that are not equal then.
 
         Times get the time zone of the map, because pandas joins those of several as objects.
         """
-        own, given = self.first.dtype, distinct.dtype
-        if isinstance(own, pd.DatetimeTZDtype) and isinstance(given, pd.DatetimeTZDtype):
-            return pd.DatetimeIndex(distinct).tz_convert(own.tz)
-        are_numbers = all(isinstance(t, np.dtype) and t.kind in "iuf" for t in (own, given))
+        own = self.first.dtype
+        if isinstance(own, pd.DatetimeTZDtype) and isinstance(distinct.dtype, pd.DatetimeTZDtype):
+            distinct = pd.DatetimeIndex(distinct).tz_convert(own.tz)
+        given = distinct.dtype
         if own == given or not len(self.first):
             return distinct
-        if not are_numbers:
+        if own.kind in "mM" and given.kind in "mM":
+            return self._in_unit(distinct, label)
+        if not all(isinstance(t, np.dtype) and t.kind in "iuf" for t in (own, given)):
             return distinct.astype(own) if self.kind == "text" else distinct
         values = distinct.to_numpy()
         with np.errstate(invalid="ignore"):
             converted = values.astype(own)
             is_same = (converted.astype(given) == values) & ((converted < 0) == (values < 0))
-        if not is_same.all():
+        if is_same.all():
+            return pd.Index(converted)
+        if own.kind in "iu" and given.kind in "iu":  # beyond the range: none of the map's ids
+            return distinct.astype(object)
+        raise ValueError(
+            f"{label} holds {shown(values[~is_same][0])} ({given}), which is not an id of the "
+            f"type of the data of fit, {own}: convert the ids to that type"
+        )
+
+    def _in_unit(self, distinct: Any, label: str) -> pd.Index:
+        """Times or time spans in the unit of those of the map, if it holds them exactly."""
+        known: Any = self.first
+        try:
+            converted: pd.Index = distinct.as_unit(known.unit)
+            if (converted.as_unit(distinct.unit) == distinct).all():
+                return converted
+            known.as_unit(distinct.unit)
+        except (pd.errors.OutOfBoundsDatetime, pd.errors.OutOfBoundsTimedelta):
             raise ValueError(
-                f"{label} holds {shown(values[~is_same][0])} ({given}), which is not an id of the "
-                f"type of the data of fit, {own}: convert the ids to that type"
-            )
-        return pd.Index(converted)
+                f"{label} holds {shown(distinct[0])} ({distinct.dtype}), which cannot be compared "
+                f"with the ids of the data of fit, such as {shown(known[0])} ({known.dtype}): "
+                "convert the ids of both to one unit, for example with dt.as_unit('us')"
+            ) from None
+        return distinct
 
     def _find(self, distinct: pd.Index) -> np.ndarray:
         found = self.first.get_indexer(distinct).astype(np.int64)
@@ -153,6 +174,27 @@ def _ascending(ids: pd.Index) -> tuple[pd.Index, np.ndarray]:
     except TypeError:
         order = np.arange(len(ids))
     return ids[order], order
+
+
+def as_ids(values: pd.Series) -> pd.Index:
+    """Distinct values of a column in the type in which a map holds them."""
+    return as_held(index_of(values))
+
+
+def as_held(ids: pd.Index) -> pd.Index:
+    """Ids in the type in which a map holds them.
+
+    Integers are int64 (or uint64), which later ids fit into. Intervals are objects, because pandas
+    does not look up overlapping ones, and those of integers and floats may be equal.
+    """
+    if isinstance(ids.dtype, pd.IntervalDtype):
+        return ids.astype(object)
+    is_narrow = ids.dtype.kind in "iu" and ids.dtype != np.uint64
+    return ids.astype(np.int64) if is_narrow else ids
+
+
+def _joined(ids: pd.Index, others: pd.Index) -> pd.Index:
+    return as_held(ids.append(others))
 
 
 def _kind_of(ids: pd.Index) -> str:
@@ -188,7 +230,7 @@ def given_ids(ids: Any, name: str) -> tuple[pd.Series, bool]:
     elif not isinstance(ids, (list, pd.Index, pd.Series, np.ndarray)):
         ids = ids.to_list() if hasattr(ids, "to_list") else list(ids)
     if isinstance(ids, list):
-        ids = pd.Index(ids, tupleize_cols=False) if ids else pd.Index([], dtype=object)
+        ids = index_from(ids) if ids else pd.Index([], dtype=object)
     series = pd.Series(ids).reset_index(drop=True)
     is_missing = missing(series)
     if is_missing.any():

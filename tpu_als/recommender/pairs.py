@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from numbers import Real
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from tpu_als.datasets.columns import columns_of
-from tpu_als.exceptions import DataWarning
+from tpu_als.datasets.columns import columns_of, plain
 from tpu_als.recommender import features, sources
-from tpu_als.recommender.ids import given_ids
+from tpu_als.recommender.ids import as_held, as_ids, given_ids
 from tpu_als.recommender.ranking import Limits
 from tpu_als.recommender.state import State
+from tpu_als.recommender.warn import warn
 
 
 def limits_of(
@@ -73,8 +72,9 @@ def _is_frame(given: object) -> bool:
 
 def _pairs(state: State, queries: pd.Series, given: object, name: str) -> sparse.csr_matrix:
     """The items of each query, as a matrix (m, N)."""
-    frame, *_ = sources.read(given, sources.names_of(given), [])
     schema = state.schema
+    ids = [schema.user, "user", schema.item, "item"]
+    frame, *_ = sources.read(given, sources.names_of(given), ids)
     found = []
     for own, usual in ((schema.user, "user"), (schema.item, "item")):
         column = own if own in frame.columns else usual
@@ -85,10 +85,9 @@ def _pairs(state: State, queries: pd.Series, given: object, name: str) -> sparse
             )
         found.append(columns_of(frame, [column])[0])
     state.users.positions(found[0], f"{name}[{found[0].name!r}]")  # refuses ids of another type
-    places, distinct = pd.factorize(queries)
-    users = pd.Index(distinct, tupleize_cols=False).get_indexer(
-        pd.Index(found[0], tupleize_cols=False)
-    )
+    places, distinct = pd.factorize(as_ids(plain(queries)))
+    users = as_ids(plain(found[0]))
+    users = as_held(distinct).get_indexer(users)
     items = state.items.positions(found[1], f"{name}[{found[1].name!r}]")
     if name == "candidates":
         _warn_of_unknown(found[1][items < 0], len(frame), "pairs")
@@ -101,9 +100,7 @@ def _pairs(state: State, queries: pd.Series, given: object, name: str) -> sparse
 
 def _warn_of_unknown(unknown: pd.Series, total: int, what: str) -> None:
     if len(unknown):
-        warnings.warn(
+        warn(
             f"{len(unknown)} of {total} candidate {what} have ids that are not in the data, such "
             f"as {unknown.iloc[0]!r:.60}, and were left out",
-            DataWarning,
-            stacklevel=5,
         )

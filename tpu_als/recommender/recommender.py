@@ -326,11 +326,11 @@ class Recommender(Answering, BaseEstimator):
         Raises
         ------
         ValueError
-            If event types are not text or numbers, if the model or the weighting is not of this
-            package, or if a file cannot hold the ids. It can hold text, numbers (also Decimal,
-            Fraction and complex), bytes, UUIDs, dates, times, times of day, time spans, pandas
-            Periods and Intervals, IP addresses and networks, paths, and tuples and frozensets of
-            them.
+            If a parameter is out of range, if event types are not text or numbers, if the model or
+            the weighting is not of this package, or if a file cannot hold the ids. It can hold
+            text, numbers (also Decimal, Fraction and complex), bytes, UUIDs, dates, times, times
+            of day, time spans, pandas Periods and Intervals, IP addresses and networks, paths, and
+            tuples and frozensets of them.
 
         Warns
         -----

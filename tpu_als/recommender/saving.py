@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import warnings
 from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,13 +19,14 @@ from sklearn.base import clone
 
 from tpu_als import compat, weighting
 from tpu_als.estimator import TPUAlternatingLeastSquares
-from tpu_als.exceptions import DataWarning, ModelFileError
+from tpu_als.exceptions import ModelFileError
 from tpu_als.recommender import encoders, features, stored_ids
 from tpu_als.recommender.counting import Clock
 from tpu_als.recommender.encoders import Column, Encoder
 from tpu_als.recommender.history import Cells, History
 from tpu_als.recommender.schema import schema_of
 from tpu_als.recommender.state import State, liked, with_events
+from tpu_als.recommender.warn import warn
 from tpu_als.storage.atomic import replacing
 from tpu_als.storage.npz import NpzFile, write_npz
 
@@ -49,6 +49,7 @@ def save(path: str | os.PathLike[str], recommender: Any, state: State) -> None:
             f"a file can hold models of {sorted(_MODELS)}, got {type(state.model).__name__}: save "
             "model_ with its own method"
         )
+    schema_of(recommender)  # refuses parameters with which `load` would refuse the file
     arrays: dict[str, Any] = {}
     about = {
         "model": next(iter(kinds)),
@@ -211,11 +212,9 @@ def _read_weighting(about: Any, arrays: dict[str, np.ndarray]) -> Any:
 def _encoder(encoder: Encoder, side: str, arrays: dict[str, Any]) -> list[Any]:
     """Write an encoder; return its columns, its categories, and its number of features."""
     if not encoder.is_built_in:
-        warnings.warn(
+        warn(
             f"a file cannot hold {side}_encoder. After load the recommender answers as before, but "
             "cannot encode new features: pickle it to keep the encoder",
-            DataWarning,
-            stacklevel=4,
         )
         return [encoder.columns, None, encoder.n_features]
     categories, scaler = encoders.parts_of(encoder.transformer)

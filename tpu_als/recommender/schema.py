@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-REPEATED = ("sum", "last", "max")
-UNKNOWN = ("popular", "drop", "error")
+_CHOICES = {"repeated": ("sum", "last", "max"), "unknown": ("popular", "drop", "error")}
 
 
 class Schema(NamedTuple):
@@ -69,11 +68,8 @@ def schema_of(recommender: Any) -> Schema:
         raise ValueError(
             f"user, item, value, timestamp and event must name different columns, got {names}"
         )
-    for name, allowed in (("repeated", REPEATED), ("unknown", UNKNOWN)):
-        if getattr(recommender, name) not in allowed:
-            raise ValueError(
-                f"{name} must be one of {allowed}, got {getattr(recommender, name)!r:.60}"
-            )
+    for name in _CHOICES:
+        choice(recommender, name)
     half_life, is_duration = _half_life(recommender.half_life, names["timestamp"])
     weights = _event_weights(recommender.event_weights, names["event"])
     return Schema(
@@ -83,6 +79,17 @@ def schema_of(recommender: Any) -> Schema:
         is_duration=is_duration,
         repeated=recommender.repeated,
     )
+
+
+def choice(recommender: Any, name: str) -> str:
+    """The parameter `repeated` or `unknown`; ValueError if it is none of its choices.
+
+    `unknown` is read by each answer, so it is checked there too.
+    """
+    given: str = getattr(recommender, name)
+    if given not in _CHOICES[name]:
+        raise ValueError(f"{name} must be one of {_CHOICES[name]}, got {given!r:.60}")
+    return given
 
 
 def _half_life(given: Any, timestamp: str | None) -> tuple[float | None, bool]:

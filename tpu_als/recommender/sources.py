@@ -30,7 +30,8 @@ def read(events: object, columns: list[str], ids: list[str]) -> tuple[pd.DataFra
         The columns to read; a DataFrame of pandas is returned with all of its columns. The caller
         reports missing columns.
     ids : list of str
-        The columns among them that hold ids, which are read from CSV files as text.
+        The columns among them that hold ids. They are read from CSV files as text, and dates stay
+        dates. Names that the frame lacks are ignored.
 
     Returns
     -------
@@ -56,7 +57,7 @@ def read(events: object, columns: list[str], ids: list[str]) -> tuple[pd.DataFra
         paths = _paths_of(events)
         is_text = all(path.name.endswith(_CSV) for path in paths)
         return _read_files(paths, columns, ids), "pandas", is_text
-    return *_read_frame(events, columns), False
+    return *_read_frame(events, columns, ids), False
 
 
 def _are_paths(events: object) -> bool:
@@ -154,7 +155,7 @@ def _read_parquet(paths: list[Path], columns: list[str]) -> pd.DataFrame:
     return files.to_table(columns=present).to_pandas(split_blocks=True, self_destruct=True)
 
 
-def _read_frame(events: object, columns: list[str]) -> tuple[pd.DataFrame, str]:
+def _read_frame(events: object, columns: list[str], ids: list[str]) -> tuple[pd.DataFrame, str]:
     import narwhals as nw  # late: pandas frames do not need it
 
     try:
@@ -163,15 +164,26 @@ def _read_frame(events: object, columns: list[str]) -> tuple[pd.DataFrame, str]:
         kind = f"{type(events).__module__}.{type(events).__qualname__}"
         raise TypeError(f"events must be {_KNOWN}, got {kind}") from error
     library = str(frame.implementation.value)
-    names = frame.collect_schema().names()
-    present = [name for name in columns if name in names]
+    schema = frame.collect_schema()
+    present = [name for name in columns if name in schema]
+    dates = [name for name in present if name in ids and schema[name] == nw.Date]
     frame = frame.select(present)
     if isinstance(frame, nw.LazyFrame):
         frame = frame.collect()
     try:
-        return frame.to_pandas(), library
+        found = frame.to_pandas()
     except ModuleNotFoundError:  # polars converts text to pandas through pyarrow
-        return pd.DataFrame({name: frame[name].to_numpy() for name in present}), library
+        found = pd.DataFrame({name: frame[name].to_numpy() for name in present})
+    return found.assign(**{name: _as_dates(found[name]) for name in dates}), library
+
+
+def _as_dates(column: pd.Series) -> pd.Series:
+    """Dates as objects, as in lists. narwhals converts those of polars to times."""
+    if column.dtype.kind != "M":
+        return column
+    codes, distinct = pd.factorize(column)
+    dates = pd.Index(pd.DatetimeIndex(distinct).date, dtype=object)
+    return pd.Series(pd.Categorical.from_codes(codes, dates), column.index, name=column.name)
 
 
 def names_of(frame: Any) -> list[str]:

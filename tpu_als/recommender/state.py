@@ -6,7 +6,6 @@ import functools
 import logging
 import threading
 import time
-import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +14,6 @@ import pandas as pd
 from scipy import sparse
 from sklearn.base import clone
 
-from tpu_als.exceptions import DataWarning
 from tpu_als.recommender import counting, features, stored_ids
 from tpu_als.recommender.counting import Clock, Events
 from tpu_als.recommender.encoders import Encoder
@@ -23,6 +21,7 @@ from tpu_als.recommender.features import Rows
 from tpu_als.recommender.history import Cells, History
 from tpu_als.recommender.ids import IdMap
 from tpu_als.recommender.schema import Schema
+from tpu_als.recommender.warn import warn
 
 log = logging.getLogger("tpu_als")
 
@@ -238,10 +237,8 @@ def _warn_if_unstorable(column: str, ids: IdMap) -> None:
     """Warn before the fit, which may take long, of ids that `save` refuses."""
     reason = stored_ids.unstorable(ids)
     if reason is not None:
-        warnings.warn(
+        warn(
             f"save cannot write the ids of column {column!r}, because they hold {reason}",
-            DataWarning,
-            stacklevel=5,
         )
 
 

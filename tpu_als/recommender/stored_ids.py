@@ -16,8 +16,9 @@ from uuid import UUID
 import numpy as np
 import pandas as pd
 
-from tpu_als.datasets.columns import missing, shown
-from tpu_als.recommender.ids import IdMap
+from tpu_als.datasets.columns import index_of, missing
+from tpu_als.datasets.kinds import kind_of_values, shown
+from tpu_als.recommender.ids import IdMap, as_held
 
 _PLAIN = (str, int, float, bool)  # types of JSON
 _NUMPY = (np.number, np.bool_, np.str_)
@@ -62,7 +63,10 @@ def _interval_text(value: pd.Interval) -> str:
 
 def _interval(text: str) -> pd.Interval:
     left, right, closed = json.loads(text)
-    return pd.Interval(_value(left), _value(right), closed)
+    ends = [_value(left), _value(right)]
+    if all(isinstance(end, pd.Timestamp) and end.tz is not None for end in ends):
+        ends = [end.tz_convert("UTC") for end in ends]  # both need the same offset
+    return pd.Interval(*ends, closed)
 
 
 # Ids that are objects: name in the file, type, writer, reader.
@@ -96,7 +100,9 @@ _OF_FORMAT_3 = ("uuids", "decimals", "dates", "bytes")
 def format_of(about: list[Any]) -> int:
     """The first format of files that has ids written like this."""
     form = about[2]
-    return 3 if form in _OF_FORMAT_3 else 4 if form in _OBJECTS or form == "nested" else 1
+    if form in _OF_FORMAT_3:
+        return 3
+    return 4 if form in _OBJECTS or form in ("nested", "spans") else 1
 
 
 def write(ids: IdMap, name: str, arrays: dict[str, Any]) -> list[Any]:
@@ -106,51 +112,22 @@ def write(ids: IdMap, name: str, arrays: dict[str, Any]) -> list[Any]:
     ------
     ValueError
         For ids of other types than those of `_OBJECTS`, text, numbers, times, and tuples and
-        frozensets of them.
+        frozensets of them, and for ids that `read` would not give back.
     """
-    index, kind = ids.index, ids.kind
-    if kind == "text":
-        text = "\0".join(index)
-        if text.count("\0") == len(index) - 1:
-            arrays[name] = _bytes(text)
-            return [name, kind, "text", len(index), str(index.dtype)]
-        arrays[name] = _bytes(json.dumps(list(index)))
-        return [name, kind, "json", len(index), str(index.dtype)]
-    if kind.startswith("times") and index.dtype.kind == "M":
-        zone = str(index.tz) if getattr(index, "tz", None) is not None else None
-        arrays[name] = index.asi8
-        return [name, kind, "times", zone, index.unit]
-    if index.dtype.kind in "biuf" and isinstance(index.dtype, np.dtype):
-        arrays[name] = index.to_numpy()
-        return [name, kind, "numbers", None, str(index.dtype)]
-    values = index.tolist()
     try:
-        _require_types(values)
-        form, text = _text_of(values)
+        arrays[name], about = _written(ids.index, ids.kind)
     except ValueError as error:
         raise ValueError(f"ids of {name} cannot be saved, because they hold {error}") from None
-    arrays[name] = _bytes(text)
-    return [name, kind, form, len(index), str(index.dtype)]
+    return [name, ids.kind, *about]
 
 
 def read(about: Any, arrays: dict[str, np.ndarray]) -> IdMap:
     """Read ids; ValueError and the like if they are damaged."""
-    name, kind, form, detail, dtype = about
-    array = arrays[name]
-    if form == "numbers":
-        index = pd.Index(array, dtype=dtype)
-    elif form == "times":
-        times = pd.DatetimeIndex(array.view(f"datetime64[{dtype}]"))
-        index = times if detail is None else times.tz_localize("UTC").tz_convert(detail)
-    else:
-        text = array.tobytes().decode()
-        values = text.split("\0") if form == "text" else _values_of(form, text)
-        index = pd.Index(values, dtype=dtype, tupleize_cols=False)
-        if len(index) != detail:
-            raise ValueError(f"{len(index)} ids of {name}, expected {detail}")
+    name, _, form, detail, dtype = about
+    index = as_held(_index_of(arrays[name], form, detail, dtype))
     if not index.is_unique or missing(index).any():
         raise ValueError(f"ids of {name} that are missing or repeated")
-    return IdMap(index, kind=str(kind))
+    return IdMap(index, kind=kind_of_values(index[:1], name))
 
 
 def unstorable(ids: IdMap) -> str | None:
@@ -160,13 +137,70 @@ def unstorable(ids: IdMap) -> str | None:
     """
     if ids.kind == "text" or not len(ids):
         return None
-    values = (ids.first if ids.first.dtype == object else ids.first[:_SOME]).tolist()
     try:
-        _require_types(values)
-        _text_of(values[:_SOME])
+        if ids.first.dtype == object:
+            _require_types(ids.first.tolist())
+        _written(ids.first[:_SOME], ids.kind)
     except ValueError as error:
         return str(error)
     return None
+
+
+def _written(index: pd.Index, kind: str) -> tuple[np.ndarray, list[Any]]:
+    """An array, and its form; ValueError for ids that are not the same when they are read."""
+    array, about = _array_of(index, kind)
+    try:
+        again = as_held(_index_of(array, *about))
+        is_same = again.dtype == index.dtype and again.equals(index)
+    except (ValueError, TypeError, LookupError, OverflowError, OSError):
+        is_same = False
+    if is_same:
+        return array, about
+    if about[0] == "times":
+        raise ValueError(
+            f"times with the time zone {about[1]!r:.60} (such as {shown(index[0])}), which cannot "
+            "be written exactly: convert them, for example with dt.tz_convert('UTC') or astype(str)"
+        )
+    raise ValueError(f"ids that cannot be written exactly, such as {shown(index[0])}: {_ADVICE}")
+
+
+def _array_of(index: pd.Index, kind: str) -> tuple[np.ndarray, list[Any]]:
+    """Ids as an array, and the form, detail and type that `_index_of` needs."""
+    if kind == "text":
+        text, form = "\0".join(index), "text"
+        if text.count("\0") != len(index) - 1:
+            text, form = json.dumps(list(index)), "json"
+        return _bytes(text), [form, len(index), str(index.dtype)]
+    if index.dtype.kind == "M":
+        zone = str(index.tz) if getattr(index, "tz", None) is not None else None
+        return index.asi8, ["times", zone, index.unit]
+    if index.dtype.kind == "m":
+        return index.asi8, ["spans", None, index.unit]
+    if index.dtype.kind in "biuf" and isinstance(index.dtype, np.dtype):
+        return index.to_numpy(), ["numbers", None, str(index.dtype)]
+    values = index.tolist()
+    _require_types(values)
+    form, text = _text_of(values)
+    if form == "intervals":  # the type of an array has the time zone and the unit
+        index = index_of(pd.Series(values, dtype=object))
+    return _bytes(text), [form, len(index), str(index.dtype)]
+
+
+def _index_of(array: np.ndarray, form: str, detail: Any, dtype: str) -> pd.Index:
+    """The ids that `_array_of` has converted."""
+    if form == "numbers":
+        return pd.Index(array, dtype=dtype)
+    if form == "spans":
+        return pd.TimedeltaIndex(array.view(f"timedelta64[{dtype}]"))
+    if form == "times":
+        times = pd.DatetimeIndex(array.view(f"datetime64[{dtype}]"))
+        return times if detail is None else times.tz_localize("UTC").tz_convert(detail)
+    text = array.tobytes().decode()
+    values = text.split("\0") if form == "text" else _values_of(form, text)
+    index = pd.Index(values, dtype=dtype, tupleize_cols=False)
+    if len(index) != detail:
+        raise ValueError(f"{len(index)} ids, expected {detail}")
+    return index
 
 
 def _require_types(values: list[Any]) -> None:
@@ -200,7 +234,11 @@ def _text_of(values: list[Any]) -> tuple[str, str]:
         form, text = "tuples", json.dumps([list(value) for value in values])
     else:
         form, text = "nested", json.dumps([_plain(value) for value in values])
-    for one, again in zip(values, _values_of(form, text), strict=True):
+    try:
+        read = _values_of(form, text)
+    except (ValueError, OverflowError):  # such as time spans beyond the range of pandas
+        read = [None] * len(values)
+    for one, again in zip(values, read, strict=True):
         if again != one:
             raise ValueError(f"ids that cannot be written exactly, such as {shown(one)}: {_ADVICE}")
     return form, text
