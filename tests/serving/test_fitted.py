@@ -19,6 +19,7 @@ from tpu_als import TPUAlternatingLeastSquares
 from tpu_als.engine.cpu import exact, ranking
 from tpu_als.engine.cpu.backend import CpuBackend
 from tpu_als.serving import derived, factor_table
+from tpu_als.serving.factor_table import FactorTable
 from tpu_als.training import loop
 
 COUNTS = random_counts(30, 20)
@@ -166,6 +167,16 @@ def test_a_fit_that_fails_keeps_what_was_assigned_meanwhile() -> None:
         with pytest.raises(MemoryError, match="no memory left"):
             model.fit(COUNTS, show_progress=False)
     np.testing.assert_array_equal(model.item_factors, table)
+
+
+def test_the_state_of_a_table_has_plain_types() -> None:
+    """Libraries that load only named types, such as skops, need the documented ones only."""
+    table = FactorTable(np.ones((3, 2), np.float32)).with_given(("a", "b"), norms=np.full(3, 2.0))
+    state = table.__getstate__()
+    kinds = {type(value) for value in (*state.values(), *state["given"])}
+    assert kinds <= {np.ndarray, bool, tuple, type(None)}
+    again = pickle.loads(pickle.dumps(table))
+    np.testing.assert_array_equal(again.norms(), np.full(3, 2.0))
 
 
 def test_state_of_a_pickle_has_no_locks_and_no_devices() -> None:

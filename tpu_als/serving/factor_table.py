@@ -64,10 +64,11 @@ class FactorTable:
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, object]:
-        return {"host": self.read(), "is_frozen": self._is_frozen, "given": self.given}
+        # A plain tuple: skops loads only types that its user names.
+        return {"host": self.read(), "is_frozen": self._is_frozen, "given": tuple(self.given)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+        self.__init__(**{**state, "given": Given(*state["given"])})  # type: ignore[misc]
 
     @property
     def is_absent(self) -> bool:
