@@ -15,8 +15,9 @@ _SOME = 64  # rows solved to load the loops: more than those that one thread sol
 def prepare(state: State) -> None:
     """Do what the first update of a large model has to do once, as a part of `fit` and `load`.
 
-    Nothing of it is in the State. A smaller model does it in the first update. Loading the compiled
-    loops takes 0.1 s, but some 8 s once on each machine, which would be long beside a short fit.
+    The results are caches: the values of the State do not change. For a smaller model the first
+    update does this. Loading the compiled loops takes 0.1 s. Compiling them takes about 8 s, once
+    on each machine, which is long compared with a short fit.
     """
     n_rows, model = len(state.users) + len(state.items), state.model
     is_large = isinstance(model, TPUAlternatingLeastSquares) and n_rows * model.factors >= _LARGE

@@ -2,11 +2,11 @@
 
 Axis letters: M users, N items, E cells.
 
-An update must not copy all cells. So those of the fit are divided into pieces, each of some
-consecutive users, and updates write rows into groups beside them. There are as many groups as
-pieces. When the group in use is full, the next piece is copied with the newest rows of its users,
-and the next group is emptied and used. This happens in turn. A group is emptied only after every
-piece has been copied since the group was full. All its rows are then in the pieces.
+An update must not copy all cells. So the cells of `fit` are divided into pieces, each with the rows
+of consecutive users. Updates write rows into groups, of which there are as many as pieces. When the
+group in use is full, the next piece is copied with the newest rows of its users, and the next group
+is emptied and used. Pieces and groups take turns. Between the time when a group is full and the
+time when it is emptied, every piece is copied, so all rows of the group are then in the pieces.
 """
 
 from __future__ import annotations

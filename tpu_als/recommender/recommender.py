@@ -173,8 +173,8 @@ class Recommender(Answering, BaseEstimator):
         Raises
         ------
         TypeError
-            For anything else. For a list of characters also: scikit-learn's searches make it from
-            a path, so they need a frame.
+            For anything else, including a list of characters: scikit-learn's searches split a path
+            into its characters. Pass them a frame.
         ValueError
             For parameters out of range, a missing column, a missing value (also in an id that is a
             tuple), ids of several types, or no events. The message has column, row and value. For
@@ -184,7 +184,7 @@ class Recommender(Answering, BaseEstimator):
         Warns
         -----
         DataWarning
-            If a file cannot hold ids of their type, so that `save` will refuse them. If none of the
+            If `save` will refuse the ids, because a file cannot hold their type. If none of the
             items (users) of the events has a row in the frame of features; if a loaded recommender
             was fitted with features, and has no frame now.
         """

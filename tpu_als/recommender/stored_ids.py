@@ -161,7 +161,7 @@ def _written(index: pd.Index, kind: str) -> tuple[np.ndarray, list[Any]]:
             f"times with the time zone {about[1]!r:.60} (such as {shown(index[0])}), which cannot "
             "be written exactly: convert them, for example with dt.tz_convert('UTC') or astype(str)"
         )
-    raise ValueError(f"ids that cannot be written exactly, such as {shown(index[0])}: {_ADVICE}")
+    raise ValueError(f"values that cannot be written exactly, such as {shown(index[0])}: {_ADVICE}")
 
 
 def _array_of(index: pd.Index, kind: str) -> tuple[np.ndarray, list[Any]]:
@@ -240,7 +240,9 @@ def _text_of(values: list[Any]) -> tuple[str, str]:
         read = [None] * len(values)
     for one, again in zip(values, read, strict=True):
         if again != one:
-            raise ValueError(f"ids that cannot be written exactly, such as {shown(one)}: {_ADVICE}")
+            raise ValueError(
+                f"values that cannot be written exactly, such as {shown(one)}: {_ADVICE}"
+            )
     return form, text
 
 
