@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +17,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 CI = Path(__file__).parents[1] / ".ci"
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, CI / f"{name}.py")
+def script(name: str, folder: Path = CI) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -111,3 +112,8 @@ def test_first_hour_on_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     exec(code, names)
     scores = names["table"]["ndcg@10"]
     assert scores["tuned"] > max(scores["popular"], scores["first fit"])
+
+
+def test_the_reference_lists_every_public_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert script("conf", DOCS).missing_public_names() == []
