@@ -185,10 +185,15 @@ def as_held(ids: pd.Index) -> pd.Index:
     """Ids in the type in which a map holds them.
 
     Integers are int64 (or uint64), which later ids fit into. Intervals are objects, because pandas
-    does not look up overlapping ones, and those of integers and floats may be equal.
+    does not look up overlapping ones, and those of integers and floats may be equal. Named tuples
+    are tuples, which old versions of pandas do not find otherwise.
     """
     if isinstance(ids.dtype, pd.IntervalDtype):
         return ids.astype(object)
+    if ids.dtype == object and len(ids) and isinstance(ids[0], tuple):
+        values = ids.tolist()
+        if any(type(value) is not tuple for value in values):
+            return pd.Index(list(map(tuple, values)), tupleize_cols=False)
     is_narrow = ids.dtype.kind in "iu" and ids.dtype != np.uint64
     return ids.astype(np.int64) if is_narrow else ids
 
