@@ -320,7 +320,8 @@ def solve_rows(
     vectors, wide = np.empty((8, width), rows.dtype), np.zeros((5, width))
     r, d, inverse, x = vectors[0], vectors[1], vectors[2], vectors[3]
     z, residual, total, pull = wide[0], wide[1], wide[2], wide[4]
-    zero, tiny, eps = kind(0), diagonal.tiny, np.finfo(rows.dtype).eps
+    zero, eps = kind(0), np.finfo(rows.dtype).eps
+    spectrum, top, n_source, bound, reach, tiny, _ = diagonal
     block = _block_for(lengths, rows)
     for row in range(len(lengths)):
         first, n = cells[row], lengths[row]
@@ -329,10 +330,7 @@ def solve_rows(
             continue
         # Only the row's own weights count, so that those of other rows change nothing.
         least_weight, weight = _weights_of(entries, objective, first, n)
-        own = Diagonal(
-            diagonal.spectrum, diagonal.top, diagonal.n_source, min(weight, diagonal.weight),
-            diagonal.reach, tiny, diagonal.most,
-        )  # fmt: skip
+        own = Diagonal(spectrum, top, n_source, min(weight, bound), reach, tiny, diagonal.most)
         scale, unit, is_new, lam = scaled(objective, own, n, 1, d, inverse)
         _begin((rows, priors), row, is_new, lam, z, pull)
         span, left, share = (first, n), most, np.float64(1)
@@ -348,11 +346,10 @@ def solve_rows(
             # The error may be longer, for its energy, than the solution: D^-1 r is about the error.
             if error * energy > length * size * unit:
                 goal *= length * size * unit / (error * energy)
-            # Else rounding of the source rows may change the solution by more than the tolerance.
-            is_apart = share * tolerance > 8 * eps
-            is_reduced = size == 0 or (size <= goal and (turn > 0 or least_weight >= 0))
-            is_solved = is_apart and is_reduced
-            if is_solved or left == 0 or not is_apart:
+            if not share * tolerance > 8 * eps:  # rounding of the source rows may change too much
+                break
+            is_solved = size == 0 or (size <= goal and (turn > 0 or least_weight >= 0))
+            if is_solved or left == 0:
                 break
             # CG runs on a residual of about 1, whose squares neither overflow nor underflow.
             raised = math.ldexp(1.0, -math.frexp(largest)[1])
@@ -369,11 +366,10 @@ def solve_rows(
                 error += (r[k] * inverse[k]) ** 2
             before, share = share, min(share, np.float64(least))
             is_short = error <= (share * tolerance * unit * raised) ** 2 * length
-            # In the first round, errors of rounding may exceed the goal; in later ones, which start
-            # from a small residual, they cannot.
+            # In the first round, errors of rounding may exceed the goal; later residuals are small.
             is_accurate = turn > 0 and steps < left and eps * size <= goal / 4
-            is_apart = share * tolerance > 8 * eps
-            is_solved = is_accurate and is_short and is_apart and before <= 2 * share
+            is_near = before <= 2 * share and share * tolerance > 8 * eps
+            is_solved = is_accurate and is_short and is_near
             if is_solved:
                 break
             left -= steps
